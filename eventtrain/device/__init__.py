@@ -1,0 +1,1 @@
+"""The device half: everything that touches JAX, and nothing that touches an event loop."""

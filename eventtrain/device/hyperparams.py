@@ -1,0 +1,221 @@
+"""Hyperparameters inside the optimiser state: found by path, written without recompiling.
+
+`optax.inject_hyperparams` keeps them as scalar arrays in a dict named `hyperparams`, next to
+`hyperparams_states` for those that follow a schedule. Wrapping, chaining and partitioning bury that
+dict at any depth and in any type of state, so it is searched for by name, not by type.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from eventtrain.device.state import PyTree, is_array
+from eventtrain.errors import (
+    AmbiguousHyperparam,
+    HyperparamError,
+    ScheduledHyperparam,
+    UnknownHyperparam,
+)
+
+__all__ = ["Hyperparam", "find_hyperparams", "read", "resolve", "write"]
+
+_BUILD = "optax.inject_hyperparams(optax.adam)(learning_rate=1e-3)"
+
+
+@dataclasses.dataclass(frozen=True)
+class Hyperparam:
+    """One hyperparameter of the state.
+
+    Attributes:
+        name: as the optimiser's factory calls it: "learning_rate".
+        path: where it stands, as `jax.tree_util.keystr` writes it.
+        leaf_index: its place among the leaves of `split_state`.
+        scheduled: whether optax overwrites it at every update.
+        dtype: of the scalar array.
+    """
+
+    name: str
+    path: str
+    leaf_index: int
+    scheduled: bool
+    dtype: np.dtype[Any]
+
+
+def find_hyperparams(state: PyTree) -> list[Hyperparam]:
+    """Every scalar array under `hyperparams` in the state, in the order of its leaves.
+
+    Finds them in any nesting (chain, masked, partition, MultiSteps, apply_if_finite, inject within
+    inject) and any container that is a pytree. Reads no array; never blocks.
+    """
+    scheduled = set(_scheduled(state, ()))
+    found: list[Hyperparam] = []
+    index = -1
+    for path, leaf in jax.tree_util.tree_flatten_with_path(state)[0]:
+        if not is_array(leaf):
+            continue
+        index += 1
+        names = [_name(key) for key in path]
+        # The innermost dict counts; flax.nnx puts one more key, `value`, behind the name.
+        end = len(names) - 1 if names and names[-1] == "value" else len(names)
+        if end < 2 or names[end - 2] != "hyperparams" or leaf.shape != ():
+            continue
+        found.append(
+            Hyperparam(
+                name=str(names[end - 1]),
+                path=jax.tree_util.keystr(path),
+                leaf_index=index,
+                scheduled=tuple(names[:end]) in scheduled,
+                dtype=np.dtype(leaf.dtype),
+            )
+        )
+    return found
+
+
+def resolve(hyperparams: Sequence[Hyperparam], name: str, path: str | None = None) -> Hyperparam:
+    """The one hyperparameter that `name`, and `path` if given, can mean, if it can be set.
+
+    `path` is the whole path or any part of it that occurs in one candidate only.
+
+    Raises:
+        UnknownHyperparam: there is none of this name, or none at this path.
+        AmbiguousHyperparam: there are several; the message lists their paths.
+        ScheduledHyperparam: optax would overwrite it at the next update.
+    """
+    candidates = [h for h in hyperparams if h.name == name]
+    if not candidates:
+        raise UnknownHyperparam(_unknown_message(hyperparams, name))
+    matching = candidates
+    if path is not None:
+        exact = [h for h in candidates if h.path == path]
+        matching = exact or [h for h in candidates if path in h.path]
+    if not matching:
+        raise UnknownHyperparam(
+            f"No hyperparameter {name!r} at path {path!r}: it stands at {_paths(candidates)}. Pass "
+            "one of these paths, or a part of it."
+        )
+    if len(matching) > 1:
+        raise AmbiguousHyperparam(
+            f"{name!r}{'' if path is None else f' with path {path!r}'} can mean "
+            f"{len(matching)} hyperparameters: {_paths(matching)}. Pass path= with one of these, "
+            "or a part that occurs in one only."
+        )
+    (hyperparam,) = matching
+    if hyperparam.scheduled:
+        raise ScheduledHyperparam(
+            f"Cannot set {name!r}: it follows a schedule, and optax would overwrite it at the next "
+            "update. Build the optimiser with a number, or use subscribers.LearningRateScheduler."
+        )
+    return hyperparam
+
+
+def read(leaf: jax.Array) -> float | int | bool:
+    """The value of a scalar leaf on the host; blocks until it is computed."""
+    return np.asarray(leaf).item()
+
+
+def write(leaf: jax.Array, value: object) -> jax.Array:
+    """A new leaf with `value`, of the dtype and at the place of `leaf`, so that nothing recompiles.
+
+    `value` is a Python number, a NumPy scalar or an array of shape (), weakly typed or not. `leaf`
+    is only looked at and stays valid. Blocks only if `value` is a device array still computing.
+
+    Raises:
+        HyperparamError: no real number, not finite, or not representable in the leaf's dtype.
+    """
+    number = _number(value)
+    kind = leaf.dtype
+    if isinstance(number, bool) != (kind == np.bool_):
+        raise HyperparamError(
+            f"Cannot write {value!r} to a hyperparameter of dtype {kind}: one is a bool and the "
+            "other is not. Pass a value of the same kind."
+        )
+    if not math.isfinite(number):
+        raise HyperparamError(
+            f"Cannot write {value!r} to a hyperparameter: the next update would make the weights "
+            "NaN. Pass a finite number."
+        )
+    if jnp.issubdtype(kind, np.integer):
+        limits = jnp.iinfo(kind)
+        fits = float(number).is_integer() and int(limits.min) <= number <= int(limits.max)
+    else:
+        limit = 1.0 if kind == np.bool_ else float(jnp.finfo(kind).max)
+        fits = abs(number) <= limit and (number == 0 or bool(np.asarray(number, kind) != 0))
+    if not fits:
+        raise HyperparamError(
+            f"Cannot write {value!r} to a hyperparameter of dtype {kind}, which cannot hold it. "
+            "Pass a number in its range, or build the optimiser with hyperparam_dtype=jnp.float32."
+        )
+    return jax.device_put(np.asarray(number, kind), leaf.sharding)
+
+
+def _number(value: object) -> float | int | bool:
+    if isinstance(value, (bool, int, float)):
+        return value
+    shape = getattr(value, "shape", None)
+    if is_array(value) and shape == () and not jnp.issubdtype(value.dtype, np.complexfloating):
+        if not jax.dtypes.issubdtype(value.dtype, jax.dtypes.extended):
+            return np.asarray(value).item()
+    given = type(value).__name__ + ("" if shape is None else f" of shape {tuple(shape)}")
+    raise HyperparamError(
+        f"Cannot write {given} to a hyperparameter: it is one real number. Pass a float or an int."
+    )
+
+
+def _name(key: Any) -> object:
+    """The name in an entry of a key path: attribute, dict key or index."""
+    for attribute in ("name", "key", "idx"):
+        if hasattr(key, attribute):
+            return getattr(key, attribute)
+    return str(key)
+
+
+def _scheduled(tree: PyTree, prefix: tuple[object, ...]) -> Iterator[tuple[object, ...]]:
+    """The paths, as names, of hyperparameters with an entry in `hyperparams_states`.
+
+    Looks at the nodes, not at the leaves: the state of a schedule may have none.
+    """
+
+    def holds_schedules(node: Any) -> bool:
+        return node is not tree and _schedules(node) is not None
+
+    own = _schedules(tree)
+    if own is not None:
+        yield from ((*prefix, "hyperparams", name) for name in own)
+    for path, node in jax.tree_util.tree_flatten_with_path(tree, is_leaf=holds_schedules)[0]:
+        if holds_schedules(node):
+            yield from _scheduled(node, (*prefix, *map(_name, path)))
+
+
+def _schedules(node: Any) -> list[object] | None:
+    states = getattr(node, "hyperparams_states", None)
+    if states is None and isinstance(node, Mapping):
+        mapping: Mapping[Any, Any] = node
+        states = mapping.get("hyperparams_states")
+    return list(states) if isinstance(states, Mapping) else None
+
+
+def _paths(hyperparams: Sequence[Hyperparam]) -> str:
+    return ", ".join(h.path for h in hyperparams)
+
+
+def _unknown_message(hyperparams: Sequence[Hyperparam], name: str) -> str:
+    names = list(dict.fromkeys(h.name for h in hyperparams))
+    if not names:
+        return (
+            f"No hyperparameter {name!r}: the state holds none at all, because the optimiser keeps "
+            f"them as constants of the program. Build it with {_BUILD}."
+        )
+    likeness = {n: difflib.SequenceMatcher(None, name, n).ratio() for n in names}
+    nearest = sorted(names, key=lambda n: -likeness[n])
+    return (
+        f"No hyperparameter {name!r}: the optimiser state holds {', '.join(nearest)}. Use one of "
+        f"these, or name {name!r} when building the optimiser, as in {_BUILD}."
+    )

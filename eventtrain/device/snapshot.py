@@ -1,0 +1,136 @@
+"""The state as of one step, kept on the device while training goes on."""
+
+from __future__ import annotations
+
+import dataclasses
+import threading
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import numpy as np
+
+from eventtrain.device.state import PyTree, Skeleton
+from eventtrain.errors import SnapshotError
+
+__all__ = ["HostKey", "Snapshot"]
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class HostKey:
+    """A typed PRNG key array on the host: NumPy has no dtype for it.
+
+    `data` is uint32[..., words of the implementation] as `jax.random.key_data` gives it, `impl`
+    the name of the implementation. A leaf, not a container, for JAX.
+    """
+
+    data: np.ndarray[Any, np.dtype[np.uint32]]
+    impl: str
+
+    def wrap(self) -> jax.Array:
+        """The key array again, on the default device."""
+        return jax.random.wrap_key_data(self.data, impl=self.impl)
+
+
+class Snapshot:
+    """A reference to the state after `step`, safe from donation.
+
+    Args:
+        step: completed steps.
+        leaves, skeleton: of the state. The leaves must never be donated: they come from a keeping
+            call, or are a copy.
+        tag: the name under which it can be restored.
+        extensions: the extension leaves of the same step, for a restore.
+
+    It holds one whole state on the device until `release`. Any thread may use it.
+    """
+
+    def __init__(
+        self,
+        step: int,
+        leaves: Sequence[jax.Array],
+        skeleton: Skeleton,
+        *,
+        tag: str | None = None,
+        extensions: Sequence[jax.Array] = (),
+    ) -> None:
+        self.step = step
+        self.tag = tag
+        self.size_bytes = sum(leaf.nbytes for leaf in (*leaves, *extensions))
+        self._skeleton = skeleton
+        self._lock = threading.Lock()
+        self._held: tuple[list[jax.Array], list[jax.Array]] | None
+        self._held = (list(leaves), list(extensions))
+
+    def __repr__(self) -> str:
+        released = ", released" if self.released else ""
+        return f"Snapshot(step={self.step}, tag={self.tag!r}, {self.size_bytes} bytes{released})"
+
+    @property
+    def released(self) -> bool:
+        """Whether `release` was called."""
+        with self._lock:
+            return self._held is None
+
+    @property
+    def leaves(self) -> list[jax.Array]:
+        """The state's array leaves, on the device; never donate them. Never blocks.
+
+        Raises:
+            SnapshotError: after `release`.
+        """
+        return list(self._references()[0])
+
+    @property
+    def extensions(self) -> list[jax.Array]:
+        """The extensions' array leaves of the same step; as `leaves`."""
+        return list(self._references()[1])
+
+    @property
+    def state(self) -> PyTree:
+        """The state as the pytree it was given as, on the device; as `leaves`.
+
+        Donating it to a function of one's own destroys the snapshot.
+        """
+        return self._skeleton.join(self._references()[0])
+
+    def host_state(self) -> PyTree:
+        """The state with every array as a NumPy copy, typed PRNG keys as `HostKey`.
+
+        Blocks until the step was computed and its state has been transferred: not for the training
+        thread. All transfers are started before the first is waited for. A `release` meanwhile
+        does not disturb it.
+
+        Raises:
+            SnapshotError: after `release`, or if a leaf was donated against the rules.
+        """
+        leaves, _ = self._references()
+        for leaf in leaves:
+            if leaf.is_deleted():
+                raise SnapshotError(
+                    f"The snapshot of step {self.step} was destroyed: its state was donated to a "
+                    "jitted function. Pass such a function a copy of snapshot.state."
+                )
+            leaf.copy_to_host_async()
+        return self._skeleton.join([_on_host(leaf) for leaf in leaves])
+
+    def release(self) -> None:
+        """Give the device memory back, as soon as nobody else refers to it. May be repeated."""
+        with self._lock:
+            self._held = None
+
+    def _references(self) -> tuple[list[jax.Array], list[jax.Array]]:
+        with self._lock:
+            if self._held is None:
+                raise SnapshotError(
+                    f"The snapshot of step {self.step} (tag {self.tag!r}) was released: its state "
+                    "is gone. Read it before release(), or take another one."
+                )
+            return self._held
+
+
+def _on_host(leaf: jax.Array) -> Any:
+    if jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+        data = np.array(jax.random.key_data(leaf))
+        return HostKey(data, str(jax.random.key_impl(leaf)))
+    return np.array(leaf)  # a copy: a view of a CPU buffer would tie its memory down
