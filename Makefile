@@ -1,0 +1,78 @@
+# Everything starts from Python, make and a package index: `make demo` shows the library, `make test` checks it.
+PYTHON ?= python3
+VENV ?= .venv
+VENV_LOWEST ?= .venv-lowest
+N ?= 20
+PYTEST_ARGS ?=
+
+BIN := $(VENV)/bin
+# -qq: warnings of the installer stay out of the way, errors do not.
+PIP_INSTALL := -m pip --disable-pip-version-check install -qq
+
+.PHONY: help demo test test-lowest lint format types docs bench mutants faults clean
+.DELETE_ON_ERROR:
+# Two installations into one environment at a time would break it.
+.NOTPARALLEL:
+
+help:
+	@echo "make demo         train a small network on real digits with every kind of subscriber"
+	@echo "make test         run the tests (PYTEST_ARGS='-k name')"
+	@echo "make test-lowest  run the tests on the lowest versions declared (PYTHON=python3.11)"
+	@echo "make lint types   ruff; pyright strict        make format  apply ruff's fixes"
+	@echo "make docs         build the documentation into site/"
+	@echo "make bench        benchmarks: a table, and JSON beside it"
+	@echo "make mutants      remove each promised mechanism; its test has to go red"
+	@echo "make faults N=20  fault campaigns of N runs"
+	@echo "make clean        remove build output and caches (environments stay)"
+
+demo: $(VENV)/.installed-demo
+	$(BIN)/eventtrain demo
+
+test: $(VENV)/.installed-test
+	$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+test-lowest: $(VENV_LOWEST)/.installed-lowest
+	$(VENV_LOWEST)/bin/python -m pytest $(PYTEST_ARGS)
+
+lint: $(VENV)/.installed-dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+format: $(VENV)/.installed-dev
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+types: $(VENV)/.installed-dev
+	PYRIGHT_PYTHON_IGNORE_WARNINGS=1 $(BIN)/pyright --pythonpath $(BIN)/python
+
+docs: $(VENV)/.installed-docs
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+
+bench: $(VENV)/.installed-bench
+	$(BIN)/python -m benchmarks.loop_overhead
+	$(BIN)/python -m benchmarks.bus_throughput
+
+mutants: $(VENV)/.installed-test
+	$(BIN)/python tests/mutants/run.py
+
+faults: $(VENV)/.installed-test
+	$(BIN)/python -m benchmarks.faults --runs $(N)
+
+# One stamp for each extra, renewed only when pyproject.toml changes. bin/pip is the last thing venv writes, so an
+# interrupted creation is repeated.
+$(VENV)/.installed-%: pyproject.toml | $(BIN)/pip
+	$(BIN)/python $(PIP_INSTALL) --editable ".[$*]"
+	@touch $@
+
+$(VENV_LOWEST)/.installed-lowest: pyproject.toml tests/lowest.txt | $(VENV_LOWEST)/bin/pip
+	$(VENV_LOWEST)/bin/python $(PIP_INSTALL) --constraint tests/lowest.txt --editable ".[test]"
+	@touch $@
+
+$(BIN)/pip $(VENV_LOWEST)/bin/pip:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+		{ echo "eventtrain needs Python 3.11 or later: make PYTHON=python3.11 ..." >&2; exit 1; }
+	$(PYTHON) -m venv $(patsubst %/bin/pip,%,$@)
+
+clean:
+	rm -rf build dist site .pytest_cache .ruff_cache .hypothesis htmlcov .coverage
+	find eventtrain tests benchmarks examples -name __pycache__ -type d -prune -exec rm -rf {} +

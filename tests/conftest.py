@@ -1,0 +1,138 @@
+"""What all tests share: the event loops, the check for blocked loops, and runs on several CPU devices."""
+
+from __future__ import annotations
+
+import importlib.util
+import inspect
+import os
+import subprocess
+import sys
+import textwrap
+import traceback
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Protocol
+
+import blockbuster
+import hypothesis
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+
+# A busy machine is no failure: Hypothesis' deadline per example would make one of it.
+hypothesis.settings.register_profile("eventtrain", deadline=None)
+hypothesis.settings.load_profile("eventtrain")
+
+BACKENDS = [
+    pytest.param(("asyncio", {}), id="asyncio"),
+    pytest.param(
+        ("asyncio", {"use_uvloop": True}),
+        id="uvloop",
+        marks=pytest.mark.skipif(
+            importlib.util.find_spec("uvloop") is None, reason="uvloop is not installed"
+        ),
+    ),
+    pytest.param(("trio", {}), id="trio"),
+]
+
+
+@pytest.fixture(params=BACKENDS)
+def anyio_backend(request: pytest.FixtureRequest) -> tuple[str, dict[str, Any]]:
+    """Every coroutine test, and each test that asks for this fixture, runs on all three event loops."""
+    return request.param
+
+
+@pytest.fixture(autouse=True)
+def no_blocked_event_loop(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Fails a test in which code of eventtrain, or a handler it calls, blocks an asyncio event loop."""
+    if request.node.get_closest_marker("allow_blocking"):
+        yield
+        return
+    with recorded_blocking_calls() as calls:
+        yield
+    if calls:
+        pytest.fail("The event loop was blocked: " + "\n".join(calls), pytrace=False)
+
+
+@contextmanager
+def recorded_blocking_calls() -> Iterator[list[str]]:
+    """Makes blocking calls raise where an asyncio loop runs, and records them.
+
+    It sees calls such as time.sleep and file access in any thread with a running asyncio loop and a frame of
+    eventtrain on the stack; under trio it sees nothing. Raising is not enough, since the bus isolates a
+    handler's exception: that is why each one is recorded too.
+    """
+    calls: list[str] = []
+
+    class RecordedBlockingError(blockbuster.BlockingError):
+        def __init__(self, func: str) -> None:
+            super().__init__(func)
+            calls.append(f"{func} was called at\n" + "".join(traceback.format_stack(limit=12)[:-2]))
+
+    with (
+        pytest.MonkeyPatch.context() as patch,
+        blockbuster.blockbuster_ctx("eventtrain"),
+    ):
+        patch.setattr(blockbuster.blockbuster, "BlockingError", RecordedBlockingError)
+        yield calls
+
+
+class RunOnDevices(Protocol):
+    def __call__(self, n: int, script: str | Callable[[], object], *, timeout_s: float = 240) -> str: ...
+
+
+@pytest.fixture
+def run_on_devices(tmp_path: Path) -> RunOnDevices:
+    """Runs a script on n forced CPU devices, in a process of its own: jax fixes their number once.
+
+    `script` is source text, or a function without arguments and closures whose source is taken and called.
+    Warnings are errors there too. Returns what it printed; a return code other than 0 fails the test with the
+    output.
+    """
+
+    def run(n: int, script: str | Callable[[], object], *, timeout_s: float = 240) -> str:
+        if callable(script):
+            script = f"{textwrap.dedent(inspect.getsource(script))}\n{script.__name__}()\n"
+        path = tmp_path / "on_devices.py"
+        path.write_text(textwrap.dedent(script))
+        flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count={n}".strip()
+        env = os.environ | {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu", "PYTHONPATH": python_path()}
+        try:
+            done = subprocess.run(
+                [sys.executable, "-W", "error", "-X", "faulthandler", str(path)],
+                cwd=tmp_path,
+                env=env,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+                text=True,
+                timeout=timeout_s,
+            )
+        except subprocess.TimeoutExpired as error:
+            printed = (error.stdout or b"").decode(errors="replace")
+            pytest.fail(f"On {n} devices the script was not through after {timeout_s} s:\n{printed}")
+        if done.returncode != 0:
+            pytest.fail(
+                f"On {n} devices the script ended with {done.returncode}:\n{done.stdout}", pytrace=False
+            )
+        return done.stdout
+
+    return run
+
+
+def python_path() -> str:
+    """PYTHONPATH for a subprocess: this checkout comes before an installed eventtrain."""
+    return os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    on_gpu = [item for item in items if item.get_closest_marker("gpu")]
+    if on_gpu and not has_gpu():
+        for item in on_gpu:
+            item.add_marker(pytest.mark.skip(reason="jax sees no GPU"))
+
+
+def has_gpu() -> bool:
+    # In a process of its own: asking jax here would fix the devices of this one before a test can choose.
+    question = "import jax, sys; sys.exit(jax.default_backend() != 'gpu')"
+    return subprocess.run([sys.executable, "-c", question], capture_output=True).returncode == 0
