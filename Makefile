@@ -75,4 +75,4 @@ $(BIN)/pip $(VENV_LOWEST)/bin/pip:
 
 clean:
 	rm -rf build dist site .pytest_cache .ruff_cache .hypothesis htmlcov .coverage
-	find eventtrain tests benchmarks examples -name __pycache__ -type d -prune -exec rm -rf {} +
+	find . -path "./.venv*" -prune -o -name __pycache__ -type d -prune -exec rm -rf {} +

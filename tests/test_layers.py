@@ -385,6 +385,7 @@ def test_what_the_design_allows_is_not_reported(plant: Plant) -> None:
             ),
             "subscribers/monitor.py": "import math",
             "subscribers/__init__.py": lazy,
+            "errors.py": "",
             "demo.py": "import eventtrain as et\nfrom eventtrain import subscribers as subs",
         }
     )
