@@ -51,13 +51,17 @@ class Executables(Generic[E]):
         """
         return self._select(batch, _signature(batch))
 
-    def select_after(self, error: Exception, batch: PyTree) -> E | None:
-        """What serves a batch that `current` refused with `error`; None if it should not have.
+    def reselect(self, error: Exception, batch: PyTree, check: Callable[[], None]) -> E:
+        """What serves a batch that `current` refused with `error`; otherwise as `select`.
 
-        None means that the batch has the signature of `current`: the refusal has another reason.
+        If the batch has the signature of `current`, the refusal has another reason: then `check`
+        may raise what explains it, or else `error` is raised.
         """
         key = _signature(batch)
-        return None if key == self._key else self._select(batch, key)
+        if key == self._key:
+            check()
+            raise error
+        return self._select(batch, key)
 
     def _select(self, batch: PyTree, key: Hashable) -> E:
         if key not in self._built:

@@ -110,18 +110,27 @@ class MetricLayout:
         columns = self._columns(rows, self.watched_dtypes, start)
         return dict(zip(self.watched, columns, strict=True))
 
-    def differences(self, other: MetricLayout) -> str:
-        """What appeared, vanished or changed its dtype from this layout to `other`, in words."""
+    def require_same(self, other: MetricLayout, where: str) -> None:
+        """Raise a MetricsError unless `other`, of another batch signature, equals this layout.
+
+        It names the metrics that appeared, vanished or changed their dtype.
+        """
+        if other == self:
+            return
         before = dict(zip(self.names, self.dtypes, strict=True))
         after = dict(zip(other.names, other.dtypes, strict=True))
-        found = [f"{name!r} ({after[name]}) appeared" for name in after.keys() - before.keys()]
-        found += [f"{name!r} ({before[name]}) vanished" for name in before.keys() - after.keys()]
+        found = [f"{name!r} appeared" for name in after.keys() - before.keys()]
+        found += [f"{name!r} vanished" for name in before.keys() - after.keys()]
         found += [
             f"{name!r} changed from {before[name]} to {after[name]}"
             for name in before.keys() & after.keys()
             if before[name] != after[name]
         ]
-        return ", ".join(sorted(found))
+        raise MetricsError(
+            f"{where} returned other metrics for a batch of another shape: "
+            f"{', '.join(sorted(found))}. Every step of a run must carry the same metrics: return "
+            "them always, as jnp.nan where they do not apply, and in one dtype."
+        )
 
     def _columns(self, rows: Rows, dtypes: Sequence[np.dtype[Any]], start: int) -> list[Column]:
         columns: list[Column] = []

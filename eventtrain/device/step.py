@@ -28,7 +28,7 @@ from eventtrain.device.state import (
     replicated_sharding,
     split_state,
 )
-from eventtrain.errors import MetricsError, SnapshotError, StepError
+from eventtrain.errors import SnapshotError, StepError
 
 __all__ = ["Carry", "CompiledStep", "Kept", "copy_leaves", "place", "split_state"]
 
@@ -240,12 +240,8 @@ class CompiledStep:
         lowered = self._compile_on_caller(lambda: self._fused.lower(batch))
         if self._rings is None:
             self.layout, self._rings = lowered.layout, lowered.rings
-        elif lowered.layout != self.layout:
-            raise MetricsError(
-                "step_fn returned other metrics for a batch of another shape: "
-                f"{self.layout.differences(lowered.layout)}. Every step of a run must carry the "
-                "same metrics; return them always, as jnp.nan where they do not apply."
-            )
+        else:
+            self.layout.require_same(lowered.layout, "step_fn")
         return _Variants(lowered)
 
     def _call_after(
@@ -254,14 +250,15 @@ class CompiledStep:
         """The call that `error` refused, by the executable for this batch's signature."""
         if carry.ring.is_deleted():
             raise error  # it came after the donation: not a refusal of the arguments
-        executable = self._executables.select_after(error, batch)
-        if executable is None:
-            check_leaves(carry.leaves, self._fused.skeleton, self._fused.leaf_types)
-            raise error
+        executable = self._executables.reselect(error, batch, lambda: self._check(carry))
         self._donating = executable.donating
         return self._donating(
             carry.leaves, carry.ext_leaves, carry.ring, carry.cursor, batch, *counts
         )
+
+    def _check(self, carry: Carry) -> None:
+        check_leaves(carry.leaves, self._fused.skeleton, self._fused.leaf_types)
+        check_leaves(carry.ext_leaves, self._fused.ext_skeleton, self._fused.ext_types)
 
     def _call_keeping(
         self, carry: Carry, batch: PyTree, counts: tuple[jax.Array, ...]
