@@ -154,14 +154,14 @@ def on_device(batch: Batch) -> bool:
 
 
 class BatchGroup(NamedTuple):
-    """`steps_per_call` batches for one call, of which the first `count` are real.
+    """`steps_per_call` batches for one call, of which the first `steps` are real.
 
     A short group is padded by repeating its last batch. `positions[i]` is what the data iterator's
     `get_state()` said right after batch i, or None if it has no such method.
     """
 
     batches: tuple[Batch, ...]
-    count: int
+    steps: int
     positions: tuple[Any, ...]
 
 
@@ -176,7 +176,7 @@ class Prefetcher:
         depth: groups that may wait; this many batches of memory are used on top of the step's.
         sharding: where NumPy leaves are put; None is JAX's default device. Leaves that are JAX
             arrays already stay where they are, numbers stay numbers.
-        on_ready: called on the prefetch thread each time `ready()` has become true.
+        on_ready: called on the prefetch thread after each group and at the end, when `ready()` holds.
 
     `ready` and `take` never block and belong to one consumer thread.
     """
@@ -282,8 +282,10 @@ class Prefetcher:
                 self._add(group)
 
     def _add(self, group: list[tuple[Batch, Any]]) -> None:
-        self._room.acquire()
         if self._closing:
+            return
+        self._room.acquire()
+        if self._closing:  # close() made the room, to end this wait
             return
         padded = group + group[-1:] * (self._size - len(group))
         batches = tuple(batch for batch, _ in padded)
@@ -294,7 +296,9 @@ class Prefetcher:
     def _on_device(self, batch: Batch) -> Batch:
         def put(leaf: Any) -> Any:
             if isinstance(leaf, (np.ndarray, np.generic)) and leaf.dtype.kind not in "OSUMm":
-                return jax.device_put(leaf, self._sharding)  # pyright: ignore[reportUnknownMemberType]
+                # A copy, since JAX may alias the memory or read it late, and an iterator that fills
+                # one buffer again and again is legal.
+                return jax.device_put(np.array(leaf), self._sharding)
             return leaf
 
         return jax.tree.map(put, batch)
@@ -308,9 +312,7 @@ def _position(batches: Iterator[Batch]) -> Any:
 def _alike(one: Batch, other: Batch) -> bool:
     first, first_tree = jax.tree_util.tree_flatten(one)
     second, second_tree = jax.tree_util.tree_flatten(other)
-    return first_tree == second_tree and all(
-        _kind(a) == _kind(b) for a, b in zip(first, second, strict=True)
-    )
+    return first_tree == second_tree and all(_kind(a) == _kind(b) for a, b in zip(first, second, strict=True))
 
 
 def _kind(leaf: Any) -> tuple[Any, ...]:

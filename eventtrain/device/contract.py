@@ -11,7 +11,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from eventtrain.device.state import PyTree, Skeleton, is_array, partition
+from eventtrain.device.state import PyTree, Skeleton, TreeDef, is_array, partition, strong
 from eventtrain.errors import StateError, StepError
 
 __all__ = ["call_user", "check_leaves", "describe", "matched_leaves", "state_and_metrics"]
@@ -105,21 +105,20 @@ def _matched(leaf: Any, path: str, wanted: Any, subject: str) -> jax.Array:
                 f"state must keep its arrays. Return jnp.asarray(..., jnp.{wanted.dtype}) there."
             )
         return jnp.asarray(leaf, wanted.dtype)
-    if leaf.shape != wanted.shape:
+    array = jnp.asarray(leaf)
+    if array.shape != wanted.shape:
         raise StateError(
-            f"{subject}{path} as {describe(leaf)}, but was given {describe(wanted)}: the compiled "
+            f"{subject}{path} as {describe(array)}, but was given {describe(wanted)}: the compiled "
             "step writes each state over the one before, so shapes must stay. Look for a "
             "broadcast or a missing reduction where it is updated."
         )
-    if leaf.dtype != wanted.dtype:
+    if array.dtype != wanted.dtype:
         raise StateError(
-            f"{subject}{path} as {describe(leaf)}, but was given {describe(wanted)}: the compiled "
+            f"{subject}{path} as {describe(array)}, but was given {describe(wanted)}: the compiled "
             "step writes each state over the one before, so dtypes must stay. Cast the result with "
-            f".astype(jnp.{wanted.dtype}), or start with a state of dtype {leaf.dtype}."
+            f".astype(jnp.{wanted.dtype}), or start with a state of dtype {array.dtype}."
         )
-    if getattr(leaf, "weak_type", False):
-        return jax.lax.convert_element_type(leaf, wanted.dtype)
-    return jnp.asarray(leaf)
+    return strong(array)
 
 
 def _check_static(leaf: object, path: str, before: object, subject: str) -> None:
@@ -145,9 +144,7 @@ def _check_static(leaf: object, path: str, before: object, subject: str) -> None
     )
 
 
-def _structure_message(
-    result: PyTree, skeleton: Skeleton, treedef: jax.tree_util.PyTreeDef, subject: str
-) -> str:
+def _structure_message(result: PyTree, skeleton: Skeleton, treedef: TreeDef, subject: str) -> str:
     _, after = partition(result)
     before_paths = {*skeleton.paths, *(path for _, path, _ in skeleton.static)}
     after_paths = {*after.paths, *(path for _, path, _ in after.static)}
@@ -164,6 +161,6 @@ def _structure_message(
     )
 
 
-def _short(treedef: jax.tree_util.PyTreeDef, limit: int = 300) -> str:
+def _short(treedef: TreeDef, limit: int = 300) -> str:
     text = str(treedef)
     return text if len(text) <= limit else text[:limit] + "..."

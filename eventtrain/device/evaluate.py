@@ -84,9 +84,7 @@ class CompiledEval:
         (blocking); errors as in `prepare`, and then `carry` is as it was.
         """
         if carry.rows >= self.capacity:
-            raise StepError(
-                f"The metric ring holds {self.capacity} rows and all are used. Call take_ring()."
-            )
+            raise StepError(f"The metric ring holds {self.capacity} rows and all are used. Call take_ring().")
         try:
             out = self._evaluate(leaves, carry.ring, carry.cursor, batch)
         except (TypeError, ValueError) as error:

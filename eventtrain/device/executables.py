@@ -12,7 +12,7 @@ from typing import Any, Generic, TypeVar
 import jax
 import numpy as np
 
-from eventtrain.device.state import PyTree, is_array
+from eventtrain.device.state import PyTree, is_array, is_weak
 from eventtrain.errors import DataError
 
 __all__ = ["Executables"]
@@ -27,7 +27,6 @@ class Executables(Generic[E]):
 
     Attributes:
         current: what was selected last.
-        compilations: how many signatures were built.
     """
 
     def __init__(self, build: Callable[[PyTree], E]) -> None:
@@ -38,9 +37,11 @@ class Executables(Generic[E]):
 
     @property
     def compilations(self) -> int:
+        """How many signatures were built."""
         return len(self._built)
 
     def all(self) -> list[E]:
+        """What was built, in order."""
         return list(self._built.values())
 
     def select(self, batch: PyTree) -> E:
@@ -77,7 +78,7 @@ def _signature(batch: PyTree) -> Hashable:
     for path, leaf in with_paths:
         if isinstance(leaf, jax.Array):
             sharding = leaf.sharding if leaf.committed else None
-            kinds.append((leaf.shape, leaf.dtype, getattr(leaf, "weak_type", False), sharding))
+            kinds.append((leaf.shape, leaf.dtype, is_weak(leaf), sharding))
         elif is_array(leaf):
             kinds.append((leaf.shape, jax.dtypes.canonicalize_dtype(leaf.dtype), False, None))
         elif isinstance(leaf, (bool, int, float, complex)):

@@ -69,9 +69,12 @@ class EMA(StepExtension):
         return f"EMA({self.decay!r}, name={self.name!r})"
 
     def init(self, params: PyTree) -> PyTree:
+        """The weights themselves, floating-point ones in float32 at least."""
         return jax.tree.map(_widened, params)
 
     def update(self, ext_state: PyTree, params: PyTree, step: jax.Array) -> PyTree:
+        """The average including `params`, which are those after the update."""
+
         def average(old: Any, new: Any) -> Any:
             if not _is_floating(new):
                 return new

@@ -90,9 +90,7 @@ class FusedStep:
         """The extensions' leaves for a state of `step` completed steps; buffers of their own."""
         return self._initial_extensions(leaves, step)[0]
 
-    def _initial_extensions(
-        self, leaves: Sequence[jax.Array], step: int
-    ) -> tuple[list[jax.Array], Skeleton]:
+    def _initial_extensions(self, leaves: Sequence[jax.Array], step: int) -> tuple[list[jax.Array], Skeleton]:
         if not self.extensions:
             return [], partition(())[1]
         params = self._params_of(self.skeleton.join(leaves))
@@ -178,9 +176,7 @@ class FusedStep:
 
         if not self._donate:
             return LoweredStep(layouts[0], rings, lowered(2), None)
-        return LoweredStep(
-            layouts[0], rings, lowered(0, 1, 2), lowered(2) if self._keep else None
-        )
+        return LoweredStep(layouts[0], rings, lowered(0, 1, 2), lowered(2) if self._keep else None)
 
     def _traced_step(
         self, leaves: list[jax.Array], batch: PyTree
@@ -199,9 +195,7 @@ class FusedStep:
             name: call_user(f"{e!r}.update", e.update, states[name], params, step)
             for name, e in self.extensions.items()
         }
-        return matched_leaves(
-            (step, updated), self.ext_skeleton, ext_leaves, "step_extensions returned "
-        )
+        return matched_leaves((step, updated), self.ext_skeleton, ext_leaves, "step_extensions returned ")
 
     def _params_of(self, state: PyTree) -> PyTree:
         return call_user("params", self._params, state)

@@ -17,6 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from eventtrain.device.metrics import is_real
 from eventtrain.device.state import PyTree, is_array
 from eventtrain.errors import (
     AmbiguousHyperparam,
@@ -160,9 +161,8 @@ def _number(value: object) -> float | int | bool:
     if isinstance(value, (bool, int, float)):
         return value
     shape = getattr(value, "shape", None)
-    if is_array(value) and shape == () and not jnp.issubdtype(value.dtype, np.complexfloating):
-        if not jax.dtypes.issubdtype(value.dtype, jax.dtypes.extended):
-            return np.asarray(value).item()
+    if is_array(value) and shape == () and is_real(value.dtype):
+        return np.asarray(value).item()
     given = type(value).__name__ + ("" if shape is None else f" of shape {tuple(shape)}")
     raise HyperparamError(
         f"Cannot write {given} to a hyperparameter: it is one real number. Pass a float or an int."

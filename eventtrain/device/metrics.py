@@ -18,7 +18,7 @@ from jax import lax
 
 from eventtrain.errors import MetricsError
 
-__all__ = ["Column", "MetricLayout", "Rows"]
+__all__ = ["Column", "MetricLayout", "Rows", "is_real"]
 
 # uint32[k, words]: the rows of k steps, on the host.
 Rows: TypeAlias = "np.ndarray[Any, np.dtype[np.uint32]]"
@@ -169,7 +169,7 @@ def _scalar_dtype(name: str, value: object, where: str) -> np.dtype[Any]:
             "Reduce it, for example with jnp.mean, or return its entries under names of their own."
         )
     dtype = jax.dtypes.canonicalize_dtype(dtype) if isinstance(dtype, np.dtype) else dtype
-    if not _is_real(dtype):
+    if not is_real(dtype):
         raise MetricsError(
             f"{subject} of dtype {dtype}, but only bool, integers and real floats can be metrics. "
             "Return real numbers, for example its jnp.real, jnp.imag or jnp.abs."
@@ -177,7 +177,8 @@ def _scalar_dtype(name: str, value: object, where: str) -> np.dtype[Any]:
     return np.dtype(dtype)
 
 
-def _is_real(dtype: Any) -> bool:  # a numpy dtype, or one of JAX's extended ones (PRNG keys)
+def is_real(dtype: Any) -> bool:
+    """Whether a NumPy dtype, or an extended one of JAX's (PRNG keys), is one of real numbers or bool."""
     return (
         jnp.issubdtype(dtype, np.bool_)
         or jnp.issubdtype(dtype, np.integer)

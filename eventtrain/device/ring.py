@@ -32,9 +32,7 @@ class RingCarry:
         self.rows = 0
 
 
-def write_row(
-    ring: jax.Array, cursor: jax.Array, row: jax.Array
-) -> tuple[jax.Array, jax.Array]:
+def write_row(ring: jax.Array, cursor: jax.Array, row: jax.Array) -> tuple[jax.Array, jax.Array]:
     """`(ring, cursor)` with uint32[words] `row` written at `cursor`; traced inside the step."""
     ring = lax.dynamic_update_slice(ring, row[None, :], (cursor, jnp.uint32(0)))
     return ring, cursor + jnp.uint32(1)

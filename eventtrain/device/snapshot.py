@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from eventtrain.device.state import PyTree, Skeleton
@@ -29,7 +30,7 @@ class HostKey:
 
     def wrap(self) -> jax.Array:
         """The key array again, on the default device."""
-        return jax.random.wrap_key_data(self.data, impl=self.impl)
+        return jax.random.wrap_key_data(jnp.asarray(self.data), impl=self.impl)
 
 
 class Snapshot:
@@ -114,6 +115,15 @@ class Snapshot:
             leaf.copy_to_host_async()
         return self._skeleton.join([_on_host(leaf) for leaf in leaves])
 
+    def share(self) -> Snapshot:
+        """Another snapshot of the same arrays, to be released on its own.
+
+        Raises:
+            SnapshotError: after `release`.
+        """
+        leaves, extensions = self._references()
+        return Snapshot(self.step, leaves, self._skeleton, tag=self.tag, extensions=extensions)
+
     def release(self) -> None:
         """Give the device memory back, as soon as nobody else refers to it. May be repeated."""
         with self._lock:
@@ -130,7 +140,7 @@ class Snapshot:
 
 
 def _on_host(leaf: jax.Array) -> Any:
-    if jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+    if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
         data = np.array(jax.random.key_data(leaf))
         return HostKey(data, str(jax.random.key_impl(leaf)))
     return np.array(leaf)  # a copy: a view of a CPU buffer would tie its memory down

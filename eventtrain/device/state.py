@@ -22,16 +22,22 @@ __all__ = [
     "Leaf",
     "PyTree",
     "Skeleton",
+    "TreeDef",
     "copy_leaves",
     "is_array",
+    "is_weak",
     "partition",
     "place",
     "replicated_sharding",
     "split_state",
+    "strong",
 ]
 
 # A pytree has no static type: its containers are whatever the user registered with JAX.
 PyTree: TypeAlias = Any
+# jax.tree_util.PyTreeDef and jax.Device are variables for a type checker, not types.
+TreeDef: TypeAlias = Any
+Device: TypeAlias = Any
 # An array leaf before it was placed; afterwards every leaf is a jax.Array.
 Leaf: TypeAlias = "jax.Array | np.ndarray[Any, Any] | np.generic[Any]"
 
@@ -53,7 +59,7 @@ class Skeleton:
     leaves as (position among all leaves, path, leaf). Immutable; any thread may use it.
     """
 
-    treedef: jax.tree_util.PyTreeDef
+    treedef: TreeDef
     paths: tuple[str, ...]
     static: tuple[tuple[int, str, object], ...]
 
@@ -102,17 +108,25 @@ def split_state(state: PyTree) -> tuple[list[Leaf], Skeleton]:
             "NumPy arrays, for example {'params': params, 'opt_state': optimiser.init(params)}."
         )
     for path, leaf in zip(skeleton.paths, leaves, strict=True):
-        if isinstance(leaf, jax.Array) and not isinstance(leaf, jax.core.Tracer):
-            if leaf.is_deleted():
-                raise StateError(
-                    f"state{path} was deleted, most likely donated to an earlier jitted call: its "
-                    "values are gone. Pass the state which that call returned, or a copy made "
-                    "before it."
-                )
+        if isinstance(leaf, jax.Array) and leaf.is_deleted():
+            raise StateError(
+                f"state{path} was deleted, most likely donated to an earlier jitted call: its values are "
+                "gone. Pass the state which that call returned, or a copy made before it."
+            )
     return leaves, skeleton
 
 
-def _home(leaves: Sequence[Leaf]) -> tuple[Sharding, frozenset[jax.Device]]:
+def is_weak(array: jax.Array) -> bool:
+    """Whether `array` is weakly typed, as `jnp.asarray(1.0)` is: to JAX another type than strong."""
+    return getattr(array, "weak_type", False)  # typed PRNG keys have no such attribute
+
+
+def strong(array: jax.Array) -> jax.Array:
+    """`array`, strongly typed."""
+    return jax.lax.convert_element_type(array, array.dtype) if is_weak(array) else array
+
+
+def _home(leaves: Sequence[Leaf]) -> tuple[Sharding, frozenset[Device]]:
     """Where whatever is not yet placed belongs, and the devices that the state spans."""
     arrays = [leaf for leaf in leaves if isinstance(leaf, jax.Array)]
     meshes = [leaf.sharding for leaf in arrays if isinstance(leaf.sharding, NamedSharding)]
@@ -175,8 +189,7 @@ def place(leaves: Sequence[Leaf]) -> list[jax.Array]:
         if not isinstance(leaf, jax.Array):
             placed.append(jax.device_put(np.asarray(leaf), home))
             continue
-        if getattr(leaf, "weak_type", False):  # typed PRNG keys have no such attribute
-            leaf = jax.lax.convert_element_type(leaf, leaf.dtype)
+        leaf = strong(leaf)
         there = frozenset(leaf.sharding.device_set) == devices
         on_mesh = isinstance(leaf.sharding, NamedSharding) or not isinstance(home, NamedSharding)
         keeps = there and (on_mesh or len(devices) > 1)

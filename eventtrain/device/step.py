@@ -252,17 +252,13 @@ class CompiledStep:
             raise error  # it came after the donation: not a refusal of the arguments
         executable = self._executables.reselect(error, batch, lambda: self._check(carry))
         self._donating = executable.donating
-        return self._donating(
-            carry.leaves, carry.ext_leaves, carry.ring, carry.cursor, batch, *counts
-        )
+        return self._donating(carry.leaves, carry.ext_leaves, carry.ring, carry.cursor, batch, *counts)
 
     def _check(self, carry: Carry) -> None:
         check_leaves(carry.leaves, self._fused.skeleton, self._fused.leaf_types)
         check_leaves(carry.ext_leaves, self._fused.ext_skeleton, self._fused.ext_types)
 
-    def _call_keeping(
-        self, carry: Carry, batch: PyTree, counts: tuple[jax.Array, ...]
-    ) -> tuple[Kept, Any]:
+    def _call_keeping(self, carry: Carry, batch: PyTree, counts: tuple[jax.Array, ...]) -> tuple[Kept, Any]:
         kept = Kept(carry.leaves, carry.ext_leaves)
         executable = self._executables.select(batch)
         self._donating = executable.donating
