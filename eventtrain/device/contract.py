@@ -10,6 +10,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import AxisType
 
 from eventtrain.device.state import PyTree, Skeleton, TreeDef, is_array, partition, strong
 from eventtrain.errors import StateError, StepError
@@ -51,7 +52,8 @@ def matched_leaves(
         expected: its array leaves, or tracers or `jax.ShapeDtypeStruct` like them.
         subject: what returned it, for the message: "step_fn returned state".
 
-    A Python number in place of a scalar array is taken as that array; weak types become strong.
+    A Python number in place of a scalar array is taken as that array; weak types become strong; on
+    explicit mesh axes every leaf goes back to the sharding it had.
 
     Raises:
         StateError: names the first leaf that differs, both kinds, and the remedy.
@@ -98,13 +100,13 @@ def describe(leaf: Any) -> str:
 
 def _matched(leaf: Any, path: str, wanted: Any, subject: str) -> jax.Array:
     if not is_array(leaf):
-        number = isinstance(leaf, (bool, int, float, complex))
-        if not number or wanted.shape != () or jnp.result_type(wanted.dtype, leaf) != wanted.dtype:
+        number = _as_scalar(leaf, wanted)
+        if number is None:
             raise StateError(
                 f"{subject}{path} as {type(leaf).__name__}, but was given {describe(wanted)}: the "
                 f"state must keep its arrays. Return jnp.asarray(..., jnp.{wanted.dtype}) there."
             )
-        return jnp.asarray(leaf, wanted.dtype)
+        return _sharded_as(wanted, number)
     array = jnp.asarray(leaf)
     if array.shape != wanted.shape:
         raise StateError(
@@ -118,7 +120,26 @@ def _matched(leaf: Any, path: str, wanted: Any, subject: str) -> jax.Array:
             "step writes each state over the one before, so dtypes must stay. Cast the result with "
             f".astype(jnp.{wanted.dtype}), or start with a state of dtype {array.dtype}."
         )
-    return strong(array)
+    return _sharded_as(wanted, strong(array))
+
+
+def _sharded_as(wanted: Any, array: jax.Array) -> jax.Array:
+    """On a mesh with explicit axes the sharding is part of a type, and the type must stay too."""
+    sharding = jax.typeof(wanted).sharding
+    if AxisType.Explicit not in sharding.mesh.axis_types or jax.typeof(array).sharding == sharding:
+        return array
+    return jax.sharding.reshard(array, sharding)
+
+
+def _as_scalar(leaf: object, wanted: Any) -> jax.Array | None:
+    """A Python number as the scalar array it stands for, if `wanted` is one that can hold it."""
+    if not isinstance(leaf, (bool, int, float, complex)) or wanted.shape != ():
+        return None
+    try:
+        fits = jnp.result_type(wanted.dtype, leaf) == wanted.dtype
+        return jnp.asarray(leaf, wanted.dtype) if fits else None
+    except (OverflowError, TypeError):  # too large, or `wanted` is a PRNG key
+        return None
 
 
 def _check_static(leaf: object, path: str, before: object, subject: str) -> None:

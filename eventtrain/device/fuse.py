@@ -171,7 +171,8 @@ class FusedStep:
         )
 
         def lowered(*donated: int) -> jax.stages.Lowered:
-            jitted = jax.jit(fused, donate_argnums=donated, out_shardings=shardings)
+            # keep_unused: a leaf that step_fn overwrites without reading it is donated all the same.
+            jitted = jax.jit(fused, donate_argnums=donated, out_shardings=shardings, keep_unused=True)
             return jitted.lower(*arguments)
 
         if not self._donate:

@@ -1,0 +1,147 @@
+from __future__ import annotations
+
+import threading
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from eventtrain.device.snapshot import HostKey, Snapshot
+from eventtrain.device.state import copy_leaves, place, split_state
+from eventtrain.device.step import CompiledStep
+from eventtrain.errors import SnapshotError
+
+STATE = {"w": jnp.arange(6.0).reshape(2, 3), "f": jax.nn.relu, "key": jax.random.key(5), "n": jnp.int32(4)}
+
+
+def snapshot_of(state: Any, **options: Any) -> Snapshot:
+    leaves, skeleton = split_state(state)
+    return Snapshot(12, copy_leaves(place(leaves)), skeleton, **options)
+
+
+def test_a_snapshot_gives_the_state_back_on_the_device() -> None:
+    snapshot = snapshot_of(STATE, tag="best")
+    assert (snapshot.step, snapshot.tag, snapshot.released) == (12, "best", False)
+    assert snapshot.size_bytes == 6 * 4 + 8 + 4
+    state = snapshot.state
+    assert isinstance(state["w"], jax.Array)
+    assert state["w"].tolist() == [[0, 1, 2], [3, 4, 5]]
+    assert state["f"] is jax.nn.relu
+    assert [leaf.shape for leaf in snapshot.leaves] == [(), (), (2, 3)]
+
+
+def test_the_host_state_consists_of_numpy_copies() -> None:
+    snapshot = snapshot_of(STATE)
+    host = snapshot.host_state()
+    assert type(host["w"]) is np.ndarray
+    assert host["w"].tolist() == [[0, 1, 2], [3, 4, 5]]
+    assert host["w"].flags.owndata
+    assert host["f"] is jax.nn.relu
+    key = host["key"]
+    assert isinstance(key, HostKey)
+    assert key.data.dtype == np.uint32
+    assert key.impl == "threefry2x32"
+    assert jnp.array_equal(jax.random.key_data(key.wrap()), jax.random.key_data(STATE["key"]))
+    assert jax.random.uniform(key.wrap()) == jax.random.uniform(STATE["key"])
+
+
+def test_extensions_are_kept_beside_the_state() -> None:
+    extra = jnp.ones(3)
+    snapshot = snapshot_of(STATE, extensions=[extra])
+    assert snapshot.extensions[0] is extra
+    assert snapshot.size_bytes == 6 * 4 + 8 + 4 + 12
+
+
+@pytest.mark.parametrize("use", ["state", "leaves", "extensions", "host_state"])
+def test_a_released_snapshot_says_so(use: str) -> None:
+    snapshot = snapshot_of(STATE, tag="best")
+    snapshot.release()
+    snapshot.release()
+    assert snapshot.released
+    assert "released" in repr(snapshot)
+    with pytest.raises(SnapshotError, match=r"snapshot of step 12 \(tag 'best'\) was released"):
+        getattr(snapshot, use)() if use == "host_state" else getattr(snapshot, use)
+
+
+def test_release_gives_the_device_memory_back() -> None:
+    before = len(jax.live_arrays())
+    snapshot = snapshot_of(STATE)
+    assert len(jax.live_arrays()) > before
+    snapshot.release()
+    assert len(jax.live_arrays()) == before
+
+
+def test_a_release_meanwhile_does_not_disturb_a_reader() -> None:
+    reading, go_on = threading.Event(), threading.Event()
+
+    class Slow:
+        """Stands for a leaf whose transfer takes its time."""
+
+        dtype, nbytes = np.dtype(np.float32), 4
+
+        def is_deleted(self) -> bool:
+            return False
+
+        def copy_to_host_async(self) -> None:
+            reading.set()
+            assert go_on.wait(30)
+
+        def __array__(self, dtype: Any = None, copy: Any = None) -> np.ndarray:
+            return np.float32([7])
+
+    leaves, skeleton = split_state({"a": jnp.zeros(1), "b": jnp.ones(1)})
+    snapshot = Snapshot(1, [Slow(), leaves[1]], skeleton)  # type: ignore[list-item]
+    result: list[Any] = []
+    thread = threading.Thread(target=lambda: result.append(snapshot.host_state()))
+    thread.start()
+    assert reading.wait(30)
+    snapshot.release()
+    go_on.set()
+    thread.join(30)
+    assert result[0]["a"].tolist() == [7]
+    assert result[0]["b"].tolist() == [1]
+
+
+def test_a_state_that_the_user_donated_is_said_to_be_destroyed() -> None:
+    snapshot = snapshot_of({"w": jnp.arange(3.0)})
+    jax.jit(lambda w: w + 1, donate_argnums=0)(snapshot.state["w"])
+    with pytest.raises(SnapshotError, match="step 12 was destroyed"):
+        snapshot.host_state()
+
+
+def test_a_hundred_snapshots_read_late_are_bit_equal_behind_donating_steps() -> None:
+    def walk(state: Any, batch: Any) -> Any:
+        key, noise = jax.random.split(state["key"])
+        return {"key": key, "w": state["w"] + jax.random.normal(noise, state["w"].shape) * batch}, {}
+
+    state = {"key": jax.random.key(0), "w": jnp.zeros((64, 64))}
+    expected = []
+    twin = state
+    bare = jax.jit(walk)
+    for _ in range(100):
+        expected.append((np.array(jax.random.key_data(twin["key"])), np.array(twin["w"])))
+        for _ in range(3):
+            twin, _ = bare(twin, np.float32(0.5))
+
+    leaves, skeleton = split_state(state)
+    leaves = copy_leaves(place(leaves))
+    step = CompiledStep(walk, skeleton, leaves)
+    step.prepare(np.float32(0.5))
+    carry = step.initial(leaves)
+    step.request_keeping()  # the first ones are device copies, then keeping steps
+    snapshots = []
+    for i in range(100):
+        kept = step(carry, np.float32(0.5), keep=True)
+        assert kept is not None
+        snapshots.append(Snapshot(3 * i, kept.leaves, skeleton))
+        step(carry, np.float32(0.5))
+        step(carry, np.float32(0.5))
+        if i == 20:
+            step.close()
+    same = []
+    for snapshot, (key, w) in zip(snapshots, expected, strict=True):
+        host = snapshot.host_state()
+        same.append(np.array_equal(host["key"].data, key) and np.array_equal(host["w"], w))
+    assert same == [True] * 100
