@@ -9,9 +9,11 @@ from __future__ import annotations
 import collections
 import threading
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager
 from typing import Any, NamedTuple, TypeAlias
 
 import jax
+import jax.experimental
 import numpy as np
 
 from eventtrain.errors import ConfigurationError, DataError
@@ -205,6 +207,7 @@ class Prefetcher:
         self._ended = False  # set last: whoever sees it sees every group and the error too
         self._error: BaseException | None = None
         self._taken = 0
+        self._x64 = bool(jax.config.read("jax_enable_x64"))  # a setting of each thread: handed on to ours
         self._thread = threading.Thread(target=self._run, name="eventtrain-prefetch", daemon=True)
         self._thread.start()
 
@@ -249,7 +252,8 @@ class Prefetcher:
 
     def _run(self) -> None:
         try:
-            self._fill()
+            with _x64(self._x64):
+                self._fill()
         except BaseException as error:
             self._error = error
         finally:
@@ -302,6 +306,12 @@ class Prefetcher:
             return leaf
 
         return jax.tree.map(put, batch)
+
+
+def _x64(enabled: bool) -> AbstractContextManager[Any]:
+    """`jax.enable_x64`, wherever this version of JAX keeps it."""
+    module: Any = jax if hasattr(jax, "enable_x64") else jax.experimental
+    return module.enable_x64(enabled)
 
 
 def _position(batches: Iterator[Batch]) -> Any:

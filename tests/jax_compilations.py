@@ -1,8 +1,9 @@
-"""Counts what XLA compiles, process-wide, so that a test can say that nothing was."""
+"""What the tests ask of JAX beside its API: how often XLA compiled, and 64-bit mode on every version."""
 
 from __future__ import annotations
 
 import jax
+import jax.experimental
 
 
 class Compilations:
@@ -25,3 +26,6 @@ class Compilations:
 
 
 COMPILATIONS = Compilations()  # one listener for the process: JAX offers no public way to remove it
+
+# jax.enable_x64 is newer than the lowest JAX supported.
+x64 = jax.enable_x64 if hasattr(jax, "enable_x64") else jax.experimental.enable_x64

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax_compilations import x64
 
 from eventtrain.data import ArrayLoader, BatchGroup, Prefetcher, epoch_batches, on_device
 from eventtrain.errors import ConfigurationError, DataError
@@ -317,6 +318,13 @@ def test_batches_of_jax_arrays_need_no_transfer() -> None:
     assert on_device({"x": jnp.ones(2), "n": None})
     assert not on_device({"x": jnp.ones(2), "y": np.ones(2)})
     assert not on_device({"x": 3})
+
+
+@pytest.mark.parametrize("enabled", [False, True])
+def test_the_prefetch_thread_has_the_64_bit_mode_of_its_maker(enabled: bool) -> None:
+    with x64(enabled):
+        (group,) = Consumer(iter([np.array([2**40 if enabled else 7])])).all()
+    assert group.batches[0].dtype == (np.int64 if enabled else np.int32)
 
 
 def test_numpy_batches_are_replicated_over_the_mesh(run_on_devices: Any) -> None:

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from jax_compilations import x64
 
 from eventtrain.device.metrics import MetricLayout
 from eventtrain.errors import MetricsError
@@ -85,7 +86,7 @@ def test_every_bit_pattern_of_every_float_dtype_comes_back(patterns: list[int]) 
     st.floats(allow_nan=False, width=64),
 )
 def test_64_bit_values_come_back_exactly_with_x64(signed: int, unsigned: int, real: float) -> None:
-    with jax.enable_x64(True):
+    with x64(True):
         columns = round_trip(
             {
                 "int64": jnp.asarray(signed, jnp.int64),

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from jax_compilations import COMPILATIONS
+from jax_compilations import COMPILATIONS, x64
 
 from eventtrain.device.extensions import EMA, StepExtension
 from eventtrain.device.fetch import Ring
@@ -163,22 +163,22 @@ def test_a_bfloat16_state_trains_as_in_a_bare_loop() -> None:
     assert on_host(carry.leaves) == on_host(jax.tree.leaves(state))
 
 
-def test_int64_and_float64_metrics_are_exact_with_x64() -> None:
-    with jax.enable_x64(True):
-        step, carry = build(
-            lambda s, b: ({"n": s["n"] * 3 + b}, {"n": s["n"], "x": s["n"] * 0.1}),
-            {"n": jnp.asarray(2**40 + 1, jnp.int64)},
-            np.int64(5),
-        )
-        expected = 2**40 + 1
-        values = []
-        for _ in range(12):
-            step(carry, np.int64(5))
-            values.append(expected)
-            expected = expected * 3 + 5
+@pytest.mark.parametrize("per_call", [1, 3])
+def test_int64_and_float64_metrics_are_exact_with_x64(per_call: int) -> None:
+    def multiply(state: Any, batch: Any) -> Any:
+        return {"n": state["n"] * 3 + batch}, {"n": state["n"], "x": state["n"] * 0.1}
+
+    with x64(True):
+        five = np.int64(5) if per_call == 1 else (np.int64(5),) * per_call
+        step, carry = build(multiply, {"n": jnp.asarray(2**40 + 1, jnp.int64)}, five, steps_per_call=per_call)
+        for _ in range(0, 12, per_call):
+            step(carry, five, 0, per_call)
         columns = fetched(step, carry)
-    assert columns["n"] == values
-    assert columns["x"] == [value * 0.1 for value in values]
+    expected = [2**40 + 1]
+    while len(expected) < 12:
+        expected.append(expected[-1] * 3 + 5)
+    assert columns["n"] == expected
+    assert columns["x"] == [value * 0.1 for value in expected]
 
 
 def test_watched_hyperparameters_are_recorded_beside_the_metrics() -> None:
