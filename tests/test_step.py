@@ -277,6 +277,24 @@ def test_the_keeping_variant_is_compiled_once_in_a_thread_of_its_own() -> None:
     assert not [t for t in threading.enumerate() if t.name == "eventtrain-compile-keeping"]
 
 
+def test_a_keeping_variant_that_does_not_compile_is_logged_and_replaced_by_copies(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    class Hopeless:
+        def compile(self) -> Any:
+            raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: while compiling")
+
+    step, carry = build(train, initial_state(), batches(1)[0])
+    monkeypatch.setattr(step._executables.current, "_lowered", Hopeless())
+    step.request_keeping()
+    step.close()
+    assert not step.keeping_ready
+    (record,) = caplog.records
+    assert "RESOURCE_EXHAUSTED: while compiling" in record.getMessage()
+    assert "copy on the device" in record.getMessage()
+    assert step(carry, batches(1)[0], keep=True) is not None
+
+
 @pytest.mark.parametrize("compiled", [True, False], ids=["keeping", "copy"])
 def test_no_room_for_a_snapshot_is_said_and_leaves_the_state_usable(
     compiled: bool, monkeypatch: pytest.MonkeyPatch
@@ -492,8 +510,9 @@ def test_a_state_of_other_shapes_is_refused_when_it_is_put_in_place() -> None:
     with pytest.raises(StateError, match="2 array leaves"):
         step.initial([jnp.zeros(3)] * 2)
     carry.leaves = [jnp.zeros(4)]
-    with pytest.raises(StateError, match=r"state\['w'\] is float32\[4\]"):
-        step(carry, np.float32(1))
+    for keep in (False, True):
+        with pytest.raises(StateError, match=r"state\['w'\] is float32\[4\]"):
+            step(carry, np.float32(1), keep=keep)
 
 
 def test_a_step_that_was_not_prepared_says_so() -> None:
