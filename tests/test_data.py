@@ -189,8 +189,11 @@ def test_a_group_ends_where_the_next_batch_has_another_shape() -> None:
 
 
 def test_an_iterator_that_fills_one_buffer_again_and_again_is_harmless() -> None:
+    memory = np.zeros(1024 + 16, np.float32)
+    first = -memory.ctypes.data % 64 // 4  # JAX takes over memory on the CPU if it is aligned to 64 bytes
+    buffer = memory[first : first + 1024]
+
     def reusing() -> Iterator[np.ndarray]:
-        buffer = np.zeros(1024, np.float32)
         for i in range(50):
             buffer[:] = i
             yield buffer
