@@ -1,0 +1,381 @@
+"""How subscribers and services steer a run: typed commands into an inbox that only the training loop empties.
+
+Nothing here touches the device. A command says when it is due; the loop carries it out between two steps and
+answers, by an event in its stream and by the ``Answer`` that ``await command.result()`` waits for.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections import deque
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from types import MappingProxyType
+from typing import Any, Literal
+
+import anyio.to_thread
+
+from eventtrain.bus.bus import EventBus
+from eventtrain.bus.subscription import Subscription
+from eventtrain.bus.wake import Answer
+from eventtrain.commands import (
+    AnyCommand,
+    Cause,
+    Command,
+    Evaluate,
+    Pause,
+    Restore,
+    Resume,
+    SaveCheckpoint,
+    ScaleHyperparam,
+    SetHyperparam,
+    Stop,
+    TakeSnapshot,
+)
+from eventtrain.device.snapshot import Snapshot
+from eventtrain.errors import CommandRejected, ConfigurationError, EventTrainError, SnapshotError
+from eventtrain.events import CommandApplied, Event
+from eventtrain.events import CommandRejected as CommandRejectedEvent
+from eventtrain.frozen import Number
+
+POLL_S = 0.1
+"""The longest time the training thread waits without looking at the signal flags, which cannot ring a bell."""
+
+
+@dataclass(slots=True)
+class Order:
+    """One command on its way to the loop, with what decides its place among others due at the same boundary."""
+
+    command: AnyCommand
+    answer: Answer[CommandApplied]
+    cause: Event | None = None
+    subscription: Subscription | None = None
+    issue: int = 0
+    """Which of its handler's commands this is, from 0."""
+
+    @property
+    def rank(self) -> tuple[float, int, int, int]:
+        """Commands due together are applied by the step of the cause, its number, subscription, issue."""
+        if self.cause is None or self.subscription is None:
+            return (float("inf"), 0, 0, self.issue)
+        return (self.cause.step, self.cause.seq, self.subscription.index, self.issue)
+
+
+class Inbox:
+    """Where commands wait for the training thread, and where that thread waits for anything at all.
+
+    ``post`` and ``ring`` are for any thread; ``take``, ``wait``, ``open`` and ``close`` for the training thread.
+    """
+
+    def __init__(self, bus: EventBus) -> None:
+        self.bus = bus
+        self.arrived: deque[Order] = deque()
+        """Orders nobody has looked at yet; the loop tests its truth before every step."""
+        self.due: list[Order] = []
+        """Orders of finite lag that wait for their boundary."""
+        self.hyperparams: Mapping[str, Number] = MappingProxyType({})
+        self.snapshots: dict[str | int, KeptSnapshot] = {}
+        self.step = 0
+        self._bell = threading.Event()
+        self._waiting = False
+        self._closed: str | None = "no run is in progress"
+        self._lock = threading.Lock()
+
+    def post(self, orders: list[Order]) -> None:
+        """Hand orders over, together and in order; rejected at once when no run is in progress."""
+        with self._lock:
+            reason = self._closed
+            if reason is None:
+                self.arrived.extend(orders)
+        if reason is None:
+            self.ring()
+            return
+        for order in orders:
+            self.reject(order, reason)
+
+    def ask_to_stop(self, reason: str) -> None:
+        """End the run at the next boundary. Any thread, and signal handlers: it takes no lock and rings no bell."""
+        self.arrived.append(Order(Stop(reason=reason), Answer()))
+
+    def reject(self, order: Order, reason: str, publish: Callable[[Event], None] | None = None) -> None:
+        """Say no: to the one who awaits the result, and by an event."""
+        order.answer.fail(
+            CommandRejected(f"The command {order.command.kind} was not carried out: {reason}", reason=reason)
+        )
+        (publish or self.bus.notify)(CommandRejectedEvent(step=self.step, command=order.command, reason=reason))
+
+    def ring(self) -> None:
+        """Wake the training thread if it waits. Not for signal handlers, which could meet its lock."""
+        if self._waiting:
+            self._bell.set()
+
+    def wait(self, ready: Callable[[], object], timeout_s: float) -> None:
+        """Sleep until rung, ``ready()`` or the timeout: the one place where the training thread waits for the bus."""
+        self._waiting = True
+        self._bell.clear()
+        if not ready() and not self.arrived:
+            self._bell.wait(timeout_s)
+        self._waiting = False
+
+    def open(self) -> None:
+        """A run begins: commands are taken from now on."""
+        with self._lock:
+            self._closed = None
+
+    def close(self, reason: str) -> list[Order]:
+        """The run ends: later commands are rejected at once. Returns those still open."""
+        with self._lock:
+            self._closed = reason
+            left = [*self.due, *self.arrived]
+            self.due.clear()
+            self.arrived.clear()
+        return left
+
+
+class KeptSnapshot:
+    """The device state of one step, kept while training goes on; released, it frees its memory."""
+
+    def __init__(self, snapshot: Snapshot) -> None:
+        self._snapshot = snapshot
+
+    @property
+    def step(self) -> int:
+        """The number of updates the state had seen."""
+        return self._snapshot.step
+
+    @property
+    def device(self) -> Snapshot:
+        """The state on the device. Reading it is safe on any thread; it is never donated."""
+        return self._snapshot
+
+    async def to_host(self) -> Any:
+        """The state as a pytree of NumPy arrays of the same shapes and dtypes.
+
+        The copy runs in a worker thread; the loop goes on. Cancellation leaves the snapshot as it is.
+
+        Raises:
+            SnapshotError: it was released.
+        """
+        return await anyio.to_thread.run_sync(self._snapshot.host_state, abandon_on_cancel=True)
+
+    def release(self) -> None:
+        """Give the memory back. Idempotent; any thread."""
+        self._snapshot.release()
+
+
+class Control:
+    """What handlers and services may ask of the run. Every method returns at once, on any thread.
+
+    Each command method returns the ``Command`` sent; ``await command.result()`` gives the ``CommandApplied`` event or
+    raises ``eventtrain.errors.CommandRejected``. ``lag`` of the subscription decides when it takes effect.
+    """
+
+    def __init__(
+        self, inbox: Inbox, cause: Event | None = None, subscription: Subscription | None = None, lag: int | None = None
+    ) -> None:
+        self._inbox = inbox
+        self._cause = cause
+        self._subscription = subscription
+        self._lag = lag
+        self._held: list[Order] | None = [] if lag is not None else None
+        self._issued = 0
+
+    # --- commands -------------------------------------------------------------------------------------------
+
+    def set_hyperparam(self, name: str, value: float, *, path: str | None = None, reason: str = "") -> Command:
+        """Write ``value`` (a Python, NumPy or 0-d array number) where ``optax.inject_hyperparams`` keeps ``name``.
+
+        ``path`` (the full path or a unique part of it) decides where the name stands in several places. The value takes
+        the dtype of the one it replaces; nothing is recompiled.
+
+        Rejected: an unknown, ambiguous or scheduled hyperparameter, or a value that is no finite number.
+        """
+        return self._send(SetHyperparam, name=name, value=_number("set_hyperparam", value), path=path, reason=reason)
+
+    def scale_hyperparam(
+        self,
+        name: str,
+        factor: float,
+        *,
+        minimum: float | None = None,
+        maximum: float | None = None,
+        path: str | None = None,
+        reason: str = "",
+    ) -> Command:
+        """Multiply the value in effect *when the command is applied* by ``factor``, then clip it.
+
+        Use it instead of reading, computing and setting: between the event and the effect the value may change.
+        """
+        return self._send(
+            ScaleHyperparam,
+            name=name, factor=_number("scale_hyperparam", factor), minimum=minimum, maximum=maximum, path=path, reason=reason,
+        )  # fmt: skip
+
+    def stop(self, reason: str = "stopped") -> Command:
+        """End the run at the boundary where this takes effect; ``reason`` becomes the run's ``stop_reason``."""
+        return self._send(Stop, reason=reason)
+
+    def checkpoint(self, tag: str | None = None, *, reason: str = "") -> Command:
+        """Have the state of the boundary made durable by the run's ``Checkpointer``.
+
+        Applied means that the snapshot is taken; ``CheckpointCommitted`` follows when it is on disk.
+        """
+        return self._send(SaveCheckpoint, tag=tag, reason=reason)
+
+    def snapshot(self, tag: str, *, reason: str = "") -> Command:
+        """Keep the device state under ``tag``; once applied it stands in ``snapshots[tag]`` until released."""
+        return self._send(TakeSnapshot, tag=tag, reason=reason)
+
+    def restore(self, tag_or_step: str | int, part: Literal["all", "params"] = "all", *, reason: str = "") -> Command:
+        """Put a kept snapshot's state (or only its params) back. The step count goes on; it never goes back."""
+        return self._send(Restore, target=tag_or_step, part=part, reason=reason)
+
+    def pause(self, *, reason: str = "") -> Command:
+        """Hold the loop at the next boundary; everything published so far is delivered meanwhile."""
+        return self._send(Pause, reason=reason)
+
+    def resume(self, *, reason: str = "") -> Command:
+        """Let a paused loop go on."""
+        return self._send(Resume, reason=reason)
+
+    def evaluate(self, *, reason: str = "") -> Command:
+        """Evaluate on the run's ``eval_data`` at the boundary where this takes effect."""
+        return self._send(Evaluate, reason=reason)
+
+    # --- looking --------------------------------------------------------------------------------------------
+
+    @property
+    def hyperparams(self) -> Mapping[str, Number]:
+        """The values in effect, read-only: name (or path, where a name is ambiguous) -> number."""
+        return self._inbox.hyperparams
+
+    @property
+    def snapshots(self) -> Mapping[str | int, KeptSnapshot]:
+        """Kept snapshots by tag; ``.step``, ``await .to_host()``, ``.release()``."""
+        return MappingProxyType(self._inbox.snapshots)
+
+    @property
+    def step(self) -> int:
+        """Steps dispatched so far; the device may be some behind."""
+        return self._inbox.step
+
+    # --- sending --------------------------------------------------------------------------------------------
+
+    def _send(self, kind: type[Command], **fields: Any) -> Command:
+        cause = None
+        due = None
+        if self._cause is not None and self._subscription is not None:
+            cause = Cause(event=self._cause.kind, step=self._cause.step, subscriber=self._subscription.name)
+            due = None if self._lag is None else self._cause.step + self._lag
+        try:
+            command: Any = kind(cause=cause, due=due, **fields)
+        except ValueError as error:
+            raise ConfigurationError(f"Cannot issue {kind.__name__}: {error}") from error
+        answer: Answer[CommandApplied] = Answer()
+        command._reply = answer if due is None else _NoWaiting(command.kind)
+        order = Order(command, answer, self._cause, self._subscription, self._issued)
+        self._issued += 1
+        if self._lag is None:
+            self._inbox.post([order])
+        elif self._held is None:
+            raise CommandRejected(
+                f"Cannot issue {command.kind}: the control of a handler with a finite lag closes when the handler returns, "
+                "since the loop may have passed the boundary. Issue it before returning, or subscribe with lag=None.",
+                reason="the handler has returned",
+            )
+        else:
+            self._held.append(order)
+        return command
+
+    # --- one handler call -------------------------------------------------------------------------------------
+
+    @property
+    def control(self) -> Control:
+        """The handler's view of this attempt: itself."""
+        return self
+
+    def commit(self) -> None:
+        """The handler succeeded: send what a finite lag held back, and close."""
+        if self._held is not None:
+            held, self._held = self._held, None
+            if held:
+                self._inbox.post(held)
+
+    def discard(self) -> None:
+        """The handler failed, or will be tried again: drop what a finite lag held back, and close."""
+        self._held = None
+
+
+class _NoWaiting:
+    def __init__(self, kind: str) -> None:
+        self._kind = kind
+
+    async def wait(self) -> CommandApplied:
+        raise CommandRejected(
+            f"Cannot await the result of {self._kind} from a handler with a finite lag: the loop may be waiting for this "
+            "very handler. Subscribe to CommandApplied, or use lag=None.",
+            reason="awaited inside a handler with a finite lag",
+        )
+
+
+def _number(method: str, value: Any) -> float | int | bool:
+    """A Python number from a Python, NumPy or 0-d array one."""
+    item = value.item() if hasattr(value, "item") and getattr(value, "ndim", None) == 0 else value
+    if not isinstance(item, (int, float)):
+        raise ConfigurationError(f"{method}: the value must be a number or a 0-d array, not {value!r}.")
+    return item
+
+
+@dataclass
+class CheckpointPlan:
+    """When one Checkpointer wants the state: every so many steps, epochs or seconds."""
+
+    owner: str
+    every: int | None = None
+    every_epochs: int | None = None
+    every_s: float | None = None
+    next_s: float = field(default=0.0)
+
+
+class ControlRoom:
+    """The control side of one trainer: makes each handler call its control, keeps what Checkpointers asked for."""
+
+    def __init__(self, bus: EventBus) -> None:
+        self.inbox = Inbox(bus)
+        self.plans: list[CheckpointPlan] = []
+        self._claims: dict[tuple[int, str | None], tuple[Snapshot, int]] = {}
+        self._lock = threading.Lock()
+
+    def open_attempt(self, subscription: Subscription, event: Event) -> Control:
+        """The control for one handler call."""
+        return Control(self.inbox, event, subscription, subscription.lag_for(type(event)))
+
+    def offer_checkpoint(self, snapshot: Snapshot, requested_by: str | None) -> None:
+        """Hold a snapshot until every Checkpointer that should write it has claimed it."""
+        claims = 1 if requested_by is not None else len(self.plans)
+        with self._lock:
+            self._claims[snapshot.step, requested_by] = (snapshot, claims)
+
+    def claim_checkpoint(self, step: int, requested_by: str | None) -> KeptSnapshot:
+        """A Checkpointer takes the snapshot that ``SnapshotTaken`` announced; it releases it when written.
+
+        Raises:
+            SnapshotError: nothing is held for that step.
+        """
+        with self._lock:
+            held = self._claims.pop((step, requested_by), None)
+            if held is None:
+                raise SnapshotError(f"No snapshot of step {step} waits to be written; it was claimed or released before.")
+            snapshot, claims = held
+            if claims > 1:
+                self._claims[step, requested_by] = (snapshot, claims - 1)
+                snapshot = snapshot.share()
+        return KeptSnapshot(snapshot)
+
+    def release_all(self) -> None:
+        """The run is over: drop what nobody claimed, and the snapshots taken by tag."""
+        with self._lock:
+            self._claims.clear()
+            self.inbox.snapshots.clear()
+
+

@@ -1,0 +1,249 @@
+"""What each command does to a run, between two steps. Training thread only."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from types import MappingProxyType
+
+import jax
+
+from eventtrain.bus.subscription import Subscription
+from eventtrain.commands import (
+    Evaluate,
+    Pause,
+    Restore,
+    Resume,
+    SaveCheckpoint,
+    ScaleHyperparam,
+    SetHyperparam,
+    Stop,
+    TakeSnapshot,
+)
+from eventtrain.control import ControlRoom, KeptSnapshot, Order
+from eventtrain.device.hyperparams import Hyperparam, read, resolve, write
+from eventtrain.device.snapshot import Snapshot
+from eventtrain.device.state import Skeleton
+from eventtrain.device.step import Carry
+from eventtrain.errors import EventTrainError, SnapshotError
+from eventtrain.events import (
+    CheckpointFailed,
+    CheckpointRestored,
+    CommandApplied,
+    CommandConflict,
+    Event,
+    HyperparamChanged,
+    SnapshotTaken,
+)
+from eventtrain.frozen import Number
+
+
+class Effects:
+    """Carries commands out on the state in ``carry`` and says so through ``emit``.
+
+    Args:
+        carry: the state between two steps; its leaves are replaced, never changed in place.
+        skeleton: of the state.
+        hyperparams: all that the optimiser state holds.
+        params: indices of the leaves that the params lens covers.
+        room: the trainer's control side.
+        emit: publishes an event in the training stream.
+        to_host: where a snapshot's leaves go instead of staying on the device (``snapshot="host"``).
+    """
+
+    def __init__(
+        self,
+        carry: Carry,
+        skeleton: Skeleton,
+        hyperparams: Sequence[Hyperparam],
+        params: Sequence[int],
+        room: ControlRoom,
+        emit: Callable[[Event], None],
+        to_host: Callable[[list[jax.Array]], list[jax.Array]] | None = None,
+    ) -> None:
+        self._carry = carry
+        self._skeleton = skeleton
+        self._hyperparams = list(hyperparams)
+        self._params = list(params)
+        self._room = room
+        self._inbox = room.inbox
+        self._emit = emit
+        self._to_host = to_host
+        names = [h.name for h in hyperparams]
+        self._labels = {h.path: h.name if names.count(h.name) == 1 else h.path for h in hyperparams}
+        self._values = {h.path: read(carry.leaves[h.leaf_index]) for h in hyperparams}
+        self._setters: dict[str, tuple[Event, Subscription]] = {}
+        self._unborn: list[tuple[Snapshot, SnapshotTaken]] = []
+        self.pinned = True
+        """Someone else refers to the state, so the next step must not overwrite it. At first: its owner."""
+        self.paused = False
+        self.stop_reason: str | None = None
+        self.evaluations_asked = 0
+        self.deterministic = True
+        self._show()
+
+    @property
+    def watched(self) -> dict[int, str]:
+        """Leaf index -> label, of the hyperparameters that follow a schedule."""
+        return {h.leaf_index: self._labels[h.path] for h in self._hyperparams if h.scheduled}
+
+    # --- orders -----------------------------------------------------------------------------------------
+
+    def carry_out(self, order: Order, step: int, epoch: int) -> None:
+        """Do what ``order`` says at boundary ``step``, or refuse it with the reason. Never raises for a bad command."""
+        command = order.command
+        events: list[Event] = []
+        try:
+            match command:
+                case SetHyperparam() | ScaleHyperparam():
+                    events = self._change_hyperparam(command, order, step)
+                case Stop():
+                    self.stop_reason = self.stop_reason or command.reason or "stopped"
+                case SaveCheckpoint():
+                    if not self._room.plans:
+                        raise SnapshotError("no Checkpointer is subscribed, so nobody would write it. Add subs.Checkpointer(...).")
+                    events = [self.take_checkpoint(step, epoch, command.tag, None)]
+                case TakeSnapshot():
+                    taken = SnapshotTaken(step=step, tag=command.tag, epoch=epoch)
+                    self._inbox.snapshots[command.tag] = KeptSnapshot(self._snapshot(step, command.tag, taken))
+                    events = [taken]
+                case Restore():
+                    events = [self._restore(command, step)]
+                case Pause():
+                    self.paused = True
+                case Resume():
+                    self.paused = False
+                case Evaluate():
+                    self.evaluations_asked += 1
+        except EventTrainError as error:
+            self._inbox.reject(order, f"at step {step}: {error}", self._emit)
+            return
+        if command.due is None and isinstance(command, (SetHyperparam, ScaleHyperparam, Stop, Restore, Evaluate)):
+            self.deterministic = False
+        applied = CommandApplied(step=step, command=command)
+        self._emit(applied)
+        for event in events:
+            self._emit(event)
+        order.answer.give(applied)
+
+    # --- hyperparameters --------------------------------------------------------------------------------
+
+    def _change_hyperparam(self, command: SetHyperparam | ScaleHyperparam, order: Order, step: int) -> list[Event]:
+        target = resolve(self._hyperparams, command.name, command.path)
+        old = self._values[target.path]
+        value: Number
+        if isinstance(command, SetHyperparam):
+            value = command.value
+        else:
+            value = old * command.factor
+            if command.minimum is not None:
+                value = max(value, command.minimum)
+            if command.maximum is not None:
+                value = min(value, command.maximum)
+            if target.dtype.kind in "iu":
+                value = round(value)
+        leaves = list(self._carry.leaves)
+        new_leaf = write(leaves[target.leaf_index], value)
+        leaves[target.leaf_index] = new_leaf
+        self._carry.leaves = leaves
+        # A leaf just written from the host: reading it back waits for no step.
+        new = self._values[target.path] = read(new_leaf)
+        self._show()
+        changed = HyperparamChanged(
+            step=step,
+            name=target.name,
+            path=target.path,
+            old=old,
+            new=new,
+            reason=command.reason,
+            cause=command.cause,
+        )
+        return [changed, *self._conflict(target, order, step)]
+
+    def _conflict(self, target: Hyperparam, order: Order, step: int) -> list[Event]:
+        if order.cause is None or order.subscription is None:
+            self._setters.pop(target.path, None)
+            return []
+        before = self._setters.get(target.path)
+        self._setters[target.path] = (order.cause, order.subscription)
+        if before is None or before[0] is not order.cause or before[1] is order.subscription:
+            return []
+        return [
+            CommandConflict(
+                step=step,
+                name=target.name,
+                path=target.path,
+                subscribers=(before[1].name, order.subscription.name),
+                cause_step=order.cause.step,
+            )
+        ]
+
+    def _show(self) -> None:
+        self._inbox.hyperparams = MappingProxyType(
+            {self._labels[path]: value for path, value in self._values.items()}
+        )
+
+    # --- snapshots --------------------------------------------------------------------------------------
+
+    def take_checkpoint(self, step: int, epoch: int, tag: str | None, requested_by: str | None) -> SnapshotTaken:
+        """Keep the state of this boundary for the Checkpointers; the event tells them."""
+        taken = SnapshotTaken(
+            step=step, tag=tag or f"step-{step}", purpose="checkpoint", epoch=epoch, requested_by=requested_by
+        )
+        self._room.offer_checkpoint(self._snapshot(step, taken.tag, taken), requested_by)
+        return taken
+
+    def _snapshot(self, step: int, tag: str, taken: SnapshotTaken) -> Snapshot:
+        leaves, extensions = self._carry.leaves, self._carry.ext_leaves
+        if self._to_host is not None:
+            leaves = self._to_host(leaves)
+        else:
+            self.pinned = True
+        snapshot = Snapshot(step, leaves, self._skeleton, tag=tag, extensions=extensions)
+        if self._to_host is None:
+            self._unborn.append((snapshot, taken))
+        return snapshot
+
+    def survived(self) -> None:
+        """The step after the boundary left the state alone: every snapshot of that boundary is safe."""
+        self.pinned = False
+        self._unborn.clear()
+
+    def refuse_snapshots(self, error: SnapshotError) -> bool:
+        """The device has no room for a second state: drop the snapshots of this boundary, by name.
+
+        Returns whether training can go on; it cannot where the state itself belongs to someone else.
+        """
+        if not self._unborn:
+            return False
+        for snapshot, taken in self._unborn:
+            snapshot.release()
+            self._emit(CheckpointFailed(step=taken.step, path="", tag=taken.tag, error=str(error)))
+        self._unborn.clear()
+        self.pinned = False
+        return True
+
+    def _restore(self, command: Restore, step: int) -> Event:
+        kept = self._inbox.snapshots.get(command.target)
+        if kept is None:
+            kept = next((s for s in self._inbox.snapshots.values() if s.step == command.target), None)
+        if kept is None:
+            known = ", ".join(repr(tag) for tag in self._inbox.snapshots) or "none"
+            raise SnapshotError(f"no snapshot {command.target!r} is kept; those kept: {known}. Take one with snapshot(tag).")
+        source = kept.device.leaves
+        if self._to_host is not None:
+            source = [jax.device_put(leaf, now.sharding) for leaf, now in zip(source, self._carry.leaves, strict=True)]
+        leaves = list(source)
+        if command.part == "params":
+            leaves = list(self._carry.leaves)
+            for index in self._params:
+                leaves[index] = source[index]
+        else:
+            self._carry.ext_leaves = kept.device.extensions
+        self._carry.leaves = leaves
+        self.pinned = True
+        for hyperparam in self._hyperparams:
+            self._values[hyperparam.path] = read(leaves[hyperparam.leaf_index])
+        self._show()
+        return CheckpointRestored(
+            step=step, tag=kept.device.tag, part=command.part, restored_step=kept.step
+        )

@@ -1,0 +1,72 @@
+"""How batches reach the loop: straight from the iterator where they lie on the device, else through the prefetcher."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from itertools import chain
+from typing import Any
+
+import jax
+
+from eventtrain.data import BatchGroup, Prefetcher, epoch_batches, on_device
+from eventtrain.errors import DataError
+
+Wait = Callable[[Callable[[], object]], bool]
+"""Waits until its argument is true; False if the run has to end first."""
+
+
+class EpochFeed:
+    """The batches of one epoch, in groups of ``steps_per_call``. Training thread only; close it.
+
+    Batches that lie on the device already need no thread: the first one tells.
+    """
+
+    def __init__(
+        self,
+        data: Any,
+        epoch: int,
+        *,
+        steps_per_call: int,
+        sharding: jax.sharding.Sharding | None,
+        wait: Wait,
+        on_ready: Callable[[], None],
+    ) -> None:
+        self._wait = wait
+        self._prefetcher: Prefetcher | None = None
+        self._direct: Iterator[Any] | None = None
+        self._epoch = epoch
+        batches = epoch_batches(data, epoch)
+        try:
+            first = next(batches)
+        except StopIteration:
+            raise DataError(
+                f"The data of epoch {epoch} is empty: it ended before its first batch. Check the files and the batch size; "
+                "a generator can be iterated only once, so give a callable epoch -> iterable instead."
+            ) from None
+        whole = chain([first], batches)
+        if steps_per_call == 1 and on_device(first):
+            self._direct = whole
+        else:
+            self._prefetcher = Prefetcher(whole, steps_per_call=steps_per_call, sharding=sharding, on_ready=on_ready)
+
+    def next(self) -> BatchGroup | None:
+        """The next group; None at the end of the epoch, or when the run has to end."""
+        if self._direct is not None:
+            for batch in self._direct:
+                return BatchGroup((batch,), 1, (None,))
+            return None
+        prefetcher = self._prefetcher
+        assert prefetcher is not None
+        if not prefetcher.ready() and not self._wait(prefetcher.ready):
+            return None
+        return prefetcher.take()
+
+    def batches(self) -> Iterator[Any]:
+        """Every batch, one by one; for ``steps_per_call=1``."""
+        while (group := self.next()) is not None:
+            yield group.batches[0]
+
+    def close(self) -> None:
+        """Stop the prefetch thread. Idempotent."""
+        if self._prefetcher is not None:
+            self._prefetcher.close()

@@ -1,0 +1,111 @@
+"""What events and commands have in common: Pydantic models that are read-only all the way down."""
+
+from __future__ import annotations
+
+import re
+from typing import Annotated, Any, Literal, NoReturn, Self, TypeVar
+
+import numpy as np
+from pydantic import AfterValidator, BaseModel, ConfigDict, PlainSerializer, PlainValidator, WithJsonSchema
+
+K = TypeVar("K")
+V = TypeVar("V")
+
+
+class FrozenDict(dict[K, V]):
+    """A dict that cannot be changed; it compares, iterates and serialises as any dict."""
+
+    def _refuse(self, *args: object, **kwargs: object) -> NoReturn:
+        raise TypeError("Events are shared by all subscribers, so their dicts are read-only; dict(...) copies one.")
+
+    __setitem__ = __delitem__ = __ior__ = _refuse  # pyright: ignore[reportAssignmentType]
+    update = setdefault = pop = popitem = clear = _refuse  # pyright: ignore[reportAssignmentType]
+
+    def __reduce__(self) -> tuple[type[Self], tuple[dict[K, V]]]:
+        return type(self), (dict(self),)
+
+
+Number = bool | int | float
+"""A scalar in its exact Python type, so that an int64 or a bool metric keeps its value."""
+
+Numbers = Annotated[dict[str, Number], AfterValidator(FrozenDict)]
+"""Name to scalar, read-only."""
+
+
+def _column(value: Any) -> np.ndarray:
+    if isinstance(value, dict):  # as JSON has it
+        value = np.array(value["values"], dtype=value["dtype"])
+    column = np.asarray(value)
+    if column.ndim != 1 or column.dtype.kind not in "biuf":
+        raise ValueError(f"a column is a one-dimensional array of numbers, not {column.dtype}{list(column.shape)}")
+    if column.flags.writeable:
+        column = column.copy()
+        column.flags.writeable = False
+    return column
+
+
+Column = Annotated[
+    np.ndarray,
+    PlainValidator(_column),
+    PlainSerializer(lambda c: {"dtype": c.dtype.name, "values": c.tolist()}, return_type=dict[str, Any], when_used="json"),
+    WithJsonSchema(
+        {
+            "type": "object",
+            "properties": {"dtype": {"type": "string"}, "values": {"type": "array"}},
+            "required": ["dtype", "values"],
+        }
+    ),
+]
+"""A read-only one-dimensional NumPy array; in JSON ``{"dtype": ..., "values": [...]}``."""
+
+Columns = Annotated[dict[str, Column], AfterValidator(FrozenDict)]
+"""Name to column, read-only."""
+
+
+def _same(a: Any, b: Any) -> bool:
+    """Equality under which NaN equals NaN: an event equals what its own JSON parses to."""
+    if a is b:
+        return True
+    if isinstance(a, np.ndarray) or isinstance(b, np.ndarray):
+        return (
+            isinstance(a, np.ndarray)
+            and isinstance(b, np.ndarray)
+            and a.dtype == b.dtype
+            and np.array_equal(a, b, equal_nan=a.dtype.kind == "f")
+        )
+    if isinstance(a, dict) and isinstance(b, dict):
+        return a.keys() == b.keys() and all(_same(a[key], b[key]) for key in a)
+    return bool(a == b) or (a != a and b != b)
+
+
+def snake_case(name: str) -> str:
+    """``StepCompleted`` -> ``step_completed``, ``LRChanged`` -> ``lr_changed``."""
+    return re.sub(r"(?<=[a-z0-9])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])", "_", name).lower()
+
+
+class Frozen(BaseModel):
+    """A frozen model whose ``kind`` is its class name in snake_case, unless the class states one.
+
+    Unknown fields are refused. NaN and infinities survive JSON as the strings ``"NaN"`` and ``"Infinity"``.
+    """
+
+    model_config = ConfigDict(
+        frozen=True, extra="forbid", ser_json_inf_nan="strings", validate_default=False, allow_inf_nan=True
+    )
+
+    kind: str = ""
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        annotations: dict[str, Any] = cls.__dict__.get("__annotations__", {})
+        if "kind" not in annotations:
+            # A Literal field and not a computed one: extra="forbid" must accept it when parsing back.
+            kind = snake_case(cls.__name__)
+            cls.__annotations__ = {**annotations, "kind": Literal[kind]}
+            cls.kind = kind
+
+    def __eq__(self, other: object) -> bool:
+        return type(self) is type(other) and _same(self.__dict__, other.__dict__)
+
+    def __hash__(self) -> int:
+        return hash(self.kind)

@@ -1,0 +1,440 @@
+"""One run: everything between RunStarted and RunCompleted. ``fit`` is written on it, and so may your own loop be."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import TimeoutError as FutureTimeout
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from time import monotonic
+from typing import Any
+
+import jax
+
+from eventtrain.bus.bus import Activation, EventBus
+from eventtrain.control import POLL_S, Control, ControlRoom
+from eventtrain.device.evaluate import CompiledEval
+from eventtrain.device.extensions import StepExtension
+from eventtrain.device.fetch import Fetcher
+from eventtrain.device.hyperparams import find_hyperparams
+from eventtrain.device.state import PyTree, Skeleton, replicated_sharding
+from eventtrain.device.step import CompiledStep
+from eventtrain.effects import Effects
+from eventtrain.errors import BusClosed, ConfigurationError, StepError
+from eventtrain.events import EpochCompleted, RunCompleted, RunFailed, RunStarted, SubscriberFailed
+from eventtrain.feed import EpochFeed
+from eventtrain.gates import Gates
+from eventtrain.loop import Pace, TrainingLoop
+from eventtrain.stream import Narrator
+from eventtrain.subscriber import RunContext, Subscriber
+
+logger = logging.getLogger("eventtrain")
+
+CallOnCaller = Callable[[Callable[[], Any]], Any]
+
+
+@dataclass
+class Model:
+    """What is trained: the functions, and the state as leaves between runs.
+
+    ``leaves`` is empty while a run owns the state.
+    """
+
+    step_fn: Callable[[PyTree, PyTree], tuple[PyTree, Mapping[str, Any]]]
+    eval_fn: Callable[[PyTree, PyTree], Mapping[str, Any]] | None
+    predict_fn: Callable[[PyTree, PyTree], PyTree] | None
+    params: Callable[[PyTree], PyTree]
+    extensions: Sequence[StepExtension]
+    skeleton: Skeleton
+    leaves: list[jax.Array]
+    ext_leaves: list[jax.Array] | None = None
+    step: int = 0
+    epoch: int = 0
+    compiled: CompiledStep | None = None
+    compiled_eval: CompiledEval | None = None
+    compile_on_caller: CallOnCaller = field(default=lambda function: function())
+
+    def params_indices(self) -> list[int]:
+        """Which leaves the params lens covers."""
+        numbered = self.skeleton.join([_Index(i) for i in range(len(self.leaves))])  # pyright: ignore[reportArgumentType]
+        found = jax.tree_util.tree_leaves(self.params(numbered))
+        return [leaf.index for leaf in found if isinstance(leaf, _Index)]
+
+
+class _Index:
+    """Stands for a leaf while the params lens is asked which leaves it covers."""
+
+    def __init__(self, index: int) -> None:
+        self.index = index
+
+
+@dataclass(frozen=True)
+class RunOptions:
+    """How to run: the options of ``Trainer`` that concern every run."""
+
+    run_id: str
+    run_dir: Path
+    donate: bool
+    steps_per_call: int
+    pace: Pace
+    weight: str | None
+    snapshot: str
+    drain_timeout_s: float
+
+
+@dataclass(frozen=True)
+class Aim:
+    """What one call of ``fit`` aims at, for the subscribers' information."""
+
+    epochs: int | None = None
+    steps: int | None = None
+    steps_per_epoch: int | None = None
+
+
+class Session:
+    """A run in progress. Made by ``trainer.session()``; all methods belong to the thread that entered it.
+
+    ::
+
+        with trainer.session() as session:
+            for batch in batches:
+                session.step(batch)
+    """
+
+    def __init__(
+        self,
+        model: Model,
+        options: RunOptions,
+        bus: EventBus,
+        room: ControlRoom,
+        subscribers: Sequence[Subscriber],
+        *,
+        aim: Aim = Aim(),  # noqa: B008  # frozen
+        eval_data: Any = None,
+    ) -> None:
+        self._model = model
+        self._options = options
+        self._bus = bus
+        self._room = room
+        self._inbox = room.inbox
+        self._subscribers = subscribers
+        self._started: list[Subscriber] = []
+        self._aim = aim
+        self._eval_data = eval_data
+        self._loop: TrainingLoop | None = None
+        self._gates = Gates(bus)
+        self._narrator = Narrator(bus, weight=options.weight)
+        self._fetcher = Fetcher(self._narrator.tell, self._fetch_failed)
+        self._in_epoch = False
+        self._bus_failed = False
+        self.ended_by = ""
+        """Why the run ended, after its end."""
+        self.undelivered: dict[str, int] = {}
+        """After the end: subscription name -> events that were not handled within the drain timeout."""
+
+    # --- for the user ---------------------------------------------------------------------------------------
+
+    @property
+    def control(self) -> Control:
+        """Commands without a cause, as a service issues them."""
+        return Control(self._inbox)
+
+    @property
+    def step_count(self) -> int:
+        """Steps completed, counting those still on the device."""
+        return self._loop.step_count if self._loop is not None else self._model.step
+
+    @property
+    def epoch(self) -> int:
+        """Epochs completed."""
+        return self._loop.epoch if self._loop is not None else self._model.epoch
+
+    @property
+    def stop_reason(self) -> str | None:
+        """Why the run has to end; None while it may go on."""
+        return self._loop.effects.stop_reason if self._loop is not None else None
+
+    @property
+    def history(self) -> list[EpochCompleted]:
+        """The EpochCompleted events so far; complete after the end."""
+        return self._narrator.history
+
+    def step(self, batch: Any) -> bool:
+        """Dispatch one step and return at once; False, and nothing is done, once the run has to end.
+
+        Raises:
+            StepError, StateError, MetricsError, DataError: what step_fn or the batch did wrong, at its first call.
+        """
+        size = self._options.steps_per_call
+        return self.advance((batch,) * size, 1) == 1
+
+    def begin_epoch(self) -> bool:
+        """Begin an epoch: EpochStarted. The first ``step`` of a session does it if you do not. False: the run has to end."""
+        if self._loop is None:
+            raise ConfigurationError("begin_epoch() needs a prepared step: call prepare(batch) before the first epoch.")
+        self._in_epoch = True
+        return self._loop.begin_epoch()
+
+    def end_epoch(self, eval_data: Any = None) -> bool:
+        """End the epoch: evaluate on ``eval_data`` if given, then EpochCompleted. False: the run has to end."""
+        if self._loop is None or not self._in_epoch:
+            return self.stop_reason is None
+        if eval_data is not None:
+            self._eval_data = eval_data
+        self._in_epoch = False
+        return self._loop.end_epoch(evaluate=self._eval_data is not None)
+
+    def flush(self) -> None:
+        """Send the metrics of all steps dispatched so far on their way to the subscribers."""
+        if self._loop is not None:
+            self._loop.flush()
+
+    # --- for fit --------------------------------------------------------------------------------------------
+
+    def prepare(self, batch: Any) -> None:
+        """Compile the step for ``batch`` (a tuple of ``steps_per_call`` batches where that is above 1); once per run."""
+        if self._loop is not None:
+            return
+        model, options = self._model, self._options
+        state = model.skeleton.join(model.leaves)
+        hyperparams = find_hyperparams(state)
+        compiled = model.compiled
+        if compiled is None:
+            compiled = CompiledStep(
+                model.step_fn,
+                model.skeleton,
+                model.leaves,
+                extensions=model.extensions,
+                params=model.params,
+                hyperparams_watched=[h.leaf_index for h in hyperparams if h.scheduled],
+                steps_per_call=options.steps_per_call,
+                donate=options.donate,
+                keep=options.snapshot == "keep",
+                compile_on_caller=lambda lower: model.compile_on_caller(lower),
+            )
+            compiled.prepare(batch)
+            model.compiled = compiled
+        params = model.params_indices()
+        carry = compiled.initial(model.leaves, model.ext_leaves, step=model.step)
+        model.leaves = []  # the loop owns the state now; a reference here would keep its memory
+        effects = Effects(
+            carry,
+            model.skeleton,
+            hyperparams,
+            params,
+            self._room,
+            self._emit,
+            _to_pinned_host if options.snapshot == "host" else None,
+        )
+        self._narrator.watch(effects.watched)
+        self._loop = TrainingLoop(
+            compiled,
+            carry,
+            step=model.step,
+            epoch=model.epoch,
+            bus=self._bus,
+            room=self._room,
+            fetcher=self._fetcher,
+            gates=self._gates,
+            effects=effects,
+            pace=options.pace,
+            evaluate=self._evaluate if model.eval_fn is not None else None,
+        )
+
+    def advance(self, batches: tuple[Any, ...], count: int) -> int:
+        """Run the first ``count`` steps of a group; returns how many were dispatched before the run had to end."""
+        if self._loop is None:
+            self.prepare(batches if len(batches) > 1 else batches[0])
+        loop = self._loop
+        assert loop is not None
+        if not self._in_epoch and not self.begin_epoch():
+            return 0
+        if len(batches) == 1:
+            return int(loop.step(batches[0]))
+        done = 0
+        while done < count:
+            stop = loop.group_end(done, count)
+            if not loop.step(batches, done, stop):
+                break
+            done = stop
+        return done
+
+    def wait(self, ready: Callable[[], object]) -> bool:
+        """Wait until ``ready()``, serving commands; False if the run has to end first."""
+        if self._loop is not None:
+            return self._loop.settle() and self._loop.wait(ready)
+        while not ready():
+            if any(order.command.kind == "stop" for order in list(self._inbox.arrived)):
+                return False
+            self._inbox.wait(ready, POLL_S)
+        return True
+
+    def ring(self) -> None:
+        """Wake the training thread if it waits. Any thread."""
+        self._inbox.ring()
+
+    @property
+    def sharding(self) -> jax.sharding.Sharding:
+        """Where batches that come as NumPy arrays are put."""
+        leaves = self._loop.carry.leaves if self._loop is not None else self._model.leaves
+        return replicated_sharding(leaves)
+
+    def begin(self) -> None:
+        """Start subscribers and threads, and say RunStarted. Blocks until every subscriber has started."""
+        options = self._options
+        options.run_dir.mkdir(parents=True, exist_ok=True)
+        self._room.plans.clear()
+        self._bus.run_id = options.run_id
+        self._bus.on_progress = self._on_progress
+        self._inbox.step = self._model.step
+        context = RunContext(
+            options.run_id,
+            options.run_dir,
+            self.control,
+            self._bus.publish,
+            self._model.step,
+            self._aim.epochs,
+            self._aim.steps,
+            self._aim.steps_per_epoch,
+            self._room,
+        )
+        for subscriber in self._subscribers:
+            self._started.append(subscriber)
+            self._bus.submit(subscriber.start, context).result()
+        self._fetcher.start()
+        self._inbox.open()
+        for newcomer in self._gates.refresh(self._model.step):
+            self._fetcher.put(Activation(newcomer))
+        self._gates.note(RunStarted, self._model.step)
+        self._fetcher.put(RunStarted(step=self._model.step))
+
+    def finish(self, error: BaseException | None = None) -> None:
+        """Settle everything: the state, what is due, the last events, the subscribers.
+
+        Raises:
+            SubscriberError, StepError: the run failed by a subscriber with ``on_error="fail"``, or on the device.
+        """
+        deadline_s = monotonic() + self._options.drain_timeout_s
+        loop = self._loop
+        try:
+            if loop is not None and error is None and self._healthy():
+                loop.finish(deadline_s)
+            if loop is not None and loop.carry.rows:
+                loop.flush()
+        except BusClosed as closed:
+            error = error or closed
+        reason = (loop.effects.stop_reason if loop is not None else self._early_stop()) or "completed"
+        self.ended_by = reason
+        for order in self._inbox.close(f"the run ended ({reason}) before it was due"):
+            self._inbox.reject(order, f"the run ended ({reason}) before it was due", self._fetcher.put)
+        error = error or self._bus.failure or self._device_failure()
+        deterministic = (loop is None or loop.effects.deterministic) and not self._gates.timed_out()
+        if error is None:
+            self._fetcher.put(RunCompleted(step=self.step_count, reason=reason, deterministic=deterministic))
+        else:
+            self._fetcher.put(RunFailed(step=self.step_count, error=f"{type(error).__name__}: {error}"))
+        self._fetcher.close()
+        self._give_state_back()
+        self._settle_bus(deadline_s)
+        if error is not None and (error is self._bus.failure or error is self._device_failure()):
+            failure, self._bus.failure = error, None
+            raise failure
+
+    # --- inside ---------------------------------------------------------------------------------------------
+
+    def _emit(self, event: Any) -> None:
+        assert self._loop is not None
+        self._loop.emit(event)
+
+    def _evaluate(self, loop: TrainingLoop) -> None:
+        model = self._model
+        if self._eval_data is None or model.eval_fn is None:
+            return
+        if model.compiled_eval is None:
+            model.compiled_eval = CompiledEval(
+                model.eval_fn,
+                model.skeleton,
+                loop.carry.leaves,
+                compile_on_caller=lambda lower: model.compile_on_caller(lower),
+            )
+        feed = EpochFeed(
+            self._eval_data, loop.epoch, steps_per_call=1, sharding=self.sharding, wait=loop.wait, on_ready=self.ring
+        )
+        try:
+            loop.run_evaluation(model.compiled_eval, feed.batches())
+        finally:
+            feed.close()
+
+    def _on_progress(self) -> None:
+        if self._bus.failure is not None and not self._bus_failed:
+            self._bus_failed = True
+            self._inbox.ask_to_stop("failed")
+        self._inbox.ring()
+
+    def _fetch_failed(self, error: BaseException) -> None:
+        self._inbox.ask_to_stop("failed")
+        self._inbox.ring()
+
+    def _healthy(self) -> bool:
+        return self._bus.failure is None and self._fetcher.failure is None
+
+    def _device_failure(self) -> BaseException | None:
+        failure = self._fetcher.failure
+        if failure is None or isinstance(failure, StepError):
+            return failure
+        self._fetcher.failure = StepError(
+            f"The device failed while computing a step: {type(failure).__name__}: {failure}. The state is lost; go on from "
+            "a checkpoint."
+        )
+        self._fetcher.failure.__cause__ = failure
+        return self._fetcher.failure
+
+    def _early_stop(self) -> str | None:
+        return next((o.command.reason for o in self._inbox.arrived if o.command.kind == "stop"), None)
+
+    def _give_state_back(self) -> None:
+        loop, model = self._loop, self._model
+        if loop is not None:
+            model.leaves, model.ext_leaves = loop.carry.leaves, loop.carry.ext_leaves
+            model.step, model.epoch = loop.step_count, loop.epoch
+        self._room.release_all()
+
+    def _settle_bus(self, deadline_s: float) -> None:
+        """Let every handler finish, then stop the subscribers; list what was not handled in time."""
+        try:
+            self._drain(deadline_s)
+            for subscriber in self._started:
+                self._stop(subscriber, deadline_s)
+            left = self._drain(max(deadline_s, monotonic() + 1.0))
+        except BusClosed:
+            left = self._bus.undelivered()
+        self._bus.on_progress = None
+        self.undelivered = left
+        if left:
+            listing = ", ".join(f"{name}: {count}" for name, count in left.items())
+            logger.warning(
+                "Not everything published was handled within %.1f s; left over: %s", self._options.drain_timeout_s, listing
+            )
+
+    def _drain(self, deadline_s: float) -> dict[str, int]:
+        return self._bus.submit(partial(self._bus.wait_until_quiet, max(0.0, deadline_s - monotonic()))).result()
+
+    def _stop(self, subscriber: Subscriber, deadline_s: float) -> None:
+        name = subscriber.name or type(subscriber).__name__
+        try:
+            self._bus.submit(subscriber.stop).result(timeout=max(1.0, deadline_s - monotonic()))
+        except BusClosed:
+            raise
+        except Exception as error:
+            text = "did not finish in time" if isinstance(error, FutureTimeout) else f"{type(error).__name__}: {error}"
+            logger.error("Subscriber %s failed in stop(): %s", name, text)
+            self._bus.notify(
+                SubscriberFailed(step=self.step_count, subscriber=name, event_kind="stop", error=text)
+            )
+
+
+def _to_pinned_host(leaves: list[jax.Array]) -> list[jax.Array]:
+    return [jax.device_put(leaf, leaf.sharding.with_memory_kind("pinned_host")) for leaf in leaves]
+

@@ -1,0 +1,57 @@
+"""Ctrl-C and SIGTERM as a request to the loop instead of an exception in the middle of it.
+
+Python's default handler raises between any two bytecodes, also between the call that donates the state and the
+assignment of its result, which loses the state. Here the first signal asks for a stop at the next boundary, and the
+exception comes when state and bus are settled; a second one aborts.
+"""
+
+from __future__ import annotations
+
+import signal
+import threading
+from collections.abc import Callable
+from types import FrameType, TracebackType
+from typing import Any, Self
+
+REASONS = {signal.SIGINT: "interrupted", signal.SIGTERM: "preempted"}
+
+
+class SignalGuard:
+    """While entered, on the main thread, the default SIGINT and SIGTERM handlers give way to ``ask_to_stop(reason)``.
+
+    Handlers that somebody installed on purpose (a server's, say) stay as they are. On other threads it does nothing.
+    """
+
+    def __init__(self, ask_to_stop: Callable[[str], None]) -> None:
+        self._ask_to_stop = ask_to_stop
+        self._before: dict[signal.Signals, Any] = {}
+        self.received: signal.Signals | None = None
+
+    def __enter__(self) -> Self:
+        if threading.current_thread() is threading.main_thread():
+            for number in REASONS:
+                handler = signal.getsignal(number)
+                if handler in (signal.default_int_handler, signal.SIG_DFL):
+                    self._before[number] = signal.signal(number, self._handle)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+        self._before.clear()
+
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        # No lock is taken here: the thread that this interrupts may hold it.
+        if self.received is not None:
+            raise KeyboardInterrupt("a second signal aborts without settling")
+        self.received = signal.Signals(number)
+        self._ask_to_stop(REASONS[self.received])
+
+    def raise_received(self) -> None:
+        """Raise what the signal would have raised: KeyboardInterrupt, or SystemExit(143) for SIGTERM."""
+        if self.received is signal.SIGINT:
+            raise KeyboardInterrupt
+        if self.received is signal.SIGTERM:
+            raise SystemExit(128 + signal.SIGTERM)
