@@ -353,8 +353,11 @@ class ControlRoom:
     def offer_checkpoint(self, snapshot: Snapshot, requested_by: str | None) -> None:
         """Hold a snapshot until every Checkpointer that should write it has claimed it."""
         claims = 1 if requested_by is not None else len(self.plans)
+        key = (snapshot.step, requested_by)
         with self._lock:
-            self._claims[snapshot.step, requested_by] = (snapshot, claims)
+            if key in self._claims:  # asked for twice at one boundary: the same state serves both
+                claims += self._claims[key][1]
+            self._claims[key] = (snapshot, claims)
 
     def claim_checkpoint(self, step: int, requested_by: str | None) -> KeptSnapshot:
         """A Checkpointer takes the snapshot that ``SnapshotTaken`` announced; it releases it when written.

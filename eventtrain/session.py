@@ -191,6 +191,17 @@ class Session:
         if self._loop is not None:
             self._loop.flush()
 
+    def block_until_ready(self) -> None:
+        """Wait until the device has finished every step dispatched so far."""
+        if self._loop is not None:
+            self._loop.carry.cursor.block_until_ready()
+            jax.block_until_ready(self._loop.carry.leaves)
+
+    def idle(self, seconds: float) -> bool:
+        """Do nothing for so long but serve commands and flush in time. False: the run has to end."""
+        end_s = monotonic() + seconds
+        return self.wait(lambda: monotonic() >= end_s)
+
     # --- for fit --------------------------------------------------------------------------------------------
 
     def prepare(self, batch: Any) -> None:
@@ -336,8 +347,11 @@ class Session:
         else:
             self._fetcher.put(RunFailed(step=self.step_count, error=f"{type(error).__name__}: {error}"))
         self._fetcher.close()
+        if loop is not None:
+            loop.compiled.close()
         self._give_state_back()
         self._settle_bus(deadline_s)
+        self._room.release_all()  # not before: a Checkpointer may claim until its queue is empty
         if error is not None and (error is self._bus.failure or error is self._device_failure()):
             failure, self._bus.failure = error, None
             raise failure
@@ -399,7 +413,6 @@ class Session:
         if loop is not None:
             model.leaves, model.ext_leaves = loop.carry.leaves, loop.carry.ext_leaves
             model.step, model.epoch = loop.step_count, loop.epoch
-        self._room.release_all()
 
     def _settle_bus(self, deadline_s: float) -> None:
         """Let every handler finish, then stop the subscribers; list what was not handled in time."""
