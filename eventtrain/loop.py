@@ -114,7 +114,7 @@ class TrainingLoop:
             return False
         tokens = self._tokens
         if len(tokens) >= self._pace.max_in_flight_steps:
-            tokens.popleft().block_until_ready()
+            self._let_device_catch_up()
         if self.effects.pinned:
             self._dispatch_keeping(batch, start, stop)
         else:
@@ -143,6 +143,13 @@ class TrainingLoop:
             self.compiled(self.carry, batch, start, stop)
         else:
             self.effects.survived()
+
+    def _let_device_catch_up(self) -> None:
+        """Wait until half of the steps in flight are done: one wake-up for many steps, and the device never idles."""
+        tokens = self._tokens
+        for _ in range(len(tokens) // 2):
+            tokens.popleft()
+        tokens.popleft().block_until_ready()
 
     def group_end(self, start: int, stop: int) -> int:
         """How far a group of steps may go in one call: to the next boundary where anything can be due."""
@@ -367,7 +374,7 @@ class TrainingLoop:
         def before_batch() -> bool:
             self._carry_out_arrived()
             if len(self._tokens) >= self._pace.max_in_flight_steps:
-                self._tokens.popleft().block_until_ready()
+                self._let_device_catch_up()
             return self.effects.stop_reason is None
 
         def dispatched(token: jax.Array) -> None:

@@ -233,10 +233,12 @@ def _rows(columns: Mapping[str, np.ndarray], rows: int) -> list[dict[str, Number
 def _step_builder(columns: Mapping[str, np.ndarray], window: TrainWindow) -> Callable[[Iterable[int]], list[Event]]:
     """Builds StepCompleted events of a window on demand; the values come out of the ring, so they are right already."""
     names = tuple(columns)
-    values = list(zip(*(column.tolist() for column in columns.values()), strict=True)) if names else []
+    values: list[tuple[Number, ...]] = []
     epoch, first_step, first_batch = window.epoch, window.first_step, window.first_batch
 
     def build(steps: Iterable[int]) -> list[Event]:
+        if names and not values:  # once per window, and only if someone wants any of it
+            values.extend(zip(*(column.tolist() for column in columns.values()), strict=True))
         return [
             StepCompleted(
                 step=step,

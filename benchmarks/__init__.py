@@ -1,0 +1,1 @@
+"""What observing costs, measured side by side. ``make bench`` runs everything; each module runs alone too."""
