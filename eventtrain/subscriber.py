@@ -10,13 +10,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import anyio
+
 from eventtrain.bus.bus import EventBus
 from eventtrain.bus.handlers import takes_control
 from eventtrain.bus.options import EventTypes, Lag, OnError
 from eventtrain.bus.queues import Queue
 from eventtrain.bus.subscription import Subscription
 from eventtrain.control import CheckpointPlan, Control, ControlRoom, KeptSnapshot
-from eventtrain.errors import ConfigurationError
+from eventtrain.errors import ConfigurationError, QueueFull
 from eventtrain.events import BUILT_IN, Event, SnapshotTaken
 from eventtrain.frozen import snake_case
 
@@ -45,14 +47,27 @@ class RunContext:
     steps_per_epoch: int | None = None
     _room: ControlRoom | None = None
 
+    async def publish_async(self, event: Event) -> None:
+        """Like ``publish``, but waits while a Lossless queue is at its limit. On the bus' event loop."""
+        while True:
+            try:
+                return self.publish(event)
+            except QueueFull:
+                await anyio.sleep(0.01)
+
     def schedule_checkpoints(
         self, owner: str, *, every: int | None = None, every_epochs: int | None = None, every_s: float | None = None
     ) -> None:
         """Have the loop keep the state at exactly these boundaries and announce each by ``SnapshotTaken``.
 
         The event's ``requested_by`` is ``owner``; ``claim`` then gives the state.
+
+        Raises:
+            ConfigurationError: another subscriber of that name has done so.
         """
         assert self._room is not None
+        if any(plan.owner == owner for plan in self._room.plans):
+            raise ConfigurationError(f"Two subscribers named {owner!r} ask for checkpoints. Set the name of one of them.")
         self._room.plans.append(CheckpointPlan(owner, every, every_epochs, every_s))
 
     def claim(self, event: SnapshotTaken) -> KeptSnapshot:
