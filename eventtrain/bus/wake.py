@@ -58,14 +58,17 @@ class Doorbell:
         self.armed = False
 
     async def sleep_unless(self, awake: Callable[[], object]) -> None:
-        """Sleep until rung; return at once if ``awake()`` is true. One task at a time."""
-        self._event = anyio.Event()
-        self.armed = True
-        if awake():
-            self.armed = False
-            return
+        """Sleep until rung with ``awake()`` true; return at once if it is. One task at a time.
+
+        A ringer that was slow between its two looks may ring for what was taken long ago: such a ring is slept through.
+        """
         try:
-            await self._event.wait()
+            while True:
+                self._event = anyio.Event()
+                self.armed = True
+                if awake():
+                    return
+                await self._event.wait()
         finally:
             self.armed = False
 
