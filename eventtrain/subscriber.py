@@ -159,8 +159,8 @@ def _routes(subscriber: Subscriber, name: str) -> tuple[EventTypes, Callable[...
         return subscriber.events, handle
     classes = {snake_case(kind.__name__): kind for kind in (*BUILT_IN, Event, *subscriber.event_types)}
     routes: dict[type[Event], tuple[Callable[..., Any], bool]] = {}
-    for attribute, method in inspect.getmembers(subscriber, inspect.ismethod):
-        if not attribute.startswith("on_"):
+    for attribute in dir(subscriber):  # and not inspect.getmembers, which would evaluate every property
+        if not attribute.startswith("on_") or not inspect.ismethod(method := getattr(subscriber, attribute)):
             continue
         kind = classes.get(attribute[3:])
         if kind is None:
