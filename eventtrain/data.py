@@ -252,7 +252,7 @@ class Prefetcher:
 
     def _run(self) -> None:
         try:
-            with _x64(self._x64):
+            with sixty_four_bit(self._x64):
                 self._fill()
         except BaseException as error:
             self._error = error
@@ -308,7 +308,7 @@ class Prefetcher:
         return jax.tree.map(put, batch)
 
 
-def _x64(enabled: bool) -> AbstractContextManager[Any]:
+def sixty_four_bit(enabled: bool) -> AbstractContextManager[Any]:
     """`jax.enable_x64`, wherever this version of JAX keeps it."""
     module: Any = jax if hasattr(jax, "enable_x64") else jax.experimental
     return module.enable_x64(enabled)

@@ -213,8 +213,11 @@ class TrainingLoop:
             elif self.effects.evaluations_asked and self.effects.stop_reason is None:
                 self.effects.evaluations_asked = 0
                 self.evaluate()
-            elif self.gates.next_due > self.step_count or self.effects.stop_reason is not None:
-                return self.effects.stop_reason is None
+            elif self.effects.stop_reason is not None:
+                self._attention = 0  # every later step comes here and is refused
+                return False
+            elif self.gates.next_due > self.step_count:
+                return True
 
     def _put_behind(self, item: Any) -> None:
         if self.carry.rows:
@@ -230,13 +233,13 @@ class TrainingLoop:
             self.wait(lambda: self.gates.blocking(step) is None)
 
     def _carry_out_arrived(self) -> None:
+        """Carry out what has no boundary to wait for; what arrived together, in the order of cause and subscription."""
         inbox = self._inbox
         while inbox.arrived:
-            order = inbox.arrived.popleft()
-            if order.command.due is None:
+            orders = [inbox.arrived.popleft() for _ in range(len(inbox.arrived))]
+            inbox.due += [order for order in orders if order.command.due is not None]
+            for order in sorted((o for o in orders if o.command.due is None), key=lambda order: order.rank):
                 self.effects.carry_out(order, self.step_count, self.epoch)
-            else:
-                inbox.due.append(order)
 
     def _carry_out_due(self) -> None:
         self._carry_out_arrived()

@@ -24,6 +24,7 @@ from eventtrain.bus.handlers import Handler
 from eventtrain.bus.options import EventTypes
 from eventtrain.bus.subscription import Subscription
 from eventtrain.control import Control, ControlRoom
+from eventtrain.data import sixty_four_bit
 from eventtrain.device.evaluate import CompiledEval, CompiledPredict
 from eventtrain.device.extensions import StepExtension
 from eventtrain.device.fetch import Fetcher
@@ -495,10 +496,15 @@ class Trainer:
         finished = anyio.Event()
         on_caller: CallOnCaller = anyio.from_thread.run_sync
         self._model.compile_on_caller = on_caller
+        x64 = bool(jax.config.read("jax_enable_x64"))  # a setting of each thread: handed on to the training thread
+
+        def work_in_thread() -> T:
+            with sixty_four_bit(x64):
+                return work()
 
         async def run_thread() -> None:
             try:
-                outcome.append(await anyio.to_thread.run_sync(work, limiter=anyio.CapacityLimiter(1)))
+                outcome.append(await anyio.to_thread.run_sync(work_in_thread, limiter=anyio.CapacityLimiter(1)))
             except BaseException as error:
                 failure.append(error)
 
