@@ -20,7 +20,6 @@ if TYPE_CHECKING:
 class Cause(Frozen):
     """The event, and the subscriber that handled it, from which a command came."""
 
-    kind: Literal["cause"] = "cause"
     event: str
     """Kind of the event, say ``epoch_completed``."""
     step: int
@@ -117,7 +116,15 @@ class Evaluate(Command):
 
 
 AnyCommand = Annotated[
-    SetHyperparam | ScaleHyperparam | Stop | SaveCheckpoint | TakeSnapshot | Restore | Pause | Resume | Evaluate,
+    SetHyperparam
+    | ScaleHyperparam
+    | Stop
+    | SaveCheckpoint
+    | TakeSnapshot
+    | Restore
+    | Pause
+    | Resume
+    | Evaluate,
     Field(discriminator="kind"),
 ]
 """Any command, told apart by ``kind``."""

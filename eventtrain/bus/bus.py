@@ -1,69 +1,55 @@
 """The event bus: publish from any thread, one queue and one worker per subscription, nobody waits for anybody.
 
 Two ways lead in. ``publish`` appends to an inbox that the event loop routes; ``feed`` takes what the training loop
-has to say, in step order, as ready events and as series whose events are built only if someone wants them.
+has to say, in step order (``training_stream.py``).
 """
 
 from __future__ import annotations
 
+import logging
 import threading
-from collections import deque
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Coroutine, Iterable
 from concurrent.futures import Future
 from contextlib import AsyncExitStack, asynccontextmanager
-from dataclasses import dataclass
-from datetime import UTC, datetime
 from types import TracebackType
 from typing import Any, Protocol, Self, TypeVar
 
 import anyio
 import anyio.to_thread
 from anyio import CapacityLimiter
-from anyio.abc import TaskGroup
-from anyio.lowlevel import checkpoint
+from anyio.abc import TaskStatus
+from anyio.lowlevel import cancel_shielded_checkpoint, checkpoint_if_cancelled
 
+from eventtrain.bus.clock import Clock
 from eventtrain.bus.handlers import Attempt, Handler
+from eventtrain.bus.inbox import Inbox
 from eventtrain.bus.options import EventTypes, Lag, OnError, Options
 from eventtrain.bus.queues import Lossless, Queue
+from eventtrain.bus.reader import Reader
+from eventtrain.bus.roster import Roster
+from eventtrain.bus.serving import Serving
 from eventtrain.bus.subscription import Subscription, SubscriptionStatistics
-from eventtrain.bus.wake import Doorbell, LoopThread, Signal
+from eventtrain.bus.training_stream import Activation, EventSeries, TrainingStream
+from eventtrain.bus.wake import Signal
 from eventtrain.bus.watchdog import Watchdog
-from eventtrain.errors import BusClosed, ConfigurationError, EventReused, QueueFull, SubscriberError
+from eventtrain.errors import BusClosed, ConfigurationError, QueueFull, SubscriberError
 from eventtrain.events import Event
+
+__all__ = ["Activation", "ControlSource", "EventBus", "EventSeries"]
+
+logger = logging.getLogger("eventtrain")
 
 E = TypeVar("E", bound=Event)
 T = TypeVar("T")
 
-CLAIMED = -1
-"""``seq`` of an event that was published and waits in the inbox for its number."""
-ROUTE_BATCH = 256
-"""Events routed before the event loop gets a turn."""
-BUILD_BATCH = 64
-"""Events of a series built before the event loop gets a turn: about 0.2 ms."""
-PLAIN_HANDLER_THREADS = 40
-"""Worker threads for plain handlers: a limiter of our own, so that a service's own thread calls are not delayed."""
+LAG_REPORT_S = 1.0
+"""How often what queues dropped is said."""
 
 
 class ControlSource(Protocol):
     """Gives each handler call its control: the training side of the bus."""
 
     def open_attempt(self, subscription: Subscription, event: Event) -> Attempt: ...
-
-
-@dataclass(frozen=True, slots=True)
-class EventSeries:
-    """Consecutive events of one type, one per step, built on demand in step order."""
-
-    event_type: type[Event]
-    steps: range
-    build: Callable[[Iterable[int]], list[Event]]
-
-
-@dataclass(frozen=True, slots=True)
-class Activation:
-    """From here in the stream on, the training loop counts the events of this subscription."""
-
-    subscription: Subscription
 
 
 class EventBus:
@@ -85,6 +71,7 @@ class EventBus:
         drain_timeout_s: how long leaving the block waits for handlers.
         block_warning_s: a handler that holds the event loop longer is named in a warning.
         cpu_budget: share of one CPU core; a handler that uses more over a second is named in a warning.
+        clock: where time comes from; tests pass ``eventtrain.testing.FakeClock()``.
     """
 
     def __init__(
@@ -95,40 +82,27 @@ class EventBus:
         drain_timeout_s: float = 30.0,
         block_warning_s: float = 0.25,
         cpu_budget: float = 0.25,
+        clock: Clock | None = None,
     ) -> None:
         self.run_id = run_id
+        self.clock = clock if clock is not None else Clock()
         self.failure: SubscriberError | None = None
-        self.deciders: tuple[Subscription, ...] = ()
-        """Active subscriptions with a finite lag; replaced, never changed, so that identity tells of a change."""
         self.on_progress: Callable[[], object] | None = None
-        """Called on the event loop's thread whenever a worker got on, a subscription ended or the bus failed."""
+        """Called whenever a worker got on, a subscription ended or the bus failed; on the thread where that happened."""
+        self.routing = threading.RLock()
+        """Held by whoever hands events to queues: the event loop, or a publisher that makes room."""
+        self.settled = Signal()
+        """Pulsed with every progress."""
         self._control_source: ControlSource | None = None
-        self._buffer_limit = buffer_limit
         self._drain_timeout_s = drain_timeout_s
         self._block_warning_s = block_warning_s
         self._cpu_budget = cpu_budget
-        self._inbox: deque[Event | Subscription] = deque()
-        self._headroom = buffer_limit  # so many inbox entries fit into every Lossless queue; 0 when closed
-        self._stream: deque[Event | EventSeries | Activation] = deque()
-        self._routing = threading.Lock()
-        self._subscriptions: tuple[Subscription, ...] = ()
-        self._disabled: tuple[Subscription, ...] = ()  # kept for their statistics and dead letters
-        self._routes: dict[type[Event], tuple[Subscription, ...]] = {}
-        self._next_index = 0
-        self._seq = 0
-        self._stream_seq = 0
-        self.rows_routed = 0
-        """How many events of series, wanted or not, have been routed since the bus was made."""
-        self._loop: LoopThread | None = None
-        self._bell: Doorbell | None = None
-        self._stream_bell: Doorbell | None = None
-        self._errand_bell: Doorbell | None = None
-        self._errands: deque[Callable[[], None]] = deque()
-        self._submitted: set[Future[Any]] = set()
-        self._workers: TaskGroup | None = None
-        self._limiter: CapacityLimiter | None = None
-        self._settled = Signal()
-        self._closed = False
+        self._roster = Roster()
+        self._inbox = Inbox(self, self._roster, self._join, buffer_limit)
+        self._stream = TrainingStream(self, self._roster, buffer_limit)
+        self._serving: Serving | None = None
+        self._claimed = False
+        self._readers: set[Reader] = set()
         self._exit_stack: AsyncExitStack | None = None
 
     # --- publishing -----------------------------------------------------------------------------------------
@@ -136,78 +110,38 @@ class EventBus:
     def publish(self, event: Event) -> None:
         """Hand ``event`` to the bus. Any thread, also from inside handlers; never blocks.
 
-        Before the bus is started events are kept and delivered at the start. The bus stamps ``run_id``, ``seq`` and
-        ``time`` before delivery.
+        Before the bus is started events are kept, for those who have subscribed by then. The bus stamps ``run_id``,
+        ``seq`` and ``time`` before delivery.
 
         Raises:
             QueueFull: a Lossless queue that wants it is at its limit (or the buffer is); nothing was published.
             EventReused: this very instance was published before.
             BusClosed: the bus was closed.
         """
-        try:
-            fields = event.__dict__
-            if fields["seq"]:
-                raise EventReused(
-                    f"Cannot publish this {event.kind}: the instance was published before (seq {event.seq}), and "
-                    "subscribers already share it. Make a new one, for example event.model_copy(update={'seq': 0})."
-                )
-        except (AttributeError, KeyError):
-            raise ConfigurationError(f"Cannot publish {event!r}: it is no eventtrain.Event. Subclass Event.") from None
-        if len(self._inbox) >= self._headroom:
-            self._make_room_for(event)
-        fields["seq"] = CLAIMED
-        self._inbox.append(event)
-        bell = self._bell
-        if bell is not None and bell.armed:
-            bell.ring()
+        self._inbox.publish(event)
 
     async def publish_async(self, event: Event) -> None:
         """Like ``publish``, but waits while a Lossless queue is at its limit. Any event loop.
 
         Cancelled while waiting: the event was not published.
         """
+        await checkpoint_if_cancelled()
+        inbox = self._inbox
         while True:
             try:
-                return self.publish(event)
+                inbox.publish(event)
             except QueueFull:
-                await self._settled.wait_unless(lambda: self._full_for(event) is None)
-
-    def feed(self, items: Iterable[Event | EventSeries | Activation]) -> None:
-        """Take what the training loop says, in its order. One caller at a time, any thread; never blocks."""
-        self._stream.extend(items)
-        if self._stream_bell is not None:
-            self._stream_bell.ring()
+                await self.settled.wait_unless(lambda: inbox.closed or inbox.full_for(event) is None)
+            else:
+                return await cancel_shielded_checkpoint()
 
     def notify(self, event: Event) -> None:
         """Publish on behalf of the bus itself: never refused, so that no failure stays unsaid."""
-        if not self._closed:
-            event.__dict__["seq"] = CLAIMED
-            self._inbox.append(event)
-            if self._bell is not None:
-                self._bell.ring()
+        self._inbox.notify(event)
 
-    def _make_room_for(self, event: Event) -> None:
-        """The rare path of publish: route what waits, here and now, then look at the queues that want the event."""
-        if self._closed:
-            raise BusClosed(f"Cannot publish {event.kind}: the bus is closed and nobody would receive it.")
-        if self._loop is not None:
-            with self._routing:
-                self._route_inbox(len(self._inbox))
-        full = self._full_for(event)
-        if full is not None:
-            raise QueueFull(
-                f"Cannot publish {event.kind}: {full}. Await publish_async() to wait for room, or give the subscription a "
-                "queue that drops (KeepLatest(), DropOldest(n), DropNewest(n))."
-            )
-
-    def _full_for(self, event: Event) -> str | None:
-        for subscription in self._route(type(event)):
-            room = subscription.queue.room()
-            if room is not None and room <= 0 and subscription.state == "active":
-                return f"the Lossless queue of {subscription.name} is at its limit of {len(subscription.queue)} events"
-        if len(self._inbox) >= self._buffer_limit:
-            return f"{len(self._inbox)} events wait and the bus is not routing them (was it started?)"
-        return None
+    def measure_headroom(self) -> None:
+        """Queues were filled past the inbox: how much may be published before somebody has to look?"""
+        self._inbox.measure_headroom()
 
     # --- subscribing ----------------------------------------------------------------------------------------
 
@@ -280,32 +214,25 @@ class EventBus:
     ) -> AsyncGenerator[AsyncIterator[Any]]:
         """``async with bus.stream(T) as events: async for event in events: ...``, on any event loop.
 
-        The iteration ends when the bus is closed. Nobody waits for the reader on shutdown.
+        The iteration ends when the bus is closed and what came before was read. Nobody waits for the reader on shutdown.
         """
-        options = Options(every=every, where=where, queue=queue if queue is not None else Lossless(), name=name)
+        options = Options(
+            every=every, where=where, queue=queue if queue is not None else Lossless(), name=name
+        )
+        async with self._reading(event_type, options) as events:
+            yield events
+
+    @asynccontextmanager
+    async def _reading(self, event_type: EventTypes, options: Options) -> AsyncGenerator[AsyncIterator[Any]]:
         subscription = Subscription(self, event_type, None, options, self._take_index())
-        subscription.attach(LoopThread())
+        reader = Reader(subscription, lambda: self._inbox.closed)
+        self._readers.add(reader)
         self._add(subscription)
-
-        async def events() -> AsyncIterator[Any]:
-            waiting, bell = subscription.queue, subscription.bell
-            assert bell is not None
-            while True:
-                with self._routing:  # the reader may live on another event loop than the bus
-                    batch = [waiting.take() for _ in range(len(waiting))]
-                self._settled.pulse()
-                for event in batch:
-                    yield event
-                if subscription.state != "active" and not waiting:
-                    return
-                await bell.sleep_unless(lambda: len(waiting) or subscription.state != "active")
-
-        iterator = events()
         try:
-            yield iterator
+            yield reader
         finally:
+            self._readers.discard(reader)
             subscription.cancel()
-            await iterator.aclose()  # pyright: ignore[reportAttributeAccessIssue]  # an async generator
 
     async def wait_for(
         self, event_type: type[E], *, where: Callable[[E], bool] | None = None, timeout_s: float | None = None
@@ -316,183 +243,68 @@ class EventBus:
             TimeoutError: none came within ``timeout_s`` seconds.
             BusClosed: the bus closed before one came.
         """
-        with anyio.fail_after(timeout_s):
-            async with self.stream(event_type, where=where, name=f"wait_for-{event_type.__name__}") as events:
+        options = Options(
+            where=where, once=True, name=f"wait_for-{getattr(event_type, '__name__', event_type)}"
+        )
+        with self.clock.timeout(timeout_s):
+            async with self._reading(event_type, options) as events:
                 async for event in events:
                     return event
-        raise BusClosed(f"The bus was closed before a {event_type.__name__} came.")
+            raise BusClosed(f"The bus was closed before a {event_type.__name__} came.")
+        raise TimeoutError(f"No {event_type.__name__} came within timeout_s={timeout_s} s.")
 
     def _take_index(self) -> int:
-        if self._closed:
+        if self._inbox.closed:
             raise BusClosed("Cannot subscribe: the bus is closed and will deliver nothing more.")
-        self._next_index += 1
-        return self._next_index
+        return self._roster.next_index()
 
     def _add(self, subscription: Subscription) -> Subscription:
-        if self._loop is None:
-            self._join(subscription)
-        else:
-            # It joins through the inbox, behind what was published before it subscribed.
-            self._inbox.append(subscription)
-            self._headroom = 0  # its limit may be lower than the others': the next publish looks
-            bell = self._bell
-            if bell is not None:
-                bell.ring()
+        self._roster.name(subscription)
+        with self.routing:
+            if self._serving is None:
+                self._join(subscription)
+                return subscription
+            self._inbox.enlist(subscription)
         return subscription
 
     def _join(self, subscription: Subscription) -> None:
-        if subscription.state == "active":
-            self._subscriptions = (*self._subscriptions, subscription)
-            self._routes = {}
-            if subscription.decides:
-                self.deciders = (*self.deciders, subscription)
-        if self._workers is not None and subscription.handler is not None:
-            self._employ(subscription)
+        self._roster.join(subscription)
+        if self._serving is not None and subscription.handler is not None:
+            self._serving.employ(subscription)
 
     def left(self, subscription: Subscription) -> None:
         """A subscription ended; called by itself, on any thread."""
-        if subscription.state == "disabled":
-            self._disabled = (*self._disabled, subscription)
-        self._subscriptions = tuple(s for s in self._subscriptions if s is not subscription)
-        self.deciders = tuple(s for s in self.deciders if s is not subscription)
-        self._routes = {}
+        self._roster.leave(subscription)
 
-    # --- routing: the event loop's thread, or under the lock --------------------------------------------------
+    # --- the training loop's side ---------------------------------------------------------------------------
 
-    def _route(self, kind: type[Event]) -> tuple[Subscription, ...]:
-        routes = self._routes
-        found = routes.get(kind)
-        if found is None:
-            found = tuple(s for s in self._subscriptions if issubclass(kind, s.types))
-            routes[kind] = found
-        return found
-
-    def _route_inbox(self, count: int) -> None:
-        inbox, run_id, now = self._inbox, self.run_id, datetime.now(UTC)
-        for _ in range(count):
-            if not inbox:
-                break
-            event = inbox.popleft()
-            if isinstance(event, Subscription):
-                self._join(event)
-                continue
-            fields = event.__dict__
-            self._seq += 1
-            fields["seq"] = self._seq
-            fields["time"] = now
-            if not fields["run_id"]:
-                fields["run_id"] = run_id
-            for subscription in self._routes.get(type(event)) or self._route(type(event)):
-                subscription.offer(event)
-        rooms = [room for s in self._subscriptions if (room := s.queue.room()) is not None]
-        self._headroom = 0 if self._closed else max(0, min(rooms, default=self._buffer_limit))
-
-    async def _route_published(self, bell: Doorbell) -> None:
-        while True:
-            await bell.sleep_unless(lambda: len(self._inbox))
-            with self._routing:
-                self._route_inbox(ROUTE_BATCH)
-            await checkpoint()
-
-    async def _route_stream(self, bell: Doorbell) -> None:
-        stream = self._stream
-        while True:
-            await bell.sleep_unless(lambda: len(stream))
-            item = stream[0]
-            if isinstance(item, Activation):
-                item.subscription.activate()
-            elif isinstance(item, EventSeries):
-                await self._deliver_series(item)
-            else:
-                await self._wait_for_row_room(type(item))
-                self._deliver([item])
-            stream.popleft()
-            self._settle()
-
-    async def _deliver_series(self, series: EventSeries) -> None:
-        steps = series.steps
-        while steps:
-            room = await self._wait_for_row_room(series.event_type)
-            chunk, steps = steps[: min(room, BUILD_BATCH)], steps[min(room, BUILD_BATCH) :]
-            with self._routing:
-                wanted = [(s, s.choose(chunk)) for s in self._route(series.event_type)]
-                wanted = [(s, chosen) for s, chosen in wanted if chosen]
-                if wanted:
-                    self._deliver_chosen(series, chunk, wanted)
-            self.rows_routed += len(chunk)
-            if wanted:
-                await checkpoint()
-
-    def _deliver_chosen(self, series: EventSeries, chunk: range, wanted: list[tuple[Subscription, range]]) -> None:
-        needed: Iterable[int] = chunk
-        if all(len(chosen) < len(chunk) for _, chosen in wanted):
-            needed = sorted({step for _, chosen in wanted for step in chosen})
-        events = series.build(needed)
-        self._stamp(events)
-        by_step = None
-        for subscription, chosen in wanted:
-            if len(chosen) == len(events):
-                subscription.offer_from_loop(events)
-            else:
-                by_step = by_step or dict(zip(needed, events, strict=True))
-                subscription.offer_from_loop([by_step[step] for step in chosen])
-
-    def _deliver(self, events: list[Event]) -> None:
-        self._stamp(events)
-        with self._routing:
-            for subscription in self._route(type(events[0])):
-                subscription.offer_from_loop(events)
-
-    def _stamp(self, events: list[Event]) -> None:
-        now = datetime.now(UTC)
-        seq = self._stream_seq
-        for event in events:
-            seq += 1
-            fields = event.__dict__
-            fields["seq"] = seq
-            fields["time"] = now
-            fields["run_id"] = self.run_id
-        self._stream_seq = seq
-
-    # --- room -----------------------------------------------------------------------------------------------
+    def feed(self, items: Iterable[Event | EventSeries | Activation]) -> None:
+        """Take what the training loop says, in its order. One caller at a time, any thread; never blocks."""
+        self._stream.append(items)
+        serving = self._serving
+        if serving is not None:
+            serving.stream_bell.ring()
 
     def rows_allowed(self, kinds: Iterable[type[Event]]) -> int:
         """Up to which count (as in ``rows_routed``) the training loop may produce rows that become events of ``kinds``.
 
         Any thread; never blocks.
         """
-        tightest = self.tightest(kinds)
-        return self.rows_routed + (self._buffer_limit if tightest is None else self._rows_free(tightest))
+        return self._stream.rows_allowed(kinds)
 
     def tightest(self, kinds: Iterable[type[Event]]) -> Subscription | None:
         """The subscription to any of ``kinds`` whose Lossless queue has room for the fewest rows, if there is one."""
-        bounded = {s for kind in kinds for s in self._route(kind) if s.queue.room() is not None}
-        return min(bounded, key=self._rows_free, default=None)
+        return self._stream.tightest(kinds)
 
-    @staticmethod
-    def _rows_free(subscription: Subscription) -> int:
-        room = subscription.queue.room()
-        return max(0, room if room is not None else 0) * subscription.options.every
+    @property
+    def rows_routed(self) -> int:
+        """How many events of series, wanted or not, have been routed since the bus was made."""
+        return self._stream.rows_routed
 
-    async def _wait_for_row_room(self, kind: type[Event]) -> int:
-        def room() -> int:
-            rooms = [r for s in self._route(kind) if s.state == "active" and (r := s.queue.room()) is not None]
-            return min(rooms, default=self._buffer_limit)
-
-        while (free := room()) <= 0:
-            await self._settled.wait_unless(lambda: room() > 0)
-        return free
-
-    def settled(self, subscription: Subscription) -> None:
-        """A worker finished a burst, or a subscription ended."""
-        self._settle()
-
-    def _settle(self) -> None:
-        self._settled.pulse()
-        if self.on_progress is not None:
-            self.on_progress()
-
-    # --- control and failures -------------------------------------------------------------------------------
+    @property
+    def deciders(self) -> tuple[Subscription, ...]:
+        """Active subscriptions with a finite lag; replaced, never changed, so that identity tells of a change."""
+        return self._roster.deciders
 
     def attach_control(self, source: ControlSource | None) -> None:
         """Let handlers that take ``(event, control)`` get theirs from ``source``."""
@@ -513,21 +325,38 @@ class EventBus:
                 f"Subscriber {subscription.name} failed, and on_error='fail' ends the run: {type(error).__name__}: {error}"
             )
             self.failure.__cause__ = error
-        self._settle()
+        self.settle()
 
-    @property
-    def limiter(self) -> CapacityLimiter:
-        """The limiter of the threads in which plain handlers run."""
-        if self._limiter is None:
-            self._limiter = CapacityLimiter(PLAIN_HANDLER_THREADS)
-        return self._limiter
+    def settle(self) -> None:
+        """Something got on: whoever waits for that looks again."""
+        self.settled.pulse()
+        on_progress = self.on_progress
+        if on_progress is not None:
+            on_progress()
 
     # --- life -----------------------------------------------------------------------------------------------
 
     @property
     def running(self) -> bool:
         """Whether an event loop serves this bus now."""
-        return self._loop is not None
+        return self._serving is not None
+
+    @property
+    def limiter(self) -> CapacityLimiter:
+        """The limiter of the threads in which plain handlers run, while the bus is served."""
+        assert self._serving is not None
+        return self._serving.limiter
+
+    def submit(self, function: Callable[..., Coroutine[Any, Any, T]], *args: Any) -> Future[T]:
+        """Run a coroutine function on the bus' event loop, from any other thread.
+
+        Raises:
+            BusClosed: no event loop serves the bus; from the future's ``result()`` if it stops first.
+        """
+        serving = self._serving
+        if serving is None:
+            raise BusClosed("The bus is not running, so nothing can be run on its event loop.")
+        return serving.submit(function, *args)
 
     @asynccontextmanager
     async def serve(self) -> AsyncGenerator[Self]:
@@ -535,113 +364,63 @@ class EventBus:
 
         Subscriptions survive, so a bus can be served again. Workers still busy at the end are cancelled.
         """
-        if self._closed:
-            raise BusClosed("Cannot start this bus: it was closed. Make a new EventBus.")
-        if self.running:
-            raise ConfigurationError("Cannot start this bus: it is already running. Use it as it is.")
+        with self.routing:
+            if self._inbox.closed:
+                raise BusClosed("Cannot start this bus: it was closed. Make a new EventBus.")
+            if self._claimed:
+                raise ConfigurationError("Cannot start this bus: it is already running. Use it as it is.")
+            self._claimed = True
         watchdog = Watchdog(
-            lambda: self._subscriptions, block_warning_s=self._block_warning_s, cpu_budget=self._cpu_budget
+            lambda: self._roster.active, block_warning_s=self._block_warning_s, cpu_budget=self._cpu_budget
         )
         failure: Exception | None = None
-        async with anyio.create_task_group() as host:
-            host.start_soon(self._run)
-            await self._settled.wait_unless(lambda: self._workers is not None)
-            watchdog.start()
-            try:
-                yield self
-            except Exception as error:  # raised outside the task group, which would wrap it
-                failure = error
-            finally:
-                self._stop_workers()
-                with anyio.CancelScope(shield=True):
-                    await anyio.to_thread.run_sync(watchdog.stop)
+        try:
+            async with anyio.create_task_group() as host:
+                serving: Serving = await host.start(self._run)
+                watchdog.start()
+                try:
+                    yield self
+                except Exception as error:  # raised outside the task group, which would wrap it
+                    failure = error
+                finally:
+                    serving.stop()
+                    with anyio.CancelScope(shield=True):
+                        await anyio.to_thread.run_sync(watchdog.stop, limiter=CapacityLimiter(1))
+        finally:
+            self._claimed = False
         if failure is not None:
             raise failure
 
-    async def _run(self) -> None:
+    async def _run(self, *, task_status: TaskStatus[Serving]) -> None:
         """Routers and workers in a scope of their own, so that stopping them does not cancel the block around."""
-        self._loop = LoopThread()
-        self._bell = Doorbell(self._loop)
-        self._stream_bell = Doorbell(self._loop)
-        self._errand_bell = Doorbell(self._loop)
+        serving: Serving | None = None
         try:
-            async with anyio.create_task_group() as workers:
-                self._workers = workers
-                workers.start_soon(self._route_published, self._bell)
-                workers.start_soon(self._route_stream, self._stream_bell)
-                workers.start_soon(self._run_errands, self._errand_bell)
-                workers.start_soon(self._report_drops)
-                for subscription in self._subscriptions:
-                    if subscription.handler is not None:
-                        self._employ(subscription)
-                self._settled.pulse()
+            async with anyio.create_task_group() as tasks:
+                serving = Serving(tasks)
+                with self.routing:
+                    self._serving = serving
+                    self._inbox.open(serving.inbox_bell)
+                    for subscription in self._roster.active:
+                        if subscription.handler is not None:
+                            serving.employ(subscription)
+                tasks.start_soon(self._inbox.route, serving.inbox_bell)
+                tasks.start_soon(self._stream.route, serving.stream_bell)
+                tasks.start_soon(serving.run_errands)
+                tasks.start_soon(self._report_drops)
+                task_status.started(serving)
         finally:
-            self._workers = self._loop = self._bell = self._stream_bell = self._errand_bell = None
+            with self.routing:
+                self._serving = None
+                self._inbox.open(None)
             self._stream.clear()
-            self._errands.clear()
-            for future in list(self._submitted):
-                future.cancel()
-            self._settle()
-
-    def _employ(self, subscription: Subscription) -> None:
-        loop, workers = self._loop, self._workers
-        assert loop is not None and workers is not None
-
-        def start() -> None:
-            subscription.attach(loop)
-            for _ in range(subscription.options.concurrency):
-                workers.start_soon(subscription.work, name=f"eventtrain {subscription.name}")
-
-        self._errands.append(start)
-        if self._errand_bell is not None:
-            self._errand_bell.ring()
-
-    def submit(self, function: Callable[..., Coroutine[Any, Any, T]], *args: Any) -> Future[T]:
-        """Run a coroutine function on the bus' event loop, from any other thread.
-
-        The future is cancelled when the bus stops first.
-
-        Raises:
-            BusClosed: no event loop serves the bus.
-        """
-        bell, future = self._errand_bell, Future[T]()
-
-        async def run() -> None:
-            try:
-                future.set_result(await function(*args))
-            except Exception as error:
-                future.set_exception(error)
-            except BaseException:
-                future.cancel()
-                raise
-
-        def start() -> None:
-            assert self._workers is not None
-            self._submitted.add(future)
-            future.add_done_callback(self._submitted.discard)
-            self._workers.start_soon(run)
-
-        if bell is None:
-            raise BusClosed("The bus is not running, so nothing can be run on its event loop.")
-        self._errands.append(start)
-        bell.ring()
-        return future
-
-    async def _run_errands(self, bell: Doorbell) -> None:
-        """Start tasks on behalf of other threads: anyio lets only a task start another one."""
-        while True:
-            await bell.sleep_unless(lambda: len(self._errands))
-            while self._errands:
-                self._errands.popleft()()
-
-    def _stop_workers(self) -> None:
-        if self._workers is not None:
-            self._workers.cancel_scope.cancel()
+            if serving is not None:
+                serving.end()
+            self.settle()
 
     async def _report_drops(self) -> None:
         while True:
-            await anyio.sleep(1.0)
-            for subscription in self._subscriptions:
+            await self.clock.sleep(LAG_REPORT_S)
+            for subscription in self._roster.active:
                 subscription.report_drops()
 
     async def drain(self, timeout_s: float | None = None) -> dict[str, int]:
@@ -662,42 +441,60 @@ class EventBus:
 
     async def wait_until_quiet(self, timeout_s: float | None = None) -> dict[str, int]:
         """Like ``drain``, but a failed subscription raises nothing."""
-        with anyio.move_on_after(timeout_s):
+        with self.clock.timeout(timeout_s):
             await self._until_quiet()
-            for subscription in self._subscriptions:
+            for subscription in self._roster.active:
                 subscription.report_drops()
             await self._until_quiet()
         return self.undelivered()
 
     async def _until_quiet(self) -> None:
         while self.running and not self._quiet():
-            await self._settled.wait_unless(self._quiet)
+            await self.settled.wait_unless(lambda: not self.running or self._quiet())
+
+    def _quiet(self) -> bool:
+        with self.routing:  # on its way from the inbox to the queues an event is in neither
+            return (
+                not self._inbox
+                and not self._stream
+                and not any(s.pending for s in self._roster.active if s.handler)
+            )
 
     def undelivered(self) -> dict[str, int]:
         """Subscription name -> events that wait or are being handled; plus what is not yet routed."""
-        left = {s.name: s.pending for s in self._subscriptions if s.handler is not None and s.pending}
-        unrouted = sum(isinstance(item, Event) for item in list(self._inbox))
-        unrouted += sum(len(i.steps) if isinstance(i, EventSeries) else 1 for i in list(self._stream))
+        left = {s.name: s.pending for s in self._roster.active if s.handler is not None and s.pending}
+        unrouted = self._inbox.unrouted() + self._stream.waiting()
         return {**left, "(unrouted)": unrouted} if unrouted else left
 
-    def _quiet(self) -> bool:
-        return not self._inbox and not self._stream and not any(s.pending for s in self._subscriptions if s.handler)
-
     async def aclose(self, timeout_s: float | None = None) -> dict[str, int]:
-        """Drain, then stop for good: later ``publish`` raises BusClosed. Idempotent.
+        """Drain, then stop for good: later ``publish`` raises BusClosed. Idempotent; any event loop.
 
         Returns:
             As ``drain``: what was not handled within ``timeout_s`` (default: the bus' ``drain_timeout_s``).
         """
-        left: dict[str, int] = {}
-        if self.running and not self._closed:
-            left = await self.drain(self._drain_timeout_s if timeout_s is None else timeout_s)
-        self._closed = True
-        self._headroom = 0
-        for subscription in self._subscriptions:
-            subscription.finish()
-        self._stop_workers()
+        timeout_s = self._drain_timeout_s if timeout_s is None else timeout_s
+        deadline_s = self.clock.now_s() + timeout_s
+        try:
+            if not self._inbox.closed:
+                await self.wait_until_quiet(timeout_s)
+                self._close()
+                # What other threads published between the last look and the closing was accepted, so it is delivered.
+                await self.wait_until_quiet(max(0.0, deadline_s - self.clock.now_s()))
+            left = self.undelivered()
+        finally:
+            self._close()
+            if self._serving is not None:
+                self._serving.stop()
+        if self.failure is not None:
+            raise self.failure
         return left
+
+    def _close(self) -> None:
+        with self.routing:
+            self._inbox.close()
+        for reader in list(self._readers):
+            reader.wake()
+        self.settled.pulse()
 
     async def __aenter__(self) -> Self:
         stack = AsyncExitStack()
@@ -712,12 +509,16 @@ class EventBus:
         assert stack is not None
         try:
             if kind is None:
-                await self.aclose()
+                left = await self.aclose()
+                if left:
+                    listing = ", ".join(f"{name}: {count}" for name, count in left.items())
+                    logger.warning("The bus was closed before everything was handled; left over: %s", listing)
         finally:
-            self._closed = True
-            self._headroom = 0
+            self._close()
             suppressed = await stack.__aexit__(kind, error, traceback)
         return suppressed
+
+    # --- looking at it --------------------------------------------------------------------------------------
 
     def statistics(self) -> dict[str, SubscriptionStatistics]:
         """The figures of every subscription, disabled ones too, by name. Any thread; never blocks."""
@@ -726,8 +527,8 @@ class EventBus:
     @property
     def subscriptions(self) -> tuple[Subscription, ...]:
         """All subscriptions that were not cancelled; those disabled after failures come last."""
-        return (*self._subscriptions, *self._disabled)
+        return (*self._roster.active, *self._roster.disabled)
 
     def has_subscribers(self, kind: type[Event]) -> bool:
         """Whether anyone would receive an event of class ``kind``. Any thread."""
-        return bool(self._route(kind))
+        return bool(self._roster.route(kind))

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import inspect
+from collections import deque
 from collections.abc import Awaitable, Callable
 from functools import partial
 from time import thread_time
 from typing import Any, Protocol
 
-import anyio
 import anyio.to_thread
 from anyio import CapacityLimiter
 
+from eventtrain.bus.clock import Clock
 from eventtrain.bus.meter import Meter
+from eventtrain.bus.wake import Signal
 from eventtrain.errors import ConfigurationError
 from eventtrain.events import Event
 
@@ -21,6 +23,10 @@ Handler = Callable[..., Any]
 
 Call = Callable[[Event], Awaitable[None]]
 """A handler made ready: one argument, awaitable."""
+
+
+class HandlerTimeout(TimeoutError):
+    """An attempt took longer than the subscription's ``timeout_s``."""
 
 
 class Attempt(Protocol):
@@ -69,7 +75,9 @@ def is_async(handler: Handler) -> bool:
     """Whether calling ``handler`` gives a coroutine (functions, partials, objects with an async ``__call__``)."""
     while isinstance(handler, partial):
         handler = handler.func
-    return inspect.iscoroutinefunction(handler) or inspect.iscoroutinefunction(getattr(handler, "__call__", None))  # noqa: B004
+    return inspect.iscoroutinefunction(handler) or inspect.iscoroutinefunction(
+        getattr(handler, "__call__", None)
+    )
 
 
 def describe(handler: object) -> str:
@@ -79,26 +87,40 @@ def describe(handler: object) -> str:
     return getattr(handler, "__qualname__", None) or type(handler).__qualname__
 
 
-def in_thread(handler: Handler, limiter: CapacityLimiter, meter: Meter) -> Callable[..., Awaitable[None]]:
+def in_thread(
+    handler: Handler, limiter: Callable[[], CapacityLimiter], meter: Meter, concurrency: int
+) -> Callable[..., Awaitable[None]]:
     """Run a plain function in a worker thread of the bus' own limiter, its CPU time charged to ``meter``.
 
-    On cancellation the thread is abandoned, not awaited: a plain function cannot be stopped.
+    On cancellation or a timeout the thread is abandoned, not awaited: a plain function cannot be stopped. The next
+    event waits until it has returned, so that the function never runs more than ``concurrency`` times at once.
     """
+    at_work: deque[None] = (
+        deque()
+    )  # one item per thread in the handler, abandoned ones too; atomic, unlike an int
+    returned = Signal()
 
     def call(*args: Any) -> None:
+        at_work.append(None)
         began = thread_time()
         try:
             handler(*args)
         finally:
             meter.charge_thread(thread_time() - began)
+            at_work.pop()
+            returned.pulse()
 
     async def run(*args: Any) -> None:
-        await anyio.to_thread.run_sync(call, *args, abandon_on_cancel=True, limiter=limiter)
+        while len(at_work) >= concurrency:
+            await returned.wait_unless(lambda: len(at_work) < concurrency)
+        await anyio.to_thread.run_sync(call, *args, abandon_on_cancel=True, limiter=limiter())
 
     return run
 
 
-def with_control(handler: Callable[[Event, Any], Awaitable[None]], open_attempt: Callable[[Event], Attempt]) -> Call:
+def with_control(
+    handler: Callable[[Event, Any], Awaitable[None]], open_attempt: Callable[[Event], Attempt]
+) -> Call:
     """Give the handler the control of this very attempt; commit it on success, discard it on anything else."""
 
     async def call(event: Event) -> None:
@@ -113,25 +135,30 @@ def with_control(handler: Callable[[Event, Any], Awaitable[None]], open_attempt:
     return call
 
 
-def with_timeout(call: Call, timeout_s: float) -> Call:
-    """Raise TimeoutError in an attempt that takes longer than ``timeout_s`` seconds."""
+def with_timeout(call: Call, timeout_s: float, clock: Clock) -> Call:
+    """Raise HandlerTimeout in an attempt that takes longer than ``timeout_s`` seconds."""
 
     async def limited(event: Event) -> None:
-        try:
-            with anyio.fail_after(timeout_s):
-                await call(event)
-        except TimeoutError as error:
-            if str(error):  # the handler's own
-                raise
-            raise TimeoutError(f"the handler did not finish within timeout_s={timeout_s:g} s") from None
+        with clock.timeout(timeout_s) as scope:
+            await call(event)
+        if scope.cancelled_caught:
+            raise HandlerTimeout(f"the handler did not finish within timeout_s={timeout_s:g} s")
 
     return limited
 
 
-def with_retries(call: Call, retries: int, first_delay_s: float, failed: Callable[[Event, Exception, int], None]) -> Call:
+def with_retries(
+    call: Call,
+    retries: int,
+    first_delay_s: float,
+    clock: Clock,
+    failed: Callable[[Event, Exception, int], None],
+    going_on: Callable[[], bool],
+) -> Call:
     """Try up to ``retries`` times more, waiting ``first_delay_s`` and then twice as long each time.
 
-    ``failed(event, error, attempt)`` hears of every attempt but the last, whose exception is raised.
+    ``failed(event, error, attempt)`` hears of every attempt but the last, whose exception is raised. Once
+    ``going_on()`` is false, the attempt that just failed is the last.
     """
 
     async def persistent(event: Event) -> None:
@@ -141,8 +168,10 @@ def with_retries(call: Call, retries: int, first_delay_s: float, failed: Callabl
                 await call(event)
                 return
             except Exception as error:
+                if not going_on():
+                    raise
                 failed(event, error, attempt)
-            await anyio.sleep(delay_s)
+            await clock.sleep(delay_s)
             delay_s *= 2
         await call(event)
 

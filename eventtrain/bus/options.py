@@ -77,9 +77,13 @@ class Options:
         if not whole(self.retries) or self.retries < 0:
             raise refuse(f"retries={self.retries!r} needs a whole number of at least 0.")
         if self.disable_after is not None and (not whole(self.disable_after) or self.disable_after < 1):
-            raise refuse(f"disable_after={self.disable_after!r} needs a whole number of at least 1, or None for never.")
+            raise refuse(
+                f"disable_after={self.disable_after!r} needs a whole number of at least 1, or None for never."
+            )
         if not isinstance(self.queue, Queue):  # pyright: ignore[reportUnnecessaryIsInstance]
-            raise refuse(f"queue={self.queue!r} is none of Lossless(), KeepLatest(), DropOldest(n), DropNewest(n).")
+            raise refuse(
+                f"queue={self.queue!r} is none of Lossless(), KeepLatest(), DropOldest(n), DropNewest(n)."
+            )
         lags: Iterable[tuple[type[Event], int | None]] = (
             self.lag.items() if isinstance(self.lag, Mapping) else [(kind, self.lag) for kind in types]
         )
@@ -94,8 +98,12 @@ class Options:
                     "(answers to commands and eventtrain.Event as a whole are not either). Use lag=None for it."
                 )
             if not isinstance(self.queue, Lossless):
-                raise refuse(f"a finite lag needs a Lossless queue; {self.queue!r} may drop the event to decide on.")
+                raise refuse(
+                    f"a finite lag needs a Lossless queue; {self.queue!r} may drop the event to decide on."
+                )
             if self.concurrency != 1:
                 raise refuse("a finite lag needs concurrency=1: decisions are made in order.")
             if self.every_s is not None:
-                raise refuse("a finite lag and every_s= exclude each other: a rerun would choose other events.")
+                raise refuse(
+                    "a finite lag and every_s= exclude each other: a rerun would choose other events."
+                )

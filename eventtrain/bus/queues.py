@@ -1,12 +1,13 @@
 """The four queues between the bus and one subscriber: what happens when the subscriber is slower than the run.
 
 The public classes are choices (frozen, comparable, reusable for many subscriptions); ``open()`` makes the queue
-of one subscription. All queue methods are for the event loop's thread, or for a thread that holds the bus' routing
-lock; each is O(1) but ``choose``, which only computes a range.
+of one subscription. One thread at a time puts (it holds the bus' routing lock), any thread takes or clears: a reader
+may live on another event loop. Each method is O(1) in what waits.
 """
 
 from __future__ import annotations
 
+import threading
 from abc import ABC, abstractmethod
 from collections import OrderedDict, deque
 from collections.abc import Callable, Iterable
@@ -14,7 +15,6 @@ from dataclasses import dataclass
 from typing import Any
 
 from eventtrain.errors import ConfigurationError
-from eventtrain.events import Event
 
 
 class EventQueue(ABC):
@@ -38,7 +38,11 @@ class EventQueue(ABC):
 
     @abstractmethod
     def clear(self) -> int:
-        """Forget everything; returns how many items that were."""
+        """Forget everything, without counting it as dropped; returns how many items that were."""
+
+    @abstractmethod
+    def drop_all(self) -> None:
+        """Let everything go and count it."""
 
     def room(self) -> int | None:
         """How many more items fit; None where there is always room, because the queue drops."""
@@ -50,6 +54,8 @@ class EventQueue(ABC):
 
 
 class _LosslessQueue(EventQueue):
+    """A deque: its methods are atomic, so it needs no lock."""
+
     def __init__(self, limit: int) -> None:
         self.limit = limit
         self._items: deque[Any] = deque()
@@ -59,15 +65,27 @@ class _LosslessQueue(EventQueue):
         self.take = self._items.popleft
 
     def oldest(self) -> Any | None:
-        return self._items[0] if self._items else None
+        try:
+            return self._items[0]
+        except IndexError:
+            return None
 
     def __len__(self) -> int:
         return len(self._items)
 
     def clear(self) -> int:
-        count = len(self._items)
-        self._items.clear()
+        # One by one: the worker may take at the same time, and each item is counted on one side only.
+        count = 0
+        for _ in range(len(self._items)):
+            try:
+                self._items.popleft()
+            except IndexError:
+                break
+            count += 1
         return count
+
+    def drop_all(self) -> None:
+        self.dropped += self.clear()
 
     def room(self) -> int:
         return self.limit - len(self._items)
@@ -79,6 +97,7 @@ class _DroppingQueue(EventQueue):
     def __init__(self, limit: int, *, newest: bool) -> None:
         self.limit = limit
         self._drop_newest = newest
+        self._lock = threading.Lock()  # putting drops what taking may be about to take
         # An OrderedDict and not a dict: taking the first key of a dict is O(n) after many deletions in front.
         self._items: OrderedDict[int, Any] = OrderedDict()
         self._droppable: deque[int] = deque()
@@ -88,7 +107,16 @@ class _DroppingQueue(EventQueue):
         self.take = self._take
 
     def _put(self, item: Any) -> None:
-        if isinstance(item, Event) and not item.lifecycle:
+        with self._lock:
+            self._take_in(item)
+
+    def _put_many(self, items: Iterable[Any]) -> None:
+        with self._lock:
+            for item in items:
+                self._take_in(item)
+
+    def _take_in(self, item: Any) -> None:
+        if not item.lifecycle:
             if len(self._droppable) >= self.limit:
                 self.dropped += 1
                 if self._drop_newest:
@@ -98,37 +126,44 @@ class _DroppingQueue(EventQueue):
         self._items[self._next_key] = item
         self._next_key += 1
 
-    def _put_many(self, items: Iterable[Any]) -> None:
-        for item in items:
-            self._put(item)
-
     def _take(self) -> Any:
-        if not self._items:
-            raise IndexError("empty queue")
-        key, item = self._items.popitem(last=False)
-        if self._droppable and self._droppable[0] == key:
-            self._droppable.popleft()
-        return item
+        with self._lock:
+            if not self._items:
+                raise IndexError("empty queue")
+            key, item = self._items.popitem(last=False)
+            if self._droppable and self._droppable[0] == key:
+                self._droppable.popleft()
+            return item
 
     def oldest(self) -> Any | None:
-        return next(iter(self._items.values()), None)
+        with self._lock:
+            return next(iter(self._items.values()), None)
 
     def __len__(self) -> int:
         return len(self._items)
 
     def clear(self) -> int:
+        with self._lock:
+            return self._clear()
+
+    def drop_all(self) -> None:
+        with self._lock:
+            self.dropped += self._clear()
+
+    def _clear(self) -> int:
         count = len(self._items)
         self._items.clear()
         self._droppable.clear()
         return count
 
     def choose(self, steps: range) -> range:
-        if self._drop_newest:
-            chosen = steps[: max(0, self.limit - len(self._droppable))]
-        else:
-            chosen = steps[-self.limit :]
-        self.dropped += len(steps) - len(chosen)
-        return chosen
+        with self._lock:
+            if self._drop_newest:
+                chosen = steps[: max(0, self.limit - len(self._droppable))]
+            else:
+                chosen = steps[-self.limit :]
+            self.dropped += len(steps) - len(chosen)
+            return chosen
 
 
 class Queue(ABC):
@@ -141,7 +176,9 @@ class Queue(ABC):
 
 def _check_limit(policy: str, limit: int) -> None:
     if isinstance(limit, bool) or not isinstance(limit, int) or limit < 1:  # pyright: ignore[reportUnnecessaryIsInstance]
-        raise ConfigurationError(f"{policy}(limit={limit!r}): a queue holds a whole number of events, at least 1.")
+        raise ConfigurationError(
+            f"{policy}(limit={limit!r}): a queue holds a whole number of events, at least 1."
+        )
 
 
 @dataclass(frozen=True)
@@ -159,7 +196,9 @@ class Lossless(Queue):
     def __post_init__(self) -> None:
         _check_limit("Lossless", self.limit)
         if not self.stall_timeout_s > 0:
-            raise ConfigurationError(f"Lossless(stall_timeout_s={self.stall_timeout_s!r}): needs a positive number of seconds.")
+            raise ConfigurationError(
+                f"Lossless(stall_timeout_s={self.stall_timeout_s!r}): needs a positive number of seconds."
+            )
 
     def open(self) -> EventQueue:
         return _LosslessQueue(self.limit)

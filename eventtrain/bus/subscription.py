@@ -1,19 +1,19 @@
-"""One subscription: which events it wants, the queue they wait in, and the worker that hands them to the handler."""
+"""One subscription: the queue its events wait in, the worker that hands them to the handler, and how it ends."""
 
 from __future__ import annotations
 
 import logging
 import threading
 from collections import deque
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from time import monotonic, perf_counter
-from typing import Any, Literal, NamedTuple, Protocol
+from typing import Any, Literal, Protocol
 
 from anyio import CapacityLimiter
-from anyio.lowlevel import checkpoint
 
+from eventtrain.bus.clock import Clock
+from eventtrain.bus.failures import DeadLetter, Failures
 from eventtrain.bus.handlers import (
     Attempt,
     Call,
@@ -26,33 +26,18 @@ from eventtrain.bus.handlers import (
     with_retries,
     with_timeout,
 )
-from eventtrain.bus.meter import Meter, metered
-from eventtrain.bus.queues import Lossless
+from eventtrain.bus.meter import Meter
 from eventtrain.bus.options import EventTypes, Options, event_classes
-from eventtrain.bus.wake import Doorbell, LoopThread
-from eventtrain.events import (
-    LOOP_EVENTS,
-    Event,
-    SubscriberDisabled,
-    SubscriberFailed,
-    SubscriberLagged,
-)
+from eventtrain.bus.queues import Lossless
+from eventtrain.bus.selection import Selection
+from eventtrain.bus.worker import Gated, Worker
+from eventtrain.errors import ConfigurationError
+from eventtrain.events import Event, SubscriberDisabled, SubscriberLagged
 
 logger = logging.getLogger("eventtrain")
 
-SLICE_TARGET_S = 0.0005
-"""How long a worker goes from event to event before it gives way to other tasks and to the GIL's waiters."""
-DEAD_LETTERS = 100
-"""How many failed events a subscription keeps for inspection."""
-NOTICES = (SubscriberFailed, SubscriberLagged)
-"""Failures in handling these are counted and logged only; an event about them would beget itself."""
-
-
-class DeadLetter(NamedTuple):
-    """An event whose handling failed for good, and why."""
-
-    event: Event
-    error: Exception
+State = Literal["active", "disabled", "cancelled", "finished"]
+"""``disabled`` after failures, ``cancelled`` on request, ``finished`` when ``once`` is fulfilled."""
 
 
 @dataclass(frozen=True)
@@ -60,7 +45,7 @@ class SubscriptionStatistics:
     """A moment's figures of one subscription."""
 
     name: str
-    state: Literal["active", "disabled", "cancelled"]
+    state: State
     delivered: int
     """Events handled without an error."""
     errors: int
@@ -69,6 +54,8 @@ class SubscriptionStatistics:
     """Events that the queue let go."""
     pending: int
     """Events waiting or being handled."""
+    lag_events: int
+    """How many events it is behind: ``pending``, and what its queue dropped since the handler last took one."""
     lag_s: float
     """Age of the oldest waiting event, in seconds; 0.0 when none waits."""
     handler_wall_s: float
@@ -80,25 +67,23 @@ class SubscriptionStatistics:
 class Host(Protocol):
     """What a subscription asks of its bus."""
 
-    limiter: CapacityLimiter
-
+    @property
+    def clock(self) -> Clock: ...
+    @property
+    def limiter(self) -> CapacityLimiter: ...
     def notify(self, event: Event) -> None: ...
     def open_attempt(self, subscription: Subscription, event: Event) -> Attempt: ...
     def subscription_failed(self, subscription: Subscription, error: Exception) -> None: ...
-    def settled(self, subscription: Subscription) -> None: ...
+    def settle(self) -> None: ...
     def left(self, subscription: Subscription) -> None: ...
-
-
-class _Gated(NamedTuple):
-    """An item of a finite-lag subscription that the loop counts too; ``event`` is None where ``where`` said no."""
-
-    event: Event | None
 
 
 class Subscription:
     """One handler's claim on a class of events. Made by ``EventBus.subscribe``."""
 
-    def __init__(self, host: Host, event_type: EventTypes, handler: Handler | None, options: Options, index: int) -> None:
+    def __init__(
+        self, host: Host, event_type: EventTypes, handler: Handler | None, options: Options, index: int
+    ) -> None:
         self.types = event_classes(event_type)
         self.handler = handler
         self.name = options.name or (describe(handler) if handler is not None else f"stream-{index}")
@@ -107,267 +92,212 @@ class Subscription:
         self.index = index
         self.queue = options.queue.open()
         self.meter = Meter()
-        self.state: Literal["active", "disabled", "cancelled"] = "active"
-        self.delivered = 0
-        self.errors = 0
-        self.in_flight = 0
-        self._counted = False
-        self.passed = 0
-        """How many events that the loop counts (those with a finite lag) this subscription is through with."""
-        self.timed_out = False
-        """A decider exceeded its ``timeout_s``: what it decides is no longer reproducible."""
-        self.dead_letters: deque[DeadLetter] = deque(maxlen=DEAD_LETTERS)
-        self.bell: Doorbell | None = None
-        self._host = host
-        self._consecutive_failures = 0
+        self.selection = Selection(self.types, options, host.clock)
+        self.failures = Failures(host.notify)
+        self.state: State = "active"
+        self.run = 0
+        """Which run counts the events with a finite lag; 0 before the first."""
         self._reported_drops = 0
-        self._last_delivery_s = -float("inf")
-        self._burst = 1
+        self._host = host
         self._lock = threading.Lock()
-        self._lags: dict[type[Event], int | None] = {}
-        self._filtered = options.every > 1 or options.every_s is not None or options.where is not None or options.once
-        self.decides = any(self.lag_for(kind) is not None for kind in self.types) or isinstance(options.lag, Mapping)
-        self._call = self._assemble(handler) if handler is not None else None
+        call = self._assemble(handler) if handler is not None else _nobody
+        self.worker = Worker(self, call, self.meter, options.concurrency)
 
     def __repr__(self) -> str:
         return f"<Subscription {self.name!r} to {' | '.join(kind.__name__ for kind in self.types)}, {self.state}>"
 
     def _assemble(self, handler: Handler) -> Call:
-        control = takes_control(handler)
-        call = handler if is_async(handler) else in_thread(handler, self._host.limiter, self.meter)
+        options, host = self.options, self._host
+        call, control = handler, takes_control(handler)
+        if not is_async(handler):
+            call = in_thread(handler, lambda: host.limiter, self.meter, options.concurrency)
         if control:
-            call = with_control(call, lambda event: self._host.open_attempt(self, event))
-        if self.options.timeout_s is not None:
-            call = with_timeout(call, self.options.timeout_s)
-        if self.options.on_error == "retry":
-            call = with_retries(call, self.options.retries, self.options.retry_delay_s, self._attempt_failed)
+            call = with_control(call, lambda event: host.open_attempt(self, event))
+        if options.timeout_s is not None:
+            call = with_timeout(call, options.timeout_s, host.clock)
+        if options.on_error == "retry":
+            call = with_retries(
+                call, options.retries, options.retry_delay_s, host.clock, self._note, lambda: self.active
+            )
         return call
 
-    # --- which events -----------------------------------------------------------------------------------
-
     def lag_for(self, kind: type[Event]) -> int | None:
-        """The lag that holds for events of class ``kind``; a mapping is searched along the MRO."""
-        if kind not in self._lags:
-            lag = self.options.lag
-            if isinstance(lag, Mapping):
-                lag = next((lag[base] for base in kind.__mro__ if base in lag), None)
-            elif not issubclass(kind, LOOP_EVENTS):
-                lag = None
-            self._lags[kind] = lag
-        return self._lags[kind]
+        """The lag that holds for events of class ``kind``: None, or that many steps."""
+        return self.selection.lag_for(kind)
 
-    def _wants(self, event: Event) -> bool:
-        options = self.options
-        if options.every > 1 and not event.is_multiple_of(options.every):
-            return False
-        if options.every_s is not None:
-            now_s = monotonic()
-            if now_s - self._last_delivery_s < options.every_s:
-                return False
-        if options.where is not None:
-            try:
-                if not options.where(event):
-                    return False
-            except Exception as error:
-                self._failed(event, error)
-                return False
-        if options.every_s is not None:
-            self._last_delivery_s = monotonic()
-        if options.once:
-            self._host.left(self)
-        return True
+    # --- taking events in: by a holder of the bus' routing lock ---------------------------------------------
 
-    # --- taking events in: the event loop's thread, or a holder of the routing lock ----------------------
-
-    def offer(self, event: Event) -> None:
-        """Take one event in, if this subscription wants it."""
-        if self.state != "active" or (self._filtered and not self._wants(event)):
-            return
-        self.queue.put(event)
-        if self.bell is not None and self.bell.armed:
-            self.bell.ring()
+    def offer(self, events: list[Event]) -> None:
+        """Take in those of these published events of one class that it wants."""
+        if self.state == "active":
+            self._put([event for event in events if self._wants(event)] if self.selection.filters else events)
 
     def offer_from_loop(self, events: list[Event]) -> None:
-        """Take in events of one type from the training loop, which counts those with a finite lag."""
-        if self.state != "active":
-            return
-        if self.decides and self.lag_for(type(events[0])) is not None:
-            if not self._counted:
-                return
-            every = self.options.every
-            due = events if every == 1 else [event for event in events if event.is_multiple_of(every)]
-            chosen: Iterable[Any] = [_Gated(event if self._wants(event) else None) for event in due]
-        elif self._filtered:
-            chosen = [event for event in events if self._wants(event)]
-        else:
-            chosen = events
-        self.queue.put_many(chosen)
-        if self.bell is not None and self.bell.armed:
-            self.bell.ring()
+        """Take in events of one class from the training loop, which counts those with a finite lag."""
+        if self.lag_for(type(events[0])) is None:
+            self.offer(events)
+        elif self.state == "active" and self.run:
+            due = [event for event in events if self.selection.is_due(event)]
+            self._put([Gated(event if self._wants(event) else None, self.run) for event in due])
+
+    def _put(self, items: Iterable[Any]) -> None:
+        self.queue.put_many(items)
+        bell = self.worker.bell
+        if bell is not None and bell.armed:
+            bell.ring()
+
+    def _wants(self, event: Event) -> bool:
+        try:
+            return self.selection.wants(event)
+        except Exception as error:  # of the user's `where`
+            self._give_up(event, error, attempt=1)
+            return False
 
     def choose(self, steps: range) -> range:
         """Which of these consecutive steps' events need to be built for this subscription."""
         if self.state != "active":
             return steps[:0]
-        options = self.options
-        if options.every > 1:
-            first = -(-steps.start // options.every) * options.every
-            return range(first, steps.stop, options.every)
-        return steps if self._filtered else self.queue.choose(steps)
-
-    # --- the worker ---------------------------------------------------------------------------------------
+        # Without filters the queue says at once what it would drop; such events are not even built.
+        return self.selection.due_steps(steps) if self.selection.filters else self.queue.choose(steps)
 
     def activate(self) -> None:
         """A run begins to count this subscription's events, from here in the stream on."""
-        self.passed = 0
-        self._counted = True
-
-    def attach(self, loop: LoopThread) -> None:
-        """Bind to the event loop that will run the worker, on that loop's thread."""
-        self.bell = Doorbell(loop)
-
-    async def work(self) -> None:
-        """Hand events to the handler until the subscription ends or the task is cancelled."""
-        await metered(self._work(), self.meter)
-
-    async def _work(self) -> None:
-        assert self.bell is not None and self._call is not None
-        queue, take, bell, call = self.queue, self.queue.take, self.bell, self._call
-        while True:
-            if not queue:
-                self._host.settled(self)
-                if self.state != "active":
-                    return
-                await bell.sleep_unless(lambda: len(queue) or self.state != "active")
-                continue
-            began = perf_counter()
-            self.in_flight += 1
-            try:
-                count = 0
-                while count < self._burst and queue:
-                    event = take()
-                    count += 1
-                    if type(event) is _Gated:
-                        await self._decide(event.event)
-                        continue
-                    try:
-                        await call(event)
-                    except Exception as error:
-                        self._failed(event, error)
-                    else:
-                        self.delivered += 1
-                        self._consecutive_failures = 0
-            finally:
-                self.in_flight -= 1
-            elapsed = perf_counter() - began
-            self.meter.wall_s += elapsed
-            # Grow while bursts are short, so that cheap handlers pay for one clock reading in many events; shrink
-            # at once for expensive ones, so that nobody else waits behind a burst of them.
-            self._burst = min(self._burst * 2, 512) if elapsed < SLICE_TARGET_S / 2 else max(1, self._burst // 2)
-            if elapsed > 8 * SLICE_TARGET_S:
-                self._burst = 1
-            self._host.settled(self)
-            await checkpoint()
-
-    async def _decide(self, event: Event | None) -> None:
-        """Handle an event that the loop may be waiting for, and say that this subscription is through with it."""
-        assert self._call is not None
-        try:
-            if event is not None:
-                await self._call(event)
-                self.delivered += 1
-                self._consecutive_failures = 0
-        except Exception as error:
-            assert event is not None
-            if isinstance(error, TimeoutError) and self.options.timeout_s is not None:
-                self.timed_out = True
-            self._failed(event, error)
-        self.passed += 1
-        self._host.settled(self)
+        self.run += 1
+        self.worker.passed = 0
 
     # --- failures -------------------------------------------------------------------------------------------
 
-    def _attempt_failed(self, event: Event, error: Exception, attempt: int) -> None:
-        self.errors += 1
-        logger.error(
-            "Subscriber %s failed on %s of step %d (attempt %d): %s: %s",
-            self.name, event.kind, event.step, attempt, type(error).__name__, error,
-            exc_info=error if self.errors == 1 else None,
-        )  # fmt: skip
-        if not isinstance(event, NOTICES):
-            self._host.notify(
-                SubscriberFailed(
-                    step=event.step,
-                    subscriber=self.name,
-                    event_kind=event.kind,
-                    error=f"{type(error).__name__}: {error}",
-                    attempt=attempt,
-                )
+    def _note(self, event: Event, error: Exception, attempt: int) -> None:
+        self.failures.note_attempt(self.name, event, error, attempt)
+
+    def failed(self, event: Event, error: Exception) -> None:
+        """The handler failed on ``event`` for good; called by the worker."""
+        self._give_up(event, error, self.options.retries + 1 if self.options.on_error == "retry" else 1)
+
+    def _give_up(self, event: Event, error: Exception, attempt: int) -> None:
+        options, failures = self.options, self.failures
+        self._note(event, error, attempt)
+        failures.give_up(event, error)
+        if options.on_error == "fail":
+            self._host.subscription_failed(self, error)
+        if options.disable_after is not None and failures.consecutive >= options.disable_after:
+            self.disable(
+                f"{failures.consecutive} failures in a row, the last: {type(error).__name__}: {error}"
             )
 
-    def _failed(self, event: Event, error: Exception) -> None:
-        attempts = self.options.retries + 1 if self.options.on_error == "retry" else 1
-        self._attempt_failed(event, error, attempts)
-        self.dead_letters.append(DeadLetter(event, error))
-        self._consecutive_failures += 1
-        if self.options.on_error == "fail":
-            self._host.subscription_failed(self, error)
-        limit = self.options.disable_after
-        if limit is not None and self._consecutive_failures >= limit:
-            self.disable(f"{self._consecutive_failures} failures in a row, the last: {type(error).__name__}: {error}")
-
     def report_drops(self) -> None:
-        """Publish ``SubscriberLagged`` for what was dropped since the last report."""
-        dropped = self.queue.dropped - self._reported_drops
+        """Publish ``SubscriberLagged`` for what was dropped since the last report. Any thread."""
+        with self._lock:
+            dropped = self.queue.dropped - self._reported_drops
+            self._reported_drops += dropped
         if dropped:
-            self._reported_drops = self.queue.dropped
             self._host.notify(SubscriberLagged(subscriber=self.name, dropped=dropped))
 
-    # --- the end ----------------------------------------------------------------------------------------------
+    def redeliver(self) -> int:
+        """Queue all dead letters once more, oldest first; returns how many. Any thread.
+
+        They go to the handler without asking ``where`` and the like, and a loop that waited for the first attempt does
+        not count them again.
+
+        Raises:
+            ConfigurationError: the subscription has ended, so nobody would handle them.
+        """
+        if self.state != "active":
+            raise ConfigurationError(
+                f"Cannot redeliver to {self.name}: it is {self.state}. Subscribe the handler anew and publish copies of "
+                "the events in its dead_letters."
+            )
+        letters = self.failures.take_letters()
+        self._put([letter.event for letter in letters])
+        return len(letters)
+
+    # --- the end --------------------------------------------------------------------------------------------
 
     def cancel(self) -> None:
         """End the subscription: no further event is handled, a running handler finishes. Any thread; never blocks."""
-        self._end("cancelled")
-        self.queue.clear()
-        self._wake()
+        if self._end("cancelled"):
+            self.queue.clear()
+            self.report_drops()
+            self.wake()
 
     def disable(self, reason: str) -> None:
         """Switch it off after failures: what waits is dropped and counted, and ``SubscriberDisabled`` says so."""
         if self._end("disabled"):
-            self.queue.dropped += self.queue.clear()
+            self.queue.drop_all()
             logger.error("Subscriber %s is disabled after %s", self.name, reason)
+            self.report_drops()
             self._host.notify(SubscriberDisabled(subscriber=self.name, reason=reason))
-            self._wake()
+            self.wake()
+
+    def stall(self, waited_s: float) -> None:
+        """Training waited at the limit of its queue while it handled nothing: that is its failure."""
+        self.disable(
+            f"it handled nothing for {waited_s:.1f} s while training waited at its limit of {len(self.queue)} events"
+        )
 
     def finish(self) -> None:
-        """Take nothing more in, handle what waits, then end."""
-        self._end("cancelled")
-        self._wake()
+        """``once`` is fulfilled; called by the worker."""
+        self._end("finished")
 
-    def _end(self, state: Literal["disabled", "cancelled"]) -> bool:
+    def settle(self) -> None:
+        """Tell whoever waits for progress; called by the worker."""
+        self._host.settle()
+
+    def _end(self, state: State) -> bool:
         with self._lock:
             if self.state != "active":
                 return False
             self.state = state
         self._host.left(self)
-        self._host.settled(self)
+        self._host.settle()
         return True
 
-    def _wake(self) -> None:
-        if self.bell is not None:
-            self.bell.ring()
+    def wake(self) -> None:
+        """Have the worker or reader look again."""
+        if self.worker.bell is not None:
+            self.worker.bell.ring()
 
     # --- looking at it --------------------------------------------------------------------------------------
 
     @property
+    def active(self) -> bool:
+        """Whether it still takes events."""
+        return self.state == "active"
+
+    @property
+    def delivered(self) -> int:
+        """Events handled without an error."""
+        return self.worker.delivered
+
+    @property
+    def passed(self) -> int:
+        """How many events that the loop counts (those with a finite lag) it is through with, in this run."""
+        return self.worker.passed
+
+    @property
     def pending(self) -> int:
         """Events waiting or being handled."""
-        return len(self.queue) + self.in_flight
+        return len(self.queue) + self.worker.in_flight
+
+    @property
+    def errors(self) -> int:
+        """Failed attempts."""
+        return self.failures.attempts
 
     @property
     def handled(self) -> int:
-        """Events it got done with, well or badly."""
-        return self.delivered + self.errors
+        """Grows whenever it got done with something, well or badly."""
+        return self.worker.delivered + self.failures.attempts
+
+    @property
+    def timed_out(self) -> bool:
+        """Whether an attempt ever exceeded ``timeout_s``: what it decides is then no longer reproducible."""
+        return self.failures.timed_out
+
+    @property
+    def dead_letters(self) -> deque[DeadLetter]:
+        """The last events whose handling failed for good, oldest first; at most 100."""
+        return self.failures.dead_letters
 
     @property
     def stall_timeout_s(self) -> float:
@@ -375,33 +305,25 @@ class Subscription:
         queue = self.options.queue
         return queue.stall_timeout_s if isinstance(queue, Lossless) else float("inf")
 
-    def stall(self, waited_s: float) -> None:
-        """Training waited at the limit of its queue while it handled nothing: that is its failure."""
-        self.disable(f"it handled nothing for {waited_s:.1f} s while training waited at its limit of {len(self.queue)} events")
-
-    def redeliver(self) -> int:
-        """Queue all dead letters once more, oldest first; returns how many. Call it on the bus' event loop."""
-        letters = list(self.dead_letters)
-        self.dead_letters.clear()
-        for letter in letters:
-            self.queue.put(letter.event)
-        self._wake()
-        return len(letters)
-
     def statistics(self) -> SubscriptionStatistics:
         """The figures of this moment. Any thread; never blocks."""
         oldest = self.queue.oldest()
-        event = oldest.event if isinstance(oldest, _Gated) else oldest
-        lag_s = max(0.0, (datetime.now(UTC) - event.time).total_seconds()) if event is not None else 0.0
+        event = oldest.event if isinstance(oldest, Gated) else oldest
+        pending, dropped = self.pending, self.queue.dropped
         return SubscriptionStatistics(
             name=self.name,
             state=self.state,
             delivered=self.delivered,
             errors=self.errors,
-            dropped=self.queue.dropped,
-            pending=self.pending,
-            lag_s=lag_s,
+            dropped=dropped,
+            pending=pending,
+            lag_events=pending + (dropped - self.worker.drops_when_taken if pending else 0),
+            lag_s=max(0.0, (datetime.now(UTC) - event.time).total_seconds()) if event is not None else 0.0,
             handler_wall_s=self.meter.wall_s,
             handler_cpu_s=self.meter.cpu_s,
             longest_slice_s=self.meter.longest_slice_s,
         )
+
+
+async def _nobody(event: Event) -> None:
+    """The handler of a stream, whose reader takes from the queue itself."""
