@@ -74,6 +74,9 @@ class Inbox:
         self.due: list[Order] = []
         """Orders of finite lag that wait for their boundary."""
         self.hyperparams: Mapping[str, Number] = MappingProxyType({})
+        """Values in effect, by label, as the loop last wrote them."""
+        self.scheduled: Callable[[], Mapping[str, Number]] = dict
+        """The hyperparameters that follow a schedule, as of the newest step fetched."""
         self.snapshots: dict[str | int, KeptSnapshot] = {}
         self.step = 0
         self._bell = threading.Event()
@@ -247,7 +250,7 @@ class Control:
     @property
     def hyperparams(self) -> Mapping[str, Number]:
         """The values in effect, read-only: name (or path, where a name is ambiguous) -> number."""
-        return self._inbox.hyperparams
+        return MappingProxyType({**self._inbox.hyperparams, **self._inbox.scheduled()})
 
     @property
     def snapshots(self) -> Mapping[str | int, KeptSnapshot]:

@@ -295,11 +295,13 @@ class Session:
     def begin(self) -> None:
         """Start subscribers and threads, and say RunStarted. Blocks until every subscriber has started."""
         options = self._options
-        options.run_dir.mkdir(parents=True, exist_ok=True)
+        if self._subscribers:
+            options.run_dir.mkdir(parents=True, exist_ok=True)
         self._room.plans.clear()
         self._bus.run_id = options.run_id
         self._bus.on_progress = self._on_progress
         self._inbox.step = self._model.step
+        self._inbox.scheduled = lambda: self._narrator.watched
         context = RunContext(
             options.run_id,
             options.run_dir,

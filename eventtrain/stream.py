@@ -142,6 +142,8 @@ class Narrator:
             if isinstance(item, EpochStarted):
                 self._epoch_means = RunningMeans(self._weight)
                 self.evaluated = None
+                if self.watched:  # the loop does not know where a schedule stands
+                    item = item.model_copy(update={"hyperparams": FrozenDict({**item.hyperparams, **self.watched})})
             elif isinstance(item, EvalStarted):
                 self._eval_means = RunningMeans(self._weight)
             self._bus.feed([item])

@@ -372,3 +372,97 @@ def test_a_scheduled_hyperparameter_is_refused_and_its_value_follows_the_schedul
     assert "schedule" in rejected[0].reason
     assert "learning_rate" in rejected[1].reason
     assert result.history[0].hyperparams["learning_rate"] == pytest.approx(float(schedule(4)))
+
+
+@pytest.mark.parametrize("lag", [0, 2])
+def test_step_started_can_be_decided_on_and_takes_effect_where_its_lag_says(tmp_path, lag):
+    trainer = make_trainer(tmp_path)
+    steps = record(trainer, et.StepStarted, et.StepCompleted, et.CommandApplied)
+
+    @trainer.on(et.StepStarted, where=lambda event: event.step == 4, lag=lag)
+    async def decide(event: et.StepStarted, control: et.Control) -> None:
+        control.set_hyperparam("learning_rate", 0.25)
+
+    trainer.fit(batches(10), epochs=1)
+    used = rates([event for event in steps if event.kind == "step_completed"])
+    assert [used[step] for step in (4 + lag, 5 + lag)] == [0.5, 0.25]
+    assert [e.step for e in steps if e.kind == "step_started"] == list(range(10))
+
+
+def test_an_evaluation_step_can_be_decided_on_at_its_boundary(tmp_path):
+    trainer = make_trainer(tmp_path)
+    applied = record(trainer, et.CommandApplied)
+
+    @trainer.on(et.EvalStepCompleted, where=lambda event: event.batch == 1, lag=0)
+    async def decide(event: et.EvalStepCompleted, control: et.Control) -> None:
+        control.scale_hyperparam("learning_rate", 0.5)
+
+    trainer.fit(batches(4), epochs=2, eval_data=batches(3))
+    assert [event.step for event in applied] == [4, 8]
+
+
+def test_a_decider_that_joins_a_running_run_decides_from_the_next_boundary_on(tmp_path):
+    trainer = make_trainer(tmp_path)
+    applied = record(trainer, et.CommandApplied)
+    joined: list[int] = []
+
+    async def decide(event: et.StepCompleted, control: et.Control) -> None:
+        joined.append(event.step)
+        control.scale_hyperparam("learning_rate", 0.9)
+
+    def data(epoch: int) -> Any:
+        for index, batch in enumerate(batches(20)):
+            if index == 7:
+                trainer.bus.subscribe(et.StepCompleted, decide, every=2, lag=3)
+                while not trainer.bus.deciders:
+                    time.sleep(0.001)
+            yield batch
+
+    trainer.fit(data, epochs=1)
+    assert joined == [8, 10, 12, 14, 16, 18, 20]
+    assert [event.step for event in applied] == [11, 13, 15, 17, 19]
+
+
+async def test_a_bus_that_stops_under_a_run_fails_the_run_by_name(tmp_path):
+    closing = et.EventBus()
+
+    def endless(epoch: int) -> Any:
+        while True:
+            yield from batches(4)
+
+    async def train(trainer: et.Trainer, errors: list[Exception]) -> None:
+        try:
+            await trainer.fit_async(endless, epochs=1)
+        except et.EventTrainError as error:
+            errors.append(error)
+
+    errors: list[Exception] = []
+    async with anyio.create_task_group() as tasks:
+        async with closing.serve():
+            trainer = make_trainer(tmp_path, bus=closing)
+
+            @trainer.on(et.StepCompleted, every=10, lag=2)
+            async def decide(event: et.StepCompleted, control: et.Control) -> None:
+                control.scale_hyperparam("learning_rate", 0.99)
+
+            tasks.start_soon(train, trainer, errors)
+            await closing.wait_for(et.StepCompleted, timeout_s=20)
+    assert [type(error) for error in errors] == [et.BusClosed]
+    assert np.isfinite(np.asarray(trainer.state["params"]["w"])).all()
+
+
+def test_snapshots_in_pinned_host_memory_are_bit_equal_too(tmp_path):
+    trainer = make_trainer(tmp_path, snapshot="host")
+    taken: dict[int, Any] = {}
+
+    @trainer.on(et.StepCompleted, every=5, lag=1)
+    async def ask(event: et.StepCompleted, control: et.Control) -> None:
+        control.snapshot(f"at {event.step}")
+
+    @trainer.on(et.SnapshotTaken)
+    async def keep(event: et.SnapshotTaken, control: et.Control) -> None:
+        taken[event.step] = await control.snapshots[event.tag].to_host()
+
+    trainer.fit(batches(20), epochs=1)
+    expected = make_trainer(tmp_path / "other").fit(batches(20), steps=16).state
+    np.testing.assert_array_equal(taken[16]["params"]["w"], expected["params"]["w"])

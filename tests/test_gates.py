@@ -1,0 +1,77 @@
+"""What the loop owes to deciders, counted on both sides."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from eventtrain.bus.bus import EventBus
+from eventtrain.events import EpochCompleted, EvalStepCompleted, StepCompleted, StepStarted
+from eventtrain.gates import NEVER, Gates
+
+
+async def decide(event: Any) -> None: ...
+
+
+def gates_with(*options: dict[str, Any]) -> tuple[Gates, list[Any]]:
+    bus = EventBus()
+    subscriptions = [bus.subscribe(o.pop("event_type", StepCompleted), decide, **o) for o in options]
+    gates = Gates(bus)
+    assert gates.refresh(0) == [s for s in subscriptions if s.options.lag is not None]
+    assert not gates.stale
+    return gates, subscriptions
+
+
+def test_nobody_decides_and_nothing_is_ever_due():
+    gates, _ = gates_with({}, {"every": 5})
+    assert (gates.next_due, gates.flush_by, gates.next_step_event) == (NEVER, NEVER, NEVER)
+
+
+@pytest.mark.parametrize(("lag", "flush_by"), [(0, 10), (1, 10), (2, 11), (7, 13), (64, 42)])
+def test_the_ring_is_due_half_the_lag_after_its_oldest_event(lag, flush_by):
+    gates, (subscription,) = gates_with({"every": 10, "lag": lag})
+    assert gates.next_step_event == 10
+    gates.note_step(10)
+    assert gates.flush_by == flush_by
+    assert gates.next_due == 10 + lag
+    assert gates.next_step_event == 20
+    assert gates.blocking(10 + lag - 1) is None
+    assert gates.blocking(10 + lag) is subscription
+    subscription.passed = 1
+    assert gates.blocking(10 + lag) is None
+    gates.flushed()
+    assert gates.flush_by == NEVER
+
+
+def test_epochs_count_by_epochs_and_other_events_are_not_counted():
+    gates, (subscription,) = gates_with({"event_type": EpochCompleted, "every": 2, "lag": 0})
+    gates.note(StepCompleted, 5)
+    gates.note(EpochCompleted, 5, epoch=0)
+    assert gates.next_due == NEVER
+    gates.note(EpochCompleted, 10, epoch=1)
+    assert gates.blocking(10) is subscription
+
+
+def test_a_mapping_gives_each_event_type_its_own_lag():
+    gates, _ = gates_with({"event_type": StepCompleted | EpochCompleted, "lag": {StepCompleted: 4, EpochCompleted: 0}})
+    gates.note_step(1)
+    assert gates.next_due == 5
+    gates.note(EpochCompleted, 1, epoch=0)
+    assert gates.next_due == 1
+
+
+def test_an_ended_subscription_blocks_nothing():
+    gates, (subscription,) = gates_with({"lag": 0})
+    gates.note_step(1)
+    assert gates.blocking(1) is subscription
+    subscription.cancel()
+    assert gates.blocking(1) is None
+    assert gates.stale
+
+
+def test_step_started_and_evaluation_steps_can_be_decided_on():
+    gates, _ = gates_with({"event_type": StepStarted, "lag": 0}, {"event_type": EvalStepCompleted, "lag": 3})
+    assert gates.announces_steps
+    gates.note(EvalStepCompleted, 8)
+    assert (gates.next_due, gates.flush_by) == (11, 9)
