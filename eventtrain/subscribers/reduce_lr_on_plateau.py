@@ -108,12 +108,12 @@ class ReduceLROnPlateau(Subscriber):
                 f"{', '.join(event.hyperparams) or 'none'}. Build it with optax.inject_hyperparams(optax.adam)(learning_rate=...)."
             )
         if self._is_due(value, event.hyperparams[self._hyperparam]):
-            best = "no number yet" if self.best is None else f"{self.best:.6g}"
+            best = "any number" if self.best is None else f"{self.best:.6g}"
             control.scale_hyperparam(
                 self._hyperparam,
                 self._factor,
                 minimum=self._min_lr,
-                reason=f"plateau: {self._monitor.metric} is {value:.6g}, the best was {best}, patience is {self._patience}",
+                reason=f"plateau: {self._monitor.metric} {value:.6g} is no improvement on {best} (patience {self._patience})",
             )
 
     def _is_due(self, value: float, current: float) -> bool:
