@@ -11,7 +11,7 @@ from pathlib import Path
 import anyio
 import anyio.to_thread
 
-from eventtrain.events import TRAINING_SEQUENCE, CommandApplied, EpochCompleted, Event, RunCompleted, RunFailed
+from eventtrain.events import TRAINING_SEQUENCE, CommandApplied, EpochCompleted, Event, RunCompleted, RunFailed, StepStarted
 from eventtrain.subscriber import RunContext, Subscriber
 
 logger = logging.getLogger("eventtrain")
@@ -20,6 +20,8 @@ COMMIT_INTERVAL_S = 0.25
 """How often waiting rows are written; a row waits at most twice as long."""
 ROW_LIMIT = 100_000
 """Unwritten rows (some 30 MB) at which the logger takes no more, so that training waits instead of memory growing."""
+WRITTEN = tuple(kind for kind in TRAINING_SEQUENCE if kind is not StepStarted)
+"""The training sequence but for StepStarted, which says nothing that the same step's StepCompleted does not: one row a step."""
 URGENT = frozenset({EpochCompleted, RunCompleted, RunFailed})
 
 
@@ -28,8 +30,8 @@ class JSONLLogger(Subscriber):
 
     Args:
         path: relative to ``run_dir``; missing folders are made, an existing file is appended to.
-        events: a class, a union or a tuple of classes; the training sequence if None, which of CommandApplied are
-            those with a finite lag.
+        events: a class, a union or a tuple of classes; if None the training sequence, of which CommandApplied only those
+            with a finite lag, and without StepStarted, so that each step has one row.
 
     Rows are on disk (not synced) within 0.5 s, when an epoch's handler has returned, and after ``stop``. A failed write,
     a full disk say, is raised in the handler, and so said by SubscriberFailed, once for every time it fails; the rows are
@@ -39,7 +41,7 @@ class JSONLLogger(Subscriber):
     disable_after = None  # a full disk is no reason to stop logging once there is room again
 
     def __init__(self, path: str | Path, events: type[Event] | tuple[type[Event], ...] | None = None) -> None:
-        self.events = TRAINING_SEQUENCE if events is None else events
+        self.events = WRITTEN if events is None else events
         self._all_commands = events is not None
         self._path = Path(path)
         self._rows: deque[bytes] = deque()
