@@ -1,0 +1,203 @@
+"""A web service that trains while it serves.
+
+    GET  /status     step, epoch, hyperparameters and the latest metrics, also in the middle of training
+    GET  /events     the run's events as they happen (server-sent events; ?kinds=epoch_completed,hyperparam_changed)
+    POST /commands   {"learning_rate": 0.001} changes the learning rate; the answer names the step from which it holds
+
+Run it with ``python examples/service.py`` (pip install 'eventtrain[service]') and talk to it with curl:
+
+    curl localhost:8000/status
+    curl -N localhost:8000/events?kinds=epoch_completed
+    curl -d '{"learning_rate": 0.001}' localhost:8000/commands
+"""
+
+import json
+import math
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager, suppress
+from typing import Any
+
+import anyio
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import uvicorn
+from starlette.applications import Starlette
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response, StreamingResponse
+from starlette.routing import Route
+
+import eventtrain as et
+
+KEEP_ALIVE_S = 15.0
+ANSWER_TIMEOUT_S = 10.0
+SHOWN = (et.EpochStarted, et.EpochCompleted, et.StepsCompleted, et.HyperparamChanged, et.RunStarted, et.RunCompleted, et.RunFailed)
+KINDS = {kind.model_fields["kind"].default: kind for kind in (*SHOWN, et.StepCompleted, et.CommandApplied, et.CommandRejected)}
+
+
+class Training:
+    """One trainer, its bus, and what /status shows of it. Everything here runs on the service's event loop."""
+
+    def __init__(self, trainer: et.Trainer, fit: Callable[[et.Trainer], Any]) -> None:
+        self.trainer = trainer
+        self.state = "starting"
+        self.epochs_completed = 0
+        self.metrics: dict[str, Any] = {}
+        self._fit = fit
+        self._scope = anyio.CancelScope()
+        self._ended = anyio.Event()
+        trainer.bus.subscribe(et.StepsCompleted, self._see_steps, queue=et.KeepLatest(), name="status")
+        trainer.bus.subscribe(et.EpochCompleted, self._see_epoch, name="status of epochs")
+
+    async def _see_steps(self, event: et.StepsCompleted) -> None:
+        self.metrics.update({name: column[-1].item() for name, column in event.metrics.items()})
+
+    async def _see_epoch(self, event: et.EpochCompleted) -> None:
+        self.epochs_completed = event.epoch + 1
+        self.metrics.update({name: value for name, value in event.metrics.items() if name.startswith("val_")})
+
+    async def run(self) -> None:
+        """Train to the end. A failure is said by /status and leaves the service up."""
+        self.state = "training"
+        try:
+            with self._scope:
+                result = await self._fit(self.trainer)
+                self.state = f"ended: {result.stop_reason}"
+        except et.EventTrainError as error:
+            self.state = f"failed: {error}"
+        finally:
+            self._ended.set()
+
+    async def close(self) -> None:
+        """Stop at the next boundary, deliver what was published, then end every stream of events. May be repeated."""
+        self._scope.cancel()
+        await self._ended.wait()
+        await self.trainer.bus.aclose()
+
+    def status(self) -> dict[str, Any]:
+        return {
+            "state": self.state,
+            "step": self.trainer.step,
+            "epochs_completed": self.epochs_completed,
+            "hyperparams": dict(self.trainer.control.hyperparams),
+            "metrics": {name: value if math.isfinite(value) else str(value) for name, value in self.metrics.items()},
+        }
+
+
+async def get_status(request: Request) -> Response:
+    training: Training = request.app.state.training
+    return JSONResponse(training.status())
+
+
+async def get_events(request: Request) -> Response:
+    training: Training = request.app.state.training
+    names = request.query_params.get("kinds")
+    unknown = set(names.split(",")) - KINDS.keys() if names else set()
+    if unknown:
+        return JSONResponse({"error": f"unknown kinds {sorted(unknown)}; known are {sorted(KINDS)}"}, 422)
+    kinds = tuple(KINDS[name] for name in names.split(",")) if names else SHOWN
+    headers = {"Cache-Control": "no-store", "X-Accel-Buffering": "no"}
+    return StreamingResponse(_server_sent(training.trainer.bus, kinds), media_type="text/event-stream", headers=headers)
+
+
+async def _server_sent(bus: et.EventBus, kinds: tuple[type[et.Event], ...]) -> AsyncIterator[str]:
+    # A client that reads too slowly loses the oldest events instead of holding training up.
+    async with bus.stream(kinds, queue=et.DropOldest(1000), name="GET /events") as events:
+        yield ": connected\n\n"
+        while True:
+            event = None
+            with anyio.move_on_after(KEEP_ALIVE_S):
+                event = await anext(events, None)
+                if event is None:  # the bus was closed: the service is going down
+                    return
+            yield f"event: {event.kind}\nid: {event.seq}\ndata: {event.model_dump_json()}\n\n" if event else ": still here\n\n"
+
+
+async def post_command(request: Request) -> Response:
+    training: Training = request.app.state.training
+    try:
+        body = await request.json()
+    except json.JSONDecodeError:
+        return JSONResponse({"error": 'the body is no JSON; send {"learning_rate": 0.001}'}, 422)
+    value = body.get("learning_rate") if isinstance(body, dict) and len(body) == 1 else None
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value) or value < 0:
+        return JSONResponse({"error": 'send {"learning_rate": x} with a finite x of at least 0'}, 422)
+    try:
+        with anyio.fail_after(ANSWER_TIMEOUT_S):
+            command = training.trainer.control.set_hyperparam("learning_rate", value, reason="POST /commands")
+            applied = await command.result()
+    except et.errors.CommandRejected as error:
+        return JSONResponse({"error": error.reason}, 409)
+    except TimeoutError:
+        return JSONResponse({"error": f"training gave no answer within {ANSWER_TIMEOUT_S:g} s; the command stands"}, 504)
+    # The answer comes before the event has been through the bus, which stamps these three.
+    text = applied.model_dump_json(exclude={"run_id", "seq", "time"})
+    return Response(text, media_type="application/json")
+
+
+def make_app(make_trainer: Callable[[et.EventBus], et.Trainer], fit: Callable[[et.Trainer], Any]) -> Starlette:
+    """The service around any trainer; ``fit`` starts its training, usually ``lambda t: t.fit_async(data, epochs=n)``."""
+
+    @asynccontextmanager
+    async def lifespan(app: Starlette) -> AsyncIterator[None]:
+        async with et.EventBus() as bus:
+            training = app.state.training = Training(make_trainer(bus), fit)
+            async with anyio.create_task_group() as tasks:
+                tasks.start_soon(training.run)
+                yield
+                await training.close()
+
+    return Starlette(
+        routes=[
+            Route("/status", get_status),
+            Route("/events", get_events),
+            Route("/commands", post_command, methods=["POST"]),
+        ],
+        lifespan=lifespan,
+    )
+
+
+class Server(uvicorn.Server):
+    """uvicorn waits for open connections before it tells the app to shut down, and GET /events never ends by itself."""
+
+    async def shutdown(self, sockets: Any = None) -> None:
+        await self.config.app.state.training.close()  # type: ignore[union-attr]
+        await super().shutdown(sockets)
+
+
+# --- what it trains: a small network on the curve y = sin(3x) ------------------------------------------------
+
+optimiser = optax.inject_hyperparams(optax.adam)(learning_rate=1e-3)
+
+
+def train_step(state: Any, batch: Any) -> tuple[Any, dict[str, jax.Array]]:
+    loss, grads = jax.value_and_grad(mean_error)(state["params"], batch)
+    updates, opt_state = optimiser.update(grads, state["opt_state"])
+    return {"params": optax.apply_updates(state["params"], updates), "opt_state": opt_state}, {"loss": loss}
+
+
+def mean_error(params: Any, batch: Any) -> jax.Array:
+    x, y = batch
+    hidden = jnp.tanh(x @ params["in"] + params["bias"])
+    return jnp.mean((hidden @ params["out"] - y) ** 2)
+
+
+def example_trainer(bus: et.EventBus) -> et.Trainer:
+    one, two = jax.random.split(jax.random.key(0))
+    params = {"in": jax.random.normal(one, (1, 256)), "bias": jnp.zeros(256), "out": jax.random.normal(two, (256, 1)) / 16}
+    state = {"params": params, "opt_state": optimiser.init(params)}
+    return et.Trainer(train_step, state, eval_fn=lambda s, b: {"loss": mean_error(s["params"], b)}, bus=bus)
+
+
+def example_fit(trainer: et.Trainer) -> Any:
+    x = np.random.default_rng(0).uniform(-2, 2, (20_000, 1)).astype(np.float32)
+    y = np.sin(3 * x)
+    data = et.ArrayLoader((x[:19_000], y[:19_000]), batch_size=128)
+    return trainer.fit_async(data, epochs=1000, eval_data=[(x[19_000:], y[19_000:])])
+
+
+if __name__ == "__main__":
+    app = make_app(example_trainer, example_fit)
+    with suppress(KeyboardInterrupt):  # uvicorn raises it anew when all is done
+        Server(uvicorn.Config(app, host="127.0.0.1", port=8000, timeout_graceful_shutdown=5)).run()
