@@ -151,39 +151,36 @@ class Inbox:
             return
         self._is_routing = True
         try:
-            entries, now = self._entries, datetime.now(UTC)
+            popleft = self._entries.popleft
+            seq, now, run_id = self._seq, datetime.now(UTC), self._host.run_id
+            kind: type[Event | Subscription] = Event
             alike: list[Event] = []  # neighbours of one class are handed out together
-            for _ in range(min(len(entries), ROUTE_BATCH)):
-                entry = entries.popleft()
+            for _ in range(min(len(self._entries), ROUTE_BATCH)):
+                entry = popleft()
+                if type(entry) is not kind:
+                    self._hand_out(alike)
+                    alike, kind = [], type(entry)
                 if isinstance(entry, Subscription):
-                    self._hand_out(alike, now)
-                    alike = []
                     self._joining -= 1
                     self._join(entry)
                     continue
-                if alike and type(entry) is not type(alike[0]):
-                    self._hand_out(alike, now)
-                    alike = []
+                seq += 1
+                fields: Any = entry.__dict__
+                fields["seq"] = seq
+                fields["time"] = now
+                if not fields["run_id"]:
+                    fields["run_id"] = run_id
                 alike.append(entry)
-            self._hand_out(alike, now)
+            self._hand_out(alike)
         finally:
             self._is_routing = False
+        self._seq = seq
         self.measure_headroom()
 
-    def _hand_out(self, events: list[Event], now: datetime) -> None:
-        if not events:
-            return
-        seq, run_id = self._seq, self._host.run_id
-        for event in events:
-            seq += 1
-            fields: Any = event.__dict__
-            fields["seq"] = seq
-            fields["time"] = now
-            if not fields["run_id"]:
-                fields["run_id"] = run_id
-        self._seq = seq
-        for subscription in self._roster.route(type(events[0])):
-            subscription.offer(events)
+    def _hand_out(self, events: list[Event]) -> None:
+        if events:
+            for subscription in self._roster.route(type(events[0])):
+                subscription.offer(events)
 
     def measure_headroom(self) -> None:
         """How many events may be published before a publisher has to look. Under the lock."""

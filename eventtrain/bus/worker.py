@@ -106,12 +106,12 @@ class Worker:
         take = queue.take
         stride = 1
         while True:
+            self.drops_when_taken = queue.dropped
             for _ in range(stride):
                 try:
                     event: Any = take()
                 except IndexError:  # none left, or cancelled by another thread just now
                     return
-                self.drops_when_taken = queue.dropped
                 if type(event) is Gated:
                     await self._decide(event)
                     continue

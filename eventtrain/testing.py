@@ -1,0 +1,246 @@
+"""What tests of training code need: a subscriber that remembers, a step that follows a script, a clock that stands still.
+
+::
+
+    from eventtrain.testing import RecordingSubscriber, ScriptedStep
+
+    script = ScriptedStep({"loss": [1.0, 0.5, 0.5, 0.5]}, learning_rate=0.1)
+    recorder = RecordingSubscriber()
+    trainer = et.Trainer(script.step_fn, script.state, subscribers=[my_policy, recorder])
+    trainer.fit(script.data, epochs=4)
+    assert recorder.of(et.HyperparamChanged)[0].step == 3
+"""
+
+from __future__ import annotations
+
+import heapq
+import threading
+from collections.abc import Callable, Generator, Mapping, Sequence
+from contextlib import contextmanager
+from itertools import count
+from typing import Any, TypeVar
+
+import anyio
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from eventtrain.bus.bus import EventBus
+from eventtrain.bus.clock import Clock
+from eventtrain.bus.options import EventTypes, event_classes
+from eventtrain.bus.subscription import Subscription
+from eventtrain.bus.wake import LoopThread, Signal
+from eventtrain.errors import ConfigurationError
+from eventtrain.events import Event
+from eventtrain.subscriber import Subscriber
+
+__all__ = ["FakeClock", "RecordingSubscriber", "ScriptedStep"]
+
+E = TypeVar("E", bound=Event)
+
+
+class RecordingSubscriber(Subscriber):
+    """Keeps every event it gets, in order.
+
+    Pass it to a ``Trainer``, or ``attach`` it to a bus.
+
+    Args:
+        events: which events; a class, a base class or a union. Everything, unless given.
+        name: as for any subscription.
+    """
+
+    def __init__(self, events: EventTypes = Event, *, name: str | None = None) -> None:
+        event_classes(events)
+        self.events = events
+        self.name = name
+        self.recorded: list[Event] = []
+        """Everything so far, in the order of arrival."""
+        self._arrived = Signal()
+
+    def attach(self, bus: EventBus, **options: Any) -> Subscription:
+        """Subscribe to a bus that no trainer uses; ``options`` as for ``EventBus.subscribe``."""
+        return bus.subscribe(self.events or Event, self.handle, **options)
+
+    async def handle(self, event: Event) -> None:
+        """Record one event."""
+        self.recorded.append(event)
+        self._arrived.pulse()
+
+    def of(self, event_type: type[E]) -> list[E]:
+        """The recorded events of one class (or of classes derived from it), in order. Any thread."""
+        return [event for event in list(self.recorded) if isinstance(event, event_type)]
+
+    async def wait_for(
+        self,
+        event_type: type[E],
+        *,
+        where: Callable[[E], bool] | None = None,
+        count: int = 1,
+        timeout_s: float = 10.0,
+    ) -> E:
+        """Wait until ``count`` events of a class (that ``where`` accepts) are recorded; returns the last of those.
+
+        Unlike ``EventBus.wait_for`` it also finds what came before the call, so a test cannot be too late. Any event
+        loop, also another than the bus'.
+
+        Raises:
+            TimeoutError: there were fewer after ``timeout_s`` seconds (of real time).
+        """
+
+        def found() -> list[E]:
+            return [event for event in self.of(event_type) if where is None or where(event)]
+
+        with anyio.move_on_after(timeout_s):
+            while len(found()) < count:
+                await self._arrived.wait_unless(lambda: len(found()) >= count)
+        events = found()
+        if len(events) < count:
+            raise TimeoutError(
+                f"{len(events)} of {count} {event_type.__name__} came within {timeout_s:g} s, among "
+                f"{len(self.recorded)} events recorded."
+            )
+        return events[count - 1]
+
+
+class ScriptedStep:
+    """A training step without a model: its metrics follow a script, so that a policy sees exactly what a test says.
+
+    The script lies in the state, on the device, indexed by the number of steps taken; ``step_fn`` and ``eval_fn`` are
+    pure and can be jitted. Past its end a script repeats its last value.
+
+    Args:
+        metrics: name -> one value per step.
+        eval_metrics: name -> one value per epoch, which ``eval_fn`` gives for every batch.
+        steps_per_epoch: how long ``data`` is, and after how many steps ``eval_fn`` goes to the next value.
+        learning_rate: if given, the state holds an ``optax.inject_hyperparams`` state with this ``learning_rate`` for
+            policies to change, and the value each step used is the metric ``learning_rate``.
+
+    Attributes:
+        step_fn, eval_fn, state: what ``Trainer`` takes.
+        data, eval_data: batches without content, one epoch long and one batch long.
+    """
+
+    def __init__(
+        self,
+        metrics: Mapping[str, Sequence[float]],
+        *,
+        eval_metrics: Mapping[str, Sequence[float]] | None = None,
+        steps_per_epoch: int = 1,
+        learning_rate: float | None = None,
+    ) -> None:
+        if steps_per_epoch < 1:
+            raise ConfigurationError(
+                f"ScriptedStep: steps_per_epoch={steps_per_epoch!r} needs to be at least 1."
+            )
+        self.steps_per_epoch = steps_per_epoch
+        self.state: dict[str, Any] = {
+            "step": jnp.zeros((), jnp.int32),
+            "script": _script("metrics", metrics),
+            "eval_script": _script("eval_metrics", eval_metrics or {}),
+        }
+        if learning_rate is not None:
+            optimizer = optax.inject_hyperparams(optax.sgd)(learning_rate=learning_rate)
+            self.state["opt_state"] = optimizer.init({"weight": jnp.zeros(())})
+        self.data = [np.zeros((), np.float32)] * steps_per_epoch
+        self.eval_data = [np.zeros((), np.float32)]
+
+    @staticmethod
+    def step_fn(state: dict[str, Any], batch: Any) -> tuple[dict[str, Any], dict[str, jax.Array]]:
+        """The step: the script's next value of each metric."""
+        metrics = _values_at(state["script"], state["step"])
+        if "opt_state" in state:
+            metrics["learning_rate"] = state["opt_state"].hyperparams["learning_rate"]
+        return {**state, "step": state["step"] + 1}, metrics
+
+    def eval_fn(self, state: dict[str, Any], batch: Any) -> dict[str, jax.Array]:
+        """The evaluation: each metric's value of the epoch that the last step belongs to."""
+        epoch = (jnp.maximum(state["step"], 1) - 1) // self.steps_per_epoch
+        return _values_at(state["eval_script"], epoch)
+
+
+def _script(argument: str, values: Mapping[str, Sequence[float]]) -> dict[str, jax.Array]:
+    script = {name: jnp.asarray(np.asarray(column)) for name, column in values.items()}
+    for name, column in script.items():
+        if column.ndim != 1 or not column.size:
+            raise ConfigurationError(
+                f"ScriptedStep: {argument}[{name!r}] needs at least one number, in a flat sequence."
+            )
+    return script
+
+
+def _values_at(script: dict[str, jax.Array], index: jax.Array) -> dict[str, jax.Array]:
+    return {name: column[jnp.minimum(index, column.size - 1)] for name, column in script.items()}
+
+
+class FakeClock(Clock):
+    """A clock for ``EventBus(clock=...)`` that stands still until a test advances it.
+
+    It governs what the bus does by time: ``every_s``, the delays of ``on_error="retry"``, ``timeout_s`` of handlers, of
+    ``wait_for`` and of ``drain``, and the reports of dropped events. Handlers' own ``anyio.sleep`` takes real time, and
+    so does the training loop.
+
+    ::
+
+        clock = FakeClock()
+        async with et.EventBus(clock=clock) as bus:
+            bus.subscribe(Ping, flaky, on_error="retry", retry_delay_s=60)
+            bus.publish(Ping())
+            await clock.advance(60)
+    """
+
+    def __init__(self) -> None:
+        self._now_s = 0.0
+        self._lock = threading.Lock()
+        self._timers: list[tuple[float, int, LoopThread, Callable[[], object]]] = []
+        self._ties = count()
+
+    def now_s(self) -> float:
+        """Seconds advanced so far."""
+        return self._now_s
+
+    async def advance(self, duration_s: float) -> None:
+        """Let so much time pass, stopping at every moment at which something is due.
+
+        Before each moment it waits until every other task of the calling event loop is blocked, so that whoever was
+        woken has gone on to its next wait: a test sees what would have happened, in that order. What worker threads
+        do meanwhile is not waited for.
+        """
+        end_s = self._now_s + duration_s
+        while True:
+            await anyio.wait_all_tasks_blocked()
+            with self._lock:
+                if not self._timers or self._timers[0][0] > end_s:
+                    self._now_s = end_s
+                    return
+                due_s, _, loop, wake = heapq.heappop(self._timers)
+                self._now_s = max(self._now_s, due_s)
+            loop.run_soon(wake)
+
+    async def sleep(self, duration_s: float) -> None:
+        """Wait until the clock was advanced by so much."""
+        woken = anyio.Event()
+        with self._timer(duration_s, woken.set):
+            await woken.wait()
+
+    @contextmanager
+    def timeout(self, duration_s: float | None) -> Generator[anyio.CancelScope]:
+        """A scope that is cancelled once the clock was advanced by so much (None: never)."""
+        with anyio.CancelScope() as scope, self._timer(duration_s, scope.cancel):
+            yield scope
+
+    @contextmanager
+    def _timer(self, duration_s: float | None, wake: Callable[[], object]) -> Generator[None]:
+        if duration_s is None:
+            yield
+            return
+        timer = (self._now_s + duration_s, next(self._ties), LoopThread(), wake)
+        with self._lock:
+            heapq.heappush(self._timers, timer)
+        try:
+            yield
+        finally:
+            with self._lock:
+                if timer in self._timers:
+                    self._timers.remove(timer)
+                    heapq.heapify(self._timers)
