@@ -122,7 +122,9 @@ class Observed:
                 session.idle(0.01)
             drained_s = perf_counter() - began_s
             if sleeper is not None:
-                assert self.counted - before[0] == steps, f"the counter saw {self.counted - before[0]} of {steps} steps"
+                assert self.counted - before[0] == steps, (
+                    f"the counter saw {self.counted - before[0]} of {steps} steps"
+                )
                 sleeper.cancel()
         if sleeper is not None:
             assert self.columns - before[1] == steps

@@ -22,7 +22,10 @@ def describe() -> dict[str, Any]:
         "backend": jax.default_backend(),
         "system": platform.system(),
         "python": platform.python_version(),
-        **{package: version(package) for package in ("jax", "jaxlib", "optax", "anyio", "pydantic", "eventtrain")},
+        **{
+            package: version(package)
+            for package in ("jax", "jaxlib", "optax", "anyio", "pydantic", "eventtrain")
+        },
     }
 
 

@@ -1,6 +1,7 @@
-"""eventtrain: a jitted JAX training step publishes typed events, async subscribers act on them, the loop never waits.
+"""eventtrain: a jitted JAX step publishes typed events, async subscribers act on them, the loop never waits.
 
-``import eventtrain as et``; the subscribers stand in ``eventtrain.subscribers``, what tests need in ``eventtrain.testing``.
+``import eventtrain as et``. Subscribers stand in ``eventtrain.subscribers``, what tests need in
+``eventtrain.testing``.
 """
 
 from importlib.metadata import version as _version
@@ -74,4 +75,77 @@ from eventtrain.trainer import FitResult, Trainer
 
 __version__ = _version("eventtrain")
 
-__all__ = [name for name in dir() if not name.startswith("_")]
+__all__ = [
+    "AlertRaised",
+    "AlertResolved",
+    "AlreadyRunning",
+    "AmbiguousHyperparam",
+    "ArrayLoader",
+    "BusClosed",
+    "BusError",
+    "Cause",
+    "CheckpointCommitted",
+    "CheckpointFailed",
+    "CheckpointRestored",
+    "CheckpointStarted",
+    "Command",
+    "CommandApplied",
+    "CommandConflict",
+    "CommandRejected",
+    "ConfigurationError",
+    "Control",
+    "DataError",
+    "DropNewest",
+    "DropOldest",
+    "EMA",
+    "EpochCompleted",
+    "EpochStarted",
+    "EvalCompleted",
+    "EvalStarted",
+    "EvalStepCompleted",
+    "Event",
+    "EventBus",
+    "EventParseError",
+    "EventReused",
+    "EventTrainError",
+    "FitResult",
+    "HyperparamChanged",
+    "HyperparamError",
+    "KeepLatest",
+    "KeptSnapshot",
+    "LoopStalled",
+    "Lossless",
+    "MetricsError",
+    "PredictCompleted",
+    "PredictStarted",
+    "PredictStepCompleted",
+    "Queue",
+    "QueueFull",
+    "RunCompleted",
+    "RunContext",
+    "RunFailed",
+    "RunStarted",
+    "ScheduledHyperparam",
+    "Session",
+    "SnapshotError",
+    "SnapshotTaken",
+    "StateError",
+    "StateInUse",
+    "StepCompleted",
+    "StepError",
+    "StepExtension",
+    "StepStarted",
+    "StepsCompleted",
+    "Subscriber",
+    "SubscriberDisabled",
+    "SubscriberError",
+    "SubscriberFailed",
+    "SubscriberLagged",
+    "Subscription",
+    "SubscriptionStatistics",
+    "Trainer",
+    "UnknownHyperparam",
+    "errors",
+    "events_json_schema",
+    "parse_event",
+]

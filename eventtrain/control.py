@@ -33,7 +33,7 @@ from eventtrain.commands import (
     TakeSnapshot,
 )
 from eventtrain.device.snapshot import Snapshot
-from eventtrain.errors import CommandRejected, ConfigurationError, EventTrainError, SnapshotError
+from eventtrain.errors import CommandRejected, ConfigurationError, SnapshotError
 from eventtrain.events import CommandApplied, Event
 from eventtrain.events import CommandRejected as CommandRejectedEvent
 from eventtrain.frozen import Number
@@ -105,7 +105,9 @@ class Inbox:
         order.answer.fail(
             CommandRejected(f"The command {order.command.kind} was not carried out: {reason}", reason=reason)
         )
-        (publish or self.bus.notify)(CommandRejectedEvent(step=self.step, command=order.command, reason=reason))
+        (publish or self.bus.notify)(
+            CommandRejectedEvent(step=self.step, command=order.command, reason=reason)
+        )
 
     def ring(self) -> None:
         """Wake the training thread if it waits. Not for signal handlers, which could meet its lock."""
@@ -174,7 +176,11 @@ class Control:
     """
 
     def __init__(
-        self, inbox: Inbox, cause: Event | None = None, subscription: Subscription | None = None, lag: int | None = None
+        self,
+        inbox: Inbox,
+        cause: Event | None = None,
+        subscription: Subscription | None = None,
+        lag: int | None = None,
     ) -> None:
         self._inbox = inbox
         self._cause = cause
@@ -185,7 +191,9 @@ class Control:
 
     # --- commands -------------------------------------------------------------------------------------------
 
-    def set_hyperparam(self, name: str, value: float, *, path: str | None = None, reason: str = "") -> Command:
+    def set_hyperparam(
+        self, name: str, value: float, *, path: str | None = None, reason: str = ""
+    ) -> Command:
         """Write ``value`` (a Python, NumPy or 0-d array number) where ``optax.inject_hyperparams`` keeps ``name``.
 
         ``path`` (the full path or a unique part of it) decides where the name stands in several places. The value takes
@@ -193,7 +201,9 @@ class Control:
 
         Rejected: an unknown, ambiguous or scheduled hyperparameter, or a value that is no finite number.
         """
-        return self._send(SetHyperparam, name=name, value=_number("set_hyperparam", value), path=path, reason=reason)
+        return self._send(
+            SetHyperparam, name=name, value=_number("set_hyperparam", value), path=path, reason=reason
+        )
 
     def scale_hyperparam(
         self,
@@ -229,7 +239,9 @@ class Control:
         """Keep the device state under ``tag``; once applied it stands in ``snapshots[tag]`` until released."""
         return self._send(TakeSnapshot, tag=tag, reason=reason)
 
-    def restore(self, tag_or_step: str | int, part: Literal["all", "params"] = "all", *, reason: str = "") -> Command:
+    def restore(
+        self, tag_or_step: str | int, part: Literal["all", "params"] = "all", *, reason: str = ""
+    ) -> Command:
         """Put a kept snapshot's state (or only its params) back. The step count goes on; it never goes back."""
         return self._send(Restore, target=tag_or_step, part=part, reason=reason)
 
@@ -371,7 +383,9 @@ class ControlRoom:
         with self._lock:
             held = self._claims.pop((step, requested_by), None)
             if held is None:
-                raise SnapshotError(f"No snapshot of step {step} waits to be written; it was claimed or released before.")
+                raise SnapshotError(
+                    f"No snapshot of step {step} waits to be written; it was claimed or released before."
+                )
             snapshot, claims = held
             if claims > 1:
                 self._claims[step, requested_by] = (snapshot, claims - 1)
@@ -383,5 +397,3 @@ class ControlRoom:
         with self._lock:
             self._claims.clear()
             self.inbox.snapshots.clear()
-
-

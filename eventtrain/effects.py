@@ -100,11 +100,15 @@ class Effects:
                     self.stop_reason = self.stop_reason or command.reason or "stopped"
                 case SaveCheckpoint():
                     if not self._room.plans:
-                        raise SnapshotError("no Checkpointer is subscribed, so nobody would write it. Add subs.Checkpointer(...).")
+                        raise SnapshotError(
+                            "no Checkpointer is subscribed, so nobody would write it. Add subs.Checkpointer(...)."
+                        )
                     events = [self.take_checkpoint(step, epoch, command.tag, None)]
                 case TakeSnapshot():
                     taken = SnapshotTaken(step=step, tag=command.tag, epoch=epoch)
-                    self._inbox.snapshots[command.tag] = KeptSnapshot(self._snapshot(step, command.tag, taken))
+                    self._inbox.snapshots[command.tag] = KeptSnapshot(
+                        self._snapshot(step, command.tag, taken)
+                    )
                     events = [taken]
                 case Restore():
                     events = [self._restore(command, step)]
@@ -117,7 +121,9 @@ class Effects:
         except EventTrainError as error:
             self._inbox.reject(order, f"at step {step}: {error}", self._emit)
             return
-        if command.due is None and isinstance(command, (SetHyperparam, ScaleHyperparam, Stop, Restore, Evaluate)):
+        if command.due is None and isinstance(
+            command, (SetHyperparam, ScaleHyperparam, Stop, Restore, Evaluate)
+        ):
             self.deterministic = False
         applied = CommandApplied(step=step, command=command)
         self._emit(applied)
@@ -127,7 +133,9 @@ class Effects:
 
     # --- hyperparameters --------------------------------------------------------------------------------
 
-    def _change_hyperparam(self, command: SetHyperparam | ScaleHyperparam, order: Order, step: int) -> list[Event]:
+    def _change_hyperparam(
+        self, command: SetHyperparam | ScaleHyperparam, order: Order, step: int
+    ) -> list[Event]:
         target = resolve(self._hyperparams, command.name, command.path)
         old = self._values[target.path]
         value: Number
@@ -184,7 +192,9 @@ class Effects:
 
     # --- snapshots --------------------------------------------------------------------------------------
 
-    def take_checkpoint(self, step: int, epoch: int, tag: str | None, requested_by: str | None) -> SnapshotTaken:
+    def take_checkpoint(
+        self, step: int, epoch: int, tag: str | None, requested_by: str | None
+    ) -> SnapshotTaken:
         """Keep the state of this boundary for the Checkpointers; the event tells them."""
         taken = SnapshotTaken(
             step=step, tag=tag or f"step-{step}", purpose="checkpoint", epoch=epoch, requested_by=requested_by
@@ -228,10 +238,15 @@ class Effects:
             kept = next((s for s in self._inbox.snapshots.values() if s.step == command.target), None)
         if kept is None:
             known = ", ".join(repr(tag) for tag in self._inbox.snapshots) or "none"
-            raise SnapshotError(f"no snapshot {command.target!r} is kept; those kept: {known}. Take one with snapshot(tag).")
+            raise SnapshotError(
+                f"no snapshot {command.target!r} is kept; those kept: {known}. Take one with snapshot(tag)."
+            )
         source = kept.device.leaves
         if self._to_host is not None:
-            source = [jax.device_put(leaf, now.sharding) for leaf, now in zip(source, self._carry.leaves, strict=True)]
+            source = [
+                jax.device_put(leaf, now.sharding)
+                for leaf, now in zip(source, self._carry.leaves, strict=True)
+            ]
         leaves = list(source)
         if command.part == "params":
             leaves = list(self._carry.leaves)
@@ -244,6 +259,4 @@ class Effects:
         for hyperparam in self._hyperparams:
             self._values[hyperparam.path] = read(leaves[hyperparam.leaf_index])
         self._show()
-        return CheckpointRestored(
-            step=step, tag=kept.device.tag, part=command.part, restored_step=kept.step
-        )
+        return CheckpointRestored(step=step, tag=kept.device.tag, part=command.part, restored_step=kept.step)

@@ -60,7 +60,9 @@ def run_evaluation(
         if carry.rows >= evaluation.capacity:
             fetch()
     if carry is None:
-        raise DataError("The evaluation data is empty: it ended before its first batch, so there is nothing to average.")
+        raise DataError(
+            "The evaluation data is empty: it ended before its first batch, so there is nothing to average."
+        )
     fetch()
     put(EvalEnd(step, epoch, count, began_s))
     return True

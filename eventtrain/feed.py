@@ -47,7 +47,9 @@ class EpochFeed:
         if steps_per_call == 1 and on_device(first):
             self._direct = whole
         else:
-            self._prefetcher = Prefetcher(whole, steps_per_call=steps_per_call, sharding=sharding, on_ready=on_ready)
+            self._prefetcher = Prefetcher(
+                whole, steps_per_call=steps_per_call, sharding=sharding, on_ready=on_ready
+            )
 
     def next(self) -> BatchGroup | None:
         """The next group; None at the end of the epoch, or when the run has to end."""

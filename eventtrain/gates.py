@@ -48,7 +48,9 @@ class Gates:
 
     def _plan_step_event(self, step: int) -> None:
         steps = [
-            (step // s.options.every + 1) * s.options.every for s in self._known if _lag(s, StepCompleted) is not None
+            (step // s.options.every + 1) * s.options.every
+            for s in self._known
+            if _lag(s, StepCompleted) is not None
         ]
         self.next_step_event = min(steps, default=NEVER)
 
@@ -98,4 +100,8 @@ class Gates:
 
 
 def _lag(subscription: Subscription, kind: type[Event]) -> int | None:
-    return subscription.lag_for(kind) if subscription.state == "active" and issubclass(kind, subscription.types) else None
+    return (
+        subscription.lag_for(kind)
+        if subscription.state == "active" and issubclass(kind, subscription.types)
+        else None
+    )

@@ -9,12 +9,14 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from functools import partial
 from time import monotonic, perf_counter
 from typing import Any
 
 import jax
 
 from eventtrain.bus.bus import Activation, EventBus
+from eventtrain.bus.subscription import Subscription
 from eventtrain.control import POLL_S, CheckpointPlan, ControlRoom
 from eventtrain.device.evaluate import CompiledEval
 from eventtrain.device.fetch import Fetcher, Ring
@@ -110,7 +112,9 @@ class TrainingLoop:
         Waits for nothing but: the device, when it is ``max_in_flight_steps`` behind; a due decision of a subscription
         with a finite lag; a pause; a Lossless queue at its limit.
         """
-        if (self._inbox.arrived or self.step_count >= self._attention or self.gates.stale) and not self._settle_before_step():
+        if (
+            self._inbox.arrived or self.step_count >= self._attention or self.gates.stale
+        ) and not self._settle_before_step():
             return False
         tokens = self._tokens
         if len(tokens) >= self._pace.max_in_flight_steps:
@@ -129,7 +133,11 @@ class TrainingLoop:
         if step >= gates.next_step_event:
             gates.note_step(step)
             self._attention = min(self._attention, gates.next_due)
-        if self.carry.rows >= self.compiled.capacity or monotonic() >= self._flush_at or step >= gates.flush_by:
+        if (
+            self.carry.rows >= self.compiled.capacity
+            or monotonic() >= self._flush_at
+            or step >= gates.flush_by
+        ):
             self.flush()
         return True
 
@@ -162,7 +170,9 @@ class TrainingLoop:
             notes, self._notes = tuple(self._notes), []
             ring, rows = self.compiled.take_ring(self.carry)
             first_step = self.step_count - rows + 1
-            window = TrainWindow(first_step, self.epoch, self._window_batch, notes, self.gates.announces_steps)
+            window = TrainWindow(
+                first_step, self.epoch, self._window_batch, notes, self.gates.announces_steps
+            )
             self._fetcher.put(Ring(ring, rows, self.compiled.layout, window))
         self._window_batch = self._batch
         self._flush_at = monotonic() + self._pace.flush_interval_s
@@ -193,7 +203,10 @@ class TrainingLoop:
             self._attention = self.step_count
         else:
             self._attention = min(
-                self.gates.next_due, self._next_order_due(), self._next_planned(), self.step_count + self._free_rows()
+                self.gates.next_due,
+                self._next_order_due(),
+                self._next_planned(),
+                self.step_count + self._free_rows(),
             )
         return True
 
@@ -264,7 +277,9 @@ class TrainingLoop:
             if self.effects.stop_reason is not None:
                 return False
             if not self._bus.running:
-                raise BusClosed("Training cannot go on: the event bus was stopped while the loop was waiting for it.")
+                raise BusClosed(
+                    "Training cannot go on: the event bus was stopped while the loop was waiting for it."
+                )
             now_s = monotonic()
             if self.carry.rows and now_s >= self._flush_at:
                 self.flush()
@@ -290,12 +305,15 @@ class TrainingLoop:
                     return False
                 continue
             handled, deadline_s = slowest.handled, began_s + slowest.stall_timeout_s
-            if not self.wait(lambda: self._free_rows() > 0 or slowest.handled != handled or monotonic() >= deadline_s):
+            if not self.wait(partial(self._has_moved, slowest, handled, deadline_s)):
                 return False
             self._report_stall(slowest.name, monotonic() - began_s)
             if monotonic() >= deadline_s and slowest.handled == handled:
                 slowest.stall(monotonic() - began_s)
         return True
+
+    def _has_moved(self, slowest: Subscription, handled: int, deadline_s: float) -> bool:
+        return self._free_rows() > 0 or slowest.handled != handled or monotonic() >= deadline_s
 
     def _report_stall(self, name: str, waited_s: float) -> None:
         waited_s += self._stalled.get(name, 0.0)
@@ -308,7 +326,9 @@ class TrainingLoop:
 
     def _next_planned(self) -> int:
         step = self.step_count
-        return min(((step // p.every + 1) * p.every for p in self._room.plans if p.every is not None), default=NEVER)
+        return min(
+            ((step // p.every + 1) * p.every for p in self._room.plans if p.every is not None), default=NEVER
+        )
 
     def _take_due_checkpoints(self) -> None:
         step, now_s = self.step_count, monotonic()
@@ -341,7 +361,9 @@ class TrainingLoop:
         self._epoch_step = self.step_count
         if self.gates.stale:
             self.settle()
-        self.emit(EpochStarted(step=self.step_count, epoch=self.epoch, hyperparams=dict(self._inbox.hyperparams)))
+        self.emit(
+            EpochStarted(step=self.step_count, epoch=self.epoch, hyperparams=dict(self._inbox.hyperparams))
+        )
         self._epoch_began_s = perf_counter()
         return True
 
@@ -355,7 +377,11 @@ class TrainingLoop:
         self.gates.note(EpochCompleted, self.step_count, self.epoch)
         self._fetcher.put(
             EpochEnd(
-                self.step_count, self.epoch, self.step_count - self._epoch_step, self._epoch_began_s, self._inbox.hyperparams
+                self.step_count,
+                self.epoch,
+                self.step_count - self._epoch_step,
+                self._epoch_began_s,
+                self._inbox.hyperparams,
             )
         )
         self.epoch += 1
@@ -386,7 +412,14 @@ class TrainingLoop:
 
         self.gates.note(EvalStarted, step)
         if run_evaluation(
-            evaluation, self.carry.leaves, batches, step, self.epoch, self._fetcher.put, before_batch, dispatched
+            evaluation,
+            self.carry.leaves,
+            batches,
+            step,
+            self.epoch,
+            self._fetcher.put,
+            before_batch,
+            dispatched,
         ):
             self.gates.note(EvalCompleted, step)
 
@@ -403,4 +436,3 @@ class TrainingLoop:
             self._inbox.wait(lambda: self.gates.blocking(NEVER - 1) is None, POLL_S)
             while self._inbox.arrived:
                 self._inbox.due.append(self._inbox.arrived.popleft())
-

@@ -111,7 +111,7 @@ class Session:
         room: ControlRoom,
         subscribers: Sequence[Subscriber],
         *,
-        aim: Aim = Aim(),  # noqa: B008  # frozen
+        aim: Aim = Aim(),  # frozen
         eval_data: Any = None,
     ) -> None:
         self._model = model
@@ -173,7 +173,9 @@ class Session:
     def begin_epoch(self) -> bool:
         """Begin an epoch: EpochStarted. The first ``step`` of a session does it if you do not. False: the run has to end."""
         if self._loop is None:
-            raise ConfigurationError("begin_epoch() needs a prepared step: call prepare(batch) before the first epoch.")
+            raise ConfigurationError(
+                "begin_epoch() needs a prepared step: call prepare(batch) before the first epoch."
+            )
         self._in_epoch = True
         return self._loop.begin_epoch()
 
@@ -256,13 +258,14 @@ class Session:
 
     def advance(self, batches: tuple[Any, ...], count: int) -> int:
         """Run the first ``count`` steps of a group; returns how many were dispatched before the run had to end."""
+        grouped = self._options.steps_per_call > 1
         if self._loop is None:
-            self.prepare(batches if len(batches) > 1 else batches[0])
+            self.prepare(batches if grouped else batches[0])
         loop = self._loop
         assert loop is not None
         if not self._in_epoch and not self.begin_epoch():
             return 0
-        if len(batches) == 1:
+        if not grouped:
             return int(loop.step(batches[0]))
         done = 0
         while done < count:
@@ -376,7 +379,12 @@ class Session:
                 compile_on_caller=lambda lower: model.compile_on_caller(lower),
             )
         feed = EpochFeed(
-            self._eval_data, loop.epoch, steps_per_call=1, sharding=self.sharding, wait=loop.wait, on_ready=self.ring
+            self._eval_data,
+            loop.epoch,
+            steps_per_call=1,
+            sharding=self.sharding,
+            wait=loop.wait,
+            on_ready=self.ring,
         )
         try:
             loop.run_evaluation(model.compiled_eval, feed.batches())
@@ -430,11 +438,15 @@ class Session:
         if left:
             listing = ", ".join(f"{name}: {count}" for name, count in left.items())
             logger.warning(
-                "Not everything published was handled within %.1f s; left over: %s", self._options.drain_timeout_s, listing
+                "Not everything published was handled within %.1f s; left over: %s",
+                self._options.drain_timeout_s,
+                listing,
             )
 
     def _drain(self, deadline_s: float) -> dict[str, int]:
-        return self._bus.submit(partial(self._bus.wait_until_quiet, max(0.0, deadline_s - monotonic()))).result()
+        return self._bus.submit(
+            partial(self._bus.wait_until_quiet, max(0.0, deadline_s - monotonic()))
+        ).result()
 
     def _stop(self, subscriber: Subscriber, deadline_s: float) -> None:
         name = subscriber.name or type(subscriber).__name__
@@ -443,7 +455,11 @@ class Session:
         except BusClosed:
             raise
         except Exception as error:
-            text = "did not finish in time" if isinstance(error, FutureTimeout) else f"{type(error).__name__}: {error}"
+            text = (
+                "did not finish in time"
+                if isinstance(error, FutureTimeout)
+                else f"{type(error).__name__}: {error}"
+            )
             logger.error("Subscriber %s failed in stop(): %s", name, text)
             self._bus.notify(
                 SubscriberFailed(step=self.step_count, subscriber=name, event_kind="stop", error=text)
@@ -452,4 +468,3 @@ class Session:
 
 def _to_pinned_host(leaves: list[jax.Array]) -> list[jax.Array]:
     return [jax.device_put(leaf, leaf.sharding.with_memory_kind("pinned_host")) for leaf in leaves]
-

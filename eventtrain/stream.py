@@ -13,6 +13,7 @@ import numpy as np
 
 from eventtrain.bus.bus import Activation, EventBus, EventSeries
 from eventtrain.device.fetch import Columns
+from eventtrain.errors import MetricsError
 from eventtrain.events import (
     EpochCompleted,
     EpochStarted,
@@ -84,7 +85,13 @@ class RunningMeans:
 
     def add(self, columns: Mapping[str, np.ndarray], rows: int) -> None:
         """Take in ``rows`` rows: name -> column of that length, any real dtype."""
-        weights = columns[self._weight].astype(np.float64) if self._weight in columns else np.ones(rows)
+        if self._weight is not None and self._weight not in columns:
+            raise MetricsError(
+                f"Trainer(weight={self._weight!r}): the metrics are {', '.join(columns) or 'none'}, and that one is not "
+                "among them, so nothing can be weighted. Return it from step_fn and eval_fn, for example the batch's "
+                "number of examples."
+            )
+        weights = np.ones(rows) if self._weight is None else columns[self._weight].astype(np.float64)
         self._total = _add_in_order(self._total, weights)
         for name, column in columns.items():
             values = column.astype(np.float64)
@@ -143,7 +150,9 @@ class Narrator:
                 self._epoch_means = RunningMeans(self._weight)
                 self.evaluated = None
                 if self.watched:  # the loop does not know where a schedule stands
-                    item = item.model_copy(update={"hyperparams": FrozenDict({**item.hyperparams, **self.watched})})
+                    item = item.model_copy(
+                        update={"hyperparams": FrozenDict({**item.hyperparams, **self.watched})}
+                    )
             elif isinstance(item, EvalStarted):
                 self._eval_means = RunningMeans(self._weight)
             self._bus.feed([item])
@@ -170,7 +179,11 @@ class Narrator:
         if self._bus.has_subscribers(StepsCompleted):
             pieces.append(
                 StepsCompleted(
-                    step=steps[-1], first_step=steps[0], last_step=steps[-1], epoch=window.epoch, metrics=columns.metrics
+                    step=steps[-1],
+                    first_step=steps[0],
+                    last_step=steps[-1],
+                    epoch=window.epoch,
+                    metrics=columns.metrics,
                 )
             )
         return pieces
@@ -211,7 +224,9 @@ class Narrator:
             return []
         return [
             EvalStepCompleted(step=window.step, epoch=window.epoch, batch=batch, metrics=metrics)
-            for batch, metrics in zip(count(window.first_batch), _rows(columns.metrics, columns.rows), strict=False)
+            for batch, metrics in zip(
+                count(window.first_batch), _rows(columns.metrics, columns.rows), strict=False
+            )
         ]
 
     def _end_eval(self, end: EvalEnd) -> EvalCompleted:
@@ -229,10 +244,15 @@ def _rows(columns: Mapping[str, np.ndarray], rows: int) -> list[dict[str, Number
     if not columns:
         return [{} for _ in range(rows)]
     names = list(columns)
-    return [dict(zip(names, row, strict=True)) for row in zip(*(c.tolist() for c in columns.values()), strict=True)]
+    return [
+        dict(zip(names, row, strict=True))
+        for row in zip(*(c.tolist() for c in columns.values()), strict=True)
+    ]
 
 
-def _step_builder(columns: Mapping[str, np.ndarray], window: TrainWindow) -> Callable[[Iterable[int]], list[Event]]:
+def _step_builder(
+    columns: Mapping[str, np.ndarray], window: TrainWindow
+) -> Callable[[Iterable[int]], list[Event]]:
     """Builds StepCompleted events of a window on demand; the values come out of the ring, so they are right already."""
     names = tuple(columns)
     values: list[tuple[Number, ...]] = []
@@ -246,7 +266,9 @@ def _step_builder(columns: Mapping[str, np.ndarray], window: TrainWindow) -> Cal
                 step=step,
                 epoch=epoch,
                 batch=first_batch + step - first_step,
-                metrics=FrozenDict(zip(names, values[step - first_step], strict=True)) if names else FrozenDict(),
+                metrics=FrozenDict(zip(names, values[step - first_step], strict=True))
+                if names
+                else FrozenDict(),
             )
             for step in steps
         ]

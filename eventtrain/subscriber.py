@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import difflib
 import inspect
-from abc import ABC
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -56,7 +55,12 @@ class RunContext:
                 await anyio.sleep(0.01)
 
     def schedule_checkpoints(
-        self, owner: str, *, every: int | None = None, every_epochs: int | None = None, every_s: float | None = None
+        self,
+        owner: str,
+        *,
+        every: int | None = None,
+        every_epochs: int | None = None,
+        every_s: float | None = None,
     ) -> None:
         """Have the loop keep the state at exactly these boundaries and announce each by ``SnapshotTaken``.
 
@@ -67,7 +71,9 @@ class RunContext:
         """
         assert self._room is not None
         if any(plan.owner == owner for plan in self._room.plans):
-            raise ConfigurationError(f"Two subscribers named {owner!r} ask for checkpoints. Set the name of one of them.")
+            raise ConfigurationError(
+                f"Two subscribers named {owner!r} ask for checkpoints. Set the name of one of them."
+            )
         self._room.plans.append(CheckpointPlan(owner, every, every_epochs, every_s))
 
     def claim(self, event: SnapshotTaken) -> KeptSnapshot:
@@ -80,7 +86,7 @@ class RunContext:
         return self._room.claim_checkpoint(event.step, event.requested_by)
 
 
-class Subscriber(ABC):
+class Subscriber:
     """Base of all subscriber classes.
 
     Either set ``events`` and write ``async def handle(self, event, control)``, or write methods named after events:
@@ -155,7 +161,9 @@ def _routes(subscriber: Subscriber, name: str) -> tuple[EventTypes, Callable[...
     handle = getattr(subscriber, "handle", None)
     if handle is not None:
         if subscriber.events is None:
-            raise ConfigurationError(f"{name} has a handle() but no `events`. Set events = et.EpochCompleted, or a union.")
+            raise ConfigurationError(
+                f"{name} has a handle() but no `events`. Set events = et.EpochCompleted, or a union."
+            )
         return subscriber.events, handle
     classes = {snake_case(kind.__name__): kind for kind in (*BUILT_IN, Event, *subscriber.event_types)}
     routes: dict[type[Event], tuple[Callable[..., Any], bool]] = {}
@@ -165,10 +173,16 @@ def _routes(subscriber: Subscriber, name: str) -> tuple[EventTypes, Callable[...
         kind = classes.get(attribute[3:])
         if kind is None:
             nearest = difflib.get_close_matches(attribute[3:], classes, n=1)
-            hint = f" Did you mean on_{nearest[0]}?" if nearest else " Name event classes of your own in `event_types`."
+            hint = (
+                f" Did you mean on_{nearest[0]}?"
+                if nearest
+                else " Name event classes of your own in `event_types`."
+            )
             raise ConfigurationError(f"{name}.{attribute} is named after no event.{hint}")
         if not inspect.iscoroutinefunction(method):
-            raise ConfigurationError(f"{name}.{attribute} must be written `async def`: it runs on the event loop.")
+            raise ConfigurationError(
+                f"{name}.{attribute} must be written `async def`: it runs on the event loop."
+            )
         routes[kind] = (method, takes_control(method))
     if not routes:
         raise ConfigurationError(

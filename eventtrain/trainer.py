@@ -128,11 +128,15 @@ class Trainer:
         _require_callable("step_fn", step_fn, "(state, batch) -> (state, metrics)")
         for name, function in (("eval_fn", eval_fn), ("predict_fn", predict_fn), ("params", params)):
             if function is not None:
-                _require_callable(name, function, "a function of (state, batch)" if name != "params" else "state -> weights")
+                _require_callable(
+                    name, function, "a function of (state, batch)" if name != "params" else "state -> weights"
+                )
         _require_positive("steps_per_call", steps_per_call)
         _require_positive("max_in_flight_steps", max_in_flight_steps)
         if not flush_interval_s > 0:
-            raise ConfigurationError(f"flush_interval_s={flush_interval_s!r}: needs a positive number of seconds.")
+            raise ConfigurationError(
+                f"flush_interval_s={flush_interval_s!r}: needs a positive number of seconds."
+            )
         if snapshot not in ("keep", "copy", "host"):
             raise ConfigurationError(f'snapshot={snapshot!r}: is none of "keep", "copy", "host".')
         leaves, skeleton = split_state(state)
@@ -140,7 +144,13 @@ class Trainer:
         self.run_dir = Path(run_dir) if run_dir is not None else Path("runs") / self.run_id
         self.bus = bus if bus is not None else EventBus(run_id=self.run_id, drain_timeout_s=drain_timeout_s)
         self._model = Model(
-            step_fn, eval_fn, predict_fn, params or _default_params, tuple(step_extensions), skeleton, place(leaves)
+            step_fn,
+            eval_fn,
+            predict_fn,
+            params or _default_params,
+            tuple(step_extensions),
+            skeleton,
+            place(leaves),
         )
         self._options = RunOptions(
             run_id=self.run_id,
@@ -200,7 +210,9 @@ class Trainer:
     def extension_states(self) -> dict[str, PyTree]:
         """The states of the step extensions by name, on the device. As ``state``: not while a run is in progress."""
         if not self._model.leaves:
-            raise StateInUse("The extensions' states cannot be read while a run is in progress. Read them after it.")
+            raise StateInUse(
+                "The extensions' states cannot be read while a run is in progress. Read them after it."
+            )
         compiled, leaves = self._model.compiled, self._model.ext_leaves
         return compiled.extension_states(leaves) if compiled is not None and leaves is not None else {}
 
@@ -280,7 +292,9 @@ class Trainer:
         _require_positive("epochs", epochs)
         _require_positive("steps", steps)
         if eval_data is not None and self._model.eval_fn is None:
-            raise ConfigurationError("fit(eval_data=...) needs an eval_fn: Trainer(..., eval_fn=(state, batch) -> metrics).")
+            raise ConfigurationError(
+                "fit(eval_data=...) needs an eval_fn: Trainer(..., eval_fn=(state, batch) -> metrics)."
+            )
 
     def _open_session(self, aim: Aim, eval_data: Any, extra: Sequence[Subscriber]) -> Session:
         return Session(
@@ -366,18 +380,25 @@ class Trainer:
 
     def _need_eval_fn(self) -> None:
         if self._model.eval_fn is None:
-            raise ConfigurationError("evaluate() needs an eval_fn: Trainer(..., eval_fn=(state, batch) -> metrics).")
+            raise ConfigurationError(
+                "evaluate() needs an eval_fn: Trainer(..., eval_fn=(state, batch) -> metrics)."
+            )
 
     def _need_predict_fn(self) -> None:
         if self._model.predict_fn is None:
-            raise ConfigurationError("predict() needs a predict_fn: Trainer(..., predict_fn=(state, batch) -> outputs).")
+            raise ConfigurationError(
+                "predict() needs a predict_fn: Trainer(..., predict_fn=(state, batch) -> outputs)."
+            )
 
     def _evaluate(self, data: Any) -> dict[str, Number]:
         model, tokens = self._model, deque[jax.Array]()
         assert model.eval_fn is not None
         if model.compiled_eval is None:
             model.compiled_eval = CompiledEval(
-                model.eval_fn, model.skeleton, model.leaves, compile_on_caller=lambda lower: model.compile_on_caller(lower)
+                model.eval_fn,
+                model.skeleton,
+                model.leaves,
+                compile_on_caller=lambda lower: model.compile_on_caller(lower),
             )
         narrator = Narrator(self.bus, weight=self._options.weight)
         fetcher = Fetcher(narrator.tell)
@@ -391,7 +412,14 @@ class Trainer:
         try:
             with self._feed(data) as batches:
                 run_evaluation(
-                    model.compiled_eval, model.leaves, batches, model.step, model.epoch, fetcher.put, before_batch, tokens.append
+                    model.compiled_eval,
+                    model.leaves,
+                    batches,
+                    model.step,
+                    model.epoch,
+                    fetcher.put,
+                    before_batch,
+                    tokens.append,
                 )
         finally:
             fetcher.close()
@@ -406,7 +434,10 @@ class Trainer:
         assert model.predict_fn is not None
         if self._compiled_predict is None:
             self._compiled_predict = CompiledPredict(
-                model.predict_fn, model.skeleton, model.leaves, compile_on_caller=lambda lower: model.compile_on_caller(lower)
+                model.predict_fn,
+                model.skeleton,
+                model.leaves,
+                compile_on_caller=lambda lower: model.compile_on_caller(lower),
             )
         began_s, waiting, done = perf_counter(), deque[PyTree](), list[PyTree]()
 
@@ -417,14 +448,20 @@ class Trainer:
         self.bus.feed([PredictStarted(step=model.step)])
         with self._feed(data) as batches:
             for batch in batches:
-                waiting.append(self._compiled_predict(model.leaves, batch) if done or waiting else self._first(batch))
+                waiting.append(
+                    self._compiled_predict(model.leaves, batch) if done or waiting else self._first(batch)
+                )
                 if len(waiting) > self._options.pace.max_in_flight_steps:
                     fetch_oldest()
         while waiting:
             fetch_oldest()
-        self.bus.feed([PredictCompleted(step=model.step, steps=len(done), duration_s=perf_counter() - began_s)])
+        self.bus.feed(
+            [PredictCompleted(step=model.step, steps=len(done), duration_s=perf_counter() - began_s)]
+        )
         self._drain()
-        return jax.tree.map(lambda *outputs: np.stack(outputs) if outputs[0].ndim == 0 else np.concatenate(outputs), *done)
+        return jax.tree.map(
+            lambda *outputs: np.stack(outputs) if outputs[0].ndim == 0 else np.concatenate(outputs), *done
+        )
 
     def _first(self, batch: Any) -> PyTree:
         assert self._compiled_predict is not None
@@ -482,7 +519,10 @@ class Trainer:
             yield
             return
         backend, options = self._backend
-        with start_blocking_portal(backend, options) as portal, portal.wrap_async_context_manager(self.bus.serve()):
+        with (
+            start_blocking_portal(backend, options) as portal,
+            portal.wrap_async_context_manager(self.bus.serve()),
+        ):
             yield
 
     def _with_bus(self, work: Callable[[], T]) -> T:
@@ -496,7 +536,9 @@ class Trainer:
         finished = anyio.Event()
         on_caller: CallOnCaller = anyio.from_thread.run_sync
         self._model.compile_on_caller = on_caller
-        x64 = bool(jax.config.read("jax_enable_x64"))  # a setting of each thread: handed on to the training thread
+        x64 = bool(
+            jax.config.read("jax_enable_x64")
+        )  # a setting of each thread: handed on to the training thread
 
         def work_in_thread() -> T:
             with sixty_four_bit(x64):
@@ -504,7 +546,9 @@ class Trainer:
 
         async def run_thread() -> None:
             try:
-                outcome.append(await anyio.to_thread.run_sync(work_in_thread, limiter=anyio.CapacityLimiter(1)))
+                outcome.append(
+                    await anyio.to_thread.run_sync(work_in_thread, limiter=anyio.CapacityLimiter(1))
+                )
             except BaseException as error:
                 failure.append(error)
 

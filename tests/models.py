@@ -51,7 +51,8 @@ def batches(count: int, size: int = 4) -> list[dict[str, jax.Array]]:
     """``count`` batches that lie on the device."""
     arrays = examples(count * size)
     return [
-        {name: jnp.asarray(array[i * size : (i + 1) * size]) for name, array in arrays.items()} for i in range(count)
+        {name: jnp.asarray(array[i * size : (i + 1) * size]) for name, array in arrays.items()}
+        for i in range(count)
     ]
 
 

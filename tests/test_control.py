@@ -27,7 +27,9 @@ async def test_a_service_sets_a_hyperparameter_and_awaits_the_answer(tmp_path, a
     async with anyio.create_task_group() as tasks:
         tasks.start_soon(lambda: trainer.fit_async(endless, epochs=1))
         await trainer.bus.wait_for(et.StepCompleted, timeout_s=20)
-        applied.append(await trainer.control.set_hyperparam("learning_rate", 0.125, reason="by hand").result())
+        applied.append(
+            await trainer.control.set_hyperparam("learning_rate", 0.125, reason="by hand").result()
+        )
         assert trainer.control.hyperparams["learning_rate"] == 0.125
         await trainer.control.stop("done").result()
     used = {event.step: event.metrics["rate"] for event in steps}

@@ -54,7 +54,9 @@ def test_epochs_count_by_epochs_and_other_events_are_not_counted():
 
 
 def test_a_mapping_gives_each_event_type_its_own_lag():
-    gates, _ = gates_with({"event_type": StepCompleted | EpochCompleted, "lag": {StepCompleted: 4, EpochCompleted: 0}})
+    gates, _ = gates_with(
+        {"event_type": StepCompleted | EpochCompleted, "lag": {StepCompleted: 4, EpochCompleted: 0}}
+    )
     gates.note_step(1)
     assert gates.next_due == 5
     gates.note(EpochCompleted, 1, epoch=0)

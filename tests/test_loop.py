@@ -133,7 +133,9 @@ def test_commands_of_a_failed_attempt_are_dropped_and_those_of_the_retry_sent(tm
     assert applied[0].step == 5
 
 
-def test_control_of_a_finite_lag_handler_closes_when_it_returns_and_awaiting_a_result_raises_at_once(tmp_path):
+def test_control_of_a_finite_lag_handler_closes_when_it_returns_and_awaiting_a_result_raises_at_once(
+    tmp_path,
+):
     trainer = make_trainer(tmp_path)
     kept: list[et.Control] = []
     reasons: list[str] = []
@@ -437,16 +439,15 @@ async def test_a_bus_that_stops_under_a_run_fails_the_run_by_name(tmp_path):
             errors.append(error)
 
     errors: list[Exception] = []
-    async with anyio.create_task_group() as tasks:
-        async with closing.serve():
-            trainer = make_trainer(tmp_path, bus=closing)
+    async with anyio.create_task_group() as tasks, closing.serve():
+        trainer = make_trainer(tmp_path, bus=closing)
 
-            @trainer.on(et.StepCompleted, every=10, lag=2)
-            async def decide(event: et.StepCompleted, control: et.Control) -> None:
-                control.scale_hyperparam("learning_rate", 0.99)
+        @trainer.on(et.StepCompleted, every=10, lag=2)
+        async def decide(event: et.StepCompleted, control: et.Control) -> None:
+            control.scale_hyperparam("learning_rate", 0.99)
 
-            tasks.start_soon(train, trainer, errors)
-            await closing.wait_for(et.StepCompleted, timeout_s=20)
+        tasks.start_soon(train, trainer, errors)
+        await closing.wait_for(et.StepCompleted, timeout_s=20)
     assert [type(error) for error in errors] == [et.BusClosed]
     assert np.isfinite(np.asarray(trainer.state["params"]["w"])).all()
 

@@ -27,7 +27,9 @@ def host_conversions() -> Iterator[Callable[[int], list[str]]]:
     found: dict[int, list[str]] = {}
 
     def note(what: str, array: Any) -> None:
-        found.setdefault(threading.get_ident(), []).append(f"{what} of {getattr(array, 'dtype', type(array))}")
+        found.setdefault(threading.get_ident(), []).append(
+            f"{what} of {getattr(array, 'dtype', type(array))}"
+        )
 
     with pytest.MonkeyPatch.context() as patch:
         for name in ("__float__", "__int__", "__bool__", "__index__", "__array__", "item", "tolist"):
@@ -41,7 +43,9 @@ def host_conversions() -> Iterator[Callable[[int], list[str]]]:
         real_block = ArrayImpl.block_until_ready
 
         def block(self: Any) -> Any:
-            if not (self.shape == () and self.dtype == np.uint32):  # a cursor: the wait that the loop permits itself
+            if not (
+                self.shape == () and self.dtype == np.uint32
+            ):  # a cursor: the wait that the loop permits itself
                 note("block_until_ready", self)
             return real_block(self)
 
@@ -49,7 +53,9 @@ def host_conversions() -> Iterator[Callable[[int], list[str]]]:
         for module, name in ((np, "asarray"), (np, "array"), (jax, "device_get"), (jax, "block_until_ready")):
             real_function = getattr(module, name)
 
-            def convert(value: Any, *args: Any, _real: Any = real_function, _name: str = name, **kwargs: Any) -> Any:
+            def convert(
+                value: Any, *args: Any, _real: Any = real_function, _name: str = name, **kwargs: Any
+            ) -> Any:
                 if any(isinstance(leaf, jax.Array) for leaf in jax.tree_util.tree_leaves(value)):
                     note(_name, value)
                 return _real(value, *args, **kwargs)
@@ -59,7 +65,15 @@ def host_conversions() -> Iterator[Callable[[int], list[str]]]:
 
 
 @pytest.mark.parametrize(
-    "convert", [float, lambda x: np.asarray(x), lambda x: x.item(), bool, lambda x: jax.device_get(x), lambda x: x.block_until_ready()]
+    "convert",
+    [
+        float,
+        lambda x: np.asarray(x),
+        lambda x: x.item(),
+        bool,
+        lambda x: jax.device_get(x),
+        lambda x: x.block_until_ready(),
+    ],
 )
 def test_promise_2_the_tripwire_catches_each_kind_of_conversion(convert):
     value = jax.numpy.ones(())
@@ -171,7 +185,9 @@ def test_promise_10_without_a_lag_the_same_delays_do_change_the_run(tmp_path):
 
 
 @pytest.mark.parametrize("seed", range(4))
-async def test_promise_13_cancelling_the_task_group_at_a_random_point_settles_everything(tmp_path, seed, anyio_backend):
+async def test_promise_13_cancelling_the_task_group_at_a_random_point_settles_everything(
+    tmp_path, seed, anyio_backend
+):
     trainer = make_trainer(tmp_path)
     steps = record(trainer, et.StepCompleted)
 
@@ -254,11 +270,17 @@ def sharded() -> None:
 
         loss, grads = jax.value_and_grad(loss_fn)(state["params"])
         updates, opt_state = optimiser.update(grads, state["opt_state"], state["params"])
-        return {"params": optax.apply_updates(state["params"], updates), "opt_state": opt_state}, {"loss": loss}
+        return {"params": optax.apply_updates(state["params"], updates), "opt_state": opt_state}, {
+            "loss": loss
+        }
 
     for dtype in (jnp.float32, jnp.bfloat16):
         for steps_per_call in (1, 4):
-            params = {"w": jax.device_put(jnp.zeros((16, 8), dtype), NamedSharding(mesh, PartitionSpec(None, "data")))}
+            params = {
+                "w": jax.device_put(
+                    jnp.zeros((16, 8), dtype), NamedSharding(mesh, PartitionSpec(None, "data"))
+                )
+            }
             state = {"params": params, "opt_state": optimiser.init(params)}
             rows = NamedSharding(mesh, PartitionSpec("data"))
             data = [{"x": jax.device_put(jnp.ones((32, 16)) * i, rows)} for i in range(1, 9)]

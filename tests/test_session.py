@@ -123,10 +123,13 @@ INTERRUPTED = """
 
 
 @pytest.mark.parametrize(
-    ("name", "expected"), [("SIGINT", "KeyboardInterrupt interrupted"), ("SIGTERM", "SystemExit 143 preempted")]
+    ("name", "expected"),
+    [("SIGINT", "KeyboardInterrupt interrupted"), ("SIGTERM", "SystemExit 143 preempted")],
 )
 @pytest.mark.parametrize("seed", [0, 1])
-def test_a_signal_stops_at_a_boundary_with_state_alive_and_everything_delivered(tmp_path: Path, name, expected, seed):
+def test_a_signal_stops_at_a_boundary_with_state_alive_and_everything_delivered(
+    tmp_path: Path, name, expected, seed
+):
     script = tmp_path / "interrupted.py"
     script.write_text(
         textwrap.dedent(INTERRUPTED.format(signal=name, tests=str(Path(__file__).parent), out=str(tmp_path)))

@@ -256,8 +256,16 @@ def test_a_generator_that_ends_before_the_aim_is_refused_by_name(tmp_path):
         (lambda s, b: (s, [1.0]), et.MetricsError, "dict"),
         (lambda s, b: s, et.StepError, "metrics"),
         (lambda s, b: ({"other": s}, {}), et.StateError, "structure"),
-        (lambda s, b: (jax.tree.map(lambda a: jnp.concatenate([a, a]) if a.ndim else a, s), {}), et.StateError, "shape"),
-        (lambda s, b: (jax.tree.map(lambda a: a.astype(jnp.bfloat16) if a.ndim else a, s), {}), et.StateError, "float32"),
+        (
+            lambda s, b: (jax.tree.map(lambda a: jnp.concatenate([a, a]) if a.ndim else a, s), {}),
+            et.StateError,
+            "shape",
+        ),
+        (
+            lambda s, b: (jax.tree.map(lambda a: a.astype(jnp.bfloat16) if a.ndim else a, s), {}),
+            et.StateError,
+            "float32",
+        ),
         (lambda s, b: 1 / 0, et.StepError, "ZeroDivisionError"),
     ],
 )
@@ -282,7 +290,9 @@ def test_metrics_that_change_their_names_between_batch_shapes_are_refused(tmp_pa
 
 
 def test_nan_metrics_are_legal_and_survive_json(tmp_path):
-    trainer = et.Trainer(lambda s, b: (s, {"loss": jnp.nan * s["params"]["w"][0]}), new_state(), run_dir=tmp_path)
+    trainer = et.Trainer(
+        lambda s, b: (s, {"loss": jnp.nan * s["params"]["w"][0]}), new_state(), run_dir=tmp_path
+    )
     steps = record(trainer, et.StepCompleted)
     result = trainer.fit(batches(2), epochs=1)
     assert np.isnan(steps[0].metrics["loss"])
@@ -337,6 +347,11 @@ def test_the_state_cannot_be_read_while_a_run_owns_it_and_a_second_run_is_refuse
 def test_a_trainer_refuses_options_that_cannot_work(tmp_path, options, message):
     with pytest.raises(et.ConfigurationError, match=message):
         make_trainer(tmp_path, **options)
+
+
+def test_a_weight_that_is_no_metric_is_refused_by_name(tmp_path):
+    with pytest.raises(et.MetricsError, match="exmples"):
+        make_trainer(tmp_path, weight="exmples").fit(batches(3), epochs=1)
 
 
 def test_eval_data_without_eval_fn_is_refused(tmp_path):
