@@ -1,7 +1,8 @@
 """What observing a training loop costs, against the bare jitted loop.
 
-Every figure is a ratio of two loops run one after the other in this process, in alternating order; the median of all pairs
-is quoted. The bare loop has the same donation, the same batches on the device, no sync per step and one block at the end.
+Every figure is a ratio of two loops run one after the other in this process, in alternating order; the median of
+all pairs is quoted. The bare loop has the same donation, the same batches on the device, no sync per step and one
+block at the end.
 
     python -m benchmarks.loop_overhead [--pairs 7] [--seconds 3] [--json PATH]
 """

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import pairwise
 from time import perf_counter
 from typing import Any
 
@@ -13,9 +14,9 @@ import numpy as np
 import optax
 
 CANDIDATES = [
-    (16, 16, 2), (16, 16, 4), (32, 16, 6), (32, 32, 6), (32, 64, 4), (64, 64, 4), (64, 128, 3), (128, 128, 3), (128, 192, 3),
-    (256, 192, 3), (256, 256, 3), (256, 384, 3), (512, 384, 3), (512, 512, 3), (512, 768, 3), (1024, 768, 3), (1024, 1024, 3),
-    (2048, 1024, 3),
+    (16, 16, 2), (16, 16, 4), (32, 16, 6), (32, 32, 6), (32, 64, 4), (64, 64, 4), (64, 128, 3), (128, 128, 3),
+    (128, 192, 3), (256, 192, 3), (256, 256, 3), (256, 384, 3), (512, 384, 3), (512, 512, 3), (512, 768, 3),
+    (1024, 768, 3), (1024, 1024, 3), (2048, 1024, 3),
 ]  # fmt: skip
 """Batch size, width and hidden layers of the networks tried, cheapest first."""
 
@@ -55,7 +56,7 @@ def network(batch_size: int, width: int, hidden: int, name: str) -> Workload:
             "kernel": jnp.asarray(generator.normal(size=(i, o)).astype(np.float32) / np.sqrt(i)),
             "bias": jnp.zeros(o),
         }
-        for i, o in zip(sizes, sizes[1:], strict=False)
+        for i, o in pairwise(sizes)
     ]
     batches = [
         {"x": jnp.asarray(generator.normal(size=(batch_size, width)).astype(np.float32))} for _ in range(8)

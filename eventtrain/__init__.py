@@ -76,6 +76,7 @@ from eventtrain.trainer import FitResult, Trainer
 __version__ = _version("eventtrain")
 
 __all__ = [
+    "EMA",
     "AlertRaised",
     "AlertResolved",
     "AlreadyRunning",
@@ -97,7 +98,6 @@ __all__ = [
     "DataError",
     "DropNewest",
     "DropOldest",
-    "EMA",
     "EpochCompleted",
     "EpochStarted",
     "EvalCompleted",

@@ -29,7 +29,9 @@ class Cause(Frozen):
 class Reply(Protocol):
     """Where the loop's answer to one command arrives; it never goes through an event queue."""
 
-    async def wait(self) -> CommandApplied: ...
+    async def wait(self) -> CommandApplied:
+        """The loop's answer; raises ``eventtrain.errors.CommandRejected``."""
+        ...
 
 
 class Command(Frozen):

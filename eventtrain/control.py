@@ -221,7 +221,8 @@ class Control:
         """
         return self._send(
             ScaleHyperparam,
-            name=name, factor=_number("scale_hyperparam", factor), minimum=minimum, maximum=maximum, path=path, reason=reason,
+            name=name, factor=_number("scale_hyperparam", factor), minimum=minimum, maximum=maximum, path=path,
+            reason=reason,
         )  # fmt: skip
 
     def stop(self, reason: str = "stopped") -> Command:
@@ -294,7 +295,7 @@ class Control:
             self._inbox.post([order])
         elif self._held is None:
             raise CommandRejected(
-                f"Cannot issue {command.kind}: the control of a handler with a finite lag closes when the handler returns, "
+                f"Cannot issue {command.kind}: the control of a handler with a finite lag closes when it returns, "
                 "since the loop may have passed the boundary. Issue it before returning, or subscribe with lag=None.",
                 reason="the handler has returned",
             )
@@ -327,8 +328,8 @@ class _NoWaiting:
 
     async def wait(self) -> CommandApplied:
         raise CommandRejected(
-            f"Cannot await the result of {self._kind} from a handler with a finite lag: the loop may be waiting for this "
-            "very handler. Subscribe to CommandApplied, or use lag=None.",
+            f"Cannot await the result of {self._kind} from a handler with a finite lag: the loop may be waiting for "
+            "this very handler. Subscribe to CommandApplied, or use lag=None.",
             reason="awaited inside a handler with a finite lag",
         )
 

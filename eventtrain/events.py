@@ -50,6 +50,7 @@ class EpochEvent(Event):
     epoch: int = Field(ge=0)
 
     def is_multiple_of(self, every: int) -> bool:
+        """Whether ``epoch + 1`` is a multiple of ``every``."""
         return (self.epoch + 1) % every == 0
 
 
@@ -57,6 +58,8 @@ class EpochEvent(Event):
 
 
 class RunStarted(Event):
+    """A run begins; the first event of its stream. ``step``: steps completed before it."""
+
     lifecycle: ClassVar[bool] = True
 
 
@@ -71,6 +74,8 @@ class RunCompleted(Event):
 
 
 class RunFailed(Event):
+    """The run ended with ``error`` ("Type: message"); nothing of its training sequence follows."""
+
     lifecycle: ClassVar[bool] = True
     error: str
 
@@ -79,6 +84,8 @@ class RunFailed(Event):
 
 
 class EpochStarted(EpochEvent):
+    """Before the first step of an epoch, with the ``hyperparams`` then in effect."""
+
     hyperparams: Numbers = Field(default_factory=FrozenDict)
 
 
@@ -93,6 +100,8 @@ class EpochCompleted(EpochEvent):
 
 
 class StepStarted(Event):
+    """The update ``step + 1`` is about to be dispatched; ``batch`` is its 0-based index within the epoch."""
+
     epoch: int
     batch: int
 
@@ -114,6 +123,7 @@ class StepsCompleted(Event):
     metrics: Columns
 
     def is_multiple_of(self, every: int) -> bool:
+        """Whether the window holds a step that is a multiple of ``every``."""
         return self.last_step // every > (self.first_step - 1) // every
 
 
@@ -121,10 +131,14 @@ class StepsCompleted(Event):
 
 
 class EvalStarted(Event):
+    """An evaluation begins, of the state after ``step`` updates."""
+
     epoch: int
 
 
 class EvalStepCompleted(Event):
+    """One batch was evaluated; ``batch`` is its 0-based index."""
+
     epoch: int
     batch: int
     metrics: Numbers
@@ -140,14 +154,18 @@ class EvalCompleted(Event):
 
 
 class PredictStarted(Event):
-    pass
+    """``predict`` begins."""
 
 
 class PredictStepCompleted(Event):
+    """The outputs of one batch are on the host; ``batch`` is its 0-based index."""
+
     batch: int
 
 
 class PredictCompleted(Event):
+    """``predict`` is through with ``steps`` batches."""
+
     steps: int
     duration_s: float
 
@@ -167,10 +185,14 @@ class HyperparamChanged(Event):
 
 
 class CommandApplied(Event):
+    """``command`` took effect at boundary ``step``: between step ``step`` and the next one."""
+
     command: AnyCommand
 
 
 class CommandRejected(Event):
+    """``command`` was not carried out, and why."""
+
     command: AnyCommand
     reason: str
 
@@ -185,6 +207,8 @@ class CommandConflict(Event):
 
 
 class SnapshotTaken(Event):
+    """The device state of this boundary is kept under ``tag``; ``epoch``: epochs completed."""
+
     tag: str
     purpose: Literal["snapshot", "checkpoint"] = "snapshot"
     epoch: int = 0
@@ -196,6 +220,8 @@ class SnapshotTaken(Event):
 
 
 class CheckpointStarted(Event):
+    """A Checkpointer begins to write the state of ``step`` to ``path``."""
+
     lifecycle: ClassVar[bool] = True
     path: str
     tag: str | None = None
@@ -212,6 +238,8 @@ class CheckpointCommitted(Event):
 
 
 class CheckpointFailed(Event):
+    """The state of ``step`` was not made durable, and why; training goes on."""
+
     lifecycle: ClassVar[bool] = True
     path: str
     tag: str | None = None
@@ -219,6 +247,8 @@ class CheckpointFailed(Event):
 
 
 class CheckpointRestored(Event):
+    """A kept state was put back."""
+
     lifecycle: ClassVar[bool] = True
     path: str = ""
     tag: str | None = None
@@ -231,6 +261,8 @@ class CheckpointRestored(Event):
 
 
 class SubscriberFailed(Event):
+    """One attempt to handle an event raised; ``event_kind`` is the kind of that event."""
+
     subscriber: str
     event_kind: str
     error: str
@@ -245,11 +277,15 @@ class SubscriberLagged(Event):
 
 
 class SubscriberDisabled(Event):
+    """A subscription was switched off after failures: it receives nothing more."""
+
     subscriber: str
     reason: str
 
 
 class AlertRaised(Event):
+    """A rule was met; it is not raised again before it is resolved."""
+
     lifecycle: ClassVar[bool] = True
     name: str
     severity: Literal["info", "warning", "critical"] = "warning"
@@ -259,6 +295,8 @@ class AlertRaised(Event):
 
 
 class AlertResolved(Event):
+    """The rule of an alert is no longer met."""
+
     lifecycle: ClassVar[bool] = True
     name: str
     message: str = ""

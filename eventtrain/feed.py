@@ -40,8 +40,8 @@ class EpochFeed:
             first = next(batches)
         except StopIteration:
             raise DataError(
-                f"The data of epoch {epoch} is empty: it ended before its first batch. Check the files and the batch size; "
-                "a generator can be iterated only once, so give a callable epoch -> iterable instead."
+                f"The data of epoch {epoch} is empty: it ended before its first batch. Check the files and the batch "
+                "size; a generator can be iterated only once, so give a callable epoch -> iterable instead."
             ) from None
         whole = chain([first], batches)
         if steps_per_call == 1 and on_device(first):

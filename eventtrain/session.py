@@ -171,7 +171,10 @@ class Session:
         return self.advance((batch,) * size, 1) == 1
 
     def begin_epoch(self) -> bool:
-        """Begin an epoch: EpochStarted. The first ``step`` of a session does it if you do not. False: the run has to end."""
+        """Begin an epoch, and say EpochStarted. False: the run has to end.
+
+        The first ``step`` does it if you do not.
+        """
         if self._loop is None:
             raise ConfigurationError(
                 "begin_epoch() needs a prepared step: call prepare(batch) before the first epoch."
@@ -207,7 +210,7 @@ class Session:
     # --- for fit --------------------------------------------------------------------------------------------
 
     def prepare(self, batch: Any) -> None:
-        """Compile the step for ``batch`` (a tuple of ``steps_per_call`` batches where that is above 1); once per run."""
+        """Compile the step for ``batch`` (a tuple of ``steps_per_call`` where that is above 1); once per run."""
         if self._loop is not None:
             return
         model, options = self._model, self._options
@@ -409,8 +412,8 @@ class Session:
         if failure is None or isinstance(failure, StepError):
             return failure
         self._fetcher.failure = StepError(
-            f"The device failed while computing a step: {type(failure).__name__}: {failure}. The state is lost; go on from "
-            "a checkpoint."
+            f"The device failed while computing a step: {type(failure).__name__}: {failure}. The state is lost; go on "
+            "from a checkpoint."
         )
         self._fetcher.failure.__cause__ = failure
         return self._fetcher.failure

@@ -87,9 +87,9 @@ class RunningMeans:
         """Take in ``rows`` rows: name -> column of that length, any real dtype."""
         if self._weight is not None and self._weight not in columns:
             raise MetricsError(
-                f"Trainer(weight={self._weight!r}): the metrics are {', '.join(columns) or 'none'}, and that one is not "
-                "among them, so nothing can be weighted. Return it from step_fn and eval_fn, for example the batch's "
-                "number of examples."
+                f"Trainer(weight={self._weight!r}): the metrics are {', '.join(columns) or 'none'}, and that one is "
+                "not among them, so nothing can be weighted. Return it from step_fn and eval_fn, for example the "
+                "batch's number of examples."
             )
         weights = np.ones(rows) if self._weight is None else columns[self._weight].astype(np.float64)
         self._total = _add_in_order(self._total, weights)

@@ -134,7 +134,7 @@ def subscribe(bus: EventBus, subscriber: Subscriber) -> Subscription:
     """
     if not isinstance(subscriber, Subscriber):  # pyright: ignore[reportUnnecessaryIsInstance]
         raise ConfigurationError(
-            f"{subscriber!r} is no Subscriber. Subclass eventtrain.Subscriber, or subscribe a function with trainer.on(...)."
+            f"{subscriber!r} is no Subscriber. Subclass eventtrain.Subscriber, or use trainer.on(...) for a function."
         )
     name = subscriber.name or type(subscriber).__name__
     event_type, handler = _routes(subscriber, name)
@@ -186,7 +186,7 @@ def _routes(subscriber: Subscriber, name: str) -> tuple[EventTypes, Callable[...
         routes[kind] = (method, takes_control(method))
     if not routes:
         raise ConfigurationError(
-            f"{name} handles no event. Set `events` and write handle(event, control), or write on_epoch_completed(event)."
+            f"{name} handles no event. Set `events` and write handle(event, control), or on_epoch_completed(event)."
         )
     if not any(control for _, control in routes.values()):
 

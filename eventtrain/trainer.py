@@ -74,8 +74,8 @@ class Trainer:
     """Trains ``state`` with ``step_fn`` and publishes what happens on an event bus.
 
     Args:
-        step_fn: ``(state, batch) -> (state, metrics)``; pure, traced once per batch shape. ``metrics`` is a flat dict of
-            scalars of any real dtype; each keeps its exact value.
+        step_fn: ``(state, batch) -> (state, metrics)``; pure, traced once per batch shape. ``metrics`` is a flat
+            dict of scalars of any real dtype; each keeps its exact value.
         state: any pytree of arrays (TrainState, Flax, Equinox, plain dict), sharded or not. It stays valid for its
             owner: it is copied once at the start, then donated from step to step. Leaves that are no arrays are static.
         eval_fn: ``(state, batch) -> metrics``, for ``eval_data`` and ``evaluate``.
@@ -96,8 +96,8 @@ class Trainer:
         backend, backend_options: event loop of the bus for ``fit``; ``fit_async`` uses the running one.
         drain_timeout_s: how long the end of a run waits for handlers.
 
-    One run at a time. ``fit`` trains on the calling thread and serves the bus in another; ``fit_async`` trains in a thread
-    and serves the bus on the running event loop.
+    One run at a time. ``fit`` trains on the calling thread and serves the bus in another; ``fit_async`` trains in a
+    thread and serves the bus on the running event loop.
 
     Raises:
         ConfigurationError, StateError: what cannot work, found before anything runs.
@@ -183,8 +183,8 @@ class Trainer:
         """
         if not self._model.leaves:
             raise StateInUse(
-                f"trainer.state cannot be read while {self._activity or 'a run'} is in progress: the next step overwrites it. "
-                "Use control.snapshot(tag) and await control.snapshots[tag].to_host()."
+                f"trainer.state cannot be read while {self._activity or 'a run'} is in progress: the next step "
+                "overwrites it. Use control.snapshot(tag) and await control.snapshots[tag].to_host()."
             )
         return self._model.skeleton.join(self._model.leaves)
 
@@ -262,7 +262,7 @@ class Trainer:
     ) -> FitResult:
         """Like ``fit``, in a thread of its own beside the running event loop, which stays free.
 
-        step_fn is traced on this event loop's thread (where its JAX settings hold), so the loop pauses for that long; it is
+        step_fn is traced on this event loop's thread (where its JAX settings hold), so it pauses for that long; it is
         compiled elsewhere. Cancellation stops the run at the next boundary, delivers what was published within
         ``drain_timeout_s``, and then goes on; the state reached is in ``state``.
         """
@@ -287,7 +287,7 @@ class Trainer:
     def _check_fit(self, epochs: int | None, steps: int | None, eval_data: Any) -> None:
         if (epochs is None) == (steps is None):
             raise ConfigurationError(
-                f"fit(epochs={epochs!r}, steps={steps!r}): give exactly one of them, how many epochs or how many steps to train."
+                f"fit(epochs={epochs!r}, steps={steps!r}): give exactly one, how many epochs or steps to train."
             )
         _require_positive("epochs", epochs)
         _require_positive("steps", steps)
@@ -501,8 +501,8 @@ class Trainer:
     def _claim(self, activity: str) -> Generator[None]:
         if not self._busy.acquire(blocking=False):
             raise AlreadyRunning(
-                f"{activity} was called while {self._activity} of the same trainer is in progress. Wait for it, stop it with "
-                "control.stop(), or use another Trainer."
+                f"{activity} was called while {self._activity} of the same trainer is in progress. Wait for it, "
+                "stop it with control.stop(), or use another Trainer."
             )
         self._activity = activity
         try:

@@ -38,7 +38,7 @@ def test_the_ring_is_due_half_the_lag_after_its_oldest_event(lag, flush_by):
     assert gates.next_step_event == 20
     assert gates.blocking(10 + lag - 1) is None
     assert gates.blocking(10 + lag) is subscription
-    subscription.passed = 1
+    subscription.worker.passed = 1
     assert gates.blocking(10 + lag) is None
     gates.flushed()
     assert gates.flush_by == NEVER

@@ -221,7 +221,7 @@ def test_pause_holds_the_loop_delivers_what_was_published_and_resume_lets_it_go(
 
     @trainer.on(et.CommandApplied, where=lambda event: event.command.kind == "pause")
     async def look(event: et.CommandApplied) -> None:
-        while log[-1:] != [5]:
+        while log[-1:] != [5]:  # noqa: ASYNC110
             await anyio.sleep(0.005)
         await anyio.sleep(0.1)  # time in which a loop that went on would be seen
         log.append("resume")

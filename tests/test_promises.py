@@ -23,7 +23,7 @@ ArrayImpl = type(jax.numpy.zeros(()))
 
 @contextmanager
 def host_conversions() -> Iterator[Callable[[int], list[str]]]:
-    """Counts, by thread, every conversion of a device array to a host value, and every wait for one that is no token."""
+    """Notes, by thread, each conversion of a device array to a host value, and each wait for one that is no token."""
     found: dict[int, list[str]] = {}
 
     def note(what: str, array: Any) -> None:
@@ -294,11 +294,11 @@ def sharded() -> None:
 
             @trainer.on(et.SnapshotTaken)
             async def keep(event, control):
-                hosts[event.step] = await control.snapshots[event.tag].to_host()
+                hosts[event.step] = await control.snapshots[event.tag].to_host()  # noqa: B023
 
             @trainer.on(et.StepCompleted)
             async def watch(event):
-                seen.append(event.step)
+                seen.append(event.step)  # noqa: B023
 
             result = trainer.fit(data, epochs=3)
             assert seen == list(range(1, 25))

@@ -88,7 +88,7 @@ def test_a_built_event_equals_the_validated_one():
     assert built == expected
     assert built.model_dump_json() == expected.model_dump_json()
     assert built.model_fields_set >= {"step", "epoch", "batch", "metrics"}
-    with pytest.raises(TypeError):
+    with pytest.raises(TypeError, match="read-only"):
         built.metrics["loss"] = 0.0
 
 
