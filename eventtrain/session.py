@@ -346,15 +346,17 @@ class Session:
             error = error or closed
         reason = (loop.effects.stop_reason if loop is not None else self._early_stop()) or "completed"
         self.ended_by = reason
-        for order in self._inbox.close(f"the run ended ({reason}) before it was due"):
-            self._inbox.reject(order, f"the run ended ({reason}) before it was due", self._fetcher.put)
+        left = self._inbox.close(f"the run ended ({reason}) before it was due")
+        self._fetcher.close()
+        # The fetch thread has ended: from here on this thread is the one that feeds the stream.
+        for order in left:
+            self._inbox.reject(order, f"the run ended ({reason}) before it was due", self._narrator.tell)
         error = error or self._bus.failure or self._device_failure()
         deterministic = (loop is None or loop.effects.deterministic) and not self._gates.timed_out()
         if error is None:
-            self._fetcher.put(RunCompleted(step=self.step_count, reason=reason, deterministic=deterministic))
+            self._narrator.tell(RunCompleted(step=self.step_count, reason=reason, deterministic=deterministic))
         else:
-            self._fetcher.put(RunFailed(step=self.step_count, error=f"{type(error).__name__}: {error}"))
-        self._fetcher.close()
+            self._narrator.tell(RunFailed(step=self.step_count, error=f"{type(error).__name__}: {error}"))
         if loop is not None:
             loop.compiled.close()
         self._give_state_back()

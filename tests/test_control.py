@@ -31,9 +31,10 @@ async def test_a_service_sets_a_hyperparameter_and_awaits_the_answer(tmp_path, a
             await trainer.control.set_hyperparam("learning_rate", 0.125, reason="by hand").result()
         )
         assert trainer.control.hyperparams["learning_rate"] == 0.125
+        boundary = applied[0].step
+        await trainer.bus.wait_for(et.StepCompleted, where=lambda e: e.step > boundary, timeout_s=20)
         await trainer.control.stop("done").result()
     used = {event.step: event.metrics["rate"] for event in steps}
-    boundary = applied[0].step
     assert used[boundary] == 0.5
     assert used[boundary + 1] == 0.125
     assert applied[0].command.cause is None

@@ -21,6 +21,38 @@ import eventtrain as et
 ArrayImpl = type(jax.numpy.zeros(()))
 
 
+def test_promise_1_all_steps_are_dispatched_while_one_subscriber_sleeps_and_one_blocks_its_thread(tmp_path):
+    trainer = make_trainer(tmp_path, flush_interval_s=0.001)
+    release = threading.Event()
+    entered: list[str] = []
+
+    @trainer.on(et.StepCompleted, name="sleeps")
+    async def sleeps(event: et.StepCompleted) -> None:
+        entered.append("sleeps")
+        while not release.is_set():
+            await anyio.sleep(0.01)
+
+    @trainer.on(et.StepCompleted, name="blocks")
+    def blocks(event: et.StepCompleted) -> None:
+        entered.append("blocks")
+        release.wait(30)
+
+    data = batches(8)
+    with trainer.session() as session:
+        for index in range(2_000):
+            session.step(data[index % 8])
+        session.block_until_ready()
+        statistics = trainer.bus.statistics()
+        assert {name: figures.delivered for name, figures in statistics.items()} == {"sleeps": 0, "blocks": 0}
+        session.idle(0.2)
+        assert sorted(set(entered)) == ["blocks", "sleeps"]  # they were at it, and nobody waited for them
+        release.set()
+    assert {name: figures.delivered for name, figures in trainer.bus.statistics().items()} == {
+        "sleeps": 2_000,
+        "blocks": 2_000,
+    }
+
+
 @contextmanager
 def host_conversions() -> Iterator[Callable[[int], list[str]]]:
     """Notes, by thread, each conversion of a device array to a host value, and each wait for one that is no token."""
