@@ -11,7 +11,10 @@ import typer
 import eventtrain
 from eventtrain.demo import run_demo
 
-app = typer.Typer(help="eventtrain: training steps publish typed events, async subscribers act on them.", no_args_is_help=True)
+app = typer.Typer(
+    help="eventtrain: training steps publish typed events, async subscribers act on them.",
+    no_args_is_help=True,
+)
 
 
 def _show_version(wanted: bool) -> None:
@@ -23,7 +26,8 @@ def _show_version(wanted: bool) -> None:
 @app.callback()
 def main(
     version: Annotated[
-        bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Show the version and exit.")
+        bool,
+        typer.Option("--version", callback=_show_version, is_eager=True, help="Show the version and exit."),
     ] = False,
 ) -> None:
     """What every subcommand has in common."""
@@ -32,7 +36,8 @@ def main(
 @app.command()
 def demo(
     out: Annotated[
-        Path | None, typer.Option(help="Folder for the log and the checkpoints; runs/demo-<time> unless given.")
+        Path | None,
+        typer.Option(help="Folder for the log and the checkpoints; runs/demo-<time> unless given."),
     ] = None,
 ) -> None:
     """Train a small network on real digits with every kind of subscriber, on the CPU, in well under a minute."""

@@ -75,7 +75,9 @@ def new_state(seed: int) -> State:
     return {"params": params, "opt_state": optimiser.init(params), "dropout": key}
 
 
-def logits(params: list[dict[str, jax.Array]], images: jax.Array, dropout: jax.Array | None = None) -> jax.Array:
+def logits(
+    params: list[dict[str, jax.Array]], images: jax.Array, dropout: jax.Array | None = None
+) -> jax.Array:
     """The network's output for ``images`` float32[batch, 64]; with a key, hidden units are dropped at random."""
     hidden = images
     for index, layer in enumerate(params[:-1]):
@@ -104,7 +106,11 @@ def train_step(state: State, batch: Batch) -> tuple[State, dict[str, jax.Array]]
     grads, metrics = jax.grad(loss_fn, has_aux=True)(state["params"])
     updates, opt_state = optimiser.update(grads, state["opt_state"], state["params"])
     metrics["grad_norm"] = optax.global_norm(grads)
-    return {"params": optax.apply_updates(state["params"], updates), "opt_state": opt_state, "dropout": key}, metrics
+    return {
+        "params": optax.apply_updates(state["params"], updates),
+        "opt_state": opt_state,
+        "dropout": key,
+    }, metrics
 
 
 def evaluate_step(state: State, batch: Batch) -> dict[str, jax.Array]:
@@ -141,14 +147,22 @@ class Story:
         """Runs in a worker thread, so that a slow terminal delays nobody."""
         match event:
             case et.HyperparamChanged():
-                cause = f"{event.cause.subscriber} on {event.cause.event}" if event.cause is not None else "a command"
+                cause = (
+                    f"{event.cause.subscriber} on {event.cause.event}"
+                    if event.cause is not None
+                    else "a command"
+                )
                 self.cuts.append(event)
                 change = f"{event.name} {event.old:.2g} -> {event.new:.2g}"
-                self._line("LR cut", "yellow", f"step {event.step}: {change}, caused by {cause}: {event.reason}")
+                self._line(
+                    "LR cut", "yellow", f"step {event.step}: {change}, caused by {cause}: {event.reason}"
+                )
             case et.CheckpointCommitted():
                 self.commits.append(event)
                 size = f"{event.size_bytes / 1e6:.1f} MB in {event.duration_s:.2f} s"
-                self._line("checkpoint", "green", f"step {event.step}: {Path(event.path).name} committed, {size}")
+                self._line(
+                    "checkpoint", "green", f"step {event.step}: {Path(event.path).name} committed, {size}"
+                )
             case et.CheckpointFailed():
                 self._line("checkpoint", "red", f"step {event.step}: failed, {event.error}")
             case et.AlertRaised():
@@ -175,7 +189,10 @@ def run_demo(out: Path | None = None, *, console: Console | None = None) -> str 
     digits, story = split_digits(), Story(console)
     sizes = " + ".join(f"{len(part[1])} to {use}" for part, use in _parts(digits))
     console.print(f"\n[bold]Handwritten digits[/]: {sizes}")
-    console.print(f"A network of {'-'.join(map(str, WIDTHS))} units, trained by AdamW in batches of {BATCH_SIZE}\n", highlight=False)
+    console.print(
+        f"A network of {'-'.join(map(str, WIDTHS))} units, trained by AdamW in batches of {BATCH_SIZE}\n",
+        highlight=False,
+    )
 
     trainer = et.Trainer(
         train_step,
@@ -202,8 +219,16 @@ def run_demo(out: Path | None = None, *, console: Console | None = None) -> str 
     console.print(_statistics_table(statistics.values()))
     console.print("Files:", style="bold")
     rows = sum(1 for _ in open(out / "events.jsonl", "rb"))
-    console.print(f"  {out / 'events.jsonl'}  {rows} rows, one per event of the training sequence", soft_wrap=True, highlight=False)
-    console.print(f"  {out / 'checkpoints'}  the last {len(story.commits[-3:])} of {len(story.commits)} checkpoints", soft_wrap=True, highlight=False)
+    console.print(
+        f"  {out / 'events.jsonl'}  {rows} rows, one per event of the training sequence",
+        soft_wrap=True,
+        highlight=False,
+    )
+    console.print(
+        f"  {out / 'checkpoints'}  the last {len(story.commits[-3:])} of {len(story.commits)} checkpoints",
+        soft_wrap=True,
+        highlight=False,
+    )
     console.print(f"\nAll in {perf_counter() - began_s:.1f} s.")
     return _problem(accuracy, story, result.stop_reason)
 
@@ -281,11 +306,15 @@ def _speed_table(bare: Sequence[float], observed: Sequence[float]) -> Table:
 
 
 def _statistics_table(statistics: Any) -> Table:
-    table = Table("subscriber", "delivered", "dropped", "errors", "CPU", title="Subscribers of the training run")
+    table = Table(
+        "subscriber", "delivered", "dropped", "errors", "CPU", title="Subscribers of the training run"
+    )
     table.title_justify, table.title_style = "left", "bold"
     for column in table.columns[1:]:
         column.justify = "right"
     for figures in statistics:
         cpu = f"{figures.handler_cpu_s * 1000:,.0f} ms"
-        table.add_row(figures.name, f"{figures.delivered:,}", f"{figures.dropped:,}", f"{figures.errors:,}", cpu)
+        table.add_row(
+            figures.name, f"{figures.delivered:,}", f"{figures.dropped:,}", f"{figures.errors:,}", cpu
+        )
     return table

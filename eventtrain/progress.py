@@ -9,7 +9,15 @@ from functools import partial
 import anyio
 import anyio.to_thread
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TaskID,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
 
 from eventtrain.bus.queues import KeepLatest
 from eventtrain.events import EpochCompleted, EpochStarted, RunCompleted, RunFailed, StepsCompleted
@@ -99,8 +107,12 @@ class ProgressBar(Subscriber):
         """Leave a line with the epoch's means."""
         if not event.is_multiple_of(self._every_epochs):
             return
-        rates = "".join(f" {n}={event.hyperparams[n]:.3g}" for n in self._hyperparams if n in event.hyperparams)
-        await self._print(f"epoch {event.epoch + 1}: {self._text(event.metrics)}{rates} ({event.duration_s:.2f} s)")
+        rates = "".join(
+            f" {n}={event.hyperparams[n]:.3g}" for n in self._hyperparams if n in event.hyperparams
+        )
+        await self._print(
+            f"epoch {event.epoch + 1}: {self._text(event.metrics)}{rates} ({event.duration_s:.2f} s)"
+        )
 
     async def on_run_completed(self, event: RunCompleted) -> None:
         """Say how it ended."""
@@ -113,7 +125,9 @@ class ProgressBar(Subscriber):
     async def _print(self, line: str) -> None:
         if self._progress is not None:
             # soft_wrap: a line is a line also where the console is a pipe of 80 columns.
-            await self._in_thread(partial(self._progress.console.print, line, markup=False, highlight=False, soft_wrap=True))
+            await self._in_thread(
+                partial(self._progress.console.print, line, markup=False, highlight=False, soft_wrap=True)
+            )
 
     async def _in_thread(self, write: Callable[[], None]) -> None:
         await anyio.to_thread.run_sync(write, abandon_on_cancel=True, limiter=self._limiter)

@@ -26,7 +26,9 @@ class CutOnSpike(et.Subscriber):
         loss = event.metrics["loss"]
         if self.mean is not None and loss > self.factor * self.mean and event.step - self.last_cut >= 20:
             self.last_cut = event.step
-            control.scale_hyperparam("learning_rate", 0.5, reason=f"loss {loss:.3g}, running mean {self.mean:.3g}")
+            control.scale_hyperparam(
+                "learning_rate", 0.5, reason=f"loss {loss:.3g}, running mean {self.mean:.3g}"
+            )
         self.mean = loss if self.mean is None else 0.9 * self.mean + 0.1 * loss
 
     async def on_hyperparam_changed(self, event: et.HyperparamChanged) -> None:

@@ -32,8 +32,19 @@ import eventtrain as et
 
 KEEP_ALIVE_S = 15.0
 ANSWER_TIMEOUT_S = 10.0
-SHOWN = (et.EpochStarted, et.EpochCompleted, et.StepsCompleted, et.HyperparamChanged, et.RunStarted, et.RunCompleted, et.RunFailed)
-KINDS = {kind.model_fields["kind"].default: kind for kind in (*SHOWN, et.StepCompleted, et.CommandApplied, et.CommandRejected)}
+SHOWN = (
+    et.EpochStarted,
+    et.EpochCompleted,
+    et.StepsCompleted,
+    et.HyperparamChanged,
+    et.RunStarted,
+    et.RunCompleted,
+    et.RunFailed,
+)
+KINDS = {
+    kind.model_fields["kind"].default: kind
+    for kind in (*SHOWN, et.StepCompleted, et.CommandApplied, et.CommandRejected)
+}
 
 
 class Training:
@@ -81,7 +92,9 @@ class Training:
             "step": self.trainer.step,
             "epochs_completed": self.epochs_completed,
             "hyperparams": dict(self.trainer.control.hyperparams),
-            "metrics": {name: value if math.isfinite(value) else str(value) for name, value in self.metrics.items()},
+            "metrics": {
+                name: value if math.isfinite(value) else str(value) for name, value in self.metrics.items()
+            },
         }
 
 
@@ -98,7 +111,9 @@ async def get_events(request: Request) -> Response:
         return JSONResponse({"error": f"unknown kinds {sorted(unknown)}; known are {sorted(KINDS)}"}, 422)
     kinds = tuple(KINDS[name] for name in names.split(",")) if names else SHOWN
     headers = {"Cache-Control": "no-store", "X-Accel-Buffering": "no"}
-    return StreamingResponse(_server_sent(training.trainer.bus, kinds), media_type="text/event-stream", headers=headers)
+    return StreamingResponse(
+        _server_sent(training.trainer.bus, kinds), media_type="text/event-stream", headers=headers
+    )
 
 
 async def _server_sent(bus: et.EventBus, kinds: tuple[type[et.Event], ...]) -> AsyncIterator[str]:
@@ -111,7 +126,11 @@ async def _server_sent(bus: et.EventBus, kinds: tuple[type[et.Event], ...]) -> A
                 event = await anext(events, None)
                 if event is None:  # the bus was closed: the service is going down
                     return
-            yield f"event: {event.kind}\nid: {event.seq}\ndata: {event.model_dump_json()}\n\n" if event else ": still here\n\n"
+            yield (
+                f"event: {event.kind}\nid: {event.seq}\ndata: {event.model_dump_json()}\n\n"
+                if event
+                else ": still here\n\n"
+            )
 
 
 async def post_command(request: Request) -> Response:
@@ -121,7 +140,12 @@ async def post_command(request: Request) -> Response:
     except json.JSONDecodeError:
         return JSONResponse({"error": 'the body is no JSON; send {"learning_rate": 0.001}'}, 422)
     value = body.get("learning_rate") if isinstance(body, dict) and len(body) == 1 else None
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value) or value < 0:
+    if (
+        isinstance(value, bool)
+        or not isinstance(value, (int, float))
+        or not math.isfinite(value)
+        or value < 0
+    ):
         return JSONResponse({"error": 'send {"learning_rate": x} with a finite x of at least 0'}, 422)
     try:
         with anyio.fail_after(ANSWER_TIMEOUT_S):
@@ -130,13 +154,17 @@ async def post_command(request: Request) -> Response:
     except et.errors.CommandRejected as error:
         return JSONResponse({"error": error.reason}, 409)
     except TimeoutError:
-        return JSONResponse({"error": f"training gave no answer within {ANSWER_TIMEOUT_S:g} s; the command stands"}, 504)
+        return JSONResponse(
+            {"error": f"training gave no answer within {ANSWER_TIMEOUT_S:g} s; the command stands"}, 504
+        )
     # The answer comes before the event has been through the bus, which stamps these three.
     text = applied.model_dump_json(exclude={"run_id", "seq", "time"})
     return Response(text, media_type="application/json")
 
 
-def make_app(make_trainer: Callable[[et.EventBus], et.Trainer], fit: Callable[[et.Trainer], Any]) -> Starlette:
+def make_app(
+    make_trainer: Callable[[et.EventBus], et.Trainer], fit: Callable[[et.Trainer], Any]
+) -> Starlette:
     """The service around any trainer; ``fit`` starts its training, usually ``lambda t: t.fit_async(data, epochs=n)``."""
 
     @asynccontextmanager
@@ -185,7 +213,11 @@ def mean_error(params: Any, batch: Any) -> jax.Array:
 
 def example_trainer(bus: et.EventBus) -> et.Trainer:
     one, two = jax.random.split(jax.random.key(0))
-    params = {"in": jax.random.normal(one, (1, 256)), "bias": jnp.zeros(256), "out": jax.random.normal(two, (256, 1)) / 16}
+    params = {
+        "in": jax.random.normal(one, (1, 256)),
+        "bias": jnp.zeros(256),
+        "out": jax.random.normal(two, (256, 1)) / 16,
+    }
     state = {"params": params, "opt_state": optimiser.init(params)}
     return et.Trainer(train_step, state, eval_fn=lambda s, b: {"loss": mean_error(s["params"], b)}, bus=bus)
 

@@ -58,7 +58,9 @@ class Rule:
 
     def __post_init__(self) -> None:
         if self.above is None and self.below is None and not self.non_finite:
-            raise ConfigurationError(f"Rule({self.metric!r}) can never be broken: give above=, below= or non_finite=True.")
+            raise ConfigurationError(
+                f"Rule({self.metric!r}) can never be broken: give above=, below= or non_finite=True."
+            )
         for limit in (self.above, self.below):
             if limit is not None and math.isnan(limit):
                 raise ConfigurationError(f"Rule({self.metric!r}): a limit of NaN can never be passed.")
@@ -67,7 +69,9 @@ class Rule:
                 f"Rule({self.metric!r}, above={self.above}, below={self.below}) is always broken: below has to be the smaller."
             )
         if self.severity not in LEVELS:
-            raise ConfigurationError(f'Rule({self.metric!r}, severity={self.severity!r}): is none of {", ".join(LEVELS)}.')
+            raise ConfigurationError(
+                f"Rule({self.metric!r}, severity={self.severity!r}): is none of {', '.join(LEVELS)}."
+            )
         if self.event not in (EpochCompleted, StepCompleted, EvalCompleted):
             raise ConfigurationError(
                 f"Rule({self.metric!r}, event={self.event!r}): has to be EpochCompleted, StepCompleted or EvalCompleted."
@@ -78,7 +82,11 @@ class Rule:
         """The alert's name."""
         if self.name is not None:
             return self.name
-        conditions = [f"{word} {limit:g}" for word, limit in (("above", self.above), ("below", self.below)) if limit is not None]
+        conditions = [
+            f"{word} {limit:g}"
+            for word, limit in (("above", self.above), ("below", self.below))
+            if limit is not None
+        ]
         return f"{self.metric} {' or '.join([*conditions, *(['not finite'] if self.non_finite else [])])}"
 
     def judge(self, value: float) -> str | None:
@@ -123,10 +131,14 @@ class Alerts(Subscriber):
     ) -> None:
         names = [rule.label for rule in rules]
         if not rules:
-            raise ConfigurationError('Alerts(rules=[]) watches nothing. Give at least one, such as Rule("loss", non_finite=True).')
+            raise ConfigurationError(
+                'Alerts(rules=[]) watches nothing. Give at least one, such as Rule("loss", non_finite=True).'
+            )
         if len(set(names)) < len(names):
             double = next(name for name in names if names.count(name) > 1)
-            raise ConfigurationError(f"Alerts: two rules are named {double!r}. Give one of them another name=.")
+            raise ConfigurationError(
+                f"Alerts: two rules are named {double!r}. Give one of them another name=."
+            )
         self._rules: dict[type[Event], list[Rule]] = {}
         for rule in rules:
             self._rules.setdefault(rule.event, []).append(rule)
@@ -154,7 +166,9 @@ class Alerts(Subscriber):
         """Wait for what is on its way. Raises SubscriberError where that takes too long."""
         webhook, self._webhook = self._webhook, None
         if webhook is not None:
-            left = await anyio.to_thread.run_sync(webhook.finish, self._finish_timeout_s, abandon_on_cancel=True)
+            left = await anyio.to_thread.run_sync(
+                webhook.finish, self._finish_timeout_s, abandon_on_cancel=True
+            )
             if left:
                 raise SubscriberError(
                     f"{left} alerts were not delivered to {self._label} within {self._finish_timeout_s:g} s of the run's end."
@@ -172,7 +186,12 @@ class Alerts(Subscriber):
                 self._active.add(rule.label)
                 message = f"{text} {verdict}"
                 alert = AlertRaised(
-                    step=event.step, name=rule.label, severity=rule.severity, message=message, metric=rule.metric, value=value
+                    step=event.step,
+                    name=rule.label,
+                    severity=rule.severity,
+                    message=message,
+                    metric=rule.metric,
+                    value=value,
                 )
                 logger.log(LEVELS[rule.severity], "Alert %s: %s", rule.label, message)
             else:

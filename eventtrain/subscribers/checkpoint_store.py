@@ -116,7 +116,9 @@ def read_metadata(path: Path) -> dict[str, Any]:
     try:
         metadata = json.loads((path / METADATA).read_text())
     except (OSError, ValueError) as error:
-        raise SnapshotError(f"{path} is no checkpoint of eventtrain: {METADATA} cannot be read ({error}).") from error
+        raise SnapshotError(
+            f"{path} is no checkpoint of eventtrain: {METADATA} cannot be read ({error})."
+        ) from error
     if not isinstance(metadata, dict) or metadata.get("format") != FORMAT:
         raise SnapshotError(f"{path} is no checkpoint of eventtrain: its {METADATA} does not say so.")
     if metadata["schema_version"] > SCHEMA_VERSION:
@@ -143,7 +145,9 @@ def restore_state(path: str | Path, like: Any = None) -> Any:
     # A thread of its own: on the thread of a running event loop Orbax would block or patch that loop.
     with ThreadPoolExecutor(1) as executor:
         arrays: dict[str, Any] = executor.submit(_read_arrays, path / ARRAYS).result()
-    arrays |= {name: np.zeros(a["shape"], jnp.dtype(a["dtype"])) for name, a in metadata["empty_arrays"].items()}
+    arrays |= {
+        name: np.zeros(a["shape"], jnp.dtype(a["dtype"])) for name, a in metadata["empty_arrays"].items()
+    }
     if like is None:
         return arrays
     return _fill(like, arrays, metadata["prng_keys"], path)
@@ -208,7 +212,9 @@ def _named_leaves(tree: Any) -> Iterator[tuple[str, Any]]:
 def _is_array(leaf: Any) -> bool:
     if isinstance(leaf, jax.Array) or _is_host_key(leaf):
         return True
-    return isinstance(leaf, (np.ndarray, np.generic)) and (leaf.dtype == np.bool_ or jnp.issubdtype(leaf.dtype, np.number))
+    return isinstance(leaf, (np.ndarray, np.generic)) and (
+        leaf.dtype == np.bool_ or jnp.issubdtype(leaf.dtype, np.number)
+    )
 
 
 def _is_host_key(leaf: Any) -> bool:

@@ -57,9 +57,13 @@ class Checkpointer(Subscriber):
     ) -> None:
         for name, value in (("every", every), ("every_epochs", every_epochs), ("max_to_keep", max_to_keep)):
             if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):  # pyright: ignore[reportUnnecessaryIsInstance]
-                raise ConfigurationError(f"Checkpointer({name}={value!r}): needs a whole number of at least 1, or None.")
+                raise ConfigurationError(
+                    f"Checkpointer({name}={value!r}): needs a whole number of at least 1, or None."
+                )
         if every_s is not None and not every_s > 0:
-            raise ConfigurationError(f"Checkpointer(every_s={every_s!r}): needs a positive number of seconds, or None.")
+            raise ConfigurationError(
+                f"Checkpointer(every_s={every_s!r}): needs a positive number of seconds, or None."
+            )
         self._directory = Path(directory)
         self._schedule: dict[str, Any] = {"every": every, "every_epochs": every_epochs, "every_s": every_s}
         self._max_to_keep = max_to_keep
@@ -104,19 +108,22 @@ class Checkpointer(Subscriber):
                 "checkpoints further apart.", event.step, waited_s,
             )  # fmt: skip
         began_s = monotonic()
-        path = (self._run.run_dir / self._directory).absolute() / _folder_name(event)
+        name = _folder_name(event)
+        path = self._opened.directory / name
         snapshot = None
         try:
             snapshot = claimed = self._run.claim(event)
             if claimed.device.released:  # refused for lack of room, which the loop has said
                 return
-            path = await self._on_thread(lambda: self._opened.free_path(_checked(path.name)))
+            path = await self._on_thread(lambda: self._opened.free_path(_checked(name)))
             await self._say(CheckpointStarted(step=event.step, path=str(path), tag=event.tag))
             committed = await self._on_thread(lambda: self._write(path, claimed, event))
         except Exception as error:
             logger.error("The checkpoint of step %d failed: %s: %s", event.step, type(error).__name__, error)
             await self._say(
-                CheckpointFailed(step=event.step, path=str(path), tag=event.tag, error=f"{type(error).__name__}: {error}")
+                CheckpointFailed(
+                    step=event.step, path=str(path), tag=event.tag, error=f"{type(error).__name__}: {error}"
+                )
             )
             return
         finally:
@@ -166,7 +173,9 @@ class Checkpointer(Subscriber):
         """Run ``function`` on the thread that owns Orbax; cancelled, it is left to finish there."""
         assert self._thread is not None
         future = self._thread.submit(function)
-        return await anyio.to_thread.run_sync(future.result, abandon_on_cancel=True, limiter=anyio.CapacityLimiter(1))
+        return await anyio.to_thread.run_sync(
+            future.result, abandon_on_cancel=True, limiter=anyio.CapacityLimiter(1)
+        )
 
     async def _say(self, event: Event) -> None:
         assert self._run is not None
@@ -184,6 +193,6 @@ def _folder_name(event: SnapshotTaken) -> str:
 def _checked(name: str) -> str:
     if not re.fullmatch(r"[A-Za-z0-9_.\-]{1,200}", name):
         raise ConfigurationError(
-            f"{name!r} cannot name a folder: a tag consists of at most 180 letters, digits, '_', '-' and '.'. Pass such a tag."
+            f"The tag of {name!r} cannot be part of a folder's name: use at most 180 letters, digits, '_', '-' and '.'."
         )
     return name

@@ -17,13 +17,63 @@ logger = logging.getLogger("eventtrain")
 Mode = Literal["auto", "min", "max"]
 
 ERRORS = frozenset(
-    "loss losses error errors err mae mse rmse mape msle nll bce kl perplexity ppl cost regret distance divergence "
-    "crossentropy wer cer fid".split()
+    [
+        "loss",
+        "losses",
+        "error",
+        "errors",
+        "err",
+        "mae",
+        "mse",
+        "rmse",
+        "mape",
+        "msle",
+        "nll",
+        "bce",
+        "kl",
+        "perplexity",
+        "ppl",
+        "cost",
+        "regret",
+        "distance",
+        "divergence",
+        "crossentropy",
+        "wer",
+        "cer",
+        "fid",
+    ]
 )
 """Words in a metric's name that say smaller is better."""
 SCORES = frozenset(
-    "accuracy acc auc auroc auprc precision recall sensitivity specificity f1 f1score fbeta iou miou dice r2 bleu rouge map "
-    "ndcg mrr psnr ssim reward return score correct".split()
+    [
+        "accuracy",
+        "acc",
+        "auc",
+        "auroc",
+        "auprc",
+        "precision",
+        "recall",
+        "sensitivity",
+        "specificity",
+        "f1",
+        "f1score",
+        "fbeta",
+        "iou",
+        "miou",
+        "dice",
+        "r2",
+        "bleu",
+        "rouge",
+        "map",
+        "ndcg",
+        "mrr",
+        "psnr",
+        "ssim",
+        "reward",
+        "return",
+        "score",
+        "correct",
+    ]
 )
 """Words in a metric's name that say larger is better."""
 
@@ -93,7 +143,11 @@ def require_count(owner: str, name: str, value: Any) -> None:
 
 def warn_missing(owner: str, metric: str, metrics: Mapping[str, Number]) -> None:
     """Say in the log that what should be watched is not there."""
-    hint = " Metrics of eval_data start with val_; does fit(...) have eval_data?" if metric.startswith("val_") else ""
+    hint = (
+        " Metrics of eval_data start with val_; does fit(...) have eval_data?"
+        if metric.startswith("val_")
+        else ""
+    )
     logger.warning(
         "%s watches %r, which is not among the metrics of this epoch (%s), so it decides nothing.%s",
         owner, metric, ", ".join(metrics) or "none", hint,

@@ -105,7 +105,9 @@ class Webhook(threading.Thread):
             hint = "; redirects are not followed" if 300 <= error.code < 400 else ""
             return f"HTTP status {error.code}{hint}", error.code in RETRYABLE
         except urllib.error.URLError as error:
-            return type(error.reason).__name__ if isinstance(error.reason, Exception) else "no connection", True
+            return type(error.reason).__name__ if isinstance(
+                error.reason, Exception
+            ) else "no connection", True
         except (OSError, http.client.HTTPException) as error:
             return type(error).__name__, not isinstance(error, http.client.InvalidURL)
         except ValueError as error:
@@ -134,7 +136,9 @@ def _split(url: str) -> tuple[SecretStr, dict[str, str]]:
         )
     userinfo, at, host = parts.netloc.rpartition("@")
     if at:
-        headers["Authorization"] = "Basic " + base64.b64encode(urllib.parse.unquote(userinfo).encode()).decode()
+        headers["Authorization"] = (
+            "Basic " + base64.b64encode(urllib.parse.unquote(userinfo).encode()).decode()
+        )
     return SecretStr(urllib.parse.urlunsplit(parts._replace(netloc=host, fragment=""))), headers
 
 
