@@ -106,16 +106,19 @@ class TrainingLoop:
 
     # --- the hot path -----------------------------------------------------------------------------------------
 
-    def step(self, batch: Any, start: int = 0, stop: int = 1) -> bool:
-        """Dispatch one step (or steps ``start`` to ``stop - 1`` of a group) and return; False once the run has to end.
+    def step(self, batch: Any, start: int = 0, stop: int = 1) -> int:
+        """Dispatch one step and return 1; or, of a group, steps from ``start`` on, and return how many.
 
+        That is ``stop - start``, or fewer where something is due at a boundary between; 0 once the run has to end.
         Waits for nothing but: the device, when it is ``max_in_flight_steps`` behind; a due decision of a subscription
         with a finite lag; a pause; a Lossless queue at its limit.
         """
         if (
             self._inbox.arrived or self.step_count >= self._attention or self.gates.stale
         ) and not self._settle_before_step():
-            return False
+            return 0
+        if stop - start > 1:
+            stop = min(stop, start + self._steps_until_due())
         tokens = self._tokens
         if len(tokens) >= self._pace.max_in_flight_steps:
             self._let_device_catch_up()
@@ -139,7 +142,7 @@ class TrainingLoop:
             or step >= gates.flush_by
         ):
             self.flush()
-        return True
+        return count
 
     def _dispatch_keeping(self, batch: Any, start: int, stop: int) -> None:
         """A step that leaves the state before it alone, because someone else refers to it."""
@@ -159,10 +162,11 @@ class TrainingLoop:
             tokens.popleft()
         tokens.popleft().block_until_ready()
 
-    def group_end(self, start: int, stop: int) -> int:
-        """How far a group of steps may go in one call: to the next boundary where anything can be due."""
-        until_due = min(self._attention, self.gates.next_step_event) - self.step_count
-        return min(stop, start + max(1, min(until_due, self.compiled.capacity - self.carry.rows)))
+    def _steps_until_due(self) -> int:
+        """How many steps may go in one dispatch: up to the next boundary where anything can be due; at least 1."""
+        gates, step = self.gates, self.step_count
+        until_due = min(self._attention, gates.next_step_event, max(gates.flush_by, step + 1)) - step
+        return max(1, min(until_due, self.compiled.capacity - self.carry.rows))
 
     def flush(self) -> None:
         """Send the ring to the fetch thread, with what was said meanwhile, and go on with a fresh one."""

@@ -269,13 +269,13 @@ class Session:
         if not self._in_epoch and not self.begin_epoch():
             return 0
         if not grouped:
-            return int(loop.step(batches[0]))
+            return loop.step(batches[0])
         done = 0
         while done < count:
-            stop = loop.group_end(done, count)
-            if not loop.step(batches, done, stop):
+            dispatched = loop.step(batches, done, count)
+            if not dispatched:
                 break
-            done = stop
+            done += dispatched
         return done
 
     def wait(self, ready: Callable[[], object]) -> bool:
@@ -329,14 +329,18 @@ class Session:
         self._gates.note(RunStarted, self._model.step)
         self._fetcher.put(RunStarted(step=self._model.step))
 
-    def finish(self, error: BaseException | None = None) -> None:
+    def finish(self, raised: BaseException | None = None) -> None:
         """Settle everything: the state, what is due, the last events, the subscribers.
 
+        Args:
+            raised: what ended the run and will go on after this; None where it ended by itself.
+
         Raises:
-            SubscriberError, StepError: the run failed by a subscriber with ``on_error="fail"``, or on the device.
+            SubscriberError, StepError, BusClosed: the run failed by a subscriber with ``on_error="fail"``, on the
+                device, or because the bus was stopped. Not where ``raised`` is given.
         """
         deadline_s = monotonic() + self._options.drain_timeout_s
-        loop = self._loop
+        loop, error = self._loop, raised
         try:
             if loop is not None and error is None and self._healthy():
                 loop.finish(deadline_s)
@@ -344,6 +348,7 @@ class Session:
                 loop.flush()
         except BusClosed as closed:
             error = error or closed
+        self._give_state_back()
         reason = (loop.effects.stop_reason if loop is not None else self._early_stop()) or "completed"
         self.ended_by = reason
         left = self._inbox.close(f"the run ended ({reason}) before it was due")
@@ -359,12 +364,11 @@ class Session:
             self._narrator.tell(RunFailed(step=self.step_count, error=f"{type(error).__name__}: {error}"))
         if loop is not None:
             loop.compiled.close()
-        self._give_state_back()
         self._settle_bus(deadline_s)
         self._room.release_all()  # not before: a Checkpointer may claim until its queue is empty
-        if error is not None and (error is self._bus.failure or error is self._device_failure()):
-            failure, self._bus.failure = error, None
-            raise failure
+        self._bus.failure = None
+        if error is not None and raised is None:
+            raise error
 
     # --- inside ---------------------------------------------------------------------------------------------
 

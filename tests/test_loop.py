@@ -49,6 +49,26 @@ def test_a_command_of_lag_l_takes_effect_at_exactly_boundary_k_plus_l(tmp_path, 
         assert not later or positions[id(event)] < positions[id(later[0])]
 
 
+def test_a_command_that_arrives_early_waits_for_its_boundary(tmp_path):
+    trainer = make_trainer(tmp_path)
+    applied = record(trainer, et.CommandApplied)
+    arrived: list[tuple[int, int]] = []
+
+    @trainer.on(et.StepCompleted, every=10, lag=8)
+    async def decide(event: et.StepCompleted, control: et.Control) -> None:
+        control.scale_hyperparam("learning_rate", 0.5)
+        arrived.append((event.step, trainer.step))
+
+    def slow(epoch: int) -> Any:
+        for batch in batches(40):
+            time.sleep(0.005)
+            yield batch
+
+    trainer.fit(slow, epochs=1)
+    assert [event.step for event in applied] == [18, 28, 38]
+    assert any(now < step + 8 for step, now in arrived[:3])  # the fault was there: some came early
+
+
 def test_lag_0_on_an_epoch_takes_effect_before_its_next_step(tmp_path):
     trainer = make_trainer(tmp_path)
     steps = record(trainer, et.StepCompleted)
