@@ -218,7 +218,7 @@ def run_demo(out: Path | None = None, *, console: Console | None = None) -> str 
     console.print(_speed_table(bare, observed))
     console.print(_statistics_table(statistics.values()))
     console.print("Files:", style="bold")
-    rows = sum(1 for _ in open(out / "events.jsonl", "rb"))
+    rows = (out / "events.jsonl").read_bytes().count(b"\n")
     console.print(
         f"  {out / 'events.jsonl'}  {rows} rows, one per event of the training sequence",
         soft_wrap=True,

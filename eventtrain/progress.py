@@ -1,4 +1,4 @@
-"""``ProgressBar``: what a person at a terminal sees of a run. Drawn with rich, by threads other than the event loop's."""
+"""``ProgressBar``: what a person at a terminal sees of a run. Drawn with rich, and never by the event loop's thread."""
 
 from __future__ import annotations
 

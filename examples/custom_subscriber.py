@@ -1,8 +1,11 @@
 """A subscriber of one's own: asynchronous, with state that survives a restart, and a decision at an exact step.
 
-It halves the learning rate when the loss jumps far above its running mean. ``lag=8`` on StepCompleted makes the cut take
+It halves the learning rate when the loss jumps far above its running mean. ``lag=8`` on StepCompleted makes the cut
+take
 effect exactly eight steps after the jump, however slow this handler or the machine is: the same run every time.
 """
+
+from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -15,7 +18,7 @@ import eventtrain as et
 class CutOnSpike(et.Subscriber):
     """Halves ``learning_rate`` when the loss exceeds ``factor`` times its running mean, at most once in 20 steps."""
 
-    lag = {et.StepCompleted: 8}
+    lag: ClassVar = {et.StepCompleted: 8}
 
     def __init__(self, factor: float = 5.0) -> None:
         self.factor = factor

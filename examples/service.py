@@ -165,7 +165,7 @@ async def post_command(request: Request) -> Response:
 def make_app(
     make_trainer: Callable[[et.EventBus], et.Trainer], fit: Callable[[et.Trainer], Any]
 ) -> Starlette:
-    """The service around any trainer; ``fit`` starts its training, usually ``lambda t: t.fit_async(data, epochs=n)``."""
+    """The service around any trainer; ``fit`` starts its training, say ``lambda t: t.fit_async(data, epochs=n)``."""
 
     @asynccontextmanager
     async def lifespan(app: Starlette) -> AsyncIterator[None]:

@@ -66,7 +66,7 @@ class Rule:
                 raise ConfigurationError(f"Rule({self.metric!r}): a limit of NaN can never be passed.")
         if self.above is not None and self.below is not None and self.below > self.above:
             raise ConfigurationError(
-                f"Rule({self.metric!r}, above={self.above}, below={self.below}) is always broken: below has to be the smaller."
+                f"Rule({self.metric!r}, above={self.above}, below={self.below}) is always broken: swap them."
             )
         if self.severity not in LEVELS:
             raise ConfigurationError(
@@ -74,7 +74,7 @@ class Rule:
             )
         if self.event not in (EpochCompleted, StepCompleted, EvalCompleted):
             raise ConfigurationError(
-                f"Rule({self.metric!r}, event={self.event!r}): has to be EpochCompleted, StepCompleted or EvalCompleted."
+                f"Rule({self.metric!r}, event={self.event!r}): needs EpochCompleted, StepCompleted or EvalCompleted."
             )
 
     @property
@@ -171,7 +171,7 @@ class Alerts(Subscriber):
             )
             if left:
                 raise SubscriberError(
-                    f"{left} alerts were not delivered to {self._label} within {self._finish_timeout_s:g} s of the run's end."
+                    f"{left} alerts did not reach {self._label} within {self._finish_timeout_s:g} s after the run."
                 )
 
     async def handle(self, event: EpochCompleted | StepCompleted | EvalCompleted) -> None:

@@ -3,11 +3,11 @@
 Layout of ``<directory>/step-00000100``::
 
     arrays/           the state's arrays, as Orbax writes {"state": {path in the state: array}}
-    eventtrain.json   step, epoch, tag, run_id, and what Orbax cannot hold: the implementations of typed PRNG keys, empty
-                      arrays
+    eventtrain.json   step, epoch, tag, run_id, and what Orbax cannot hold: implementations of typed PRNG keys,
+                      empty arrays
 
-Both are written to a folder whose name starts with ``.tmp-`` and get their name by one rename when they are on disk. Only
-JSON and arrays are read back, so reading a checkpoint runs none of its content.
+Both are written to a folder whose name starts with ``.tmp-`` and get their name by one rename when they are on disk.
+Only JSON and arrays are read back, so reading a checkpoint runs none of its content.
 """
 
 from __future__ import annotations
@@ -123,8 +123,8 @@ def read_metadata(path: Path) -> dict[str, Any]:
         raise SnapshotError(f"{path} is no checkpoint of eventtrain: its {METADATA} does not say so.")
     if metadata["schema_version"] > SCHEMA_VERSION:
         raise SnapshotError(
-            f"{path} has schema_version {metadata['schema_version']}, and this program knows up to {SCHEMA_VERSION}. Read it "
-            "with the newer version of eventtrain that wrote it."
+            f"{path} has schema_version {metadata['schema_version']}, and this program knows up to {SCHEMA_VERSION}. "
+            "Read it with the newer version of eventtrain that wrote it."
         )
     return metadata
 
@@ -135,7 +135,8 @@ def restore_state(path: str | Path, like: Any = None) -> Any:
     Args:
         path: of a committed checkpoint (``CheckpointCommitted.path``).
         like: a state of the same structure: its JAX arrays say where to put the values (device and sharding), its NumPy
-            arrays stay NumPy, and what is no array is taken from it. None: a dict from path in the state to NumPy array.
+            arrays stay NumPy, and what is no array is taken from it. None: a dict from path in the state to NumPy
+            array.
 
     Raises:
         SnapshotError: no checkpoint lies there. StateError: ``like`` has other leaves, shapes or dtypes.
@@ -182,8 +183,8 @@ def _fill(like: Any, arrays: Mapping[str, Any], keys: Mapping[str, str], path: P
     if wanted.keys() != arrays.keys():
         missing, unknown = sorted(wanted.keys() - arrays.keys()), sorted(arrays.keys() - wanted.keys())
         raise StateError(
-            f"The state in {path} has another structure than `like`: it lacks {missing[:5] or 'nothing'} and has besides "
-            f"{unknown[:5] or 'nothing'}. Pass a state built as the one that was saved."
+            f"The state in {path} has another structure than `like`: it lacks {missing[:5] or 'nothing'} and has "
+            f"besides {unknown[:5] or 'nothing'}. Pass a state built as the one that was saved."
         )
     values = {name: _placed(name, leaf, arrays[name], keys.get(name), path) for name, leaf in wanted.items()}
     names = iter(wanted)

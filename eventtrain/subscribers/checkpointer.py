@@ -27,7 +27,7 @@ logger = logging.getLogger("eventtrain")
 T = TypeVar("T")
 
 BACKLOG_WARNING_S = 30.0
-"""A snapshot that waited so long to be written is worth a warning: each one waiting holds a whole state on the device."""
+"""A snapshot that waited so long to be written is worth a warning: each one holds a whole state on the device."""
 
 
 class Checkpointer(Subscriber):
@@ -40,9 +40,10 @@ class Checkpointer(Subscriber):
         max_to_keep: once a new checkpoint is committed, the oldest ones of this run beyond so many are deleted.
             None keeps all.
 
-    CheckpointCommitted is published when the checkpoint stands on disk, synced, under its final name; CheckpointFailed with
-    the reason when that did not come about. The loop waits for neither. Checkpoints are written one after the other; a
-    snapshot that waits for its turn holds a state on the device, so schedule them further apart than writing takes.
+    CheckpointCommitted is published when the checkpoint stands on disk, synced, under its final name;
+    CheckpointFailed with the reason when that did not come about. The loop waits for neither. Checkpoints are written
+    one after the other; a snapshot that waits for its turn holds a state on the device, so schedule them further
+    apart than writing takes.
     """
 
     disable_after = None  # one full disk must not end all checkpoints
@@ -104,8 +105,8 @@ class Checkpointer(Subscriber):
         waited_s = (datetime.now(UTC) - event.time).total_seconds()
         if waited_s > BACKLOG_WARNING_S:
             logger.warning(
-                "The snapshot of step %d waited %.0f s to be written and held a state on the device meanwhile. Schedule "
-                "checkpoints further apart.", event.step, waited_s,
+                "The snapshot of step %d waited %.0f s to be written and held a state on the device meanwhile. "
+                "Schedule checkpoints further apart.", event.step, waited_s,
             )  # fmt: skip
         began_s = monotonic()
         name = _folder_name(event)

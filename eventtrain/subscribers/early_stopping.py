@@ -31,8 +31,8 @@ class EarlyStopping(Subscriber):
         baseline: improvements below it do not start the count anew, and never stop the run themselves.
         start_from_epoch: earlier epochs (0-based) are not looked at.
 
-    The count begins anew with every ``fit``, unless a saved state was loaded. An epoch whose metrics lack ``monitor`` does
-    not count; a NaN counts as no improvement.
+    The count begins anew with every ``fit``, unless a saved state was loaded. An epoch whose metrics lack ``monitor``
+    does not count; a NaN counts as no improvement.
 
     Raises:
         ConfigurationError: a negative patience, an unknown mode, a metric whose direction cannot be told.

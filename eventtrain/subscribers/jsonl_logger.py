@@ -29,7 +29,7 @@ COMMIT_INTERVAL_S = 0.25
 ROW_LIMIT = 100_000
 """Unwritten rows (some 30 MB) at which the logger takes no more, so that training waits instead of memory growing."""
 WRITTEN = tuple(kind for kind in TRAINING_SEQUENCE if kind is not StepStarted)
-"""The training sequence but for StepStarted, which says nothing that the same step's StepCompleted does not: one row a step."""
+"""The training sequence but for StepStarted, which says nothing that StepCompleted does not: one row a step."""
 URGENT = frozenset({EpochCompleted, RunCompleted, RunFailed})
 
 
@@ -38,12 +38,13 @@ class JSONLLogger(Subscriber):
 
     Args:
         path: relative to ``run_dir``; missing folders are made, an existing file is appended to.
-        events: a class, a union or a tuple of classes; if None the training sequence, of which CommandApplied only those
-            with a finite lag, and without StepStarted, so that each step has one row.
+        events: a class, a union or a tuple of classes; if None the training sequence, of which CommandApplied only
+            those with a finite lag, and without StepStarted, so that each step has one row.
 
-    Rows are on disk (not synced) within 0.5 s, when an epoch's handler has returned, and after ``stop``. A failed write,
-    a full disk say, is raised in the handler, and so said by SubscriberFailed, once for every time it fails; the rows are
-    kept and written again when that works, none twice and none torn. While ``ROW_LIMIT`` rows wait, training waits too.
+    Rows are on disk (not synced) within 0.5 s, when an epoch's handler has returned, and after ``stop``. A failed
+    write, a full disk say, is raised in the handler, and so said by SubscriberFailed, once for every time it fails;
+    the rows are kept and written again when that works, none twice and none torn. While ``ROW_LIMIT`` rows wait,
+    training waits too.
     """
 
     disable_after = None  # a full disk is no reason to stop logging once there is room again
@@ -99,7 +100,7 @@ class JSONLLogger(Subscriber):
         except OSError:
             if len(self._rows) < ROW_LIMIT:
                 raise
-        while len(self._rows) >= ROW_LIMIT:
+        while len(self._rows) >= ROW_LIMIT:  # noqa: ASYNC110  # the committer is a thread and this the rarest case
             await anyio.sleep(COMMIT_INTERVAL_S)
 
     async def _commit(self) -> None:
@@ -114,25 +115,24 @@ class JSONLLogger(Subscriber):
         assert self._file is not None
         return OSError(
             error.errno,
-            f"cannot write {self._file.path}: {error.strerror or error}; {self._file.waiting} rows are kept and will be "
-            "written as soon as that works again",
+            f"cannot write {self._file.path}: {error.strerror or error}; {self._file.waiting} rows are kept and "
+            "will be written as soon as that works again",
         )
 
 
 class RowFile:
-    """Rows on their way to one file. ``rows`` is for one thread to append to; the methods block, on any other thread."""
+    """Rows on their way to one file. One thread appends to ``rows``; the methods block, on any other thread."""
 
     def __init__(self, path: Path, rows: deque[bytes]) -> None:
         self.path = path
         self.rows = rows
-        self._unwritten: list[bytes] = []
         self._torn_at: int | None = None
         self._lock = threading.Lock()
 
     @property
     def waiting(self) -> int:
         """Rows that are not in the file yet."""
-        return len(self.rows) + len(self._unwritten)
+        return len(self.rows)
 
     def prepare(self) -> None:
         """Make the folder; move a last row without a line end, as a killed run leaves it, to ``<path>.torn``."""
@@ -165,16 +165,18 @@ class RowFile:
             OSError: it failed; the file ends where it ended before, and the rows still wait.
         """
         with self._lock:
-            self._unwritten += [self.rows.popleft() for _ in range(len(self.rows))]
-            if not self._unwritten:
+            group = [self.rows.popleft() for _ in range(len(self.rows))]
+            if not group:
                 return
-            data = b"\n".join(self._unwritten) + b"\n"
-            descriptor = os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, 0o644)
             try:
-                self._append(descriptor, data)
-            finally:
-                os.close(descriptor)
-            self._unwritten.clear()
+                descriptor = os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, 0o644)
+                try:
+                    self._append(descriptor, b"\n".join(group) + b"\n")
+                finally:
+                    os.close(descriptor)
+            except OSError:
+                self.rows.extendleft(reversed(group))
+                raise
 
     def _append(self, descriptor: int, data: bytes) -> None:
         if self._torn_at is not None:

@@ -16,64 +16,14 @@ logger = logging.getLogger("eventtrain")
 
 Mode = Literal["auto", "min", "max"]
 
-ERRORS = frozenset(
-    [
-        "loss",
-        "losses",
-        "error",
-        "errors",
-        "err",
-        "mae",
-        "mse",
-        "rmse",
-        "mape",
-        "msle",
-        "nll",
-        "bce",
-        "kl",
-        "perplexity",
-        "ppl",
-        "cost",
-        "regret",
-        "distance",
-        "divergence",
-        "crossentropy",
-        "wer",
-        "cer",
-        "fid",
-    ]
+SMALLER_IS_BETTER = (
+    "loss losses error errors err mae mse rmse mape msle nll bce kl perplexity ppl cost regret distance divergence "
+    "crossentropy wer cer fid"
 )
 """Words in a metric's name that say smaller is better."""
-SCORES = frozenset(
-    [
-        "accuracy",
-        "acc",
-        "auc",
-        "auroc",
-        "auprc",
-        "precision",
-        "recall",
-        "sensitivity",
-        "specificity",
-        "f1",
-        "f1score",
-        "fbeta",
-        "iou",
-        "miou",
-        "dice",
-        "r2",
-        "bleu",
-        "rouge",
-        "map",
-        "ndcg",
-        "mrr",
-        "psnr",
-        "ssim",
-        "reward",
-        "return",
-        "score",
-        "correct",
-    ]
+LARGER_IS_BETTER = (
+    "accuracy acc auc auroc auprc precision recall sensitivity specificity f1 f1score fbeta iou miou dice r2 bleu "
+    "rouge map ndcg mrr psnr ssim reward return score correct"
 )
 """Words in a metric's name that say larger is better."""
 
@@ -82,8 +32,8 @@ SCORES = frozenset(
 class Monitor:
     """One metric, the direction that is better, and how much better counts.
 
-    The comparison is Keras' (``MonitorCallback``): strict, and ``min_delta`` is taken off the new value. Unlike there, NaN
-    is never an improvement, so a first NaN does not stay the best value for ever.
+    The comparison is Keras' (``MonitorCallback``): strict, and ``min_delta`` is taken off the new value. Unlike
+    there, NaN is never an improvement, so a first NaN does not stay the best value for ever.
     """
 
     metric: str
@@ -120,7 +70,10 @@ def make_monitor(owner: str, metric: str, mode: Mode, min_delta: float) -> Monit
 def _direction(owner: str, metric: str) -> Literal["min", "max"]:
     words = set(re.split(r"[^a-z0-9]+", metric.lower().removeprefix("val_")))
     words |= {"crossentropy"} if {"cross", "entropy"} <= words else set()
-    smaller, larger = bool(words & ERRORS), bool(words & SCORES)
+    smaller, larger = (
+        not words.isdisjoint(SMALLER_IS_BETTER.split()),
+        not words.isdisjoint(LARGER_IS_BETTER.split()),
+    )
     if smaller != larger:
         return "min" if smaller else "max"
     raise ConfigurationError(
@@ -163,6 +116,6 @@ def check_version(owner: str, state: Mapping[str, Any], known: int) -> None:
     """Raise ConfigurationError for a saved state of another version."""
     if state.get("version") != known:
         raise ConfigurationError(
-            f"{owner} cannot take over a state of version {state.get('version')!r}; it knows version {known}. Resume with the "
-            "version of eventtrain that wrote it."
+            f"{owner} cannot take over a state of version {state.get('version')!r}; it knows version {known}. "
+            "Resume with the version of eventtrain that wrote it."
         )

@@ -36,8 +36,8 @@ class ReduceLROnPlateau(Subscriber):
         min_lr: the value is never cut below it.
         hyperparam: its name in ``optax.inject_hyperparams``.
 
-    The count begins anew with every ``fit``, unless a saved state was loaded. An epoch whose metrics lack ``monitor`` does
-    not count; a NaN counts as no improvement.
+    The count begins anew with every ``fit``, unless a saved state was loaded. An epoch whose metrics lack ``monitor``
+    does not count; a NaN counts as no improvement.
 
     Raises:
         ConfigurationError: a factor not between 0 and 1, negative counts, an unknown mode, a metric whose direction
@@ -61,8 +61,8 @@ class ReduceLROnPlateau(Subscriber):
         require_number("ReduceLROnPlateau", "factor", factor)
         if not 0 < factor < 1:
             raise ConfigurationError(
-                f"ReduceLROnPlateau(factor={factor!r}): the hyperparameter is multiplied by it, so it has to lie between "
-                "0 and 1, both excluded."
+                f"ReduceLROnPlateau(factor={factor!r}): the hyperparameter is multiplied by it, so it has to lie "
+                "between 0 and 1, both excluded."
             )
         require_count("ReduceLROnPlateau", "patience", patience)
         require_count("ReduceLROnPlateau", "cooldown", cooldown)
@@ -105,15 +105,16 @@ class ReduceLROnPlateau(Subscriber):
         if self._hyperparam not in event.hyperparams:
             raise ConfigurationError(
                 f"ReduceLROnPlateau(hyperparam={self._hyperparam!r}): the optimiser has no such hyperparameter; it has "
-                f"{', '.join(event.hyperparams) or 'none'}. Build it with optax.inject_hyperparams(optax.adam)(learning_rate=...)."
+                f"{', '.join(event.hyperparams) or 'none'}. Build it with optax.inject_hyperparams."
             )
         if self._is_due(value, event.hyperparams[self._hyperparam]):
-            best = "any number" if self.best is None else f"{self.best:.6g}"
+            best = "nothing" if self.best is None else f"{self.best:.6g}"
+            comparison = f"{self._monitor.metric} {value:.6g} is no improvement on {best}"
             control.scale_hyperparam(
                 self._hyperparam,
                 self._factor,
                 minimum=self._min_lr,
-                reason=f"plateau: {self._monitor.metric} {value:.6g} is no improvement on {best} (patience {self._patience})",
+                reason=f"plateau: {comparison} (patience {self._patience})",
             )
 
     def _is_due(self, value: float, current: float) -> bool:

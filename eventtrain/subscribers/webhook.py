@@ -96,7 +96,7 @@ class Webhook(threading.Thread):
         raise AssertionError("unreachable")
 
     def _try(self, body: bytes) -> tuple[str | None, bool]:
-        """One attempt: why it failed, if it did, in words that cannot quote the URL; and whether another try makes sense."""
+        """One attempt: why it failed, in words that cannot quote the URL, or None; and whether another makes sense."""
         try:
             request = urllib.request.Request(self._url.get_secret_value(), body, self._headers, method="POST")
             self._opener.open(request, timeout=self._timeout_s).close()
@@ -132,7 +132,7 @@ def _split(url: str) -> tuple[SecretStr, dict[str, str]]:
         parts = urllib.parse.urlsplit("")
     if not good:
         raise ConfigurationError(
-            "Alerts(url=...): needs a URL of the form https://host/path. The one given is not shown, since it may hold secrets."
+            "Alerts(url=...): needs a URL such as https://host/path. The one given is not shown: it may hold secrets."
         )
     userinfo, at, host = parts.netloc.rpartition("@")
     if at:

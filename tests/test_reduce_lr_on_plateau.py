@@ -1,0 +1,172 @@
+"""ReduceLROnPlateau against Keras' state machine, and in a real run."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+import eventtrain as et
+from eventtrain import subscribers as subs
+
+
+class Rate:
+    """Stands for the control and the optimiser: carries the scaling out."""
+
+    def __init__(self, value: float) -> None:
+        self.value = value
+        self.cuts = 0
+
+    def scale_hyperparam(self, name: str, factor: float, *, minimum: float, reason: str) -> None:
+        assert name == "learning_rate"
+        assert "plateau" in reason
+        self.value = max(self.value * factor, minimum)
+        self.cuts += 1
+
+
+def drive(policy: subs.ReduceLROnPlateau, values: Sequence[float], rate: Any, first_epoch: int = 0) -> list[int]:
+    """The epochs at whose end the policy cuts."""
+    cuts: list[int] = []
+    for epoch, value in enumerate(values, first_epoch):
+        event = et.EpochCompleted(
+            epoch=epoch, metrics={"val_loss": value}, hyperparams={"learning_rate": rate.value}, steps=1, duration_s=0.0
+        )
+        before = rate.cuts
+        with pytest.raises(StopIteration):
+            policy.on_epoch_completed(event, rate).send(None)
+        if rate.cuts > before:
+            cuts.append(epoch)
+    return cuts
+
+
+def keras_cuts(
+    values: Sequence[float], factor: float, patience: int, min_delta: float, cooldown: int, min_lr: float
+) -> tuple[list[int], float]:
+    """Keras 3.15.1's ReduceLROnPlateau.on_epoch_end (minimising), written down from its source; NaN left out."""
+    best, wait, counter, rate, cuts = None, 0, 0, 1.0, []
+    for epoch, current in enumerate(values):
+        if counter > 0:
+            counter -= 1
+            wait = 0
+        if best is None or current - -min_delta < best:
+            best = current
+            wait = 0
+        elif not counter > 0:
+            wait += 1
+            if wait >= patience and rate > np.float32(min_lr):
+                rate = max(rate * factor, min_lr)
+                cuts.append(epoch)
+                counter = cooldown
+                wait = 0
+    return cuts, rate
+
+
+@given(
+    st.lists(st.floats(-4, 4).map(lambda x: round(x, 1)), max_size=40),
+    st.sampled_from([0.1, 0.5]),
+    st.integers(0, 5),
+    st.sampled_from([0.0, 1e-4, 1.0]),
+    st.integers(0, 4),
+    st.sampled_from([0.0, 0.25, 0.3]),
+)
+def test_it_cuts_where_keras_cuts(
+    values: list[float], factor: float, patience: int, min_delta: float, cooldown: int, min_lr: float
+) -> None:
+    policy = subs.ReduceLROnPlateau("val_loss", factor, patience, "auto", min_delta, cooldown, min_lr)
+    rate = Rate(1.0)
+    assert (drive(policy, values, rate), rate.value) == keras_cuts(values, factor, patience, min_delta, cooldown, min_lr)
+
+
+def test_the_epoch_that_ends_the_cooldown_counts_already() -> None:
+    assert drive(subs.ReduceLROnPlateau(patience=2, cooldown=2), [1.0] * 10, Rate(1.0)) == [2, 5, 8]
+
+
+def test_the_rate_is_cut_to_min_lr_and_no_further() -> None:
+    rate = Rate(float(np.float32(1e-2)))
+    assert drive(subs.ReduceLROnPlateau(patience=1, min_lr=1e-3), [1.0] * 9, rate) == [1]
+    rate.value = float(np.float32(1e-3))  # as the device holds it: a little above 1e-3
+    assert drive(subs.ReduceLROnPlateau(patience=1, min_lr=1e-3), [1.0] * 9, rate) == []
+
+
+def test_a_first_nan_is_not_the_best_for_ever() -> None:
+    assert drive(subs.ReduceLROnPlateau(patience=2), [math.nan, 3.0, 2.0, 1.0, 0.5], Rate(1.0)) == []
+
+
+@given(st.lists(st.sampled_from([1.0, 2.0, 3.0, math.nan, math.inf]), max_size=30), st.integers(0, 30))
+def test_a_saved_count_goes_on_where_it_was(values: list[float], cut: int) -> None:
+    def make() -> subs.ReduceLROnPlateau:
+        return subs.ReduceLROnPlateau(factor=0.5, patience=2, cooldown=2)
+
+    whole = drive(make(), values, Rate(1.0))
+    first, second, rate = make(), make(), Rate(1.0)
+    cuts = drive(first, values[:cut], rate)
+    second.load_state_dict(json.loads(json.dumps(first.state_dict(), allow_nan=False)))
+    assert cuts + drive(second, values[cut:], rate, first_epoch=cut) == whole
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"factor": 1.0},
+        {"factor": 0},
+        {"factor": -0.5},
+        {"factor": math.nan},
+        {"patience": -1},
+        {"cooldown": -1},
+        {"min_lr": -1.0},
+        {"mode": "sideways"},
+        {"monitor": "speed"},
+        {"min_delta": math.inf},
+    ],
+)
+def test_options_that_cannot_work_are_refused_by_name(options: dict[str, Any]) -> None:
+    with pytest.raises(et.ConfigurationError) as caught:
+        subs.ReduceLROnPlateau(**options)
+    assert next(iter(options)) in str(caught.value)
+
+
+def make_trainer(tmp_path: Path, policy: et.Subscriber) -> tuple[et.Trainer, list[et.Event]]:
+    optimiser = optax.inject_hyperparams(optax.sgd)(learning_rate=0.5)
+    params = jnp.zeros(2)
+
+    def step(state: Any, batch: Any) -> Any:
+        return state, {"loss": batch, "rate": state["opt_state"].hyperparams["learning_rate"]}
+
+    state = {"params": params, "opt_state": optimiser.init(params)}
+    trainer = et.Trainer(step, state, subscribers=[policy], run_dir=tmp_path)
+    seen: list[et.Event] = []
+
+    @trainer.on(et.HyperparamChanged | et.SubscriberFailed | et.StepCompleted)
+    async def see(event: et.Event) -> None:
+        seen.append(event)
+
+    return trainer, seen
+
+
+async def test_a_real_run_takes_the_cut_with_the_next_epochs_first_step(tmp_path: Path) -> None:
+    policy = subs.ReduceLROnPlateau("loss", factor=0.5, patience=2)
+    trainer, seen = make_trainer(tmp_path, policy)
+    await trainer.fit_async(lambda epoch: [np.float32(1.0)] * 4, epochs=5)
+    changes = [event for event in seen if isinstance(event, et.HyperparamChanged)]
+    assert [(event.step, event.old, event.new) for event in changes] == [(12, 0.5, 0.25), (20, 0.25, 0.125)]
+    assert changes[0].cause == et.Cause(event="epoch_completed", step=12, subscriber="ReduceLROnPlateau")
+    rates = {event.step: event.metrics["rate"] for event in seen if isinstance(event, et.StepCompleted)}
+    assert (rates[12], rates[13]) == (0.5, 0.25)
+
+
+def test_an_unknown_hyperparameter_is_said_at_the_first_epoch(tmp_path: Path) -> None:
+    trainer, seen = make_trainer(tmp_path, subs.ReduceLROnPlateau("loss", hyperparam="lr"))
+    trainer.fit([np.float32(1.0)], epochs=1)
+    failed = [event for event in seen if isinstance(event, et.SubscriberFailed)]
+    assert len(failed) == 1
+    assert "'lr'" in failed[0].error
+    assert "learning_rate" in failed[0].error
