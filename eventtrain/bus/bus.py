@@ -21,7 +21,7 @@ from anyio.abc import TaskStatus
 from anyio.lowlevel import cancel_shielded_checkpoint, checkpoint_if_cancelled
 
 from eventtrain.bus.clock import Clock
-from eventtrain.bus.handlers import Attempt, Handler
+from eventtrain.bus.handlers import Attempt, Handler, takes_control
 from eventtrain.bus.inbox import Inbox
 from eventtrain.bus.options import EventTypes, Lag, OnError, Options
 from eventtrain.bus.queues import Lossless, Queue
@@ -191,6 +191,7 @@ class EventBus:
             every, every_s, where, once, queue if queue is not None else Lossless(), lag, concurrency, on_error, retries,
             retry_delay_s, disable_after, timeout_s, name,
         )  # fmt: skip
+        takes_control(handler)  # None would mean a stream to read from
         return self._add(Subscription(self, event_type, handler, options, self._take_index()))
 
     def on(self, event_type: EventTypes, **options: Any) -> Callable[[Handler], Handler]:

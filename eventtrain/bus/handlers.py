@@ -55,12 +55,11 @@ def takes_control(handler: Handler) -> bool:
         signature = inspect.signature(handler)
     except (ValueError, TypeError):  # builtins without a signature: list.append and the like take the event
         return False
-    required = [
-        p
-        for p in signature.parameters.values()
-        if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD) and p.default is p.empty
+    positional = [
+        p for p in signature.parameters.values() if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)
     ]
-    with_control = len(required) == 2 or (len(required) < 2 and "control" in signature.parameters)
+    required = sum(p.default is p.empty for p in positional)
+    with_control = required == 2 or (required < 2 and any(p.name == "control" for p in positional))
     try:
         signature.bind(*([None] * (2 if with_control else 1)))
     except TypeError as error:

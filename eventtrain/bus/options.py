@@ -76,6 +76,8 @@ class Options:
             raise refuse(f'on_error={self.on_error!r} is none of "isolate", "retry", "fail".')
         if not whole(self.retries) or self.retries < 0:
             raise refuse(f"retries={self.retries!r} needs a whole number of at least 0.")
+        if not self.retry_delay_s >= 0:
+            raise refuse(f"retry_delay_s={self.retry_delay_s!r} needs a number of seconds, not negative.")
         if self.disable_after is not None and (not whole(self.disable_after) or self.disable_after < 1):
             raise refuse(
                 f"disable_after={self.disable_after!r} needs a whole number of at least 1, or None for never."

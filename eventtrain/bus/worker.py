@@ -79,11 +79,15 @@ class Worker:
         """Wait for an event; False once the subscription has ended."""
         claim, queue, bell = self._claim, self._claim.queue, self.bell
         assert bell is not None
+
+        def has_got_its_once() -> bool:
+            return claim.selection.spent and not self.in_flight
+
         while claim.active and not queue:
-            if claim.selection.spent and not self.in_flight:
+            if has_got_its_once():
                 claim.finish()
             else:
-                await bell.sleep_unless(lambda: len(queue) or not claim.active)
+                await bell.sleep_unless(lambda: len(queue) or not claim.active or has_got_its_once())
         return claim.active
 
     # --- one after the other --------------------------------------------------------------------------------
