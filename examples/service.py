@@ -11,7 +11,6 @@ Run it with ``python examples/service.py`` (pip install 'eventtrain[service]') a
     curl -d '{"learning_rate": 0.001}' localhost:8000/commands
 """
 
-import json
 import math
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager, suppress
@@ -137,7 +136,7 @@ async def post_command(request: Request) -> Response:
     training: Training = request.app.state.training
     try:
         body = await request.json()
-    except json.JSONDecodeError:
+    except (ValueError, RecursionError):  # no JSON, or no text at all
         return JSONResponse({"error": 'the body is no JSON; send {"learning_rate": 0.001}'}, 422)
     value = body.get("learning_rate") if isinstance(body, dict) and len(body) == 1 else None
     if (

@@ -100,7 +100,12 @@ def test_an_alert_is_raised_once_and_resolved_once(tmp_path: Path, caplog: pytes
     assert brief(seen) == [("alert_raised", 2), ("alert_resolved", 4), ("alert_raised", 6)]
     raised = seen[0]
     assert isinstance(raised, et.AlertRaised)
-    assert (raised.name, raised.severity, raised.metric, raised.value) == ("loss above 1", "critical", "loss", 2.0)
+    assert (raised.name, raised.severity, raised.metric, raised.value) == (
+        "loss above 1",
+        "critical",
+        "loss",
+        2.0,
+    )
     assert raised.message == "loss = 2 at step 2 is above 1"
     records = [record for record in caplog.records if "loss above 1" in record.getMessage()]
     assert [record.levelno for record in records if record.levelno > logging.INFO] == [logging.CRITICAL] * 2
@@ -127,7 +132,9 @@ def test_epochs_are_judged_by_default_and_a_band_has_two_sides(tmp_path: Path) -
 
 
 def test_each_alert_is_posted_as_the_stamped_events_json(tmp_path: Path, target: Target) -> None:
-    alerts = subs.Alerts([subs.Rule("loss", above=1.0, event=et.StepCompleted)], f"{target.url}/hook?token={SECRET}")
+    alerts = subs.Alerts(
+        [subs.Rule("loss", above=1.0, event=et.StepCompleted)], f"{target.url}/hook?token={SECRET}"
+    )
     seen = fit(tmp_path, alerts, [2.0, 0.5, 3.0])
     assert [et.parse_event(body) for body in target.bodies] == seen
     assert all(body["seq"] > 0 and body["run_id"] for body in target.bodies)
@@ -152,7 +159,11 @@ def test_a_busy_server_is_tried_again(tmp_path: Path, target: Target) -> None:
 
 @pytest.mark.parametrize(
     ("statuses", "tries", "said"),
-    [([404], 1, "404"), ([302], 1, "302; redirects are not followed"), ([500, 500, 500], 3, "500, at attempt 3")],
+    [
+        ([404], 1, "404"),
+        ([302], 1, "302; redirects are not followed"),
+        ([500, 500, 500], 3, "500, at attempt 3"),
+    ],
 )
 def test_what_cannot_be_delivered_is_said(
     tmp_path: Path, target: Target, statuses: list[int], tries: int, said: str
@@ -210,7 +221,9 @@ def test_the_secret_is_shown_nowhere(
     assert not [text for text in shown if SECRET in text]
 
 
-@pytest.mark.parametrize("url", [f"ftp://{SECRET}/", f"{SECRET}", f"http://[{SECRET}", f"http://h:{SECRET}/", "http:///x"])
+@pytest.mark.parametrize(
+    "url", [f"ftp://{SECRET}/", f"{SECRET}", f"http://[{SECRET}", f"http://h:{SECRET}/", "http:///x"]
+)
 def test_what_is_no_url_is_refused_without_quoting_it(url: str) -> None:
     with pytest.raises(et.ConfigurationError) as caught:
         subs.Alerts([subs.Rule("loss", above=1.0)], url)
@@ -220,7 +233,13 @@ def test_what_is_no_url_is_refused_without_quoting_it(url: str) -> None:
 
 @pytest.mark.parametrize(
     "options",
-    [{}, {"above": math.nan}, {"above": 1, "below": 2}, {"above": 1, "severity": "bad"}, {"above": 1, "event": et.Event}],
+    [
+        {},
+        {"above": math.nan},
+        {"above": 1, "below": 2},
+        {"above": 1, "severity": "bad"},
+        {"above": 1, "event": et.Event},
+    ],
 )
 def test_rules_that_cannot_work_are_refused(options: dict[str, Any]) -> None:
     with pytest.raises(et.ConfigurationError, match="'loss'"):

@@ -83,7 +83,9 @@ def test_an_epoch_without_the_metric_does_not_count(caplog: pytest.LogCaptureFix
     assert caplog.text.count("'val_loss'") == 1
 
 
-def keras_stop(values: Sequence[float], patience: int, min_delta: float, baseline: float | None, start: int) -> int | None:
+def keras_stop(
+    values: Sequence[float], patience: int, min_delta: float, baseline: float | None, start: int
+) -> int | None:
     """Keras 3.15.1's EarlyStopping.on_epoch_end (minimising), written down from its source; NaN left out."""
     best, wait = None, 0
     for epoch, current in enumerate(values):

@@ -33,12 +33,18 @@ class Rate:
         self.cuts += 1
 
 
-def drive(policy: subs.ReduceLROnPlateau, values: Sequence[float], rate: Any, first_epoch: int = 0) -> list[int]:
+def drive(
+    policy: subs.ReduceLROnPlateau, values: Sequence[float], rate: Any, first_epoch: int = 0
+) -> list[int]:
     """The epochs at whose end the policy cuts."""
     cuts: list[int] = []
     for epoch, value in enumerate(values, first_epoch):
         event = et.EpochCompleted(
-            epoch=epoch, metrics={"val_loss": value}, hyperparams={"learning_rate": rate.value}, steps=1, duration_s=0.0
+            epoch=epoch,
+            metrics={"val_loss": value},
+            hyperparams={"learning_rate": rate.value},
+            steps=1,
+            duration_s=0.0,
         )
         before = rate.cuts
         with pytest.raises(StopIteration):
@@ -83,7 +89,9 @@ def test_it_cuts_where_keras_cuts(
 ) -> None:
     policy = subs.ReduceLROnPlateau("val_loss", factor, patience, "auto", min_delta, cooldown, min_lr)
     rate = Rate(1.0)
-    assert (drive(policy, values, rate), rate.value) == keras_cuts(values, factor, patience, min_delta, cooldown, min_lr)
+    assert (drive(policy, values, rate), rate.value) == keras_cuts(
+        values, factor, patience, min_delta, cooldown, min_lr
+    )
 
 
 def test_the_epoch_that_ends_the_cooldown_counts_already() -> None:
