@@ -19,6 +19,7 @@ import numpy as np
 import optax
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 import eventtrain as et
 from eventtrain import subscribers as subs
@@ -175,8 +176,8 @@ class Story:
                 pass
 
     def _line(self, what: str, colour: str, text: str) -> None:
-        self.console.print(f"  [{colour}]{what:<10}[/] ", end="")
-        self.console.print(text, markup=False, highlight=False, soft_wrap=True)
+        # One print: between two of them the progress bar would draw itself.
+        self.console.print(Text.assemble((f"  {what:<10} ", colour), text), soft_wrap=True)
 
 
 def run_demo(out: Path | None = None, *, console: Console | None = None) -> str | None:
