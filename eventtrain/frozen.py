@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import re
 from collections.abc import Iterable, Mapping
 from typing import Annotated, Any, Literal, NoReturn, Self, TypeVar
@@ -104,7 +105,7 @@ class Frozen(BaseModel):
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
-        annotations: dict[str, Any] = cls.__dict__.get("__annotations__", {})
+        annotations = inspect.get_annotations(cls)
         if "kind" not in annotations:
             # A Literal field and not a computed one: extra="forbid" must accept it when parsing back.
             kind = snake_case(cls.__name__)

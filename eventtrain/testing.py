@@ -1,4 +1,4 @@
-"""What tests of training code need: a subscriber that remembers, a step that follows a script, a clock that stands still.
+"""For tests of training code: a subscriber that remembers, a step that follows a script, a clock that stands still.
 
 ::
 

@@ -30,7 +30,7 @@ class Measured(et.Event):
     lifecycle: ClassVar[bool] = True
     value: float
     exact: bool | int | float
-    extras: dict[str, Any] = {}
+    extras: dict[str, Any] = {}  # noqa: RUF012  Pydantic copies it
 
 
 @st.composite

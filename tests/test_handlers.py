@@ -173,7 +173,7 @@ async def test_a_plain_handler_past_its_timeout_never_runs_beside_itself(anyio_b
         for number in range(3):
             bus.publish(Ping(number=number))
         with anyio.fail_after(10):
-            while subscription.statistics().errors < 2:
+            while subscription.statistics().errors < 2:  # noqa: ASYNC110
                 await anyio.sleep(0.01)
             release.set()
             await bus.drain()

@@ -33,6 +33,17 @@ async def test_no_ring_is_lost_however_the_threads_interleave(anyio_backend: obj
     assert received == count
 
 
+async def test_the_sleeper_is_armed_before_it_looks_for_the_last_time(anyio_backend: object) -> None:
+    bell, armed = Doorbell(LoopThread()), list[bool]()
+
+    def look() -> bool:
+        armed.append(bell.armed)
+        return True
+
+    await bell.sleep_unless(look)
+    assert armed == [True]
+
+
 async def test_a_ring_without_a_reason_is_slept_through(anyio_backend: object) -> None:
     bell, ready = Doorbell(LoopThread()), False
 

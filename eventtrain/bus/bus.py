@@ -49,7 +49,9 @@ LAG_REPORT_S = 1.0
 class ControlSource(Protocol):
     """Gives each handler call its control: the training side of the bus."""
 
-    def open_attempt(self, subscription: Subscription, event: Event) -> Attempt: ...
+    def open_attempt(self, subscription: Subscription, event: Event) -> Attempt:
+        """Begin one handler call."""
+        ...
 
 
 class EventBus:
@@ -88,7 +90,7 @@ class EventBus:
         self.clock = clock if clock is not None else Clock()
         self.failure: SubscriberError | None = None
         self.on_progress: Callable[[], object] | None = None
-        """Called whenever a worker got on, a subscription ended or the bus failed; on the thread where that happened."""
+        """Called when a worker got on, a subscription ended or the bus failed, on the thread where that happened."""
         self.routing = threading.RLock()
         """Held by whoever hands events to queues: the event loop, or a publisher that makes room."""
         self.settled = Signal()
@@ -188,8 +190,8 @@ class EventBus:
             BusClosed: the bus was closed.
         """
         options = Options(
-            every, every_s, where, once, queue if queue is not None else Lossless(), lag, concurrency, on_error, retries,
-            retry_delay_s, disable_after, timeout_s, name,
+            every, every_s, where, once, queue if queue is not None else Lossless(), lag, concurrency,
+            on_error, retries, retry_delay_s, disable_after, timeout_s, name,
         )  # fmt: skip
         takes_control(handler)  # None would mean a stream to read from
         return self._add(Subscription(self, event_type, handler, options, self._take_index()))
@@ -215,7 +217,8 @@ class EventBus:
     ) -> AsyncGenerator[AsyncIterator[Any]]:
         """``async with bus.stream(T) as events: async for event in events: ...``, on any event loop.
 
-        The iteration ends when the bus is closed and what came before was read. Nobody waits for the reader on shutdown.
+        The iteration ends when the bus is closed and what came before was read. Nobody waits for the reader on
+        shutdown.
         """
         options = Options(
             every=every, where=where, queue=queue if queue is not None else Lossless(), name=name
@@ -315,7 +318,8 @@ class EventBus:
         """The control for one handler call. Raises ConfigurationError where no trainer uses this bus."""
         if self._control_source is None:
             raise ConfigurationError(
-                f"{subscription.name} takes (event, control), but no Trainer uses this bus. Pass it as Trainer(bus=...)."
+                f"{subscription.name} takes (event, control), but no Trainer uses this bus. "
+                "Pass it as Trainer(bus=...)."
             )
         return self._control_source.open_attempt(subscription, event)
 
@@ -323,7 +327,8 @@ class EventBus:
         """A subscription with ``on_error="fail"`` failed."""
         if self.failure is None:
             self.failure = SubscriberError(
-                f"Subscriber {subscription.name} failed, and on_error='fail' ends the run: {type(error).__name__}: {error}"
+                f"Subscriber {subscription.name} failed, and on_error='fail' ends the run: "
+                f"{type(error).__name__}: {error}"
             )
             self.failure.__cause__ = error
         self.settle()

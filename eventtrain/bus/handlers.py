@@ -33,11 +33,17 @@ class Attempt(Protocol):
     """The control of one handler call: its commands are sent or dropped together."""
 
     @property
-    def control(self) -> Any: ...  # eventtrain.Control lives on a floor above
+    def control(self) -> Any:  # eventtrain.Control lives on a floor above
+        """What the handler gets."""
+        ...
 
-    def commit(self) -> None: ...
+    def commit(self) -> None:
+        """The handler succeeded: send its commands."""
+        ...
 
-    def discard(self) -> None: ...
+    def discard(self) -> None:
+        """The handler failed: drop its commands."""
+        ...
 
 
 def takes_control(handler: Handler) -> bool:
@@ -49,7 +55,8 @@ def takes_control(handler: Handler) -> bool:
     name = describe(handler)
     if not callable(handler):
         raise ConfigurationError(
-            f"Cannot subscribe {name}: a handler is a function of (event) or (event, control), not {type(handler).__name__}."
+            f"Cannot subscribe {name}: a handler is a function of (event) or (event, control), "
+            f"not {type(handler).__name__}."
         )
     try:
         signature = inspect.signature(handler)
@@ -75,7 +82,7 @@ def is_async(handler: Handler) -> bool:
     while isinstance(handler, partial):
         handler = handler.func
     return inspect.iscoroutinefunction(handler) or inspect.iscoroutinefunction(
-        getattr(handler, "__call__", None)
+        getattr(handler, "__call__", None)  # noqa: B004
     )
 
 

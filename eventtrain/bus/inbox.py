@@ -28,14 +28,16 @@ class InboxHost(Protocol):
     run_id: str
     routing: threading.RLock
 
-    def settle(self) -> None: ...
+    def settle(self) -> None:
+        """Have everyone who waits look again."""
+        ...
 
 
 class Inbox:
     """Takes events from any thread with one append; the event loop numbers them and hands them out.
 
-    What fits into every Lossless queue is known in advance as ``headroom``, so that publishing looks at one number. Only
-    past it a publisher routes what waits itself, under the lock, and looks at the queues that want its event.
+    What fits into every Lossless queue is known in advance as ``headroom``, so that publishing looks at one number.
+    Only past it a publisher routes what waits itself, under the lock, and looks at the queues that want its event.
 
     Args:
         join: called, under the lock, when a subscription's turn has come.
@@ -75,7 +77,7 @@ class Inbox:
             bell.ring()
 
     def notify(self, event: Event) -> None:
-        """Take in what the bus itself says: never refused while anyone could hear it, so that no failure stays unsaid."""
+        """Take in what the bus itself says; never refused while anyone could hear it: no failure stays unsaid."""
         bell = self._bell
         if self.closed and bell is None:
             return
@@ -111,8 +113,8 @@ class Inbox:
         full = self.full_for(event)
         if full is not None:
             raise QueueFull(
-                f"Cannot publish {event.kind}: {full}. Await publish_async() to wait for room, or give the subscription a "
-                "queue that drops (KeepLatest(), DropOldest(n), DropNewest(n))."
+                f"Cannot publish {event.kind}: {full}. Await publish_async() to wait for room, or give the "
+                "subscription a queue that drops (KeepLatest(), DropOldest(n), DropNewest(n))."
             )
 
     def full_for(self, event: Event) -> str | None:

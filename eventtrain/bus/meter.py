@@ -30,6 +30,7 @@ class Meter:
             self.cpu_s += cpu_s
 
     def charge_slice(self, cpu_s: float, wall_s: float) -> None:
+        """Add one stretch between two suspensions, on the event loop's thread."""
         with self._lock:
             self.cpu_s += cpu_s
         if wall_s > self.longest_slice_s:

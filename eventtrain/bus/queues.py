@@ -158,10 +158,8 @@ class _DroppingQueue(EventQueue):
 
     def choose(self, steps: range) -> range:
         with self._lock:
-            if self._drop_newest:
-                chosen = steps[: max(0, self.limit - len(self._droppable))]
-            else:
-                chosen = steps[-self.limit :]
+            newest = self._drop_newest
+            chosen = steps[: max(0, self.limit - len(self._droppable))] if newest else steps[-self.limit :]
             self.dropped += len(steps) - len(chosen)
             return chosen
 
@@ -200,7 +198,7 @@ class Lossless(Queue):
                 f"Lossless(stall_timeout_s={self.stall_timeout_s!r}): needs a positive number of seconds."
             )
 
-    def open(self) -> EventQueue:
+    def open(self) -> EventQueue:  # noqa: D102  inherited
         return _LosslessQueue(self.limit)
 
 
@@ -208,7 +206,7 @@ class Lossless(Queue):
 class KeepLatest(Queue):
     """Only the newest event waits; every older one that was not yet handled is dropped and counted."""
 
-    def open(self) -> EventQueue:
+    def open(self) -> EventQueue:  # noqa: D102  inherited
         return _DroppingQueue(1, newest=False)
 
 
@@ -221,7 +219,7 @@ class DropOldest(Queue):
     def __post_init__(self) -> None:
         _check_limit("DropOldest", self.limit)
 
-    def open(self) -> EventQueue:
+    def open(self) -> EventQueue:  # noqa: D102  inherited
         return _DroppingQueue(self.limit, newest=False)
 
 
@@ -234,5 +232,5 @@ class DropNewest(Queue):
     def __post_init__(self) -> None:
         _check_limit("DropNewest", self.limit)
 
-    def open(self) -> EventQueue:
+    def open(self) -> EventQueue:  # noqa: D102  inherited
         return _DroppingQueue(self.limit, newest=True)

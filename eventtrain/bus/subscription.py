@@ -68,14 +68,34 @@ class Host(Protocol):
     """What a subscription asks of its bus."""
 
     @property
-    def clock(self) -> Clock: ...
+    def clock(self) -> Clock:
+        """Where time comes from."""
+        ...
+
     @property
-    def limiter(self) -> CapacityLimiter: ...
-    def notify(self, event: Event) -> None: ...
-    def open_attempt(self, subscription: Subscription, event: Event) -> Attempt: ...
-    def subscription_failed(self, subscription: Subscription, error: Exception) -> None: ...
-    def settle(self) -> None: ...
-    def left(self, subscription: Subscription) -> None: ...
+    def limiter(self) -> CapacityLimiter:
+        """The limiter of the threads in which plain handlers run."""
+        ...
+
+    def notify(self, event: Event) -> None:
+        """Publish on behalf of the bus."""
+        ...
+
+    def open_attempt(self, subscription: Subscription, event: Event) -> Attempt:
+        """Begin one handler call with a control."""
+        ...
+
+    def subscription_failed(self, subscription: Subscription, error: Exception) -> None:
+        """End the run."""
+        ...
+
+    def settle(self) -> None:
+        """Have everyone who waits look again."""
+        ...
+
+    def left(self, subscription: Subscription) -> None:
+        """The subscription ended."""
+        ...
 
 
 class Subscription:
@@ -204,8 +224,8 @@ class Subscription:
         """
         if self.state != "active":
             raise ConfigurationError(
-                f"Cannot redeliver to {self.name}: it is {self.state}. Subscribe the handler anew and publish copies of "
-                "the events in its dead_letters."
+                f"Cannot redeliver to {self.name}: it is {self.state}. Subscribe the handler anew and publish "
+                "copies of the events in its dead_letters."
             )
         letters = self.failures.take_letters()
         self._put([letter.event for letter in letters])

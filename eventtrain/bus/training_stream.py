@@ -1,4 +1,7 @@
-"""What the training loop says, in its order: ready events, and series whose events are built only if someone wants them."""
+"""What the training loop says, in its order.
+
+Ready events, and series of them that are built only if someone wants them.
+"""
 
 from __future__ import annotations
 
@@ -45,8 +48,13 @@ class StreamHost(Protocol):
     routing: threading.RLock
     settled: Signal
 
-    def settle(self) -> None: ...
-    def measure_headroom(self) -> None: ...
+    def settle(self) -> None:
+        """Have everyone who waits look again."""
+        ...
+
+    def measure_headroom(self) -> None:
+        """Queues were filled: how much may be published now?"""
+        ...
 
 
 class TrainingStream:

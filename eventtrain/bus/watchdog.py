@@ -6,6 +6,7 @@ import logging
 import threading
 from collections.abc import Callable, Iterable
 from time import perf_counter
+from weakref import WeakKeyDictionary
 
 from eventtrain.bus.subscription import Subscription
 
@@ -30,13 +31,15 @@ class Watchdog:
         self._block_warning_s = block_warning_s
         self._cpu_budget = cpu_budget
         self._interval_s = interval_s
-        self._blocked: dict[Subscription, float] = {}
-        self._burning: dict[Subscription, float] = {}
-        self._last: dict[Subscription, tuple[float, float]] = {}
+        # Weak: a service may subscribe for each of its requests.
+        self._blocked: WeakKeyDictionary[Subscription, float] = WeakKeyDictionary()
+        self._burning: WeakKeyDictionary[Subscription, float] = WeakKeyDictionary()
+        self._last: WeakKeyDictionary[Subscription, tuple[float, float]] = WeakKeyDictionary()
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._run, name="eventtrain-watchdog", daemon=True)
 
     def start(self) -> None:
+        """Begin to look every ``interval_s`` seconds."""
         self._thread.start()
 
     def stop(self) -> None:
@@ -62,8 +65,8 @@ class Watchdog:
         if held_s > max(self._block_warning_s, 2 * self._blocked.get(subscription, 0.0)):
             self._blocked[subscription] = held_s
             logger.warning(
-                "Subscriber %s held the event loop for %.3f s%s; every other subscriber waited. Await something, or make "
-                "the handler a plain function, which runs in a thread.",
+                "Subscriber %s held the event loop for %.3f s%s; every other subscriber waited. Await something, "
+                "or make the handler a plain function, which runs in a thread.",
                 subscription.name, held_s, " so far" if running_s == held_s else "",
             )  # fmt: skip
 
