@@ -213,10 +213,12 @@ class Effects:
             self._unborn.append((snapshot, taken))
         return snapshot
 
-    def survived(self) -> None:
-        """The step after the boundary left the state alone: every snapshot of that boundary is safe."""
+    def survived(self) -> bool:
+        """The step after the boundary left the state alone; returns whether that saved any snapshot."""
+        saved = bool(self._unborn)
         self.pinned = False
         self._unborn.clear()
+        return saved
 
     def refuse_snapshots(self, error: SnapshotError) -> bool:
         """The device has no room for a second state: drop the snapshots of this boundary, by name.

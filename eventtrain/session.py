@@ -29,6 +29,7 @@ from eventtrain.gates import Gates
 from eventtrain.loop import Pace, TrainingLoop
 from eventtrain.stream import Narrator
 from eventtrain.subscriber import RunContext, Subscriber
+from eventtrain.windows import Position, Windows
 
 logger = logging.getLogger("eventtrain")
 
@@ -144,12 +145,12 @@ class Session:
     @property
     def step_count(self) -> int:
         """Steps completed, counting those still on the device."""
-        return self._loop.step_count if self._loop is not None else self._model.step
+        return self._loop.position.step if self._loop is not None else self._model.step
 
     @property
     def epoch(self) -> int:
         """Epochs completed."""
-        return self._loop.epoch if self._loop is not None else self._model.epoch
+        return self._loop.position.epoch if self._loop is not None else self._model.epoch
 
     @property
     def stop_reason(self) -> str | None:
@@ -189,12 +190,12 @@ class Session:
         if eval_data is not None:
             self._eval_data = eval_data
         self._in_epoch = False
-        return self._loop.end_epoch(evaluate=self._eval_data is not None)
+        return self._loop.end_epoch()
 
     def flush(self) -> None:
         """Send the metrics of all steps dispatched so far on their way to the subscribers."""
         if self._loop is not None:
-            self._loop.flush()
+            self._loop.windows.flush()
 
     def block_until_ready(self) -> None:
         """Wait until the device has finished every step dispatched so far."""
@@ -245,18 +246,22 @@ class Session:
             _to_pinned_host if options.snapshot == "host" else None,
         )
         self._narrator.watch(effects.watched)
+        position = Position(model.step, model.epoch)
+        windows = Windows(
+            compiled, carry, self._fetcher, self._gates, position, options.pace.flush_interval_s
+        )
         self._loop = TrainingLoop(
             compiled,
             carry,
-            step=model.step,
-            epoch=model.epoch,
+            position=position,
+            windows=windows,
+            gates=self._gates,
+            effects=effects,
             bus=self._bus,
             room=self._room,
             fetcher=self._fetcher,
-            gates=self._gates,
-            effects=effects,
             pace=options.pace,
-            evaluate=self._evaluate if model.eval_fn is not None else None,
+            evaluate=self._evaluate,
         )
 
     def advance(self, batches: tuple[Any, ...], count: int) -> int:
@@ -281,7 +286,7 @@ class Session:
     def wait(self, ready: Callable[[], object]) -> bool:
         """Wait until ``ready()``, serving commands; False if the run has to end first."""
         if self._loop is not None:
-            return self._loop.settle() and self._loop.wait(ready)
+            return self._loop.boundary.settle() and self._loop.boundary.wait(ready)
         while not ready():
             if any(order.command.kind == "stop" for order in list(self._inbox.arrived)):
                 return False
@@ -344,8 +349,8 @@ class Session:
         try:
             if loop is not None and error is None and self._healthy():
                 loop.finish(deadline_s)
-            if loop is not None and loop.carry.rows:
-                loop.flush()
+            if loop is not None and loop.windows.open:
+                loop.windows.flush()
         except BusClosed as closed:
             error = error or closed
         self._give_state_back()
@@ -359,7 +364,9 @@ class Session:
         error = error or self._bus.failure or self._device_failure()
         deterministic = (loop is None or loop.effects.deterministic) and not self._gates.timed_out()
         if error is None:
-            self._narrator.tell(RunCompleted(step=self.step_count, reason=reason, deterministic=deterministic))
+            self._narrator.tell(
+                RunCompleted(step=self.step_count, reason=reason, deterministic=deterministic)
+            )
         else:
             self._narrator.tell(RunFailed(step=self.step_count, error=f"{type(error).__name__}: {error}"))
         if loop is not None:
@@ -374,11 +381,11 @@ class Session:
 
     def _emit(self, event: Any) -> None:
         assert self._loop is not None
-        self._loop.emit(event)
+        self._loop.windows.emit(event)
 
-    def _evaluate(self, loop: TrainingLoop) -> None:
-        model = self._model
-        if self._eval_data is None or model.eval_fn is None:
+    def _evaluate(self) -> None:
+        model, loop = self._model, self._loop
+        if loop is None or self._eval_data is None or model.eval_fn is None:
             return
         if model.compiled_eval is None:
             model.compiled_eval = CompiledEval(
@@ -389,10 +396,10 @@ class Session:
             )
         feed = EpochFeed(
             self._eval_data,
-            loop.epoch,
+            loop.position.epoch,
             steps_per_call=1,
             sharding=self.sharding,
-            wait=loop.wait,
+            wait=loop.boundary.wait,
             on_ready=self.ring,
         )
         try:
@@ -431,7 +438,7 @@ class Session:
         loop, model = self._loop, self._model
         if loop is not None:
             model.leaves, model.ext_leaves = loop.carry.leaves, loop.carry.ext_leaves
-            model.step, model.epoch = loop.step_count, loop.epoch
+            model.step, model.epoch = loop.position.step, loop.position.epoch
 
     def _settle_bus(self, deadline_s: float) -> None:
         """Let every handler finish, then stop the subscribers; list what was not handled in time."""

@@ -405,7 +405,7 @@ class Trainer:
         fetcher.start()
 
         def before_batch() -> bool:
-            if len(tokens) >= self._options.pace.max_in_flight_steps:
+            if len(tokens) >= self._options.pace.max_in_flight_calls:
                 tokens.popleft().block_until_ready()
             return True
 
@@ -451,7 +451,7 @@ class Trainer:
                 waiting.append(
                     self._compiled_predict(model.leaves, batch) if done or waiting else self._first(batch)
                 )
-                if len(waiting) > self._options.pace.max_in_flight_steps:
+                if len(waiting) > self._options.pace.max_in_flight_calls:
                     fetch_oldest()
         while waiting:
             fetch_oldest()
