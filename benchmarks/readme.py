@@ -1,0 +1,95 @@
+"""Writes the measured table of README.md from ``benchmarks/results``: ``python -m benchmarks.readme``."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+RESULTS = ROOT / "benchmarks" / "results"
+README = ROOT / "README.md"
+BEGIN, END = "<!-- loop_overhead:begin -->", "<!-- loop_overhead:end -->"
+
+SUBSCRIBERS = {"none": "none"}
+"""What the benchmark calls a case -> what the table does; all other cases run with eight."""
+
+
+def tables() -> str:
+    """Both tables with their machines; for what was not measured yet, how to do it."""
+    parts = [
+        section(name, render)
+        for name, render in (("loop_overhead", loop_overhead), ("bus_throughput", bus_throughput))
+    ]
+    return "\n".join(parts)
+
+
+def section(name: str, render: Any) -> str:
+    """One benchmark's table, and below it machine, date and versions."""
+    path = RESULTS / f"{name}-cpu.json"
+    if not path.exists():
+        return f"Not measured yet: `python -m benchmarks.{name} --json benchmarks/results/{path.name}`.\n"
+    document = json.loads(path.read_text())
+    return f"{render(document['figures'])}\n\n{machine(document)}\n"
+
+
+def machine(document: dict[str, Any]) -> str:
+    """On what, with what and when it was measured."""
+    found = document["machine"]
+    versions = ", ".join(f"{package} {found[package]}" for package in ("jax", "anyio", "pydantic"))
+    return (
+        f"Measured {document['measured']} on {found['processor']}, {found['cores']} cores, {found['backend']} backend; "
+        f"{found['system']}, Python {found['python']}, {versions}."
+    )
+
+
+def loop_overhead(figures: list[dict[str, Any]]) -> str:
+    """Observed run over bare loop, for each size of step."""
+    lines = [
+        "| bare step | subscribers | steps per call | observed / bare loop | pairs |",
+        "|---|---|---|---|---|",
+    ]
+    for figure in figures:
+        lowest, highest = min(figure["ratios"]), max(figure["ratios"])
+        lines.append(
+            f"| {_duration(figure['step_us'])} | {SUBSCRIBERS.get(figure['subscribers'], 'eight')} | "
+            f"{figure['steps_per_call']} | **{figure['ratio_median']:.3f}** ({lowest:.3f} to {highest:.3f}) | "
+            f"{figure['pairs']} |"
+        )
+    return "\n".join(lines)
+
+
+def bus_throughput(figures: dict[str, dict[str, float]]) -> str:
+    """Time over that of the plain thing, for publishing and for each way of handing events out."""
+    published, one, ten = figures["publish"], figures["1 handler"], figures["10 handlers"]
+    ways = [name for name in one if name.endswith(" / direct")]
+    lines = [
+        "| time over awaiting the handlers directly | 1 handler | 10 handlers |",
+        "|---|---|---|",
+        *(f"| {way.removesuffix(' / direct')} | {one[way]:.1f} | {ten[way]:.1f} |" for way in ways),
+        "",
+        f"`publish` from a thread while the event loop is busy: {published['publish, ns']:.0f} ns, "
+        f"{published['publish / append and check, in a function']:.1f} times a deque append and a flag check "
+        "in a function.",
+    ]
+    return "\n".join(lines)
+
+
+def _duration(microseconds: float) -> str:
+    return f"{microseconds / 1000:.2f} ms" if microseconds >= 1000 else f"{microseconds:.0f} us"
+
+
+def filled(page: str) -> str:
+    """The page with the tables between the markers."""
+    before, rest = page.split(BEGIN)
+    _, after = rest.split(END)
+    return f"{before}{BEGIN}\n\n{tables()}\n{END}{after}"
+
+
+def main() -> None:
+    """Write the page."""
+    README.write_text(filled(README.read_text()))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,172 @@
+"""Fills what the pages take from the code: ``python docs/make_pages.py``. A test fails when one is out of date.
+
+events.md      the events and their fields, from the classes and their docstrings
+promises.md    the mutants of each promise, from tests/mutants/mutants.toml
+how-it-works.md    the files of each floor, from tests/test_layers.py and the first line of each file
+"""
+
+from __future__ import annotations
+
+import ast
+import inspect
+import itertools
+import re
+import tomllib
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from eventtrain import events
+
+DOCS = Path(__file__).parent
+ROOT = DOCS.parent
+
+# --- events.md ---------------------------------------------------------------------------------------------
+
+GROUPS = {
+    "The run": ("RunStarted", "RunCompleted", "RunFailed"),
+    "Epochs and steps": ("EpochStarted", "EpochCompleted", "StepStarted", "StepCompleted", "StepsCompleted"),
+    "Evaluation and prediction": (
+        "EvalStarted",
+        "EvalStepCompleted",
+        "EvalCompleted",
+        "PredictStarted",
+        "PredictStepCompleted",
+        "PredictCompleted",
+    ),
+    "Control": ("CommandApplied", "CommandRejected", "HyperparamChanged", "CommandConflict", "SnapshotTaken"),
+    "Checkpoints": ("CheckpointStarted", "CheckpointCommitted", "CheckpointFailed", "CheckpointRestored"),
+    "Subscribers and alerts": (
+        "SubscriberFailed",
+        "SubscriberLagged",
+        "SubscriberDisabled",
+        "LoopStalled",
+        "AlertRaised",
+        "AlertResolved",
+    ),
+}
+"""Heading -> names of its classes."""
+
+
+def events_page(page: str) -> str:
+    """The page with a table for each group of events."""
+    listed = [name for group in GROUPS.values() for name in group]
+    if sorted(listed) != sorted(kind.__name__ for kind in events.BUILT_IN):
+        raise SystemExit("make_pages.py: GROUPS and events.BUILT_IN differ")
+    parts: list[str] = []
+    for heading, group in GROUPS.items():
+        parts += [f"## {heading}", "", "| event | what it says | fields |", "|---|---|---|"]
+        parts += [_row(getattr(events, name)) for name in group]
+        parts.append("")
+    return between("events", page, "\n".join(parts))
+
+
+def _row(kind: type[events.Event]) -> str:
+    own = [
+        _field(name, field)
+        for name, field in kind.model_fields.items()
+        if name not in events.Event.model_fields
+    ]
+    mark = " ◆" if kind.lifecycle else ""
+    return f"| `{kind.__name__}`{mark} | {_said(kind)} | {', '.join(own)} |"
+
+
+def _field(name: str, field: Any) -> str:
+    if field.is_required() or field.default_factory is not None or field.default is None:
+        return f"`{name}`"
+    return f"`{name}={field.default!r}`"
+
+
+def _said(kind: type[events.Event]) -> str:
+    """The docstrings of the class and of its own fields."""
+    texts = [inspect.getdoc(kind) or ""]
+    body = ast.parse(inspect.getsource(kind)).body[0]
+    assert isinstance(body, ast.ClassDef)
+    for field, text in itertools.pairwise(body.body):
+        match field, text:
+            case ast.AnnAssign(target=ast.Name(id=name)), ast.Expr(value=ast.Constant(value=str(said))):
+                texts.append(f"`{name}`: {said}")
+            case _:
+                pass
+    return _plain(" ".join(texts))
+
+
+# --- promises.md -------------------------------------------------------------------------------------------
+
+
+def promises_page(page: str) -> str:
+    """The page with each promise's mutants in its last column."""
+    mutants = tomllib.loads((ROOT / "tests" / "mutants" / "mutants.toml").read_text()).get("mutant", [])
+    lines: list[str] = []
+    for line in page.split("\n"):
+        row = re.fullmatch(r"(\| (\d+) \|.*\|)[^|]*\|", line)
+        if row is not None:
+            names = [f"`{mutant['name']}`" for mutant in mutants if mutant["promise"] == int(row[2])]
+            line = f"{row[1]} {' '.join(names)} |".replace("|  |", "| |")
+        lines.append(line)
+    text = "\n".join(lines)
+    missing = [mutant["name"] for mutant in mutants if f"`{mutant['name']}`" not in text]
+    if missing:
+        raise SystemExit(f"make_pages.py: docs/promises.md has no row for the promise of {missing}")
+    return text
+
+
+# --- how-it-works.md ---------------------------------------------------------------------------------------
+
+
+def files_page(page: str) -> str:
+    """The page with the map of files, the highest floor first."""
+    package = ROOT / "eventtrain"
+    rows: dict[str, list[str]] = {}
+    for path in sorted(package.rglob("*.py")):
+        summary = (ast.get_docstring(ast.parse(path.read_text())) or "").split("\n\n")[0]
+        name = path.relative_to(package).as_posix()
+        rows.setdefault(_floor(name), []).append(f"| `{name}` | {_plain(summary)} |")
+    parts: list[str] = []
+    for floor in sorted(rows, reverse=True):
+        parts += [f"| floor {floor} | |", "|---|---|", *rows[floor], ""]
+    return between("files", page, "\n".join(parts))
+
+
+def _floor(name: str) -> str:
+    module = name.removesuffix(".py").removesuffix("__init__").strip("/").replace("/", ".")
+    floors = _floors()
+    return floors.get(module) or floors[module.split(".")[0]]
+
+
+def _floors() -> dict[str, str]:
+    tree = ast.parse((ROOT / "tests" / "test_layers.py").read_text())
+    for node in tree.body:
+        match node:
+            case ast.Assign(targets=[ast.Name(id="FLOORS")], value=value):
+                return ast.literal_eval(value)
+            case _:
+                pass
+    raise SystemExit("make_pages.py: tests/test_layers.py has no FLOORS")
+
+
+# --- all of them -------------------------------------------------------------------------------------------
+
+
+def between(marker: str, page: str, text: str) -> str:
+    """The page with ``text`` between the two comments of that name."""
+    begin, end = f"<!-- {marker}:begin -->", f"<!-- {marker}:end -->"
+    before, rest = page.split(begin)
+    _, after = rest.split(end)
+    return f"{before}{begin}\n\n{text.strip()}\n\n{end}{after}"
+
+
+def _plain(docstring: str) -> str:
+    """A docstring on one line of a table."""
+    return re.sub(r"``(.+?)``", r"`\1`", " ".join(docstring.split())).replace("|", "\\|")
+
+
+PAGES: dict[str, Callable[[str], str]] = {
+    "events.md": events_page,
+    "promises.md": promises_page,
+    "how-it-works.md": files_page,
+}
+
+if __name__ == "__main__":
+    for file, fill in PAGES.items():
+        (DOCS / file).write_text(fill((DOCS / file).read_text()))
