@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import TimeoutError as FutureTimeout
-from dataclasses import dataclass, field
 from functools import partial
-from pathlib import Path
 from time import monotonic
 from typing import Any
 
@@ -15,83 +13,21 @@ import jax
 
 from eventtrain.bus.bus import Activation, EventBus
 from eventtrain.control import POLL_S, Control, ControlRoom
-from eventtrain.device.evaluate import CompiledEval
-from eventtrain.device.extensions import StepExtension
 from eventtrain.device.fetch import Fetcher
 from eventtrain.device.hyperparams import find_hyperparams
-from eventtrain.device.state import PyTree, Skeleton, replicated_sharding
-from eventtrain.device.step import CompiledStep
+from eventtrain.device.state import replicated_sharding
 from eventtrain.effects import Effects
 from eventtrain.errors import BusClosed, ConfigurationError, StepError
 from eventtrain.events import EpochCompleted, RunCompleted, RunFailed, RunStarted, SubscriberFailed
 from eventtrain.feed import EpochFeed
 from eventtrain.gates import Gates
-from eventtrain.loop import Pace, TrainingLoop
+from eventtrain.loop import TrainingLoop
+from eventtrain.model import Aim, Model, RunOptions
 from eventtrain.stream import Narrator
 from eventtrain.subscriber import RunContext, Subscriber
 from eventtrain.windows import Position, Windows
 
 logger = logging.getLogger("eventtrain")
-
-CallOnCaller = Callable[[Callable[[], Any]], Any]
-
-
-@dataclass
-class Model:
-    """What is trained: the functions, and the state as leaves between runs.
-
-    ``leaves`` is empty while a run owns the state.
-    """
-
-    step_fn: Callable[[PyTree, PyTree], tuple[PyTree, Mapping[str, Any]]]
-    eval_fn: Callable[[PyTree, PyTree], Mapping[str, Any]] | None
-    predict_fn: Callable[[PyTree, PyTree], PyTree] | None
-    params: Callable[[PyTree], PyTree]
-    extensions: Sequence[StepExtension]
-    skeleton: Skeleton
-    leaves: list[jax.Array]
-    ext_leaves: list[jax.Array] | None = None
-    step: int = 0
-    epoch: int = 0
-    compiled: CompiledStep | None = None
-    compiled_eval: CompiledEval | None = None
-    compile_on_caller: CallOnCaller = field(default=lambda function: function())
-
-    def params_indices(self) -> list[int]:
-        """Which leaves the params lens covers."""
-        numbered = self.skeleton.join([_Index(i) for i in range(len(self.leaves))])  # pyright: ignore[reportArgumentType]
-        found = jax.tree_util.tree_leaves(self.params(numbered))
-        return [leaf.index for leaf in found if isinstance(leaf, _Index)]
-
-
-class _Index:
-    """Stands for a leaf while the params lens is asked which leaves it covers."""
-
-    def __init__(self, index: int) -> None:
-        self.index = index
-
-
-@dataclass(frozen=True)
-class RunOptions:
-    """How to run: the options of ``Trainer`` that concern every run."""
-
-    run_id: str
-    run_dir: Path
-    donate: bool
-    steps_per_call: int
-    pace: Pace
-    weight: str | None
-    snapshot: str
-    drain_timeout_s: float
-
-
-@dataclass(frozen=True)
-class Aim:
-    """What one call of ``fit`` aims at, for the subscribers' information."""
-
-    epochs: int | None = None
-    steps: int | None = None
-    steps_per_epoch: int | None = None
 
 
 class Session:
@@ -112,7 +48,7 @@ class Session:
         room: ControlRoom,
         subscribers: Sequence[Subscriber],
         *,
-        aim: Aim = Aim(),  # frozen
+        aim: Aim,
         eval_data: Any = None,
     ) -> None:
         self._model = model
@@ -217,22 +153,11 @@ class Session:
         model, options = self._model, self._options
         state = model.skeleton.join(model.leaves)
         hyperparams = find_hyperparams(state)
-        compiled = model.compiled
-        if compiled is None:
-            compiled = CompiledStep(
-                model.step_fn,
-                model.skeleton,
-                model.leaves,
-                extensions=model.extensions,
-                params=model.params,
-                hyperparams_watched=[h.leaf_index for h in hyperparams if h.scheduled],
-                steps_per_call=options.steps_per_call,
-                donate=options.donate,
-                keep=options.snapshot == "keep",
-                compile_on_caller=lambda lower: model.compile_on_caller(lower),
-            )
+        if model.compiled is None:
+            compiled = model.compile_step(hyperparams, options)
             compiled.prepare(batch)
             model.compiled = compiled
+        compiled = model.compiled
         params = model.params_indices()
         carry = compiled.initial(model.leaves, model.ext_leaves, step=model.step)
         model.leaves = []  # the loop owns the state now; a reference here would keep its memory
@@ -387,13 +312,7 @@ class Session:
         model, loop = self._model, self._loop
         if loop is None or self._eval_data is None or model.eval_fn is None:
             return
-        if model.compiled_eval is None:
-            model.compiled_eval = CompiledEval(
-                model.eval_fn,
-                model.skeleton,
-                loop.carry.leaves,
-                compile_on_caller=lambda lower: model.compile_on_caller(lower),
-            )
+        evaluation = model.evaluation(loop.carry.leaves)
         feed = EpochFeed(
             self._eval_data,
             loop.position.epoch,
@@ -403,7 +322,7 @@ class Session:
             on_ready=self.ring,
         )
         try:
-            loop.run_evaluation(model.compiled_eval, feed.batches())
+            loop.run_evaluation(evaluation, feed.batches())
         finally:
             feed.close()
 

@@ -4,19 +4,16 @@ from __future__ import annotations
 
 import threading
 import uuid
-from collections import deque
-from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from time import perf_counter
 from typing import Any, Literal, TypeVar
 
 import anyio
 import anyio.from_thread
 import anyio.to_thread
 import jax
-import numpy as np
 from anyio.from_thread import start_blocking_portal
 
 from eventtrain.bus.bus import EventBus
@@ -25,25 +22,20 @@ from eventtrain.bus.options import EventTypes
 from eventtrain.bus.subscription import Subscription
 from eventtrain.control import Control, ControlRoom
 from eventtrain.data import sixty_four_bit
-from eventtrain.device.evaluate import CompiledEval, CompiledPredict
 from eventtrain.device.extensions import StepExtension
-from eventtrain.device.fetch import Fetcher
-from eventtrain.device.state import PyTree, place, replicated_sharding, split_state
+from eventtrain.device.state import PyTree, place, split_state
 from eventtrain.errors import AlreadyRunning, ConfigurationError, StateInUse
-from eventtrain.evaluation import run_evaluation
 from eventtrain.events import (
     EpochCompleted,
-    PredictCompleted,
-    PredictStarted,
-    PredictStepCompleted,
 )
 from eventtrain.feed import EpochFeed
 from eventtrain.frozen import Number
+from eventtrain.inference import Inference
 from eventtrain.loop import Pace
+from eventtrain.model import Aim, CallOnCaller, Model, RunOptions
 from eventtrain.progress import ProgressBar, shows_progress
-from eventtrain.session import Aim, CallOnCaller, Model, RunOptions, Session
+from eventtrain.session import Session
 from eventtrain.signals import SignalGuard
-from eventtrain.stream import Narrator
 from eventtrain.subscriber import Subscriber, subscribe
 
 T = TypeVar("T")
@@ -168,7 +160,7 @@ class Trainer:
         self._subscribers = tuple(subscribers)
         for subscriber in self._subscribers:
             subscribe(self.bus, subscriber)
-        self._compiled_predict: CompiledPredict | None = None
+        self._inference = Inference(self._model, self._options, self.bus)
         self._busy = threading.Lock()
         self._activity = ""
 
@@ -352,13 +344,13 @@ class Trainer:
         """
         self._need_eval_fn()
         with self._claim("evaluate"):
-            return self._with_bus(lambda: self._evaluate(data))
+            return self._with_bus(lambda: self._inference.evaluate(data))
 
     async def evaluate_async(self, data: Any) -> dict[str, Number]:
         """Like ``evaluate``, in a thread, beside the running event loop. Cancellation waits for it to end."""
         self._need_eval_fn()
         with self._claim("evaluate_async"):
-            return await self._beside_loop(lambda: self._evaluate(data))
+            return await self._beside_loop(lambda: self._inference.evaluate(data))
 
     def predict(self, data: Any) -> PyTree:
         """predict_fn over ``data``: its outputs as NumPy arrays, joined along the first axis; blocks.
@@ -370,13 +362,13 @@ class Trainer:
         """
         self._need_predict_fn()
         with self._claim("predict"):
-            return self._with_bus(lambda: self._predict(data))
+            return self._with_bus(lambda: self._inference.predict(data))
 
     async def predict_async(self, data: Any) -> PyTree:
         """Like ``predict``, in a thread, beside the running event loop. Cancellation waits for it to end."""
         self._need_predict_fn()
         with self._claim("predict_async"):
-            return await self._beside_loop(lambda: self._predict(data))
+            return await self._beside_loop(lambda: self._inference.predict(data))
 
     def _need_eval_fn(self) -> None:
         if self._model.eval_fn is None:
@@ -389,111 +381,6 @@ class Trainer:
             raise ConfigurationError(
                 "predict() needs a predict_fn: Trainer(..., predict_fn=(state, batch) -> outputs)."
             )
-
-    def _evaluate(self, data: Any) -> dict[str, Number]:
-        model, tokens = self._model, deque[jax.Array]()
-        assert model.eval_fn is not None
-        if model.compiled_eval is None:
-            model.compiled_eval = CompiledEval(
-                model.eval_fn,
-                model.skeleton,
-                model.leaves,
-                compile_on_caller=lambda lower: model.compile_on_caller(lower),
-            )
-        narrator = Narrator(self.bus, weight=self._options.weight)
-        fetcher = Fetcher(narrator.tell)
-        fetcher.start()
-
-        def before_batch() -> bool:
-            if len(tokens) >= self._options.pace.max_in_flight_calls:
-                tokens.popleft().block_until_ready()
-            return True
-
-        try:
-            with self._feed(data) as batches:
-                run_evaluation(
-                    model.compiled_eval,
-                    model.leaves,
-                    batches,
-                    model.step,
-                    model.epoch,
-                    fetcher.put,
-                    before_batch,
-                    tokens.append,
-                )
-        finally:
-            fetcher.close()
-        if fetcher.failure is not None:
-            raise fetcher.failure
-        self._drain()
-        assert narrator.evaluated is not None
-        return dict(narrator.evaluated)
-
-    def _predict(self, data: Any) -> PyTree:
-        model = self._model
-        assert model.predict_fn is not None
-        if self._compiled_predict is None:
-            self._compiled_predict = CompiledPredict(
-                model.predict_fn,
-                model.skeleton,
-                model.leaves,
-                compile_on_caller=lambda lower: model.compile_on_caller(lower),
-            )
-        began_s, waiting, done = perf_counter(), deque[PyTree](), list[PyTree]()
-
-        def fetch_oldest() -> None:
-            done.append(jax.tree.map(np.array, waiting.popleft()))
-            self.bus.feed([PredictStepCompleted(step=model.step, batch=len(done) - 1)])
-
-        self.bus.feed([PredictStarted(step=model.step)])
-        with self._feed(data) as batches:
-            for batch in batches:
-                waiting.append(
-                    self._compiled_predict(model.leaves, batch) if done or waiting else self._first(batch)
-                )
-                if len(waiting) > self._options.pace.max_in_flight_calls:
-                    fetch_oldest()
-        while waiting:
-            fetch_oldest()
-        self.bus.feed(
-            [PredictCompleted(step=model.step, steps=len(done), duration_s=perf_counter() - began_s)]
-        )
-        self._drain()
-        return jax.tree.map(
-            lambda *outputs: np.stack(outputs) if outputs[0].ndim == 0 else np.concatenate(outputs), *done
-        )
-
-    def _first(self, batch: Any) -> PyTree:
-        assert self._compiled_predict is not None
-        self._compiled_predict.prepare(batch)
-        return self._compiled_predict(self._model.leaves, batch)
-
-    @contextmanager
-    def _feed(self, data: Any) -> Generator[Iterator[Any]]:
-        ready = threading.Event()
-
-        def wait(is_ready: Callable[[], object]) -> bool:
-            while not is_ready():
-                ready.wait(0.1)
-                ready.clear()
-            return True
-
-        feed = EpochFeed(
-            data,
-            self._model.epoch,
-            steps_per_call=1,
-            sharding=replicated_sharding(self._model.leaves),
-            wait=wait,
-            on_ready=ready.set,
-        )
-        try:
-            yield feed.batches()
-        finally:
-            feed.close()
-
-    def _drain(self) -> None:
-        timeout_s = self._options.drain_timeout_s
-        self.bus.submit(self.bus.wait_until_quiet, timeout_s).result()
 
     # --- where things run -----------------------------------------------------------------------------------------
 

@@ -37,10 +37,12 @@ FLOORS = {
     "effects": "3 loop",
     "evaluation": "3 loop",
     "feed": "3 loop",
+    "model": "3 loop",
     "session": "3 loop",
     "signals": "3 loop",
     "subscriber": "3 loop",
     "progress": "3 loop",
+    "inference": "4 trainer",
     "trainer": "4 trainer",
     "data": "4 trainer",
     "testing": "4 trainer",
@@ -60,7 +62,7 @@ MAY_IMPORT = {
     "3 loop": {"0 errors", "1 vocabulary", "2a bus", "2b device", "3 loop"},
     # trainer, data and testing stand beside each other; only the facade may take the batches' file along.
     "4 trainer": {"0 errors", "1 vocabulary", "2a bus", "2b device", "3 loop"},
-    "trainer": {"data"},
+    "trainer": {"data", "inference"},
     "feed": {"data"},
     # Subscribers see events and Control only; monitor and filenames are pure functions that several share, webhook and
     # checkpoint_store parts of one that know nothing of runs.
