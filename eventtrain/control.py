@@ -6,6 +6,7 @@ answers, by an event in its stream and by the ``Answer`` that ``await command.re
 
 from __future__ import annotations
 
+import logging
 import threading
 from collections import deque
 from collections.abc import Callable, Mapping
@@ -37,6 +38,8 @@ from eventtrain.errors import CommandRejected, ConfigurationError, SnapshotError
 from eventtrain.events import CommandApplied, Event
 from eventtrain.events import CommandRejected as CommandRejectedEvent
 from eventtrain.frozen import Number
+
+logger = logging.getLogger("eventtrain")
 
 POLL_S = 0.1
 """The longest time the training thread waits without looking at the signal flags, which cannot ring a bell."""
@@ -102,6 +105,7 @@ class Inbox:
 
     def reject(self, order: Order, reason: str, publish: Callable[[Event], None] | None = None) -> None:
         """Say no: to the one who awaits the result, and by an event."""
+        logger.warning("Command %s was not carried out: %s", order.command.kind, reason)
         order.answer.fail(
             CommandRejected(f"The command {order.command.kind} was not carried out: {reason}", reason=reason)
         )
@@ -394,7 +398,6 @@ class ControlRoom:
         return KeptSnapshot(snapshot)
 
     def release_all(self) -> None:
-        """The run is over: drop what nobody claimed, and the snapshots taken by tag."""
+        """The run is over: drop what no Checkpointer claimed. Snapshots taken by tag stay until released."""
         with self._lock:
             self._claims.clear()
-            self.inbox.snapshots.clear()

@@ -141,6 +141,11 @@ def epoch_batches(data: object, epoch: int) -> Iterator[Batch]:
                 "A callable given as data returns the iterable of that epoch's batches."
             )
         return iter(batches)  # pyright: ignore[reportUnknownArgumentType, reportUnknownVariableType]
+    if isinstance(data, (np.ndarray, jax.Array)):
+        raise DataError(
+            f"data is one array of shape {tuple(data.shape)}, whose rows would be taken for batches. Pass a list of "
+            "batches, or cut it with et.ArrayLoader(arrays, batch_size)."
+        )
     if isinstance(data, Iterable) and not isinstance(data, (str, bytes, dict)):
         return iter(data)  # pyright: ignore[reportUnknownArgumentType, reportUnknownVariableType]
     hint = "for arrays in memory, et.ArrayLoader(arrays, batch_size)"

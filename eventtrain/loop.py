@@ -252,6 +252,8 @@ class TrainingLoop:
 
         ``deadline_s`` is in ``monotonic`` time.
         """
+        if self.effects.stop_reason is None:
+            self.boundary.settle()
         self._schedule.take_due()
         self.windows.flush()
         self.boundary.wait_for_deciders(deadline_s)

@@ -17,7 +17,7 @@ from eventtrain.device.fetch import Fetcher
 from eventtrain.device.hyperparams import find_hyperparams
 from eventtrain.device.state import replicated_sharding
 from eventtrain.effects import Effects
-from eventtrain.errors import BusClosed, ConfigurationError, StepError
+from eventtrain.errors import AlreadyRunning, BusClosed, StepError
 from eventtrain.events import EpochCompleted, RunCompleted, RunFailed, RunStarted, SubscriberFailed
 from eventtrain.feed import EpochFeed
 from eventtrain.gates import Gates
@@ -113,9 +113,7 @@ class Session:
         The first ``step`` does it if you do not.
         """
         if self._loop is None:
-            raise ConfigurationError(
-                "begin_epoch() needs a prepared step: call prepare(batch) before the first epoch."
-            )
+            return True  # the first step prepares the loop, and begins the epoch then
         self._in_epoch = True
         return self._loop.begin_epoch()
 
@@ -228,14 +226,27 @@ class Session:
         leaves = self._loop.carry.leaves if self._loop is not None else self._model.leaves
         return replicated_sharding(leaves)
 
+    def claim_bus(self) -> None:
+        """Make sure that no other run uses the bus.
+
+        Raises:
+            AlreadyRunning: one does.
+        """
+        if self._bus.on_progress is not None:
+            raise AlreadyRunning(
+                "Another trainer's run uses this bus. One bus serves one run at a time: wait for it, or give each "
+                "trainer a bus of its own."
+            )
+        self._bus.on_progress = self._on_progress
+
     def begin(self) -> None:
         """Start subscribers and threads, and say RunStarted. Blocks until every subscriber has started."""
         options = self._options
         if self._subscribers:
             options.run_dir.mkdir(parents=True, exist_ok=True)
         self._room.plans.clear()
+        self._bus.attach_control(self._room)
         self._bus.run_id = options.run_id
-        self._bus.on_progress = self._on_progress
         self._inbox.step = self._model.step
         self._inbox.scheduled = lambda: self._narrator.watched
         context = RunContext(

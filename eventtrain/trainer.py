@@ -133,7 +133,7 @@ class Trainer:
             raise ConfigurationError(f'snapshot={snapshot!r}: is none of "keep", "copy", "host".')
         leaves, skeleton = split_state(state)
         self.run_id = run_id or uuid.uuid4().hex[:12]
-        self.run_dir = Path(run_dir) if run_dir is not None else Path("runs") / self.run_id
+        self.run_dir = (Path(run_dir) if run_dir is not None else Path("runs") / self.run_id).absolute()
         self.bus = bus if bus is not None else EventBus(run_id=self.run_id, drain_timeout_s=drain_timeout_s)
         self._model = Model(
             step_fn,
@@ -163,6 +163,7 @@ class Trainer:
         self._inference = Inference(self._model, self._options, self.bus)
         self._busy = threading.Lock()
         self._activity = ""
+        self._session: Session | None = None
 
     # --- looking ----------------------------------------------------------------------------------------------
 
@@ -187,8 +188,9 @@ class Trainer:
 
     @property
     def epoch(self) -> int:
-        """Epochs completed before the run in progress, or altogether."""
-        return self._model.epoch
+        """Epochs completed; during a run, those whose steps are all dispatched."""
+        session = self._session
+        return session.epoch if session is not None else self._model.epoch
 
     @property
     def control(self) -> Control:
@@ -302,13 +304,18 @@ class Trainer:
     @contextmanager
     def _settling(self, session: Session) -> Generator[None]:
         """Begin the run, and end it whatever happens."""
+        session.claim_bus()
+        self._session = session
         try:
-            session.begin()
-            yield
-        except BaseException as error:
-            session.finish(error)
-            raise
-        session.finish()
+            try:
+                session.begin()
+                yield
+            except BaseException as error:
+                session.finish(error)
+                raise
+            session.finish()
+        finally:
+            self._session = None
 
     def _fit(
         self, data: Any, epochs: int | None, steps: int | None, eval_data: Any, extra: Sequence[Subscriber]

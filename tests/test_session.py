@@ -64,6 +64,17 @@ def test_an_exception_in_the_block_becomes_run_failed_and_goes_on(tmp_path):
     assert trainer.step == 1
 
 
+def test_a_command_after_the_last_step_takes_effect_at_the_last_boundary(tmp_path):
+    trainer = make_trainer(tmp_path)
+    changed = record(trainer, et.HyperparamChanged)
+    with trainer.session() as session:
+        assert session.begin_epoch()  # allowed before the first batch, which prepares the step
+        session.step(batches(1)[0])
+        session.control.set_hyperparam("learning_rate", 0.25)
+    assert [(event.step, event.new) for event in changed] == [(1, 0.25)]
+    assert float(trainer.state["opt_state"].hyperparams["learning_rate"]) == 0.25
+
+
 def test_an_empty_session_is_a_run_without_steps(tmp_path):
     trainer = make_trainer(tmp_path)
     seen = record(trainer)

@@ -215,6 +215,33 @@ async def test_cancelling_fit_async_stops_at_a_boundary_and_delivers_everything(
     assert not [t for t in threading.enumerate() if t.name.startswith("eventtrain")]
 
 
+def test_trainer_epoch_follows_the_run(tmp_path):
+    trainer = make_trainer(tmp_path)
+    seen: list[int] = []
+
+    @trainer.on(et.EpochCompleted, lag=0)
+    async def look(event: et.EpochCompleted) -> None:
+        seen.append(trainer.epoch)
+
+    trainer.fit(batches(2), epochs=3)
+    assert seen == [1, 2, 3]
+    assert trainer.epoch == 3
+
+
+def test_a_snapshot_outlives_its_run_and_can_be_restored_in_the_next(tmp_path):
+    trainer = make_trainer(tmp_path)
+
+    @trainer.on(et.EpochCompleted, lag=0)
+    async def keep(event: et.EpochCompleted, control: et.Control) -> None:
+        control.snapshot("first") if event.epoch == 0 else control.restore("first")
+
+    first = trainer.fit(batches(3), epochs=1)
+    weights = np.array(first.state["params"]["w"])
+    second = trainer.fit(batches(3), epochs=1)
+    np.testing.assert_array_equal(second.state["params"]["w"], weights)
+    assert trainer.control.snapshots["first"].step == 3
+
+
 # --- bad input ----------------------------------------------------------------------------------------------
 
 
@@ -231,6 +258,41 @@ async def test_cancelling_fit_async_stops_at_a_boundary_and_delivers_everything(
 def test_fit_refuses_an_aim_that_is_none(tmp_path, arguments, message):
     with pytest.raises(et.ConfigurationError, match=message):
         make_trainer(tmp_path).fit(batches(1), **arguments)
+
+
+def test_one_array_is_no_data(tmp_path):
+    with pytest.raises(et.DataError, match="ArrayLoader"):
+        make_trainer(tmp_path).fit(np.ones((8, 3)), epochs=1)
+
+
+def test_a_decorator_without_its_event_type_is_refused_at_once(tmp_path):
+    trainer = make_trainer(tmp_path)
+    with pytest.raises(et.ConfigurationError, match="event class"):
+
+        @trainer.on  # type: ignore[arg-type]
+        async def report(event: et.Event) -> None: ...
+
+
+async def test_a_second_run_on_the_same_bus_is_refused(tmp_path):
+    async with et.EventBus() as bus:
+        first, second = make_trainer(tmp_path, bus=bus), make_trainer(tmp_path, bus=bus)
+        errors: list[Exception] = []
+
+        @first.on(et.StepCompleted, where=lambda event: event.step == 2)
+        async def start_another(event: et.StepCompleted) -> None:
+            try:
+                await second.fit_async(batches(1), epochs=1)
+            except et.AlreadyRunning as error:
+                errors.append(error)
+            first.control.stop()
+
+        def endless(epoch: int) -> Any:
+            while True:
+                yield from batches(4)
+
+        await first.fit_async(endless, epochs=1)
+        assert len(errors) == 1
+        await second.fit_async(batches(1), epochs=1)
 
 
 @pytest.mark.parametrize("data", [[], lambda epoch: [], iter(())])

@@ -23,7 +23,7 @@ from anyio.lowlevel import cancel_shielded_checkpoint, checkpoint_if_cancelled
 from eventtrain.bus.clock import Clock
 from eventtrain.bus.handlers import Attempt, Handler, takes_control
 from eventtrain.bus.inbox import Inbox
-from eventtrain.bus.options import EventTypes, Lag, OnError, Options
+from eventtrain.bus.options import EventTypes, Lag, OnError, Options, event_classes
 from eventtrain.bus.queues import Lossless, Queue
 from eventtrain.bus.reader import Reader
 from eventtrain.bus.roster import Roster
@@ -198,6 +198,8 @@ class EventBus:
 
     def on(self, event_type: EventTypes, **options: Any) -> Callable[[Handler], Handler]:
         """Decorator form of ``subscribe``; the function comes back unchanged."""
+
+        event_classes(event_type)  # a decorator without arguments would be silent for ever: refuse it here and now
 
         def decorate(handler: Handler) -> Handler:
             self.subscribe(event_type, handler, **options)
