@@ -197,10 +197,9 @@ def main(
                 seconds,
             )
             figures.append({"step": name, "subscribers": label, "steps_per_call": per_call, **found})
-            table.add_row(
-                f"{found['step_us']} us", label, str(per_call), f"{found['ratio_median']:.3f}",
-                f"{found['drained_over_loop']:.2f}", *(str(found[f"call_{p}_us"] or "-") for p in ("p50", "p95", "p99")),
-            )  # fmt: skip
+            calls = [str(found[f"call_{percentile}_us"] or "-") for percentile in ("p50", "p95", "p99")]
+            ratio, drained = f"{found['ratio_median']:.3f}", f"{found['drained_over_loop']:.2f}"
+            table.add_row(f"{found['step_us']} us", label, str(per_call), ratio, drained, *calls)
     Console().print(table)
     if json is not None:
         write_json(json, "loop_overhead", figures)

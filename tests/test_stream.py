@@ -57,7 +57,7 @@ def test_means_of_no_weight_at_all_are_nan():
 
 
 def columns(first_step: int, rows: int, notes: tuple[Any, ...] = (), watched: Any = None) -> Columns:
-    window = TrainWindow(first_step, 0, first_step - 1, notes, False)
+    window = TrainWindow(first_step, rows, 0, first_step - 1, notes, False)
     return Columns({"loss": np.arange(rows, dtype=np.float32)}, rows, window, watched or {})
 
 

@@ -199,7 +199,9 @@ class EventBus:
     def on(self, event_type: EventTypes, **options: Any) -> Callable[[Handler], Handler]:
         """Decorator form of ``subscribe``; the function comes back unchanged."""
 
-        event_classes(event_type)  # a decorator without arguments would be silent for ever: refuse it here and now
+        event_classes(
+            event_type
+        )  # a decorator without arguments would be silent for ever: refuse it here and now
 
         def decorate(handler: Handler) -> Handler:
             self.subscribe(event_type, handler, **options)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import threading
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any, Literal, Protocol
@@ -147,12 +147,12 @@ class Subscription:
 
     # --- taking events in: by a holder of the bus' routing lock ---------------------------------------------
 
-    def offer(self, events: list[Event]) -> None:
+    def offer(self, events: Sequence[Event]) -> None:
         """Take in those of these published events of one class that it wants."""
         if self.state == "active":
             self._put([event for event in events if self._wants(event)] if self.selection.filters else events)
 
-    def offer_from_loop(self, events: list[Event]) -> None:
+    def offer_from_loop(self, events: Sequence[Event]) -> None:
         """Take in events of one class from the training loop, which counts those with a finite lag."""
         if self.lag_for(type(events[0])) is None:
             self.offer(events)

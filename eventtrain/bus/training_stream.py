@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import threading
 from collections import deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any, Protocol
@@ -30,7 +30,7 @@ class EventSeries:
 
     event_type: type[Event]
     steps: range
-    build: Callable[[Iterable[int]], list[Event]]
+    build: Callable[[Iterable[int]], Sequence[Event]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -150,14 +150,14 @@ class TrainingStream:
                 by_step = by_step or dict(zip(needed, events, strict=True))
                 subscription.offer_from_loop([by_step[step] for step in chosen])
 
-    def _deliver(self, events: list[Event]) -> None:
+    def _deliver(self, events: Sequence[Event]) -> None:
         self._stamp(events)
         with self._host.routing:
             for subscription in self._roster.route(type(events[0])):
                 subscription.offer_from_loop(events)
             self._host.measure_headroom()
 
-    def _stamp(self, events: list[Event]) -> None:
+    def _stamp(self, events: Sequence[Event]) -> None:
         now, run_id, seq = datetime.now(UTC), self._host.run_id, self._seq
         for event in events:
             seq += 1
