@@ -64,6 +64,7 @@ class Boundary:
     def admit_deciders(self) -> None:
         """Begin to count the events of subscriptions with a finite lag that came since the last look."""
         if self._gates.stale:
+            self._windows.flush()  # the open window was announced by those who decided until now
             for newcomer in self._gates.refresh(self._position.step):
                 self._windows.put(Activation(newcomer))
 
@@ -125,10 +126,14 @@ class Boundary:
     def wait_for_deciders(self, deadline_s: float) -> None:
         """At the end of a run: until every decider is through with everything, or ``monotonic`` time ``deadline_s``.
 
-        What they ask for is kept among the orders due, to be rejected: the same in every rerun.
+        What they ask for is kept among the orders due, to be rejected: the same in every rerun. A stop that arrives
+        meanwhile (a signal, say) ends the waiting.
         """
         last = NEVER - 1
         while self._gates.blocking(last) is not None and monotonic() < deadline_s and self._bus.running:
             self._inbox.wait(lambda: self._gates.blocking(last) is None, POLL_S)
             while self._inbox.arrived:
-                self._inbox.due.append(self._inbox.arrived.popleft())
+                order = self._inbox.arrived.popleft()
+                self._inbox.due.append(order)
+                if order.command.kind == "stop" and order.command.due is None:
+                    return

@@ -103,9 +103,15 @@ class Inbox:
         """End the run at the next boundary. Any thread, and signal handlers: it takes no lock and rings no bell."""
         self.arrived.append(Order(Stop(reason=reason), Answer()))
 
-    def reject(self, order: Order, reason: str, publish: Callable[[Event], None] | None = None) -> None:
-        """Say no: to the one who awaits the result, and by an event."""
-        logger.warning("Command %s was not carried out: %s", order.command.kind, reason)
+    def reject(
+        self,
+        order: Order,
+        reason: str,
+        publish: Callable[[Event], None] | None = None,
+        level: int = logging.WARNING,
+    ) -> None:
+        """Say no: to the one who awaits the result, by an event (through ``publish``), and in the log at ``level``."""
+        logger.log(level, "Command %s was not carried out: %s", order.command.kind, reason)
         order.answer.fail(
             CommandRejected(f"The command {order.command.kind} was not carried out: {reason}", reason=reason)
         )
@@ -255,7 +261,7 @@ class Control:
         return self._send(Pause, reason=reason)
 
     def resume(self, *, reason: str = "") -> Command:
-        """Let a paused loop go on."""
+        """Let a paused loop go on, at once; from a handler with a finite lag, as soon as it has succeeded."""
         return self._send(Resume, reason=reason)
 
     def evaluate(self, *, reason: str = "") -> Command:
@@ -286,13 +292,14 @@ class Control:
         due = None
         if self._cause is not None and self._subscription is not None:
             cause = Cause(event=self._cause.kind, step=self._cause.step, subscriber=self._subscription.name)
-            due = None if self._lag is None else self._cause.step + self._lag
+            # Resume applies at once: a paused loop stays before the boundary at which a lag would let it through.
+            due = None if self._lag is None or kind is Resume else self._cause.step + self._lag
         try:
             command: Any = kind(cause=cause, due=due, **fields)
         except ValueError as error:
             raise ConfigurationError(f"Cannot issue {kind.__name__}: {error}") from error
         answer: Answer[CommandApplied] = Answer()
-        command._reply = answer if due is None else _NoWaiting(command.kind)
+        command._reply = answer if self._lag is None else _NoWaiting(command.kind)
         order = Order(command, answer, self._cause, self._subscription, self._issued)
         self._issued += 1
         if self._lag is None:

@@ -24,7 +24,7 @@ from eventtrain.device.hyperparams import Hyperparam, read, resolve, write
 from eventtrain.device.snapshot import Snapshot
 from eventtrain.device.state import Skeleton
 from eventtrain.device.step import Carry
-from eventtrain.errors import EventTrainError, SnapshotError
+from eventtrain.errors import ConfigurationError, EventTrainError, SnapshotError
 from eventtrain.events import (
     CheckpointFailed,
     CheckpointRestored,
@@ -47,6 +47,7 @@ class Effects:
         params: indices of the leaves that the params lens covers.
         room: the trainer's control side.
         emit: publishes an event in the training stream.
+        can_evaluate: whether there is anything to evaluate on.
         to_host: where a snapshot's leaves go instead of staying on the device (``snapshot="host"``).
     """
 
@@ -58,6 +59,7 @@ class Effects:
         params: Sequence[int],
         room: ControlRoom,
         emit: Callable[[Event], None],
+        can_evaluate: Callable[[], bool],
         to_host: Callable[[list[jax.Array]], list[jax.Array]] | None = None,
     ) -> None:
         self._carry = carry
@@ -67,19 +69,26 @@ class Effects:
         self._room = room
         self._inbox = room.inbox
         self._emit = emit
+        self._can_evaluate = can_evaluate
         self._to_host = to_host
         names = [h.name for h in hyperparams]
         self._labels = {h.path: h.name if names.count(h.name) == 1 else h.path for h in hyperparams}
         self._values = {h.path: read(carry.leaves[h.leaf_index]) for h in hyperparams}
         self._setters: dict[str, tuple[Event, Subscription]] = {}
         self._unborn: list[tuple[Snapshot, SnapshotTaken]] = []
-        self.pinned = True
-        """Someone else refers to the state, so the next step must not overwrite it. At first: its owner."""
+        self._owned = (
+            True  # the state is also somebody else's: its owner's at first, a restored snapshot's later
+        )
         self.paused = False
         self.stop_reason: str | None = None
         self.evaluations_asked = 0
         self.deterministic = True
         self._show()
+
+    @property
+    def pinned(self) -> bool:
+        """Whether someone else refers to the state, so that the next step must not overwrite it."""
+        return self._owned or bool(self._unborn)
 
     @property
     def watched(self) -> dict[int, str]:
@@ -117,8 +126,12 @@ class Effects:
                 case Resume():
                     self.paused = False
                 case Evaluate():
+                    if not self._can_evaluate():
+                        raise ConfigurationError(
+                            "there is nothing to evaluate on. Give the run an eval_fn and eval_data."
+                        )
                     self.evaluations_asked += 1
-        except EventTrainError as error:
+        except (EventTrainError, OverflowError) as error:
             self._inbox.reject(order, f"at step {step}: {error}", self._emit)
             return
         if command.due is None and isinstance(
@@ -205,9 +218,7 @@ class Effects:
     def _snapshot(self, step: int, tag: str, taken: SnapshotTaken) -> Snapshot:
         leaves, extensions = self._carry.leaves, self._carry.ext_leaves
         if self._to_host is not None:
-            leaves = self._to_host(leaves)
-        else:
-            self.pinned = True
+            leaves, extensions = self._to_host(leaves), self._to_host(extensions)
         snapshot = Snapshot(step, leaves, self._skeleton, tag=tag, extensions=extensions)
         if self._to_host is None:
             self._unborn.append((snapshot, taken))
@@ -216,7 +227,7 @@ class Effects:
     def survived(self) -> bool:
         """The step after the boundary left the state alone; returns whether that saved any snapshot."""
         saved = bool(self._unborn)
-        self.pinned = False
+        self._owned = False
         self._unborn.clear()
         return saved
 
@@ -225,14 +236,11 @@ class Effects:
 
         Returns whether training can go on; it cannot where the state itself belongs to someone else.
         """
-        if not self._unborn:
-            return False
         for snapshot, taken in self._unborn:
             snapshot.release()
             self._emit(CheckpointFailed(step=taken.step, path="", tag=taken.tag, error=str(error)))
         self._unborn.clear()
-        self.pinned = False
-        return True
+        return not self._owned
 
     def _restore(self, command: Restore, step: int) -> Event:
         kept = self._inbox.snapshots.get(command.target)
@@ -245,20 +253,25 @@ class Effects:
             )
         source = kept.device.leaves
         if self._to_host is not None:
-            source = [
-                jax.device_put(leaf, now.sharding)
-                for leaf, now in zip(source, self._carry.leaves, strict=True)
-            ]
+            source = _back(source, self._carry.leaves)
         leaves = list(source)
         if command.part == "params":
             leaves = list(self._carry.leaves)
             for index in self._params:
                 leaves[index] = source[index]
         else:
-            self._carry.ext_leaves = kept.device.extensions
+            extensions = kept.device.extensions
+            self._carry.ext_leaves = (
+                extensions if self._to_host is None else _back(extensions, self._carry.ext_leaves)
+            )
         self._carry.leaves = leaves
-        self.pinned = True
+        self._owned = True
         for hyperparam in self._hyperparams:
             self._values[hyperparam.path] = read(leaves[hyperparam.leaf_index])
         self._show()
         return CheckpointRestored(step=step, tag=kept.device.tag, part=command.part, restored_step=kept.step)
+
+
+def _back(leaves: Sequence[jax.Array], places: Sequence[jax.Array]) -> list[jax.Array]:
+    """Leaves from pinned host memory, put where ``places`` are."""
+    return [jax.device_put(leaf, place.sharding) for leaf, place in zip(leaves, places, strict=True)]

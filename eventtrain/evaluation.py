@@ -50,7 +50,7 @@ def run_evaluation(
 
     for batch in batches:
         if not before_batch():
-            return False
+            break
         if carry is None:
             evaluation.prepare(batch)
             carry = evaluation.initial()
@@ -59,10 +59,13 @@ def run_evaluation(
         count += 1
         if carry.rows >= evaluation.capacity:
             fetch()
+    if carry is not None:
+        fetch()  # also when it ends early: what was dispatched is said
+    if not before_batch():
+        return False
     if carry is None:
         raise DataError(
             "The evaluation data is empty: it ended before its first batch, so there is nothing to average."
         )
-    fetch()
     put(EvalEnd(step, epoch, count, began_s))
     return True

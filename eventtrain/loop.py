@@ -106,7 +106,7 @@ class TrainingLoop:
         with a finite lag; a pause; a Lossless queue at its limit.
         """
         position, gates = self.position, self._gates
-        if (self._inbox.arrived or position.step >= self._attention or gates.stale) and not self._settle():
+        if (self._inbox.arrived or position.step >= self._attention) and not self._settle():
             return 0
         if stop - start > 1:
             stop = min(stop, start + self._steps_until_due())
@@ -135,7 +135,7 @@ class TrainingLoop:
         """Do what is due before the next step, and find out when to look again. False: the run has to end."""
         position = self.position
         self._attention = 0
-        if not self.boundary.settle() or not self._backpressure.make_room():
+        if not self._backpressure.make_room() or not self.boundary.settle():
             return False
         self._schedule.take_due()
         if self._gates.announces_steps:
@@ -181,17 +181,25 @@ class TrainingLoop:
             if self.effects.survived():
                 self.compiled.request_keeping()  # the next snapshot needs no copy
 
+    def wait(self, ready: Callable[[], object]) -> bool:
+        """Wait between two steps until ``ready()``, serving commands. False: the run has to end first."""
+        going_on = self.boundary.settle() and self.boundary.wait(ready)
+        self._attention = 0  # what was carried out meanwhile, a pause say, holds before the next step
+        return going_on
+
     def _flush(self) -> None:
         self.windows.flush()
-        if self._schedule.by_clock:
-            self._attention = 0  # what is due by the clock is looked at once per window
+        if self._schedule.by_clock or self._gates.stale:
+            self._attention = (
+                0  # the clock, and subscriptions that came or went, are looked at once per window
+            )
 
     # --- epochs and evaluation ----------------------------------------------------------------------------------
 
     def begin_epoch(self) -> bool:
         """Say EpochStarted, to be decided on before the first step. False: the run has to end."""
         position = self.position
-        if self._inbox.arrived and not self.boundary.settle():
+        if (self._inbox.arrived or self.effects.stop_reason is not None) and not self.boundary.settle():
             return False
         self.boundary.admit_deciders()
         self.windows.begin_epoch()

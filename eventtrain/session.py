@@ -17,7 +17,7 @@ from eventtrain.device.fetch import Fetcher
 from eventtrain.device.hyperparams import find_hyperparams
 from eventtrain.device.state import replicated_sharding
 from eventtrain.effects import Effects
-from eventtrain.errors import AlreadyRunning, BusClosed, StepError
+from eventtrain.errors import AlreadyRunning, BusClosed, ConfigurationError, StepError
 from eventtrain.events import EpochCompleted, RunCompleted, RunFailed, RunStarted, SubscriberFailed
 from eventtrain.feed import EpochFeed
 from eventtrain.gates import Gates
@@ -64,6 +64,7 @@ class Session:
         self._gates = Gates(bus)
         self._narrator = Narrator(bus, weight=options.weight)
         self._fetcher = Fetcher(self._narrator.tell, self._fetch_failed)
+        self._grouped = options.steps_per_call > 1
         self._in_epoch = False
         self._bus_failed = False
         self.ended_by = ""
@@ -104,21 +105,31 @@ class Session:
         Raises:
             StepError, StateError, MetricsError, DataError: what step_fn or the batch did wrong, at its first call.
         """
-        size = self._options.steps_per_call
-        return self.advance((batch,) * size, 1) == 1
+        if self._in_epoch and not self._grouped:
+            assert self._loop is not None
+            return self._loop.step(batch) == 1
+        return self.advance((batch,) * self._options.steps_per_call, 1) == 1
 
     def begin_epoch(self) -> bool:
         """Begin an epoch, and say EpochStarted. False: the run has to end.
 
         The first ``step`` does it if you do not.
         """
+        self._require_open()
         if self._loop is None:
             return True  # the first step prepares the loop, and begins the epoch then
-        self._in_epoch = True
-        return self._loop.begin_epoch()
+        if self._in_epoch:
+            raise ConfigurationError(
+                "begin_epoch() was called in the middle of an epoch. Call end_epoch() first."
+            )
+        self._in_epoch = self._loop.begin_epoch()
+        return self._in_epoch
 
     def end_epoch(self, eval_data: Any = None) -> bool:
         """End the epoch: evaluate on ``eval_data`` if given, then EpochCompleted. False: the run has to end."""
+        self._require_open()
+        if eval_data is not None and self._model.eval_fn is None:
+            raise ConfigurationError("end_epoch(eval_data=...) needs an eval_fn: Trainer(..., eval_fn=...).")
         if self._loop is None or not self._in_epoch:
             return self.stop_reason is None
         if eval_data is not None:
@@ -158,7 +169,6 @@ class Session:
         compiled = model.compiled
         params = model.params_indices()
         carry = compiled.initial(model.leaves, model.ext_leaves, step=model.step)
-        model.leaves = []  # the loop owns the state now; a reference here would keep its memory
         effects = Effects(
             carry,
             model.skeleton,
@@ -166,6 +176,7 @@ class Session:
             params,
             self._room,
             self._emit,
+            self._can_evaluate,
             _to_pinned_host if options.snapshot == "host" else None,
         )
         self._narrator.watch(effects.watched)
@@ -186,17 +197,21 @@ class Session:
             pace=options.pace,
             evaluate=self._evaluate,
         )
+        model.leaves, model.ext_leaves = (
+            [],
+            None,
+        )  # the loop owns the state: a reference would keep its memory
 
     def advance(self, batches: tuple[Any, ...], count: int) -> int:
         """Run the first ``count`` steps of a group; returns how many were dispatched before the run had to end."""
-        grouped = self._options.steps_per_call > 1
+        self._require_open()
         if self._loop is None:
-            self.prepare(batches if grouped else batches[0])
+            self.prepare(batches if self._grouped else batches[0])
         loop = self._loop
         assert loop is not None
         if not self._in_epoch and not self.begin_epoch():
             return 0
-        if not grouped:
+        if not self._grouped:
             return loop.step(batches[0])
         done = 0
         while done < count:
@@ -209,7 +224,7 @@ class Session:
     def wait(self, ready: Callable[[], object]) -> bool:
         """Wait until ``ready()``, serving commands; False if the run has to end first."""
         if self._loop is not None:
-            return self._loop.boundary.settle() and self._loop.boundary.wait(ready)
+            return self._loop.wait(ready)
         while not ready():
             if any(order.command.kind == "stop" for order in list(self._inbox.arrived)):
                 return False
@@ -287,16 +302,25 @@ class Session:
                 loop.finish(deadline_s)
             if loop is not None and loop.windows.open:
                 loop.windows.flush()
-        except BusClosed as closed:
-            error = error or closed
+        except (
+            Exception
+        ) as failed:  # an evaluation or a snapshot at the last boundary, or the bus was stopped
+            error = error or failed
         self._give_state_back()
         reason = (loop.effects.stop_reason if loop is not None else self._early_stop()) or "completed"
-        self.ended_by = reason
+        self.ended_by, self._in_epoch = reason, False
         left = self._inbox.close(f"the run ended ({reason}) before it was due")
         self._fetcher.close()
         # The fetch thread has ended: from here on this thread is the one that feeds the stream.
-        for order in left:
-            self._inbox.reject(order, f"the run ended ({reason}) before it was due", self._narrator.tell)
+        for order in left:  # no fault of anybody's: a lag may reach beyond the last step
+            reason_given = f"the run ended ({reason}) before it was due"
+            self._inbox.reject(order, reason_given, self._narrator.tell, logging.INFO)
+        try:
+            self._drain(
+                deadline_s
+            )  # a handler that may fail the run has to have its say before the last event
+        except BusClosed as closed:
+            error = error or closed
         error = error or self._bus.failure or self._device_failure()
         deterministic = (loop is None or loop.effects.deterministic) and not self._gates.timed_out()
         if error is None:
@@ -305,15 +329,29 @@ class Session:
             )
         else:
             self._narrator.tell(RunFailed(step=self.step_count, error=f"{type(error).__name__}: {error}"))
+        self._settle_bus(deadline_s)
         if loop is not None:
             loop.compiled.close()
-        self._settle_bus(deadline_s)
         self._room.release_all()  # not before: a Checkpointer may claim until its queue is empty
-        self._bus.failure = None
+        error = error or self._bus.failure
         if error is not None and raised is None:
             raise error
 
+    def release_bus(self) -> None:
+        """Let other runs use the bus. The last call of a session, whatever happened before."""
+        self._bus.on_progress = None
+        self._bus.failure = None
+
     # --- inside ---------------------------------------------------------------------------------------------
+
+    def _require_open(self) -> None:
+        if self.ended_by:
+            raise ConfigurationError(
+                f"This session has ended ({self.ended_by}), and its state belongs to the trainer again. Open another."
+            )
+
+    def _can_evaluate(self) -> bool:
+        return self._model.eval_fn is not None and self._eval_data is not None
 
     def _emit(self, event: Any) -> None:
         assert self._loop is not None
@@ -321,7 +359,7 @@ class Session:
 
     def _evaluate(self) -> None:
         model, loop = self._model, self._loop
-        if loop is None or self._eval_data is None or model.eval_fn is None:
+        if loop is None or not self._can_evaluate():
             return
         evaluation = model.evaluation(loop.carry.leaves)
         feed = EpochFeed(
@@ -379,7 +417,6 @@ class Session:
             left = self._drain(max(deadline_s, monotonic() + 1.0))
         except BusClosed:
             left = self._bus.undelivered()
-        self._bus.on_progress = None
         self.undelivered = left
         if left:
             listing = ", ".join(f"{name}: {count}" for name, count in left.items())

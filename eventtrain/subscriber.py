@@ -7,6 +7,7 @@ import inspect
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
+from time import monotonic
 from typing import Any
 
 import anyio
@@ -74,7 +75,9 @@ class RunContext:
             raise ConfigurationError(
                 f"Two subscribers named {owner!r} ask for checkpoints. Set the name of one of them."
             )
-        self._room.plans.append(CheckpointPlan(owner, every, every_epochs, every_s))
+        self._room.plans.append(
+            CheckpointPlan(owner, every, every_epochs, every_s, monotonic() + (every_s or 0.0))
+        )
 
     def claim(self, event: SnapshotTaken) -> KeptSnapshot:
         """The state that ``event`` announced; to be released when written.

@@ -156,7 +156,8 @@ class Trainer:
         )
         self._backend = (backend, backend_options)
         self._room = ControlRoom(self.bus)
-        self.bus.attach_control(self._room)
+        if not self.bus.has_control:
+            self.bus.attach_control(self._room)
         self._subscribers = tuple(subscribers)
         for subscriber in self._subscribers:
             subscribe(self.bus, subscriber)
@@ -272,6 +273,8 @@ class Trainer:
         Leaving the block settles the run as the end of ``fit`` does; an exception in it becomes RunFailed and goes on.
         The commands, events and waits are those of ``fit``. Ctrl-C makes ``step`` return False and raises at the end.
         """
+        if eval_data is not None:
+            self._need_eval_fn()
         with self._claim("session"), SignalGuard(self._room.inbox.ask_to_stop) as signals, self._serving():
             session = self._open_session(Aim(), eval_data, ())
             with self._settling(session):
@@ -315,6 +318,7 @@ class Trainer:
                 raise
             session.finish()
         finally:
+            session.release_bus()
             self._session = None
 
     def _fit(
@@ -399,6 +403,7 @@ class Trainer:
                 "stop it with control.stop(), or use another Trainer."
             )
         self._activity = activity
+        self._room.inbox.arrived.clear()  # a stop that came too late for the last run is none for this one
         try:
             yield
         finally:
@@ -409,6 +414,11 @@ class Trainer:
     @contextmanager
     def _serving(self) -> Generator[None]:
         """Have the bus served: by its owner's event loop if that runs, else by one in a thread of our own."""
+        if self.bus.served_here:
+            raise ConfigurationError(
+                f"{self._activity}() blocks, and was called on the event loop that serves its bus: it would wait for "
+                f"itself. Await fit_async, evaluate_async or predict_async there, or call {self._activity} in a thread."
+            )
         if self.bus.running:
             yield
             return
@@ -447,13 +457,17 @@ class Trainer:
                 failure.append(error)
 
         async def serve_and_run() -> None:
-            with anyio.CancelScope(shield=True):
-                if self.bus.running:
-                    await run_thread()
-                else:
-                    async with self.bus.serve():
+            try:
+                with anyio.CancelScope(shield=True):
+                    if self.bus.running:
                         await run_thread()
-            finished.set()
+                    else:
+                        async with self.bus.serve():
+                            await run_thread()
+            except Exception as error:
+                failure.append(error)
+            finally:
+                finished.set()
 
         async with anyio.create_task_group() as tasks:
             tasks.start_soon(serve_and_run)

@@ -314,6 +314,11 @@ class EventBus:
         """Active subscriptions with a finite lag; replaced, never changed, so that identity tells of a change."""
         return self._roster.deciders
 
+    @property
+    def has_control(self) -> bool:
+        """Whether handlers that take ``(event, control)`` get theirs from some trainer."""
+        return self._control_source is not None
+
     def attach_control(self, source: ControlSource | None) -> None:
         """Let handlers that take ``(event, control)`` get theirs from ``source``."""
         self._control_source = source
@@ -350,6 +355,12 @@ class EventBus:
     def running(self) -> bool:
         """Whether an event loop serves this bus now."""
         return self._serving is not None
+
+    @property
+    def served_here(self) -> bool:
+        """Whether the caller is on the thread of the event loop that serves this bus: it must not block."""
+        serving = self._serving
+        return serving is not None and serving.loop.here
 
     @property
     def limiter(self) -> CapacityLimiter:

@@ -27,12 +27,17 @@ class LoopThread:
             native.run_sync_soon if hasattr(native, "run_sync_soon") else native.call_soon_threadsafe
         )
 
+    @property
+    def here(self) -> bool:
+        """Whether the caller is on the event loop's thread."""
+        return threading.get_ident() == self._ident
+
     def run_soon(self, function: Callable[[], object]) -> bool:
         """Run ``function`` on the event loop: now if called there, else soon. False if the loop has ended.
 
         Any thread; never blocks.
         """
-        if threading.get_ident() == self._ident:
+        if self.here:
             function()
             return True
         try:
