@@ -1,15 +1,16 @@
 # Everything starts from Python, make and a package index: `make demo` shows the library, `make test` checks it.
 PYTHON ?= python3
 VENV ?= .venv
+# Named in the file of results: cpu, or the accelerator that was measured.
+DEVICE ?= cpu
 VENV_LOWEST ?= .venv-lowest
-N ?= 20
 PYTEST_ARGS ?=
 
 BIN := $(VENV)/bin
 # -qq: warnings of the installer stay out of the way, errors do not.
 PIP_INSTALL := -m pip --disable-pip-version-check install -qq
 
-.PHONY: help demo test test-lowest lint format types docs bench mutants faults clean
+.PHONY: help demo test test-lowest lint format types docs bench mutants clean
 .DELETE_ON_ERROR:
 # Two installations into one environment at a time would break it.
 .NOTPARALLEL:
@@ -22,7 +23,6 @@ help:
 	@echo "make docs         build the documentation into site/"
 	@echo "make bench        benchmarks: a table, and JSON beside it"
 	@echo "make mutants      remove each promised mechanism; its test has to go red"
-	@echo "make faults N=20  fault campaigns of N runs"
 	@echo "make clean        remove build output and caches (environments stay)"
 
 demo: $(VENV)/.installed-demo
@@ -49,14 +49,13 @@ docs: $(VENV)/.installed-docs
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 
 bench: $(VENV)/.installed-bench
-	$(BIN)/python -m benchmarks.loop_overhead
-	$(BIN)/python -m benchmarks.bus_throughput
+	$(BIN)/python -m benchmarks.loop_overhead --json benchmarks/results/loop_overhead-$(DEVICE).json
+	$(BIN)/python -m benchmarks.bus_throughput --json benchmarks/results/bus_throughput-$(DEVICE).json
+	$(BIN)/python -m benchmarks.memory
+	$(BIN)/python -m benchmarks.readme
 
 mutants: $(VENV)/.installed-test
 	$(BIN)/python tests/mutants/run.py
-
-faults: $(VENV)/.installed-test
-	$(BIN)/python -m benchmarks.faults --runs $(N)
 
 # One stamp for each extra, renewed only when pyproject.toml changes. bin/pip is the last thing venv writes, so an
 # interrupted creation is repeated.
