@@ -1,0 +1,37 @@
+"""What is public is what these three modules export, and nothing changes there by accident."""
+
+from __future__ import annotations
+
+import eventtrain as et
+from eventtrain import subscribers, testing
+
+DESIGN = """
+    Trainer EventBus ArrayLoader EMA Event Subscriber Subscription Control Command parse_event
+    Lossless KeepLatest DropOldest DropNewest StateInUse QueueFull ConfigurationError
+    RunStarted RunCompleted RunFailed EpochStarted EpochCompleted StepStarted StepCompleted StepsCompleted EvalStarted
+    EvalStepCompleted EvalCompleted PredictStarted PredictStepCompleted PredictCompleted HyperparamChanged CommandApplied
+    CommandRejected CommandConflict SnapshotTaken CheckpointStarted CheckpointCommitted CheckpointFailed
+    CheckpointRestored SubscriberFailed SubscriberLagged SubscriberDisabled AlertRaised AlertResolved LoopStalled
+""".split()
+
+
+def test_every_name_of_the_design_is_exported():
+    assert [name for name in DESIGN if name not in et.__all__] == []
+    assert [name for name in et.__all__ if not hasattr(et, name)] == []
+    assert len(et.__all__) == len(set(et.__all__))
+
+
+def test_every_error_is_exported_but_the_one_whose_name_is_an_event():
+    assert {name for name in et.errors.__all__ if name not in et.__all__} == set()
+    assert issubclass(et.CommandRejected, et.Event)
+    assert issubclass(et.errors.CommandRejected, et.EventTrainError)
+
+
+def test_the_subscribers_stand_under_their_final_names():
+    names = {"Checkpointer", "ReduceLROnPlateau", "EarlyStopping", "JSONLLogger", "ProgressBar", "Alerts"}
+    assert names <= set(subscribers.__all__)
+    assert all(issubclass(getattr(subscribers, name), et.Subscriber) for name in names)
+
+
+def test_what_tests_need_is_exported():
+    assert {"RecordingSubscriber", "ScriptedStep", "FakeClock"} <= set(testing.__all__)
