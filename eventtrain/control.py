@@ -99,6 +99,10 @@ class Inbox:
         for order in orders:
             self.reject(order, reason)
 
+    def kept(self) -> dict[str | int, KeptSnapshot]:
+        """The snapshots taken by tag that were not released."""
+        return {tag: kept for tag, kept in list(self.snapshots.items()) if not kept.device.released}
+
     def ask_to_stop(self, reason: str) -> None:
         """End the run at the next boundary. Any thread, and signal handlers: it takes no lock and rings no bell."""
         self.arrived.append(Order(Stop(reason=reason), Answer()))
@@ -278,7 +282,7 @@ class Control:
     @property
     def snapshots(self) -> Mapping[str | int, KeptSnapshot]:
         """Kept snapshots by tag; ``.step``, ``await .to_host()``, ``.release()``."""
-        return MappingProxyType(self._inbox.snapshots)
+        return MappingProxyType(self._inbox.kept())
 
     @property
     def step(self) -> int:

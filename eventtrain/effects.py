@@ -243,11 +243,12 @@ class Effects:
         return not self._owned
 
     def _restore(self, command: Restore, step: int) -> Event:
-        kept = self._inbox.snapshots.get(command.target)
+        snapshots = self._inbox.kept()
+        kept = snapshots.get(command.target)
         if kept is None:
-            kept = next((s for s in self._inbox.snapshots.values() if s.step == command.target), None)
+            kept = next((s for s in snapshots.values() if s.step == command.target), None)
         if kept is None:
-            known = ", ".join(repr(tag) for tag in self._inbox.snapshots) or "none"
+            known = ", ".join(repr(tag) for tag in snapshots) or "none"
             raise SnapshotError(
                 f"no snapshot {command.target!r} is kept; those kept: {known}. Take one with snapshot(tag)."
             )

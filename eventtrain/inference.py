@@ -15,7 +15,7 @@ import numpy as np
 from eventtrain.bus.bus import EventBus
 from eventtrain.device.fetch import Fetcher
 from eventtrain.device.state import PyTree, replicated_sharding
-from eventtrain.errors import DataError
+from eventtrain.errors import AlreadyRunning, DataError
 from eventtrain.evaluation import run_evaluation
 from eventtrain.events import PredictCompleted, PredictStarted, PredictStepCompleted
 from eventtrain.feed import EpochFeed
@@ -34,6 +34,7 @@ class Inference:
 
     def evaluate(self, data: Any) -> dict[str, Number]:
         """The means of eval_fn's metrics, in float64."""
+        self._require_free_bus()
         model, tokens = self._model, deque[jax.Array]()
         narrator = Narrator(self._bus, weight=self._options.weight)
         fetcher = Fetcher(narrator.tell)
@@ -61,6 +62,7 @@ class Inference:
 
     def predict(self, data: Any) -> PyTree:
         """predict_fn's outputs as NumPy arrays, joined along the first axis."""
+        self._require_free_bus()
         model, step = self._model, self._model.step
         prediction = model.prediction()
         began_s, waiting, done = perf_counter(), deque[PyTree](), list[PyTree]()
@@ -86,6 +88,13 @@ class Inference:
         self._bus.feed([PredictCompleted(step=step, steps=len(done), duration_s=duration_s)])
         self._drain()
         return jax.tree.map(_join, *done)
+
+    def _require_free_bus(self) -> None:
+        if self._bus.on_progress is not None:
+            raise AlreadyRunning(
+                "Another trainer's run uses this bus, and its stream takes one voice at a time. Wait for it, or give "
+                "each trainer a bus of its own."
+            )
 
     @contextmanager
     def _feed(self, data: Any) -> Generator[Iterator[Any]]:

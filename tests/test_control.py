@@ -140,4 +140,5 @@ async def test_a_snapshot_by_a_service_is_read_and_released(tmp_path, anyio_back
         kept.release()
         with pytest.raises(et.SnapshotError, match="released"):
             await kept.to_host()
+        assert dict(trainer.control.snapshots) == {}
         trainer.control.stop()

@@ -5,14 +5,54 @@ from __future__ import annotations
 import eventtrain as et
 from eventtrain import subscribers, testing
 
-DESIGN = """
-    Trainer EventBus ArrayLoader EMA Event Subscriber Subscription Control Command parse_event
-    Lossless KeepLatest DropOldest DropNewest StateInUse QueueFull ConfigurationError
-    RunStarted RunCompleted RunFailed EpochStarted EpochCompleted StepStarted StepCompleted StepsCompleted EvalStarted
-    EvalStepCompleted EvalCompleted PredictStarted PredictStepCompleted PredictCompleted HyperparamChanged CommandApplied
-    CommandRejected CommandConflict SnapshotTaken CheckpointStarted CheckpointCommitted CheckpointFailed
-    CheckpointRestored SubscriberFailed SubscriberLagged SubscriberDisabled AlertRaised AlertResolved LoopStalled
-""".split()
+DESIGN = [
+    "Trainer",
+    "EventBus",
+    "ArrayLoader",
+    "EMA",
+    "Event",
+    "Subscriber",
+    "Subscription",
+    "Control",
+    "Command",
+    "parse_event",
+    "Lossless",
+    "KeepLatest",
+    "DropOldest",
+    "DropNewest",
+    "StateInUse",
+    "QueueFull",
+    "ConfigurationError",
+    "RunStarted",
+    "RunCompleted",
+    "RunFailed",
+    "EpochStarted",
+    "EpochCompleted",
+    "StepStarted",
+    "StepCompleted",
+    "StepsCompleted",
+    "EvalStarted",
+    "EvalStepCompleted",
+    "EvalCompleted",
+    "PredictStarted",
+    "PredictStepCompleted",
+    "PredictCompleted",
+    "HyperparamChanged",
+    "CommandApplied",
+    "CommandRejected",
+    "CommandConflict",
+    "SnapshotTaken",
+    "CheckpointStarted",
+    "CheckpointCommitted",
+    "CheckpointFailed",
+    "CheckpointRestored",
+    "SubscriberFailed",
+    "SubscriberLagged",
+    "SubscriberDisabled",
+    "AlertRaised",
+    "AlertResolved",
+    "LoopStalled",
+]
 
 
 def test_every_name_of_the_design_is_exported():
