@@ -22,6 +22,9 @@ class Gates:
         self._bus = bus
         self._known: tuple[Subscription, ...] = ()
         self._expected: dict[Subscription, int] = {}
+        self._counts_from: dict[
+            Subscription, int
+        ] = {}  # the value of ``run`` from which ``passed`` is of this run
         self._obligations: list[tuple[int, int, int, Subscription]] = []
         self._tie = 0
         self.flush_by = NEVER
@@ -42,6 +45,7 @@ class Gates:
         newcomers = [s for s in self._known if s not in self._expected]
         for subscription in newcomers:
             self._expected[subscription] = 0
+            self._counts_from[subscription] = subscription.run + 1
         self.announces_steps = any(_lag(s, StepStarted) is not None for s in self._known)
         self._plan_step_event(step)
         return newcomers
@@ -89,7 +93,9 @@ class Gates:
         """The decider that boundary ``step`` still has to wait for; None when the gate is open."""
         while self._obligations and self._obligations[0][0] <= step:
             _, _, expected, subscription = self._obligations[0]
-            if subscription.state == "active" and subscription.passed < expected:
+            # Until the stream has brought its activation, ``passed`` is what an earlier run left.
+            counting = subscription.run >= self._counts_from[subscription]
+            if subscription.state == "active" and not (counting and subscription.passed >= expected):
                 return subscription
             heapq.heappop(self._obligations)
         return None

@@ -18,7 +18,10 @@ def gates_with(*options: dict[str, Any]) -> tuple[Gates, list[Any]]:
     bus = EventBus()
     subscriptions = [bus.subscribe(o.pop("event_type", StepCompleted), decide, **o) for o in options]
     gates = Gates(bus)
-    assert gates.refresh(0) == [s for s in subscriptions if s.options.lag is not None]
+    deciders = [s for s in subscriptions if s.options.lag is not None]
+    assert gates.refresh(0) == deciders
+    for subscription in deciders:
+        subscription.activate()  # as the stream does
     assert not gates.stale
     return gates, subscriptions
 
@@ -42,6 +45,21 @@ def test_the_ring_is_due_half_the_lag_after_its_oldest_event(lag, flush_by):
     assert gates.blocking(10 + lag) is None
     gates.flushed()
     assert gates.flush_by == NEVER
+
+
+def test_what_an_earlier_run_left_opens_no_gate():
+    bus = EventBus()
+    subscription = bus.subscribe(StepCompleted, decide, lag=0)
+    subscription.activate()
+    subscription.worker.passed = 5
+    gates = Gates(bus)
+    gates.refresh(0)
+    gates.note_step(1)
+    assert gates.blocking(1) is subscription  # its activation is still on its way
+    subscription.activate()
+    assert gates.blocking(1) is subscription
+    subscription.worker.passed = 1
+    assert gates.blocking(1) is None
 
 
 def test_epochs_count_by_epochs_and_other_events_are_not_counted():

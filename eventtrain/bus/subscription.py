@@ -182,8 +182,8 @@ class Subscription:
 
     def activate(self) -> None:
         """A run begins to count this subscription's events, from here in the stream on."""
-        self.run += 1
         self.worker.passed = 0
+        self.run += 1  # last: the loop believes ``passed`` once it sees this
 
     # --- failures -------------------------------------------------------------------------------------------
 
