@@ -10,7 +10,7 @@ import logging
 import threading
 from collections import deque
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any, Literal
 
@@ -365,7 +365,7 @@ class CheckpointPlan:
     every: int | None = None
     every_epochs: int | None = None
     every_s: float | None = None
-    next_s: float = field(default=0.0)
+    next_s: float = 0.0
 
 
 class ControlRoom:

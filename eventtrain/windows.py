@@ -44,7 +44,6 @@ class Windows:
     ) -> None:
         self.flush_at_s = 0.0
         """When the open window is due, in ``monotonic`` time."""
-        self.flushes = 0
         self._compiled = compiled
         self._carry = carry
         self._fetcher = fetcher
@@ -85,7 +84,6 @@ class Windows:
             self._fetcher.put(Ring(ring, rows, self._compiled.layout, window))
         self._first_batch = self._position.batch
         self.flush_at_s = monotonic() + self._interval_s
-        self.flushes += 1
         self._gates.flushed()
 
     def begin_epoch(self) -> None:
