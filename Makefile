@@ -5,12 +5,14 @@ VENV ?= .venv
 DEVICE ?= cpu
 VENV_LOWEST ?= .venv-lowest
 PYTEST_ARGS ?=
+CAMPAIGN ?=
+N ?=
 
 BIN := $(VENV)/bin
 # -qq: warnings of the installer stay out of the way, errors do not.
 PIP_INSTALL := -m pip --disable-pip-version-check install -qq
 
-.PHONY: help demo test test-lowest lint format types docs bench mutants clean
+.PHONY: help demo test test-lowest lint format types docs bench mutants faults faults-slice clean
 .DELETE_ON_ERROR:
 # Two installations into one environment at a time would break it.
 .NOTPARALLEL:
@@ -22,6 +24,7 @@ help:
 	@echo "make lint types   ruff; pyright strict        make format  apply ruff's fixes"
 	@echo "make docs         build the documentation into site/"
 	@echo "make bench        benchmarks: a table, and JSON beside it"
+	@echo "make faults       campaigns of many random trials, which go on where they were (CAMPAIGN=keras N=2000)"
 	@echo "make mutants      remove each promised mechanism; its test has to go red"
 	@echo "make clean        remove build output and caches (environments stay)"
 
@@ -51,11 +54,20 @@ docs: $(VENV)/.installed-docs
 bench: $(VENV)/.installed-bench
 	$(BIN)/python -m benchmarks.loop_overhead --json benchmarks/results/loop_overhead-$(DEVICE).json
 	$(BIN)/python -m benchmarks.bus_throughput --json benchmarks/results/bus_throughput-$(DEVICE).json
+	$(BIN)/python -m benchmarks.step_extensions --json benchmarks/results/step_extensions-$(DEVICE).json
 	$(BIN)/python -m benchmarks.memory
 	$(BIN)/python -m benchmarks.readme
 
 mutants: $(VENV)/.installed-test
 	$(BIN)/python tests/mutants/run.py
+
+# Every campaign unless CAMPAIGN names one, with as many trials as it is defined with unless N says how many.
+faults: $(VENV)/.installed-test
+	$(BIN)/python -m benchmarks.faults $(CAMPAIGN) $(if $(N),--trials $(N))
+
+# Some trials of each that no other run has had; nothing is kept of them.
+faults-slice: $(VENV)/.installed-test
+	$(BIN)/python -m benchmarks.faults $(CAMPAIGN) --slice $(if $(N),--trials $(N))
 
 # One stamp for each extra, renewed only when pyproject.toml changes. bin/pip is the last thing venv writes, so an
 # interrupted creation is repeated.

@@ -1,7 +1,7 @@
 """Fills what the pages take from the code: ``python docs/make_pages.py``. A test fails when one is out of date.
 
 events.md      the events and their fields, from the classes and their docstrings
-promises.md    the mutants of each promise, from tests/mutants/mutants.toml
+promises.md    the mutants of each promise and behaviour, from tests/mutants/mutants.toml
 how-it-works.md    the files of each floor, from tests/test_layers.py and the first line of each file
 """
 
@@ -24,7 +24,7 @@ ROOT = DOCS.parent
 # --- events.md ---------------------------------------------------------------------------------------------
 
 GROUPS = {
-    "The run": ("RunStarted", "RunCompleted", "RunFailed"),
+    "The run": ("RunStarted", "RunResumed", "RunCompleted", "RunFailed"),
     "Epochs and steps": ("EpochStarted", "EpochCompleted", "StepStarted", "StepCompleted", "StepsCompleted"),
     "Evaluation and prediction": (
         "EvalStarted",
@@ -35,7 +35,15 @@ GROUPS = {
         "PredictCompleted",
     ),
     "Control": ("CommandApplied", "CommandRejected", "HyperparamChanged", "CommandConflict", "SnapshotTaken"),
-    "Checkpoints": ("CheckpointStarted", "CheckpointCommitted", "CheckpointFailed", "CheckpointRestored"),
+    "Checkpoints": (
+        "CheckpointStarted",
+        "CheckpointCommitted",
+        "CheckpointFailed",
+        "CheckpointSkipped",
+        "CheckpointUploaded",
+        "CheckpointUploadFailed",
+        "CheckpointRestored",
+    ),
     "Subscribers and alerts": (
         "SubscriberFailed",
         "SubscriberLagged",
@@ -95,20 +103,24 @@ def _said(kind: type[events.Event]) -> str:
 
 
 def promises_page(page: str) -> str:
-    """The page with each promise's mutants in its last column."""
+    """The page with the mutants of each promise and behaviour in the last column."""
     mutants = tomllib.loads((ROOT / "tests" / "mutants" / "mutants.toml").read_text()).get("mutant", [])
     lines: list[str] = []
     for line in page.split("\n"):
-        row = re.fullmatch(r"(\| (\d+) \|.*\|)[^|]*\|", line)
+        row = re.fullmatch(r"(\| (\d+|[a-z]+) \|.*\|)[^|]*\|", line)
         if row is not None:
-            names = [f"`{mutant['name']}`" for mutant in mutants if mutant["promise"] == int(row[2])]
+            names = [f"`{mutant['name']}`" for mutant in mutants if _row_of(mutant) == row[2]]
             line = f"{row[1]} {' '.join(names)} |".replace("|  |", "| |")
         lines.append(line)
     text = "\n".join(lines)
     missing = [mutant["name"] for mutant in mutants if f"`{mutant['name']}`" not in text]
     if missing:
-        raise SystemExit(f"make_pages.py: docs/promises.md has no row for the promise of {missing}")
+        raise SystemExit(f"make_pages.py: docs/promises.md has no row for {missing}")
     return text
+
+
+def _row_of(mutant: dict[str, Any]) -> str:
+    return mutant.get("behaviour") or str(mutant["promise"])
 
 
 # --- how-it-works.md ---------------------------------------------------------------------------------------

@@ -4,7 +4,10 @@
 ``eventtrain.testing``.
 """
 
+import importlib as _importlib
 from importlib.metadata import version as _version
+from typing import TYPE_CHECKING as _TYPE_CHECKING
+from typing import Any as _Any
 
 from eventtrain import errors
 from eventtrain.bus.bus import EventBus
@@ -13,7 +16,9 @@ from eventtrain.bus.subscription import Subscription, SubscriptionStatistics
 from eventtrain.commands import Cause, Command
 from eventtrain.control import Control, KeptSnapshot
 from eventtrain.data import ArrayLoader
-from eventtrain.device.extensions import EMA, StepExtension
+from eventtrain.device.averaging import EMA, SWA
+from eventtrain.device.extensions import StepExtension
+from eventtrain.device.nonfinite import nonfinite_metrics
 from eventtrain.errors import (
     AlreadyRunning,
     AmbiguousHyperparam,
@@ -26,12 +31,14 @@ from eventtrain.errors import (
     EventTrainError,
     HyperparamError,
     MetricsError,
+    NonFiniteMetric,
     QueueFull,
     ScheduledHyperparam,
     SnapshotError,
     StateError,
     StateInUse,
     StepError,
+    StorageError,
     SubscriberError,
     UnknownHyperparam,
 )
@@ -41,7 +48,10 @@ from eventtrain.events import (
     CheckpointCommitted,
     CheckpointFailed,
     CheckpointRestored,
+    CheckpointSkipped,
     CheckpointStarted,
+    CheckpointUploaded,
+    CheckpointUploadFailed,
     CommandApplied,
     CommandConflict,
     CommandRejected,
@@ -58,6 +68,7 @@ from eventtrain.events import (
     PredictStepCompleted,
     RunCompleted,
     RunFailed,
+    RunResumed,
     RunStarted,
     SnapshotTaken,
     StepCompleted,
@@ -73,10 +84,16 @@ from eventtrain.session import Session
 from eventtrain.subscriber import RunContext, Subscriber
 from eventtrain.trainer import FitResult, Trainer
 
+if _TYPE_CHECKING:
+    from eventtrain.config.load import load_subscribers
+    from eventtrain.config.model import subscriber_config
+    from eventtrain.subscribers.checkpoint_reader import load_state
+
 __version__ = _version("eventtrain")
 
 __all__ = [
     "EMA",
+    "SWA",
     "AlertRaised",
     "AlertResolved",
     "AlreadyRunning",
@@ -88,7 +105,10 @@ __all__ = [
     "CheckpointCommitted",
     "CheckpointFailed",
     "CheckpointRestored",
+    "CheckpointSkipped",
     "CheckpointStarted",
+    "CheckpointUploadFailed",
+    "CheckpointUploaded",
     "Command",
     "CommandApplied",
     "CommandConflict",
@@ -116,6 +136,7 @@ __all__ = [
     "LoopStalled",
     "Lossless",
     "MetricsError",
+    "NonFiniteMetric",
     "PredictCompleted",
     "PredictStarted",
     "PredictStepCompleted",
@@ -124,6 +145,7 @@ __all__ = [
     "RunCompleted",
     "RunContext",
     "RunFailed",
+    "RunResumed",
     "RunStarted",
     "ScheduledHyperparam",
     "Session",
@@ -136,6 +158,7 @@ __all__ = [
     "StepExtension",
     "StepStarted",
     "StepsCompleted",
+    "StorageError",
     "Subscriber",
     "SubscriberDisabled",
     "SubscriberError",
@@ -147,5 +170,21 @@ __all__ = [
     "UnknownHyperparam",
     "errors",
     "events_json_schema",
+    "load_state",
+    "load_subscribers",
+    "nonfinite_metrics",
     "parse_event",
+    "subscriber_config",
 ]
+
+_LAZY = {  # what few programs need, or what takes long to import, as Orbax does
+    "load_state": "subscribers.checkpoint_reader",
+    "load_subscribers": "config.load",
+    "subscriber_config": "config.model",
+}
+
+
+def __getattr__(name: str) -> _Any:
+    if name in _LAZY:
+        return getattr(_importlib.import_module(f"eventtrain.{_LAZY[name]}"), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

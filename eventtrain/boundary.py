@@ -21,6 +21,7 @@ class Boundary:
         bus: whose death ends every wait.
         inbox: where commands arrive, and whose bell wakes this thread.
         evaluate: evaluates at this boundary.
+        take_checkpoints: keeps the state of this boundary where commands asked for that.
     """
 
     def __init__(
@@ -32,6 +33,7 @@ class Boundary:
         bus: EventBus,
         inbox: Inbox,
         evaluate: Callable[[], None],
+        take_checkpoints: Callable[[], None],
     ) -> None:
         self._position = position
         self._windows = windows
@@ -40,6 +42,9 @@ class Boundary:
         self._bus = bus
         self._inbox = inbox
         self._evaluate = evaluate
+        self._take_checkpoints = take_checkpoints
+        self.whole = True
+        """False in the middle of an evaluation, of which a cut would hold one half."""
 
     def settle(self) -> bool:
         """Pass the gate, carry out what is due and what has arrived, hold while paused. False: the run has to end."""
@@ -47,9 +52,13 @@ class Boundary:
         self.admit_deciders()
         while True:
             self.carry_out_arrived()
-            if gates.next_due <= step:
-                self._pass_gate(step)
+            if gates.next_due <= step and not self._pass_gate(step):
+                if effects.checkpoints_asked:
+                    self._take_checkpoints()
+                return False  # what is due here waits for a slower decider, in the run that goes on from here
             self._carry_out_due(step)
+            if effects.checkpoints_asked:
+                self._take_checkpoints()
             if effects.stop_reason is not None:
                 return False
             if effects.paused:
@@ -73,11 +82,12 @@ class Boundary:
         orders = min((order.command.due or 0 for order in self._inbox.due), default=NEVER)
         return min(self._gates.next_due, orders)
 
-    def _pass_gate(self, step: int) -> None:
-        """Wait until every decider is through with what this boundary depends on."""
-        if self._gates.blocking(step) is not None:
-            self._windows.flush()
-            self.wait(lambda: self._gates.blocking(step) is None)
+    def _pass_gate(self, step: int) -> bool:
+        """Wait until every decider is through with what this boundary depends on. False: the run has to end first."""
+        if self._gates.blocking(step) is None:
+            return True
+        self._windows.flush()
+        return self.wait(lambda: self._gates.blocking(step) is None)
 
     def carry_out_arrived(self) -> None:
         """Carry out what has no boundary to wait for; what arrived together, by cause and subscription."""
@@ -93,7 +103,7 @@ class Boundary:
         inbox = self._inbox
         ready = [order for order in inbox.due if order.command.due is not None and order.command.due <= step]
         if ready:
-            inbox.due = [order for order in inbox.due if order not in ready]
+            inbox.due = [order for order in inbox.due if (order.command.due or 0) > step]
             for order in sorted(ready, key=lambda order: order.rank):
                 self._effects.carry_out(order, step, self._position.epoch)
 
@@ -114,6 +124,8 @@ class Boundary:
             timeout_s = min(POLL_S, max(0.0, windows.flush_at_s - now_s)) if windows.open else POLL_S
             self._inbox.wait(ready, timeout_s)
             self.carry_out_arrived()
+            if self._effects.checkpoints_asked and self.whole:
+                self._take_checkpoints()
         return True
 
     def _require_bus(self) -> None:

@@ -9,12 +9,19 @@ from typing import Annotated
 import typer
 
 import eventtrain
+from eventtrain import checkpoint_commands
+from eventtrain.config.load import FitConfig, load_run, run_json_schema
 from eventtrain.demo import run_demo
+from eventtrain.script import Job, imported, passed_through, prepare
+from eventtrain.subscribers import ProgressBar
 
 app = typer.Typer(
     help="eventtrain: training steps publish typed events, async subscribers act on them.",
     no_args_is_help=True,
+    pretty_exceptions_enable=False,  # they show local variables, in which there may be secrets
 )
+
+app.add_typer(checkpoint_commands.app, name="checkpoints")
 
 
 def _show_version(wanted: bool) -> None:
@@ -48,6 +55,77 @@ def demo(
 
 
 @app.command()
-def schema() -> None:
+def schema(
+    config: Annotated[
+        bool,
+        typer.Option(
+            "--config", help="Of a file for `eventtrain run`, with every type of subscriber installed."
+        ),
+    ] = False,
+) -> None:
     """Print the JSON Schema of all events."""
-    typer.echo(json.dumps(eventtrain.events_json_schema(), indent=2))
+    typer.echo(json.dumps(run_json_schema() if config else eventtrain.events_json_schema(), indent=2))
+
+
+@app.command()
+def run(
+    script: Annotated[
+        Path, typer.Argument(help="Python file that defines make_trainer(), and data or make_data().")
+    ],
+    config: Annotated[Path, typer.Option(help="TOML or YAML file with [fit] and [[subscribers]].")],
+    overrides: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="SECTION.KEY=VALUE", help="Over what the file says; may be repeated."),
+    ] = None,
+    epochs: Annotated[int | None, typer.Option(min=1, help="Instead of what [fit] says.")] = None,
+    steps: Annotated[int | None, typer.Option(min=1, help="Instead of what [fit] says.")] = None,
+    resume: Annotated[
+        bool,
+        typer.Option(
+            "--resume",
+            help="Go on from the newest checkpoint; begin anew where there is none. Needs Trainer(run_dir=...).",
+        ),
+    ] = False,
+) -> None:
+    """Train what a script defines, with the subscribers of a file."""
+    if epochs is not None and steps is not None:
+        raise typer.BadParameter("give --epochs or --steps, not both.")
+    try:
+        settings = load_run(config, overrides or ())
+        fit = settings.fit if epochs is None and steps is None else FitConfig(epochs=epochs, steps=steps)
+        if fit.epochs is None and fit.steps is None:
+            raise eventtrain.ConfigurationError(
+                f"{config} does not say how long: [fit] epochs = 20, or --epochs 20."
+            )
+        with imported(script) as module:
+            job = prepare(module, settings.subscribers)
+            typer.echo(_summary(_train(job, fit, resume)))
+    except eventtrain.EventTrainError as error:
+        if isinstance(error, eventtrain.StepError) or passed_through(error, script):
+            raise
+        typer.echo("\n".join([f"Error: {error}", *getattr(error, "__notes__", ())]), err=True)
+        raise typer.Exit(2) from None
+    except KeyboardInterrupt:
+        raise typer.Exit(130) from None
+
+
+def _train(job: Job, fit: FitConfig, resume: bool) -> eventtrain.FitResult:
+    has_bar = any(isinstance(subscriber, ProgressBar) for subscriber in job.trainer.subscribers)
+    try:
+        return job.trainer.fit(
+            job.data,
+            epochs=fit.epochs,
+            steps=fit.steps,
+            eval_data=job.eval_data,
+            resume=resume,
+            progress=False if has_bar else None,
+        )
+    except KeyboardInterrupt:
+        typer.echo(f"Interrupted at step {job.trainer.step}.", err=True)
+        raise
+
+
+def _summary(result: eventtrain.FitResult) -> str:
+    metrics = result.history[-1].metrics if result.history else {}
+    values = " ".join(f"{name}={value:.6g}" for name, value in metrics.items())
+    return f"step {result.step} after {result.epochs_completed} epochs ({result.stop_reason}): {values or 'no metrics'}"

@@ -17,6 +17,7 @@ from typing import Any, Literal
 import anyio.to_thread
 
 from eventtrain.bus.bus import EventBus
+from eventtrain.bus.cut import Cut
 from eventtrain.bus.subscription import Subscription
 from eventtrain.bus.wake import Answer
 from eventtrain.commands import (
@@ -34,7 +35,7 @@ from eventtrain.commands import (
     TakeSnapshot,
 )
 from eventtrain.device.snapshot import Snapshot
-from eventtrain.errors import CommandRejected, ConfigurationError, SnapshotError
+from eventtrain.errors import CommandRejected, ConfigurationError
 from eventtrain.events import CommandApplied, Event
 from eventtrain.events import CommandRejected as CommandRejectedEvent
 from eventtrain.frozen import Number
@@ -83,6 +84,7 @@ class Inbox:
         self.snapshots: dict[str | int, KeptSnapshot] = {}
         self.step = 0
         self._bell = threading.Event()
+        self._cuts: list[Cut] = []
         self._waiting = False
         self._closed: str | None = "no run is in progress"
         self._lock = threading.Lock()
@@ -91,6 +93,10 @@ class Inbox:
         """Hand orders over, together and in order; rejected at once when no run is in progress."""
         with self._lock:
             reason = self._closed
+            if (
+                self._cuts
+            ):  # also at the end of a run: the one that goes on from its last cut carries them out
+                self._note_in_cuts(orders)
             if reason is None:
                 self.arrived.extend(orders)
         if reason is None:
@@ -98,6 +104,25 @@ class Inbox:
             return
         for order in orders:
             self.reject(order, reason)
+
+    def show(self, hyperparams: Mapping[str, Number]) -> None:
+        """These values are in effect. Training thread."""
+        self.hyperparams = MappingProxyType(dict(hyperparams))
+
+    def open_cut(self, cut: Cut) -> None:
+        """Note in ``cut`` the orders that wait, and those that come while it is open. Training thread.
+
+        A handler may be anywhere between the loop's boundary and the marker: what it asks for in between belongs to
+        the cut as much as what it asked for before.
+        """
+        with self._lock:
+            cut.orders += [*self.due, *self.arrived]
+            self._cuts = [*(other for other in self._cuts if other.open), cut]
+
+    def _note_in_cuts(self, orders: list[Order]) -> None:
+        self._cuts = [cut for cut in self._cuts if cut.open]
+        for cut in self._cuts:
+            cut.orders += orders
 
     def kept(self) -> dict[str | int, KeptSnapshot]:
         """The snapshots taken by tag that were not released."""
@@ -206,18 +231,27 @@ class Control:
     # --- commands -------------------------------------------------------------------------------------------
 
     def set_hyperparam(
-        self, name: str, value: float, *, path: str | None = None, reason: str = ""
+        self,
+        name: str,
+        value: float,
+        *,
+        path: str | None = None,
+        reason: str = "",
+        at_step: int | None = None,
     ) -> Command:
         """Write ``value`` (a Python, NumPy or 0-d array number) where ``optax.inject_hyperparams`` keeps ``name``.
 
         ``path`` (the full path or a unique part of it) decides where the name stands in several places. The value takes
-        the dtype of the one it replaces; nothing is recompiled.
+        the dtype of the one it replaces; nothing is recompiled. ``at_step`` names a boundary later than the one the
+        lag gives (step ``at_step + 1`` is the first computed with the value); only where the lag is finite.
 
         Rejected: an unknown, ambiguous or scheduled hyperparameter, or a value that is no finite number.
         """
         return self._send(
-            SetHyperparam, name=name, value=_number("set_hyperparam", value), path=path, reason=reason
-        )
+            SetHyperparam,
+            at_step,
+            name=name, value=_number("set_hyperparam", value), path=path, reason=reason,
+        )  # fmt: skip
 
     def scale_hyperparam(
         self,
@@ -229,7 +263,9 @@ class Control:
         path: str | None = None,
         reason: str = "",
     ) -> Command:
-        """Multiply the value in effect *when the command is applied* by ``factor``, then clip it.
+        """Multiply the value in effect *when the command is applied* by ``factor``, within ``minimum`` and ``maximum``.
+
+        A value that is beyond a limit already is not moved further, nor back to it.
 
         Use it instead of reading, computing and setting: between the event and the effect the value may change.
         """
@@ -291,13 +327,19 @@ class Control:
 
     # --- sending --------------------------------------------------------------------------------------------
 
-    def _send(self, kind: type[Command], **fields: Any) -> Command:
+    def _send(self, kind: type[Command], at_step: int | None = None, /, **fields: Any) -> Command:
         cause = None
         due = None
+        if at_step is not None and self._lag is None:
+            raise ConfigurationError(
+                f"{kind.__name__}(at_step={at_step!r}): without a finite lag the command may arrive after that step, "
+                "and a rerun would differ. Subscribe with a lag, or leave at_step out."
+            )
         if self._cause is not None and self._subscription is not None:
             cause = Cause(event=self._cause.kind, step=self._cause.step, subscriber=self._subscription.name)
             # Resume applies at once: a paused loop stays before the boundary at which a lag would let it through.
             due = None if self._lag is None or kind is Resume else self._cause.step + self._lag
+            due = due if at_step is None or due is None else max(due, at_step)
         try:
             command: Any = kind(cause=cause, due=due, **fields)
         except ValueError as error:
@@ -355,60 +397,3 @@ def _number(method: str, value: Any) -> float | int | bool:
     if not isinstance(item, (int, float)):
         raise ConfigurationError(f"{method}: the value must be a number or a 0-d array, not {value!r}.")
     return item
-
-
-@dataclass
-class CheckpointPlan:
-    """When one Checkpointer wants the state: every so many steps, epochs or seconds."""
-
-    owner: str
-    every: int | None = None
-    every_epochs: int | None = None
-    every_s: float | None = None
-    next_s: float = 0.0
-
-
-class ControlRoom:
-    """The control side of one trainer: makes each handler call its control, keeps what Checkpointers asked for."""
-
-    def __init__(self, bus: EventBus) -> None:
-        self.inbox = Inbox(bus)
-        self.plans: list[CheckpointPlan] = []
-        self._claims: dict[tuple[int, str | None], tuple[Snapshot, int]] = {}
-        self._lock = threading.Lock()
-
-    def open_attempt(self, subscription: Subscription, event: Event) -> Control:
-        """The control for one handler call."""
-        return Control(self.inbox, event, subscription, subscription.lag_for(type(event)))
-
-    def offer_checkpoint(self, snapshot: Snapshot, requested_by: str | None) -> None:
-        """Hold a snapshot until every Checkpointer that should write it has claimed it."""
-        claims = 1 if requested_by is not None else len(self.plans)
-        key = (snapshot.step, requested_by)
-        with self._lock:
-            if key in self._claims:  # asked for twice at one boundary: the same state serves both
-                claims += self._claims[key][1]
-            self._claims[key] = (snapshot, claims)
-
-    def claim_checkpoint(self, step: int, requested_by: str | None) -> KeptSnapshot:
-        """A Checkpointer takes the snapshot that ``SnapshotTaken`` announced; it releases it when written.
-
-        Raises:
-            SnapshotError: nothing is held for that step.
-        """
-        with self._lock:
-            held = self._claims.pop((step, requested_by), None)
-            if held is None:
-                raise SnapshotError(
-                    f"No snapshot of step {step} waits to be written; it was claimed or released before."
-                )
-            snapshot, claims = held
-            if claims > 1:
-                self._claims[step, requested_by] = (snapshot, claims - 1)
-                snapshot = snapshot.share()
-        return KeptSnapshot(snapshot)
-
-    def release_all(self) -> None:
-        """The run is over: drop what no Checkpointer claimed. Snapshots taken by tag stay until released."""
-        with self._lock:
-            self._claims.clear()

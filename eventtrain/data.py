@@ -7,6 +7,8 @@ ones already lie on the device when the training thread asks is this module's.
 from __future__ import annotations
 
 import collections
+import inspect
+import itertools
 import threading
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager
@@ -18,7 +20,16 @@ import numpy as np
 
 from eventtrain.errors import ConfigurationError, DataError
 
-__all__ = ["ArrayLoader", "Batch", "BatchGroup", "Prefetcher", "epoch_batches", "on_device"]
+__all__ = [
+    "ArrayLoader",
+    "Batch",
+    "BatchGroup",
+    "Peeked",
+    "Prefetcher",
+    "batches_from",
+    "epoch_batches",
+    "on_device",
+]
 
 # A batch is a pytree, which has no static type.
 Batch: TypeAlias = Any
@@ -153,6 +164,63 @@ def epoch_batches(data: object, epoch: int) -> Iterator[Batch]:
         f"data is {type(data).__name__}, which yields no batches. Pass an iterable of batches, a "
         f"callable epoch -> iterable, or, {hint}."
     )
+
+
+def batches_from(data: object, epoch: int, start: int, state: Any) -> Iterator[Batch]:
+    """The batches of one epoch from batch number `start` on, as a resumed run needs them.
+
+    Where the iterator has `set_state`, it gets `state`; where `data` takes `start=`, as an `ArrayLoader` does, nothing
+    is made twice; else the first batches are made and left out, which is exact if the data is the same every time.
+    """
+    if start == 0:
+        return epoch_batches(data, epoch)
+    if state is None and callable(data) and "start" in _parameters(data):
+        seekable: Any = data
+        return iter(seekable(epoch, start=start))
+    batches = epoch_batches(data, epoch)
+    set_state = getattr(batches, "set_state", None)
+    if state is not None and set_state is not None:
+        set_state(state)
+        return batches
+    return itertools.islice(batches, start, None)
+
+
+def _parameters(function: Callable[..., Any]) -> frozenset[str]:
+    try:
+        return frozenset(inspect.signature(function).parameters)
+    except (TypeError, ValueError):
+        return frozenset()
+
+
+class Peeked(Iterator[Batch]):
+    """An iterator whose first batch was looked at; `get_state` is that of what was handed out.
+
+    Raises:
+        StopIteration: it has no batch.
+    """
+
+    def __init__(self, batches: Iterator[Batch]) -> None:
+        self._batches = batches
+        self.first = next(batches)
+        self._after_first = _position(batches)
+        self._waiting = True
+
+    def __next__(self) -> Batch:
+        if self._waiting:
+            self._waiting = False
+            return self.first
+        self._after_first = None
+        return next(self._batches)
+
+    def get_state(self) -> Any:
+        """The state after the last batch handed out; None where the iterator has none."""
+        return self._after_first if self._after_first is not None else _position(self._batches)
+
+    def close(self) -> None:
+        """Close the iterator, if it can be."""
+        close = getattr(self._batches, "close", None)
+        if close is not None:
+            close()
 
 
 def on_device(batch: Batch) -> bool:

@@ -1,11 +1,13 @@
 """``eventtrain demo``: a small network learns scikit-learn's handwritten digits with every kind of subscriber live.
 
-The policies see the validation set only. The test set is read once, when training is over.
+The policies see the validation set only. The test set is read once, when training is over. Two batches are spoiled,
+so that there is something to recover from.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
 from pathlib import Path
@@ -14,121 +16,72 @@ from time import perf_counter
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
-import optax
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
 import eventtrain as et
+from eventtrain import digits
 from eventtrain import subscribers as subs
+from eventtrain.digits import Batch
 
-try:
-    from sklearn.datasets import load_digits
-except ImportError:
-    load_digits = None
-
-WIDTHS = (64, 512, 256, 10)
-DROPOUT = 0.4
 BATCH_SIZE = 32
-SPLIT_SEED = 0
 ACCURACY_WANTED = 0.97
 EPOCHS = 100
+WARM_UP_EPOCHS = 3
+SPOILED = {(6, 0): 30.0, (8, 0): np.nan}
+"""Epoch and batch, 0-based -> what its images are multiplied by, as a wrong scale and a broken file would."""
 MEASURED_STEPS = 1000
 MEASURED_PAIRS = 5
 
-State = dict[str, Any]
-Batch = tuple[Any, Any]
+
+def warm_up(epoch: int, learning_rate: float) -> float:
+    """The learning rate of an epoch: it grows at first, and then belongs to the other policies."""
+    if epoch < WARM_UP_EPOCHS:
+        return digits.LEARNING_RATE * (epoch + 1) / WARM_UP_EPOCHS
+    return learning_rate
 
 
 @dataclass(frozen=True)
-class Digits:
-    """1,797 images of 8 x 8 pixels: 70% to train on, 15% to decide by, 15% to be tested on once."""
+class SpoiledBatches:
+    """The batches of a loader, two of them spoiled."""
 
-    train: Batch
-    validation: Batch
-    test: Batch
+    loader: et.ArrayLoader
 
+    def __len__(self) -> int:
+        return len(self.loader)
 
-def split_digits() -> Digits:
-    """Load, shuffle by a fixed seed, split, and standardise with the mean and deviation of the training part."""
-    assert load_digits is not None
-    digits: Any = load_digits()
-    images, labels = digits.data.astype(np.float32), digits.target.astype(np.int32)
-    order = np.random.default_rng(SPLIT_SEED).permutation(len(images))
-    parts = np.split(order, [int(0.7 * len(order)), int(0.85 * len(order))])
-    mean, deviation = images[parts[0]].mean(), images[parts[0]].std()
-    train, validation, test = (((images[part] - mean) / deviation, labels[part]) for part in parts)
-    return Digits(train, validation, test)
+    def __call__(self, epoch: int) -> Iterator[Batch]:
+        """Those of one epoch."""
+        for index, (images, labels) in enumerate(self.loader(epoch)):
+            yield images * np.float32(SPOILED.get((epoch, index), 1.0)), labels
 
 
-optimiser = optax.inject_hyperparams(optax.adamw)(learning_rate=1e-3, weight_decay=1e-2)
-
-
-def new_state(seed: int) -> State:
-    """Weights, optimiser state and the key that dropout draws from."""
-    key, *layer_keys = jax.random.split(jax.random.key(seed), len(WIDTHS))
-    params = [
-        {"weight": jax.random.normal(k, (m, n)) * (2 / m) ** 0.5, "bias": jnp.zeros(n)}
-        for k, m, n in zip(layer_keys, WIDTHS, WIDTHS[1:], strict=False)
-    ]
-    return {"params": params, "opt_state": optimiser.init(params), "dropout": key}
-
-
-def logits(
-    params: list[dict[str, jax.Array]], images: jax.Array, dropout: jax.Array | None = None
-) -> jax.Array:
-    """The network's output for ``images`` float32[batch, 64]; with a key, hidden units are dropped at random."""
-    hidden = images
-    for index, layer in enumerate(params[:-1]):
-        hidden = jax.nn.relu(hidden @ layer["weight"] + layer["bias"])
-        if dropout is not None:
-            kept = jax.random.bernoulli(jax.random.fold_in(dropout, index), 1 - DROPOUT, hidden.shape)
-            hidden = jnp.where(kept, hidden / (1 - DROPOUT), 0)
-    return hidden @ params[-1]["weight"] + params[-1]["bias"]
-
-
-def judged(outputs: jax.Array, labels: jax.Array) -> dict[str, jax.Array]:
-    """Mean loss and accuracy of a batch."""
-    loss = optax.softmax_cross_entropy_with_integer_labels(outputs, labels).mean()
-    return {"loss": loss, "accuracy": (outputs.argmax(-1) == labels).mean()}
-
-
-def train_step(state: State, batch: Batch) -> tuple[State, dict[str, jax.Array]]:
-    """One update by AdamW."""
-    images, labels = batch
-    key, dropout = jax.random.split(state["dropout"])
-
-    def loss_fn(params: Any) -> tuple[jax.Array, dict[str, jax.Array]]:
-        metrics = judged(logits(params, images, dropout), labels)
-        return metrics["loss"], metrics
-
-    grads, metrics = jax.grad(loss_fn, has_aux=True)(state["params"])
-    updates, opt_state = optimiser.update(grads, state["opt_state"], state["params"])
-    metrics["grad_norm"] = jnp.sqrt(sum(jnp.vdot(g, g) for g in jax.tree.leaves(grads)))
-    return {
-        "params": optax.apply_updates(state["params"], updates),
-        "opt_state": opt_state,
-        "dropout": key,
-    }, metrics
-
-
-def evaluate_step(state: State, batch: Batch) -> dict[str, jax.Array]:
-    """The metrics without dropout."""
-    return judged(logits(state["params"], batch[0]), batch[1])
-
-
-def all_subscribers(console: Console, **checkpoints: int) -> list[et.Subscriber]:
-    """One of each kind; ``checkpoints`` says when: ``every=`` steps or ``every_epochs=``."""
+def all_policies() -> list[et.Subscriber]:
+    """Those that decide. NaN is the business of the last one, so the others do not look at it."""
     return [
-        subs.ReduceLROnPlateau("val_loss", factor=0.3, patience=3, min_delta=1e-3, cooldown=1, min_lr=1e-5),
-        subs.EarlyStopping("val_loss", min_delta=1e-3, patience=10),
-        subs.Checkpointer("checkpoints", max_to_keep=3, **checkpoints),
+        subs.LearningRateScheduler(warm_up),
+        subs.ReduceLROnPlateau(
+            "val_loss", factor=0.5, patience=3, min_delta=1e-3, cooldown=1, min_lr=1e-5, nan="ignore"
+        ),
+        subs.EarlyStopping("val_loss", min_delta=1e-3, patience=10, nan="ignore", restore_best_weights=True),
+        subs.GradientSpike("grad_norm", factor=0.7),
+        subs.TerminateOnNaN("rollback"),
+    ]
+
+
+def all_subscribers(
+    console: Console, *, every: int | None = None, every_epochs: int | None = None
+) -> list[et.Subscriber]:
+    """The policies, and one of each kind that watches; ``every`` steps or ``every_epochs`` there is a checkpoint."""
+    return [
+        *all_policies(),
+        subs.Checkpointer("checkpoints", every, every_epochs, max_to_keep=3),
         subs.JSONLLogger("events.jsonl"),
         subs.Alerts(
             [
-                subs.Rule("loss", non_finite=True, severity="critical", event=et.StepCompleted),
+                subs.Rule("loss", non_finite=True, severity="info", event=et.StepCompleted),
                 subs.Rule("loss", above=2.0, name="high loss", severity="info", event=et.StepCompleted),
             ]
         ),
@@ -141,22 +94,30 @@ class Story:
     """Prints what happens besides the epochs, and remembers what the demo promises to show."""
 
     console: Console
-    cuts: list[et.HyperparamChanged] = field(default_factory=list[et.HyperparamChanged])
+    decisions: list[et.CommandApplied] = field(default_factory=list[et.CommandApplied])
+    restored: list[et.CheckpointRestored] = field(default_factory=list[et.CheckpointRestored])
     commits: list[et.CheckpointCommitted] = field(default_factory=list[et.CheckpointCommitted])
 
     def tell(self, event: et.Event) -> None:
         """Runs in a worker thread, so that a slow terminal delays nobody."""
         match event:
+            case et.CommandApplied():
+                self.decisions.append(event)
             case et.HyperparamChanged():
                 cause = (
                     f"{event.cause.subscriber} on {event.cause.event}"
                     if event.cause is not None
                     else "a command"
                 )
-                self.cuts.append(event)
                 change = f"{event.name} {event.old:.2g} -> {event.new:.2g}"
+                self._line("LR", "yellow", f"step {event.step}: {change}, by {cause}: {event.reason}")
+            case et.CheckpointRestored():
+                self.restored.append(event)
+                what = "state" if event.part == "all" else "weights"
                 self._line(
-                    "LR cut", "yellow", f"step {event.step}: {change}, caused by {cause}: {event.reason}"
+                    "restored",
+                    "cyan",
+                    f"step {event.step}: {what} of step {event.restored_step}, {event.tag}",
                 )
             case et.CheckpointCommitted():
                 self.commits.append(event)
@@ -182,40 +143,42 @@ class Story:
 
 def run_demo(out: Path | None = None, *, console: Console | None = None) -> str | None:
     """Train, measure and print; returns what went wrong, None if nothing did."""
-    if load_digits is None:
+    if digits.load_digits is None:
         return "it needs scikit-learn for its images. Install the extra: pip install 'eventtrain[demo]'."
     began_s = perf_counter()
     console = console or Console()
     out = out if out is not None else Path("runs") / f"demo-{datetime.now():%Y%m%d-%H%M%S}"
-    digits, story = split_digits(), Story(console)
-    sizes = " + ".join(f"{len(part[1])} to {use}" for part, use in _parts(digits))
+    data, story = digits.split_digits(), Story(console)
+    sizes = " + ".join(f"{len(part[1])} to {use}" for part, use in _parts(data))
+    spoiled = ", ".join(f"times {factor:g} in epoch {epoch + 1}" for (epoch, _), factor in SPOILED.items())
     console.print(f"\n[bold]Handwritten digits[/]: {sizes}")
     console.print(
-        f"A network of {'-'.join(map(str, WIDTHS))} units, trained by AdamW in batches of {BATCH_SIZE}\n",
+        f"A network of {'-'.join(map(str, digits.WIDTHS))} units, trained by AdamW in batches of {BATCH_SIZE}.\n"
+        f"Two batches are spoiled: images {spoiled}.\n",
         highlight=False,
     )
 
     trainer = et.Trainer(
-        train_step,
-        new_state(seed=0),
-        eval_fn=evaluate_step,
+        digits.train_step,
+        digits.new_state(seed=0),
+        eval_fn=digits.evaluate_step,
         subscribers=all_subscribers(console, every_epochs=5),
         run_dir=out,
     )
     trainer.on(
-        et.HyperparamChanged | et.CheckpointCommitted | et.CheckpointFailed | et.AlertRaised | et.AlertResolved
-        | et.SubscriberFailed, name="demo output",
+        et.CommandApplied | et.HyperparamChanged | et.CheckpointRestored | et.CheckpointCommitted | et.CheckpointFailed
+        | et.AlertRaised | et.AlertResolved | et.SubscriberFailed, name="demo output",
     )(story.tell)  # fmt: skip
-    loader = et.ArrayLoader(digits.train, BATCH_SIZE, seed=0)
-    result = trainer.fit(loader, epochs=EPOCHS, eval_data=[digits.validation], progress=False)
+    loader = et.ArrayLoader(data.train, BATCH_SIZE, seed=0)
+    result = trainer.fit(SpoiledBatches(loader), epochs=EPOCHS, eval_data=[data.validation], progress=False)
     statistics = trainer.bus.statistics()
-    accuracy = float(trainer.evaluate([digits.test])["accuracy"])
-    best = min(result.history, key=lambda epoch: epoch.metrics["val_loss"])
+    accuracy = float(trainer.evaluate([data.test])["accuracy"])
     console.print(
-        f"\n{result.epochs_completed} epochs, {result.step} steps; lowest val_loss {best.metrics['val_loss']:.4f} "
-        f"in epoch {best.epoch + 1}\n[bold]Accuracy on the test set, read once: {accuracy:.4f}[/]\n"
+        f"\n{result.epochs_completed} epochs, {result.step} steps\n"
+        f"[bold]Accuracy on the test set, read once: {accuracy:.4f}[/]\n"
     )
-    bare, observed = measure(list(loader(0)), digits.validation, out / "measurement")
+    console.print(_decision_table(story.decisions))
+    bare, observed = measure(list(loader(0)), data.validation, out / "measurement")
     console.print(_speed_table(bare, observed))
     console.print(_statistics_table(statistics.values()))
     console.print("Files:", style="bold")
@@ -234,19 +197,28 @@ def run_demo(out: Path | None = None, *, console: Console | None = None) -> str 
     return _problem(accuracy, story, result.stop_reason)
 
 
-def _parts(digits: Digits) -> Sequence[tuple[Batch, str]]:
-    return (digits.train, "train on"), (digits.validation, "decide by"), (digits.test, "test on")
+def _parts(data: digits.Digits) -> Sequence[tuple[Batch, str]]:
+    return (data.train, "train on"), (data.validation, "decide by"), (data.test, "test on")
 
 
 def _problem(accuracy: float, story: Story, stop_reason: str) -> str | None:
     if accuracy < ACCURACY_WANTED:
         return f"the accuracy on the test set is {accuracy:.4f}, and {ACCURACY_WANTED} was wanted."
-    if not any(cut.cause is not None and cut.cause.subscriber == "ReduceLROnPlateau" for cut in story.cuts):
-        return "ReduceLROnPlateau never cut the learning rate."
-    if not story.commits:
-        return "no checkpoint was committed."
-    if not stop_reason.startswith("early stopping"):
-        return f"EarlyStopping did not end the run; it ended with {stop_reason!r}."
+    deciders = {_decider(applied) for applied in story.decisions}
+    restored = {event.part for event in story.restored}
+    for kept, problem in (
+        ("ReduceLROnPlateau" in deciders, "ReduceLROnPlateau never cut the learning rate."),
+        ("GradientSpike" in deciders, "GradientSpike found no spike."),
+        ("all" in restored, "TerminateOnNaN never rolled back."),
+        ("params" in restored, "EarlyStopping did not put the best weights back."),
+        (story.commits, "no checkpoint was committed."),
+        (
+            stop_reason.startswith("early stopping"),
+            f"EarlyStopping did not end the run, but {stop_reason!r}.",
+        ),
+    ):
+        if not kept:
+            return problem
     return None
 
 
@@ -257,8 +229,8 @@ def measure(batches: Sequence[Batch], validation: Batch, run_dir: Path) -> tuple
     the last step is complete.
     """
     on_device = [jax.device_put(batches[i % len(batches)]) for i in range(MEASURED_STEPS)]
-    bare_step = jax.jit(train_step, donate_argnums=0)
-    state = jax.block_until_ready(bare_step(new_state(seed=1), on_device[0])[0])
+    bare_step = jax.jit(digits.train_step, donate_argnums=0)
+    state = jax.block_until_ready(bare_step(digits.new_state(seed=1), on_device[0])[0])
 
     def bare() -> float:
         nonlocal state
@@ -270,9 +242,9 @@ def measure(batches: Sequence[Batch], validation: Batch, run_dir: Path) -> tuple
 
     quiet = Console(quiet=True)
     trainer = et.Trainer(
-        train_step,
-        new_state(seed=1),
-        eval_fn=evaluate_step,
+        digits.train_step,
+        digits.new_state(seed=1),
+        eval_fn=digits.evaluate_step,
         subscribers=all_subscribers(quiet, every=MEASURED_STEPS // 2),
         run_dir=run_dir,
     )
@@ -304,6 +276,27 @@ def _speed_table(bare: Sequence[float], observed: Sequence[float]) -> Table:
         table.add_row(name, *(f"{rate:,.0f}" for rate in (median(rates), min(rates), max(rates))))
     ratio = median(b / o for b, o in zip(bare, observed, strict=True))
     table.add_row("time per step, observed / bare", f"{ratio:.3f}", "", "")
+    return table
+
+
+def _decider(applied: et.CommandApplied) -> str:
+    return applied.command.cause.subscriber if applied.command.cause is not None else ""
+
+
+def _decision_table(decisions: Sequence[et.CommandApplied]) -> Table:
+    """Who issued which commands how often, and the last reason that was no snapshot's."""
+    table = Table("policy", "commands", "the last one", title="What the policies decided")
+    table.title_justify, table.title_style = "left", "bold"
+    for policy in all_policies():
+        name = type(policy).__name__
+        own = [applied for applied in decisions if _decider(applied) == name]
+        kinds = Counter(applied.command.kind for applied in own)
+        last = [applied for applied in own if applied.command.kind != "take_snapshot"][-1:]
+        table.add_row(
+            name,
+            "\n".join(f"{count} x {kind}" for kind, count in kinds.items()) or "none",
+            "".join(f"step {applied.step}: {applied.command.reason}" for applied in last),
+        )
     return table
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from types import MappingProxyType
+from typing import Literal
 
 import jax
 
@@ -19,13 +19,15 @@ from eventtrain.commands import (
     Stop,
     TakeSnapshot,
 )
-from eventtrain.control import ControlRoom, KeptSnapshot, Order
-from eventtrain.device.hyperparams import Hyperparam, read, resolve, write
+from eventtrain.control import KeptSnapshot, Order
+from eventtrain.control_room import ControlRoom
+from eventtrain.device.hyperparams import Hyperparam, labels, read, resolve, write
 from eventtrain.device.snapshot import Snapshot
 from eventtrain.device.state import Skeleton
 from eventtrain.device.step import Carry
 from eventtrain.errors import ConfigurationError, EventTrainError, SnapshotError
 from eventtrain.events import (
+    TO_BE_CONTINUED,
     CheckpointFailed,
     CheckpointRestored,
     CommandApplied,
@@ -49,6 +51,7 @@ class Effects:
         emit: publishes an event in the training stream.
         can_evaluate: whether there is anything to evaluate on.
         to_host: where a snapshot's leaves go instead of staying on the device (``snapshot="host"``).
+        extension_paths: names of the step extensions' leaves.
     """
 
     def __init__(
@@ -61,6 +64,7 @@ class Effects:
         emit: Callable[[Event], None],
         can_evaluate: Callable[[], bool],
         to_host: Callable[[list[jax.Array]], list[jax.Array]] | None = None,
+        extension_paths: Sequence[str] = (),
     ) -> None:
         self._carry = carry
         self._skeleton = skeleton
@@ -71,10 +75,10 @@ class Effects:
         self._emit = emit
         self._can_evaluate = can_evaluate
         self._to_host = to_host
-        names = [h.name for h in hyperparams]
-        self._labels = {h.path: h.name if names.count(h.name) == 1 else h.path for h in hyperparams}
+        self._extension_paths = tuple(extension_paths)
+        self._labels = labels(hyperparams)
         self._values = {h.path: read(carry.leaves[h.leaf_index]) for h in hyperparams}
-        self._setters: dict[str, tuple[Event, Subscription]] = {}
+        self._setters: dict[str, tuple[int, Subscription]] = {}
         self._unborn: list[tuple[Snapshot, SnapshotTaken]] = []
         self._owned = (
             True  # the state is also somebody else's: its owner's at first, a restored snapshot's later
@@ -82,13 +86,22 @@ class Effects:
         self.paused = False
         self.stop_reason: str | None = None
         self.evaluations_asked = 0
+        self.checkpoints_asked: list[SaveCheckpoint] = []
+        """Checkpoints to be taken when all of this boundary's other commands are carried out."""
         self.deterministic = True
+        self.changes = 0
+        """How often something else than a step has changed the state."""
         self._show()
 
     @property
     def pinned(self) -> bool:
         """Whether someone else refers to the state, so that the next step must not overwrite it."""
         return self._owned or bool(self._unborn)
+
+    @property
+    def cut_short(self) -> bool:
+        """Whether the run has to end for a reason from outside, so that another may go on where it was."""
+        return self.stop_reason in TO_BE_CONTINUED
 
     @property
     def watched(self) -> dict[int, str]:
@@ -108,11 +121,11 @@ class Effects:
                 case Stop():
                     self.stop_reason = self.stop_reason or command.reason or "stopped"
                 case SaveCheckpoint():
-                    if not self._room.plans:
+                    if not self._room.checkpoints:
                         raise SnapshotError(
                             "no Checkpointer is subscribed, so nobody would write it. Add subs.Checkpointer(...)."
                         )
-                    events = [self.take_checkpoint(step, epoch, command.tag, None)]
+                    self.checkpoints_asked.append(command)
                 case TakeSnapshot():
                     taken = SnapshotTaken(step=step, tag=command.tag, epoch=epoch)
                     self._inbox.snapshots[command.tag] = KeptSnapshot(
@@ -134,8 +147,12 @@ class Effects:
         except (EventTrainError, OverflowError) as error:
             self._inbox.reject(order, f"at step {step}: {error}", self._emit)
             return
-        if command.due is None and isinstance(
-            command, (SetHyperparam, ScaleHyperparam, Stop, Restore, Evaluate)
+        if (
+            command.due is None
+            and isinstance(command, (SetHyperparam, ScaleHyperparam, Stop, Restore, Evaluate))
+            and not (
+                isinstance(command, Stop) and self.cut_short
+            )  # a run that goes on from here repeats exactly
         ):
             self.deterministic = False
         applied = CommandApplied(step=step, command=command)
@@ -156,19 +173,24 @@ class Effects:
             value = command.value
         else:
             value = old * command.factor
+            # A limit stops the scaling; a value that is beyond it already is not drawn to it.
             if command.minimum is not None:
-                value = max(value, command.minimum)
+                value = max(value, min(old, command.minimum))
             if command.maximum is not None:
-                value = min(value, command.maximum)
+                value = min(value, max(old, command.maximum))
             if target.dtype.kind in "iu":
                 value = round(value)
         leaves = list(self._carry.leaves)
         new_leaf = write(leaves[target.leaf_index], value)
         leaves[target.leaf_index] = new_leaf
         self._carry.leaves = leaves
+        self.changes += 1
         # A leaf just written from the host: reading it back waits for no step.
         new = self._values[target.path] = read(new_leaf)
         self._show()
+        conflict = self._conflict(target, order, step)
+        if new == old:
+            return conflict
         changed = HyperparamChanged(
             step=step,
             name=target.name,
@@ -178,15 +200,15 @@ class Effects:
             reason=command.reason,
             cause=command.cause,
         )
-        return [changed, *self._conflict(target, order, step)]
+        return [changed, *conflict]
 
     def _conflict(self, target: Hyperparam, order: Order, step: int) -> list[Event]:
         if order.cause is None or order.subscription is None:
             self._setters.pop(target.path, None)
             return []
         before = self._setters.get(target.path)
-        self._setters[target.path] = (order.cause, order.subscription)
-        if before is None or before[0] is not order.cause or before[1] is order.subscription:
+        self._setters[target.path] = (step, order.subscription)
+        if before is None or before[0] != step or before[1] is order.subscription:
             return []
         return [
             CommandConflict(
@@ -199,27 +221,37 @@ class Effects:
         ]
 
     def _show(self) -> None:
-        self._inbox.hyperparams = MappingProxyType(
-            {self._labels[path]: value for path, value in self._values.items()}
-        )
+        self._inbox.show({self._labels[path]: value for path, value in self._values.items()})
 
     # --- snapshots --------------------------------------------------------------------------------------
 
     def take_checkpoint(
         self, step: int, epoch: int, tag: str | None, requested_by: str | None
-    ) -> SnapshotTaken:
-        """Keep the state of this boundary for the Checkpointers; the event tells them."""
+    ) -> tuple[Snapshot, SnapshotTaken]:
+        """Keep the state of this boundary for Checkpointers, with the event that tells them."""
         taken = SnapshotTaken(
             step=step, tag=tag or f"step-{step}", purpose="checkpoint", epoch=epoch, requested_by=requested_by
         )
-        self._room.offer_checkpoint(self._snapshot(step, taken.tag, taken), requested_by)
-        return taken
+        return self._snapshot(step, taken.tag, taken), taken
+
+    def kept_for_the_end(self) -> dict[str, Snapshot]:
+        """The snapshots that the end of the run needs, by tag."""
+        kept = self._inbox.kept()
+        tags = {plan.tag for plan in self._room.final_restores if plan.tag in kept}
+        return {tag: kept[tag].device.share() for tag in tags}
 
     def _snapshot(self, step: int, tag: str, taken: SnapshotTaken) -> Snapshot:
         leaves, extensions = self._carry.leaves, self._carry.ext_leaves
         if self._to_host is not None:
             leaves, extensions = self._to_host(leaves), self._to_host(extensions)
-        snapshot = Snapshot(step, leaves, self._skeleton, tag=tag, extensions=extensions)
+        snapshot = Snapshot(
+            step,
+            leaves,
+            self._skeleton,
+            tag=tag,
+            extensions=extensions,
+            extension_paths=self._extension_paths,
+        )
         if self._to_host is None:
             self._unborn.append((snapshot, taken))
         return snapshot
@@ -238,9 +270,21 @@ class Effects:
         """
         for snapshot, taken in self._unborn:
             snapshot.release()
-            self._emit(CheckpointFailed(step=taken.step, path="", tag=taken.tag, error=str(error)))
+            failed = CheckpointFailed(
+                step=taken.step, path="", tag=taken.tag, error=str(error), requested_by=taken.requested_by
+            )
+            self._emit(failed)
         self._unborn.clear()
         return not self._owned
+
+    def restore_finally(self, step: int) -> None:
+        """The run has ended by itself: put back what subscribers planned to have at its end, and let go of it."""
+        for plan in sorted(self._room.final_restores, key=lambda plan: plan.part == "params"):
+            kept = self._inbox.kept().get(plan.tag)
+            if kept is not None:
+                if plan.where():
+                    self._emit(self._put_back(kept, plan.part, step))
+                kept.release()
 
     def _restore(self, command: Restore, step: int) -> Event:
         snapshots = self._inbox.kept()
@@ -252,25 +296,30 @@ class Effects:
             raise SnapshotError(
                 f"no snapshot {command.target!r} is kept; those kept: {known}. Take one with snapshot(tag)."
             )
+        return self._put_back(kept, command.part, step)
+
+    def _put_back(self, kept: KeptSnapshot, part: Literal["all", "params"], step: int) -> Event:
         source = kept.device.leaves
         if self._to_host is not None:
             source = _back(source, self._carry.leaves)
         leaves = list(source)
-        if command.part == "params":
+        if part == "params":
             leaves = list(self._carry.leaves)
             for index in self._params:
                 leaves[index] = source[index]
         else:
             extensions = kept.device.extensions
-            self._carry.ext_leaves = (
-                extensions if self._to_host is None else _back(extensions, self._carry.ext_leaves)
-            )
+            if self._to_host is not None:
+                extensions = _back(extensions, self._carry.ext_leaves)
+            # The first leaf is the number of completed steps, which never goes back.
+            self._carry.ext_leaves = [*self._carry.ext_leaves[:1], *extensions[1:]]
         self._carry.leaves = leaves
+        self.changes += 1
         self._owned = True
         for hyperparam in self._hyperparams:
             self._values[hyperparam.path] = read(leaves[hyperparam.leaf_index])
         self._show()
-        return CheckpointRestored(step=step, tag=kept.device.tag, part=command.part, restored_step=kept.step)
+        return CheckpointRestored(step=step, tag=kept.device.tag, part=part, restored_step=kept.step)
 
 
 def _back(leaves: Sequence[jax.Array], places: Sequence[jax.Array]) -> list[jax.Array]:

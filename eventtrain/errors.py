@@ -12,12 +12,14 @@
     │   └── ScheduledHyperparam
     ├── CommandRejected         what ``await command.result()`` raises
     ├── SnapshotError           a snapshot that is unknown, released or does not fit the device
+    ├── StorageError            a store off the machine that cannot be reached, or refuses
     ├── StateInUse              ``trainer.state`` while a run owns it
     ├── AlreadyRunning          fit, evaluate or predict called while another one runs
     ├── BusError
     │   ├── BusClosed
     │   ├── QueueFull
     │   └── EventReused
+    ├── NonFiniteMetric         a metric is NaN or infinite, and that was to be an error
     ├── SubscriberError         a subscriber with ``on_error="fail"`` failed
     └── EventParseError         JSON that is no known event
 
@@ -40,12 +42,14 @@ __all__ = [
     "EventTrainError",
     "HyperparamError",
     "MetricsError",
+    "NonFiniteMetric",
     "QueueFull",
     "ScheduledHyperparam",
     "SnapshotError",
     "StateError",
     "StateInUse",
     "StepError",
+    "StorageError",
     "SubscriberError",
     "UnknownHyperparam",
 ]
@@ -103,6 +107,14 @@ class SnapshotError(EventTrainError):
     """A snapshot that is unknown, already released, or that the device has no room for."""
 
 
+class StorageError(EventTrainError):
+    """A store off the machine could not be reached, or refused; ``may_pass``: another try may succeed."""
+
+    def __init__(self, message: str, *, may_pass: bool = False) -> None:
+        super().__init__(message)
+        self.may_pass = may_pass
+
+
 class StateInUse(EventTrainError):
     """``trainer.state`` was read while a run owns it; ``control.snapshot()`` gives a safe copy."""
 
@@ -125,6 +137,10 @@ class QueueFull(BusError):
 
 class EventReused(BusError):
     """One event instance was published twice; every publication needs an instance of its own."""
+
+
+class NonFiniteMetric(EventTrainError):
+    """A metric is NaN or infinite, and a policy was told to fail the run then."""
 
 
 class SubscriberError(EventTrainError):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
+from itertools import islice
 from time import perf_counter
 from typing import Any
 
@@ -24,7 +25,8 @@ def run_evaluation(
     put: Callable[[Any], None],
     before_batch: Callable[[], bool],
     dispatched: Callable[[jax.Array], None],
-) -> bool:
+    done: int | None = None,
+) -> int | None:
     """Evaluate ``leaves`` on ``batches``. Training thread; waits for no result.
 
     Args:
@@ -32,15 +34,17 @@ def run_evaluation(
         put: takes what the fetch thread should get, in order.
         before_batch: called before each dispatch; False ends the evaluation early.
         dispatched: gets the completion token of each dispatch.
+        done: this many batches were evaluated by the run from which this one resumes, which had said EvalStarted.
 
     Returns:
-        Whether it ran to its end; then EvalCompleted is on its way.
+        None if it ran to its end, so that EvalCompleted is on its way; else after how many batches it stopped.
 
     Raises:
         DataError: there was no batch.
     """
-    began_s, count, carry = perf_counter(), 0, None
-    put(EvalStarted(step=step, epoch=epoch))
+    began_s, count, carry = perf_counter(), done or 0, None
+    if done is None:
+        put(EvalStarted(step=step, epoch=epoch))
 
     def fetch() -> None:
         assert carry is not None
@@ -48,7 +52,7 @@ def run_evaluation(
         if rows:
             put(Ring(ring, rows, evaluation.layout, EvalWindow(step, epoch, count - rows)))
 
-    for batch in batches:
+    for batch in islice(batches, count, None):
         if not before_batch():
             break
         if carry is None:
@@ -62,10 +66,10 @@ def run_evaluation(
     if carry is not None:
         fetch()  # also when it ends early: what was dispatched is said
     if not before_batch():
-        return False
-    if carry is None:
+        return count
+    if not count:
         raise DataError(
             "The evaluation data is empty: it ended before its first batch, so there is nothing to average."
         )
     put(EvalEnd(step, epoch, count, began_s))
-    return True
+    return None

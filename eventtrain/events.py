@@ -57,26 +57,46 @@ class EpochEvent(Event):
 # --- the run -------------------------------------------------------------------------------------------
 
 
-class RunStarted(Event):
+TO_BE_CONTINUED = frozenset({"interrupted", "preempted", "cancelled", "failed"})
+"""Reasons for which a run ends from outside: another one may go on from its state, which stays as it is."""
+
+
+class RunEvent(Event):
+    """An event that belongs to a whole run: ``every`` leaves none out."""
+
+    lifecycle: ClassVar[bool] = True
+
+    def is_multiple_of(self, every: int) -> bool:
+        """True, at whatever step the run begins or ends."""
+        return True
+
+
+class RunStarted(RunEvent):
     """A run begins; the first event of its stream. ``step``: steps completed before it."""
 
-    lifecycle: ClassVar[bool] = True
+
+class RunResumed(RunEvent):
+    """A run goes on from a checkpoint; no part of the training sequence, which goes on where the cut was."""
+
+    epoch: int
+    batch: int
+    """Batches of the epoch trained on before."""
+    path: str
+    """Of the checkpoint."""
 
 
-class RunCompleted(Event):
+class RunCompleted(RunEvent):
     """``reason``: "completed", the reason given to ``stop``, "interrupted", "preempted", "cancelled"."""
 
-    lifecycle: ClassVar[bool] = True
     reason: str
     deterministic: bool = True
     """False when something that depends on timing took effect: a command without a finite lag that changed
     the run, or a decider that exceeded its ``timeout_s``."""
 
 
-class RunFailed(Event):
+class RunFailed(RunEvent):
     """The run ended with ``error`` ("Type: message"); nothing of its training sequence follows."""
 
-    lifecycle: ClassVar[bool] = True
     error: str
 
 
@@ -174,7 +194,10 @@ class PredictCompleted(Event):
 
 
 class HyperparamChanged(Event):
-    """``old`` and ``new`` are the values on the device; step ``step + 1`` is the first computed with ``new``."""
+    """``old`` and ``new`` are the values on the device; step ``step + 1`` is the first computed with ``new``.
+
+    A command that leaves the value as it was is answered by CommandApplied only.
+    """
 
     name: str
     path: str
@@ -198,7 +221,7 @@ class CommandRejected(Event):
 
 
 class CommandConflict(Event):
-    """Two subscribers set the same hyperparameter from the same event; the last of ``subscribers`` won."""
+    """Two subscribers set the same hyperparameter at one boundary; the last of ``subscribers`` had the last word."""
 
     name: str
     path: str
@@ -242,6 +265,39 @@ class CheckpointFailed(Event):
 
     lifecycle: ClassVar[bool] = True
     path: str
+    """Empty where nothing was begun."""
+    tag: str | None = None
+    error: str
+    requested_by: str | None = None
+    """The Checkpointer concerned; None where a command asked all of them."""
+
+
+class CheckpointSkipped(Event):
+    """The state of ``step`` was wanted and not kept: ``in_flight`` checkpoints were still being written."""
+
+    lifecycle: ClassVar[bool] = True
+    tag: str | None = None
+    requested_by: str
+    in_flight: int
+
+
+class CheckpointUploaded(Event):
+    """The checkpoint of ``path`` lies at ``url`` as well, whole and verified; ``step`` is that of its state."""
+
+    lifecycle: ClassVar[bool] = True
+    path: str
+    url: str
+    tag: str | None = None
+    size_bytes: int
+    duration_s: float
+
+
+class CheckpointUploadFailed(Event):
+    """The checkpoint of ``path`` was not copied to below ``url``, and why; what lies on this machine is whole."""
+
+    lifecycle: ClassVar[bool] = True
+    path: str
+    url: str
     tag: str | None = None
     error: str
 
@@ -255,6 +311,10 @@ class CheckpointRestored(Event):
     part: Literal["all", "params"] = "all"
     restored_step: int
     """The step whose state was put back; ``step`` itself never goes back."""
+
+    def is_multiple_of(self, every: int) -> bool:
+        """True: whoever looks at every so many steps has to know that what it saw before no longer holds."""
+        return True
 
 
 # --- subscribers and alerts ----------------------------------------------------------------------------
@@ -311,6 +371,7 @@ class LoopStalled(Event):
 
 BUILT_IN: tuple[type[Event], ...] = (
     RunStarted,
+    RunResumed,
     RunCompleted,
     RunFailed,
     EpochStarted,
@@ -332,6 +393,9 @@ BUILT_IN: tuple[type[Event], ...] = (
     CheckpointStarted,
     CheckpointCommitted,
     CheckpointFailed,
+    CheckpointSkipped,
+    CheckpointUploaded,
+    CheckpointUploadFailed,
     CheckpointRestored,
     SubscriberFailed,
     SubscriberLagged,

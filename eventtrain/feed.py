@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from itertools import chain
 from typing import Any
 
 import jax
 
-from eventtrain.data import BatchGroup, Prefetcher, epoch_batches, on_device
+from eventtrain.data import BatchGroup, Peeked, Prefetcher, batches_from, on_device
 from eventtrain.errors import DataError
 
 Wait = Callable[[Callable[[], object]], bool]
@@ -18,7 +17,8 @@ Wait = Callable[[Callable[[], object]], bool]
 class EpochFeed:
     """The batches of one epoch, in groups of ``steps_per_call``. Training thread only; close it.
 
-    Batches that lie on the device already need no thread: the first one tells.
+    Batches that lie on the device already need no thread: the first one tells. A resumed epoch begins at batch
+    ``start``, with the iterator in ``data_state`` where it has one; it may have no batch left.
     """
 
     def __init__(
@@ -30,35 +30,37 @@ class EpochFeed:
         sharding: jax.sharding.Sharding | None,
         wait: Wait,
         on_ready: Callable[[], None],
+        start: int = 0,
+        data_state: Any = None,
     ) -> None:
         self._wait = wait
         self._prefetcher: Prefetcher | None = None
-        self._direct: Iterator[Any] | None = None
-        self._epoch = epoch
-        batches = epoch_batches(data, epoch)
+        self._direct: Peeked | None = None
         try:
-            first = next(batches)
+            batches = Peeked(batches_from(data, epoch, start, data_state))
         except StopIteration:
+            if start:  # resumed behind the epoch's last batch
+                return
             raise DataError(
                 f"The data of epoch {epoch} is empty: it ended before its first batch. Check the files and the batch "
                 "size; a generator can be iterated only once, so give a callable epoch -> iterable instead."
             ) from None
-        whole = chain([first], batches)
-        if steps_per_call == 1 and on_device(first):
-            self._direct = whole
+        if steps_per_call == 1 and on_device(batches.first):
+            self._direct = batches
         else:
             self._prefetcher = Prefetcher(
-                whole, steps_per_call=steps_per_call, sharding=sharding, on_ready=on_ready
+                batches, steps_per_call=steps_per_call, sharding=sharding, on_ready=on_ready
             )
 
     def next(self) -> BatchGroup | None:
         """The next group; None at the end of the epoch, or when the run has to end."""
         if self._direct is not None:
             for batch in self._direct:
-                return BatchGroup((batch,), 1, (None,))
+                return BatchGroup((batch,), 1, (self._direct.get_state(),))
             return None
         prefetcher = self._prefetcher
-        assert prefetcher is not None
+        if prefetcher is None:
+            return None
         if not prefetcher.ready() and not self._wait(prefetcher.ready):
             return None
         return prefetcher.take()

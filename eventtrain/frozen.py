@@ -87,7 +87,8 @@ def _same(a: Any, b: Any) -> bool:
 
 
 def snake_case(name: str) -> str:
-    """``StepCompleted`` -> ``step_completed``, ``LRChanged`` -> ``lr_changed``."""
+    """``StepCompleted`` -> ``step_completed``, ``LRChanged`` -> ``lr_changed``, ``SawNaN`` -> ``saw_nan``."""
+    name = name.replace("NaN", "Nan")
     return re.sub(r"(?<=[a-z0-9])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])", "_", name).lower()
 
 

@@ -10,7 +10,7 @@ import heapq
 
 from eventtrain.bus.bus import EventBus
 from eventtrain.bus.subscription import Subscription
-from eventtrain.events import EpochEvent, EvalStepCompleted, Event, StepCompleted, StepStarted
+from eventtrain.events import EpochEvent, EvalStepCompleted, Event, RunEvent, StepCompleted, StepStarted
 
 NEVER = 1 << 62
 
@@ -70,15 +70,22 @@ class Gates:
             if lag is None:
                 continue
             position = epoch + 1 if issubclass(kind, EpochEvent) else step
-            if position % subscription.options.every:
+            if position % subscription.options.every and not issubclass(kind, RunEvent):
                 continue
-            self._expected[subscription] += 1
-            self._tie += 1
-            heapq.heappush(
-                self._obligations, (step + lag, self._tie, self._expected[subscription], subscription)
-            )
+            self._expect(subscription, step + lag)
             if issubclass(kind, (StepCompleted, EvalStepCompleted)):
                 self.flush_by = min(self.flush_by, step + lag // 2)
+
+    def owe(self, subscription: Subscription, kind: type[Event], step: int) -> None:
+        """A run resumes: ``subscription`` had an event of ``step`` before it that it is not through with."""
+        lag = _lag(subscription, kind)
+        if lag is not None and subscription in self._expected:
+            self._expect(subscription, step + lag)
+
+    def _expect(self, subscription: Subscription, due: int) -> None:
+        self._expected[subscription] += 1
+        self._tie += 1
+        heapq.heappush(self._obligations, (due, self._tie, self._expected[subscription], subscription))
 
     def flushed(self) -> None:
         """The ring is on its way."""

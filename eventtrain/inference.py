@@ -48,9 +48,10 @@ class Inference:
         try:
             with self._feed(data) as batches:
                 evaluation = model.evaluation(model.leaves)
+                leaves = model.leaves_for("eval", model.leaves, model.ext_leaves)
                 step, epoch = model.step, model.epoch
                 run_evaluation(
-                    evaluation, model.leaves, batches, step, epoch, fetcher.put, before_batch, tokens.append
+                    evaluation, leaves, batches, step, epoch, fetcher.put, before_batch, tokens.append
                 )
         finally:
             fetcher.close()
@@ -77,9 +78,10 @@ class Inference:
             if first is None:
                 raise DataError("The data to predict on is empty: it ended before its first batch.")
             prediction.prepare(first)
-            waiting.append(prediction(model.leaves, first))
+            leaves = model.leaves_for("predict", model.leaves, model.ext_leaves)
+            waiting.append(prediction(leaves, first))
             for batch in batches:
-                waiting.append(prediction(model.leaves, batch))
+                waiting.append(prediction(leaves, batch))
                 if len(waiting) > self._options.pace.max_in_flight_calls:
                     fetch_oldest()
         while waiting:

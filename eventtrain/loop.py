@@ -7,17 +7,17 @@ something has arrived or is due. All of it runs on the training thread.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from time import monotonic, perf_counter
-from typing import Any
+from typing import Any, Literal
 
 import jax
 
 from eventtrain.backpressure import Backpressure
 from eventtrain.boundary import Boundary
 from eventtrain.bus.bus import EventBus
-from eventtrain.control import ControlRoom
+from eventtrain.control_room import ControlRoom, Plan
 from eventtrain.device.evaluate import CompiledEval
 from eventtrain.device.fetch import Fetcher
 from eventtrain.device.step import Carry, CompiledStep
@@ -33,7 +33,9 @@ from eventtrain.events import (
     StepStarted,
 )
 from eventtrain.gates import Gates
-from eventtrain.schedule import CheckpointSchedule
+from eventtrain.keeping import StateKeeper
+from eventtrain.saved_run import LoopFacts
+from eventtrain.schedule import Schedule
 from eventtrain.stream import EpochEnd
 from eventtrain.windows import Position, Windows
 
@@ -60,6 +62,7 @@ class TrainingLoop:
         bus, room, fetcher: where events go and commands come from.
         pace: how far to run ahead.
         evaluate: evaluates at the present boundary by ``run_evaluation``, where there is something to evaluate on.
+        describe: says where the run is, for a checkpoint.
     """
 
     def __init__(
@@ -76,25 +79,38 @@ class TrainingLoop:
         fetcher: Fetcher,
         pace: Pace,
         evaluate: Callable[[], None],
+        describe: Callable[[], LoopFacts],
     ) -> None:
         self.compiled = compiled
         self.carry = carry
         self.position = position
         self.windows = windows
         self.effects = effects
-        self.boundary = Boundary(position, windows, gates, effects, bus, room.inbox, self.evaluate)
+        self.keeper = StateKeeper(
+            room, effects, windows, position, bus, lambda ready: self.boundary.wait(ready), describe
+        )
+        self.boundary = Boundary(
+            position, windows, gates, effects, bus, room.inbox, self.evaluate, self.keeper.take_asked
+        )
         self._gates = gates
         self._inbox = room.inbox
         self._fetcher = fetcher
         self._evaluate = evaluate
         self._backpressure = Backpressure(bus, windows, position, self.boundary.wait)
-        self._schedule = CheckpointSchedule(room, effects, windows, position)
+        self._checkpoints = self.keeper.schedule
+        self._evaluations = Schedule(room.evaluations, position, self._ask_to_evaluate)
         self._max_in_flight = pace.max_in_flight_calls
         self._tokens: deque[jax.Array] = deque()  # of the dispatches that may still be running, oldest first
         self._catch_up = 1
         self._attention = 0  # the step at which something is due
-        self._epoch_first_step = position.step
+        self.epoch_first_step = position.step
+        """Steps completed before the epoch in progress."""
         self._epoch_began_s = perf_counter()
+        self._evaluated_at: tuple[int, int] | None = (
+            None  # step, and how often the state was changed between steps
+        )
+        self.evaluated_batches: int | None = None
+        """Of the evaluation that was cut short at this boundary."""
 
     # --- the hot path -----------------------------------------------------------------------------------------
 
@@ -135,15 +151,20 @@ class TrainingLoop:
         """Do what is due before the next step, and find out when to look again. False: the run has to end."""
         position = self.position
         self._attention = 0
+        self._evaluations.take_due()
         if not self._backpressure.make_room() or not self.boundary.settle():
             return False
-        self._schedule.take_due()
+        if self._checkpoints.take_due() and not self.boundary.settle():
+            return False  # it waited for a writer, and the run was stopped or paused meanwhile
         if self._gates.announces_steps:
             self.windows.emit(StepStarted(step=position.step, epoch=position.epoch, batch=position.batch))
             return self.boundary.settle()  # and look again before every step
         free_steps = self._backpressure.free_steps()
         self._attention = min(
-            self.boundary.next_due(), self._schedule.next_step(), position.step + free_steps
+            self.boundary.next_due(),
+            self._checkpoints.next_step(),
+            self._evaluations.next_step(),
+            position.step + free_steps,
         )
         return True
 
@@ -189,7 +210,7 @@ class TrainingLoop:
 
     def _flush(self) -> None:
         self.windows.flush()
-        if self._schedule.by_clock or self._gates.stale:
+        if self._checkpoints.by_clock or self._evaluations.by_clock or self._gates.stale:
             self._attention = (
                 0  # the clock, and subscriptions that came or went, are looked at once per window
             )
@@ -203,7 +224,8 @@ class TrainingLoop:
             return False
         self.boundary.admit_deciders()
         self.windows.begin_epoch()
-        self._epoch_first_step = position.step
+        self.epoch_first_step = position.step
+        position.in_epoch = True
         hyperparams = dict(self._inbox.hyperparams)
         self.windows.emit(EpochStarted(step=position.step, epoch=position.epoch, hyperparams=hyperparams))
         self._attention = 0
@@ -213,29 +235,64 @@ class TrainingLoop:
     def end_epoch(self) -> bool:
         """Evaluate, say EpochCompleted, carry out what was decided on it. False: the run has to end."""
         position = self.position
+        self._evaluations.take_due()
+        self._evaluations.take_epoch(position.epoch + 1)
+        if not self._evaluations:
+            self._ask_to_evaluate()
         going_on = self.boundary.settle()
-        if going_on:
-            self.evaluate()
-            going_on = self.effects.stop_reason is None
-        steps = position.step - self._epoch_first_step
+        self.effects.evaluations_asked = 0
+        if self.effects.cut_short:
+            return False  # the run that goes on from here says EpochCompleted
+        steps = position.step - self.epoch_first_step
         self._gates.note(EpochCompleted, position.step, position.epoch)
         self.windows.put(
             EpochEnd(position.step, position.epoch, steps, self._epoch_began_s, self._inbox.hyperparams)
         )
         position.epoch += 1
+        position.in_epoch = False
         self.windows.begin_epoch()
         going_on = self.boundary.settle() and going_on
-        self._schedule.take_epoch()
+        self._checkpoints.take_epoch(position.epoch)
         self._attention = 0
         return going_on
+
+    def resume_epoch(
+        self, first_step: int, evaluation: Literal["none", "pending", "done"], evaluated_batches: int | None
+    ) -> None:
+        """Go on in the middle of an epoch that began after ``first_step`` steps, and perhaps of an evaluation."""
+        self.boundary.admit_deciders()
+        self.position.in_epoch = True
+        self.epoch_first_step = first_step
+        self.evaluated_batches = evaluated_batches
+        self.effects.evaluations_asked = 1 if evaluation == "pending" else 0
+        if evaluation == "done":
+            self._evaluated_at = (self.position.step, self.effects.changes)
+        self._epoch_began_s = perf_counter()
+
+    def _ask_to_evaluate(self, plan: Plan | None = None) -> None:
+        """Unless the very state of this boundary was evaluated already, as a command may have asked."""
+        if self._evaluated_at == (self.position.step, self.effects.changes):
+            return
+        self.effects.evaluations_asked += 1
+        if plan is not None and plan.every_s is not None:
+            self.effects.deterministic = False
+
+    @property
+    def evaluation_here(self) -> Literal["none", "pending", "done"]:
+        """How far the evaluation of this boundary is."""
+        if self.effects.evaluations_asked or self.evaluated_batches is not None or self._evaluations.is_due():
+            return "pending"
+        return "done" if self._evaluated_at == (self.position.step, self.effects.changes) else "none"
 
     def evaluate(self) -> None:
         """Evaluate at this boundary, if the run has anything to evaluate on; waits for no result."""
         self.windows.flush()
         self._evaluate()
 
-    def run_evaluation(self, evaluation: CompiledEval, batches: Iterable[Any]) -> None:
-        """Evaluate the present state on ``batches``; ends early, without EvalCompleted, when the run has to end."""
+    def run_evaluation(
+        self, evaluation: CompiledEval, leaves: Sequence[jax.Array], batches: Iterable[Any]
+    ) -> None:
+        """Evaluate ``leaves`` on ``batches``; ends early, without EvalCompleted, when the run has to end."""
         step, gates = self.position.step, self._gates
 
         def before_batch() -> bool:
@@ -248,11 +305,18 @@ class TrainingLoop:
             self._tokens.append(token)
             gates.note(EvalStepCompleted, step)
 
-        gates.note(EvalStarted, step)
-        leaves, epoch = self.carry.leaves, self.position.epoch
-        if run_evaluation(
-            evaluation, leaves, batches, step, epoch, self._fetcher.put, before_batch, dispatched
-        ):
+        done, epoch = self.evaluated_batches, self.position.epoch
+        if done is None:
+            gates.note(EvalStarted, step)
+        self.boundary.whole = False
+        try:
+            self.evaluated_batches = run_evaluation(
+                evaluation, leaves, batches, step, epoch, self._fetcher.put, before_batch, dispatched, done
+            )
+        finally:
+            self.boundary.whole = True
+        if self.evaluated_batches is None:
+            self._evaluated_at = (step, self.effects.changes)
             gates.note(EvalCompleted, step)
 
     def finish(self, deadline_s: float) -> None:
@@ -262,6 +326,14 @@ class TrainingLoop:
         """
         if self.effects.stop_reason is None:
             self.boundary.settle()
-        self._schedule.take_due()
+        self.keeper.no_step_follows = True
+        self._checkpoints.take_due()
         self.windows.flush()
-        self.boundary.wait_for_deciders(deadline_s)
+        if (
+            not self.effects.cut_short
+        ):  # else the run that goes on from here gives them their events once more
+            self.boundary.wait_for_deciders(deadline_s)
+
+    def restore_finally(self) -> None:
+        """After ``finish``, in a run that has ended by itself: put back what subscribers planned to have at its end."""
+        self.effects.restore_finally(self.position.step)

@@ -10,8 +10,9 @@ from typing import Any
 import jax
 
 from eventtrain.device.evaluate import CompiledEval, CompiledPredict
-from eventtrain.device.extensions import StepExtension
+from eventtrain.device.extensions import StepExtension, Use
 from eventtrain.device.hyperparams import Hyperparam
+from eventtrain.device.stand_in import StandIn, params_indices, stand_ins
 from eventtrain.device.state import PyTree, Skeleton
 from eventtrain.device.step import CompiledStep
 from eventtrain.loop import Pace
@@ -31,6 +32,8 @@ class RunOptions:
     weight: str | None
     snapshot: str
     drain_timeout_s: float
+    fingerprint: Mapping[str, Any]
+    """What an exact continuation of a run depends on."""
 
 
 @dataclass(frozen=True)
@@ -64,6 +67,10 @@ class Model:
     """Runs tracing and lowering on the thread that called fit, where the JAX settings meant hold."""
     _evaluation: CompiledEval | None = None
     _prediction: CompiledPredict | None = None
+    _stand_ins: dict[Use, StandIn] = field(init=False)
+
+    def __post_init__(self) -> None:
+        self._stand_ins = stand_ins(self.extensions, self.params, self.skeleton, self.leaves, self._lower)
 
     def compile_step(self, hyperparams: Sequence[Hyperparam], options: RunOptions) -> CompiledStep:
         """The step for this state, not prepared yet; it also records the scheduled ones of ``hyperparams``."""
@@ -103,13 +110,23 @@ class Model:
 
     def params_indices(self) -> list[int]:
         """Which leaves the params lens covers."""
-        numbered = self.skeleton.join([_Index(i) for i in range(len(self.leaves))])  # pyright: ignore[reportArgumentType]
-        found = jax.tree_util.tree_leaves(self.params(numbered))
-        return [leaf.index for leaf in found if isinstance(leaf, _Index)]
+        found = params_indices(self.params, self.skeleton, self.leaves)
+        return [index for index in found.values() if index is not None]
 
+    def params_paths(self) -> dict[str, str | None]:
+        """Path of each array that the params lens gives -> its path in the state; None if it is no leaf of it."""
+        found, paths = params_indices(self.params, self.skeleton, self.leaves), self.skeleton.paths
+        return {path: None if index is None else paths[index] for path, index in found.items()}
 
-class _Index:
-    """Stands for a leaf while the params lens is asked which leaves it covers."""
+    def leaves_for(
+        self, use: Use, leaves: Sequence[jax.Array], ext_leaves: Sequence[jax.Array] | None
+    ) -> Sequence[jax.Array]:
+        """``leaves``, with the weights of the step extension that stands in for the params in ``use``, if one does.
 
-    def __init__(self, index: int) -> None:
-        self.index = index
+        One dispatch, which changes neither ``leaves`` nor ``ext_leaves``. Before the first run there are no
+        ``ext_leaves``, and the params stand for themselves.
+        """
+        stand_in = self._stand_ins.get(use)
+        if stand_in is None or not ext_leaves or self.compiled is None:
+            return leaves
+        return stand_in(leaves, self.compiled.extension_states(ext_leaves)[stand_in.extension.name])

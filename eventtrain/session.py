@@ -7,22 +7,26 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import TimeoutError as FutureTimeout
 from functools import partial
 from time import monotonic
-from typing import Any
+from typing import Any, Literal
 
+import anyio
 import jax
 
 from eventtrain.bus.bus import Activation, EventBus
-from eventtrain.control import POLL_S, Control, ControlRoom
+from eventtrain.control import POLL_S, Control
+from eventtrain.control_room import ControlRoom
 from eventtrain.device.fetch import Fetcher
-from eventtrain.device.hyperparams import find_hyperparams
+from eventtrain.device.hyperparams import find_hyperparams, values_of
 from eventtrain.device.state import replicated_sharding
 from eventtrain.effects import Effects
-from eventtrain.errors import AlreadyRunning, BusClosed, ConfigurationError, StepError
+from eventtrain.errors import AlreadyRunning, BusClosed, ConfigurationError, EventTrainError, StepError
 from eventtrain.events import EpochCompleted, RunCompleted, RunFailed, RunStarted, SubscriberFailed
 from eventtrain.feed import EpochFeed
 from eventtrain.gates import Gates
 from eventtrain.loop import TrainingLoop
 from eventtrain.model import Aim, Model, RunOptions
+from eventtrain.resuming import DataPosition, resume_stream, take_over_extensions
+from eventtrain.saved_run import LoopFacts, Resumption
 from eventtrain.stream import Narrator
 from eventtrain.subscriber import RunContext, Subscriber
 from eventtrain.windows import Position, Windows
@@ -50,6 +54,8 @@ class Session:
         *,
         aim: Aim,
         eval_data: Any = None,
+        resumption: Resumption | None = None,
+        restarts: bool = False,
     ) -> None:
         self._model = model
         self._options = options
@@ -60,12 +66,19 @@ class Session:
         self._started: list[Subscriber] = []
         self._aim = aim
         self._eval_data = eval_data
+        self._resumption = resumption
+        self._restarts = restarts
+        self._start = (model.step, model.epoch)
+        self._data = DataPosition()
+        if resumption is not None:
+            facts = resumption.facts.loop
+            self._start = (facts.start_step, facts.start_epoch)
+            self._data = DataPosition(facts.batch, facts.data)
         self._loop: TrainingLoop | None = None
         self._gates = Gates(bus)
         self._narrator = Narrator(bus, weight=options.weight)
         self._fetcher = Fetcher(self._narrator.tell, self._fetch_failed)
         self._grouped = options.steps_per_call > 1
-        self._in_epoch = False
         self._bus_failed = False
         self.ended_by = ""
         """Why the run ended, after its end."""
@@ -90,6 +103,11 @@ class Session:
         return self._loop.position.epoch if self._loop is not None else self._model.epoch
 
     @property
+    def in_epoch(self) -> bool:
+        """Whether an epoch has begun and not ended."""
+        return self._loop is not None and self._loop.position.in_epoch
+
+    @property
     def stop_reason(self) -> str | None:
         """Why the run has to end; None while it may go on."""
         return self._loop.effects.stop_reason if self._loop is not None else None
@@ -105,8 +123,7 @@ class Session:
         Raises:
             StepError, StateError, MetricsError, DataError: what step_fn or the batch did wrong, at its first call.
         """
-        if self._in_epoch and not self._grouped:
-            assert self._loop is not None
+        if self._loop is not None and self._loop.position.in_epoch and not (self._grouped or self.ended_by):
             return self._loop.step(batch) == 1
         return self.advance((batch,) * self._options.steps_per_call, 1) == 1
 
@@ -118,23 +135,22 @@ class Session:
         self._require_open()
         if self._loop is None:
             return True  # the first step prepares the loop, and begins the epoch then
-        if self._in_epoch:
+        if self.in_epoch:
             raise ConfigurationError(
                 "begin_epoch() was called in the middle of an epoch. Call end_epoch() first."
             )
-        self._in_epoch = self._loop.begin_epoch()
-        return self._in_epoch
+        self._data.begin_epoch()
+        return self._loop.begin_epoch()
 
     def end_epoch(self, eval_data: Any = None) -> bool:
         """End the epoch: evaluate on ``eval_data`` if given, then EpochCompleted. False: the run has to end."""
         self._require_open()
         if eval_data is not None and self._model.eval_fn is None:
             raise ConfigurationError("end_epoch(eval_data=...) needs an eval_fn: Trainer(..., eval_fn=...).")
-        if self._loop is None or not self._in_epoch:
+        if self._loop is None or not self.in_epoch:
             return self.stop_reason is None
         if eval_data is not None:
             self._eval_data = eval_data
-        self._in_epoch = False
         return self._loop.end_epoch()
 
     def flush(self) -> None:
@@ -160,14 +176,15 @@ class Session:
         if self._loop is not None:
             return
         model, options = self._model, self._options
-        state = model.skeleton.join(model.leaves)
-        hyperparams = find_hyperparams(state)
+        hyperparams = find_hyperparams(model.skeleton.join(model.leaves))
         if model.compiled is None:
             compiled = model.compile_step(hyperparams, options)
             compiled.prepare(batch)
             model.compiled = compiled
         compiled = model.compiled
         params = model.params_indices()
+        if self._resumption is not None:
+            model.ext_leaves = take_over_extensions(self._resumption, compiled.extension_types, self._inbox)
         carry = compiled.initial(model.leaves, model.ext_leaves, step=model.step)
         effects = Effects(
             carry,
@@ -178,9 +195,11 @@ class Session:
             self._emit,
             self._can_evaluate,
             _to_pinned_host if options.snapshot == "host" else None,
+            tuple(compiled.extension_types),
         )
         self._narrator.watch(effects.watched)
-        position = Position(model.step, model.epoch)
+        facts = self._resumption.facts.loop if self._resumption is not None else None
+        position = Position(model.step, model.epoch, facts.batch if facts is not None else 0)
         windows = Windows(
             compiled, carry, self._fetcher, self._gates, position, options.pace.flush_interval_s
         )
@@ -196,21 +215,49 @@ class Session:
             fetcher=self._fetcher,
             pace=options.pace,
             evaluate=self._evaluate,
+            describe=self._describe,
         )
-        model.leaves, model.ext_leaves = (
-            [],
-            None,
-        )  # the loop owns the state: a reference would keep its memory
+        # The loop owns the state: a reference would keep its memory.
+        model.leaves, model.ext_leaves = [], None
+        if facts is not None:
+            effects.deterministic = facts.deterministic
+            if facts.in_epoch:
+                windows.flush()
+                self._loop.resume_epoch(facts.epoch_first_step, facts.evaluation, facts.evaluated_batches)
 
-    def advance(self, batches: tuple[Any, ...], count: int) -> int:
-        """Run the first ``count`` steps of a group; returns how many were dispatched before the run had to end."""
+    def _describe(self) -> LoopFacts:
+        """Where the run is. Raises TypeError where the data's iterator has a state that no checkpoint can hold."""
+        loop = self._loop
+        assert loop is not None
+        position, (start_step, start_epoch) = loop.position, self._start
+        return LoopFacts(
+            step=position.step,
+            epoch=position.epoch,
+            batch=position.batch,
+            in_epoch=position.in_epoch,
+            evaluation=loop.evaluation_here,
+            evaluated_batches=loop.evaluated_batches,
+            epoch_first_step=loop.epoch_first_step,
+            start_step=start_step,
+            start_epoch=start_epoch,
+            data=self._data.packed(position.batch),
+            deterministic=loop.effects.deterministic and not self._gates.timed_out(),
+            fingerprint=dict(self._options.fingerprint),
+        )
+
+    def advance(self, batches: tuple[Any, ...], count: int, positions: Sequence[Any] = ()) -> int:
+        """Run the first ``count`` steps of a group; returns how many were dispatched before the run had to end.
+
+        ``positions`` are the states of the data's iterator after each batch.
+        """
         self._require_open()
         if self._loop is None:
             self.prepare(batches if self._grouped else batches[0])
         loop = self._loop
         assert loop is not None
-        if not self._in_epoch and not self.begin_epoch():
+        if not self.in_epoch and not self.begin_epoch():
             return 0
+        self._data.begin_group(loop.position.batch, positions)
         if not self._grouped:
             return loop.step(batches[0])
         done = 0
@@ -259,29 +306,48 @@ class Session:
         options = self._options
         if self._subscribers:
             options.run_dir.mkdir(parents=True, exist_ok=True)
-        self._room.plans.clear()
+        self._room.clear_plans()
         self._bus.attach_control(self._room)
         self._bus.run_id = options.run_id
         self._inbox.step = self._model.step
         self._inbox.scheduled = lambda: self._narrator.watched
+        hyperparams = find_hyperparams(self._model.skeleton.join(self._model.leaves))
+        self._inbox.show(values_of(hyperparams, self._model.leaves))
         context = RunContext(
             options.run_id,
             options.run_dir,
             self.control,
             self._bus.publish,
-            self._model.step,
+            self._start[0],
             self._aim.epochs,
             self._aim.steps,
             self._aim.steps_per_epoch,
+            self._start[1],
+            self._can_evaluate(),
+            self._resumption is not None,
+            self._restarts,
+            self._model.params_paths() if self._subscribers else {},
+            tuple(hyperparams),
             self._room,
         )
         for subscriber in self._subscribers:
             self._started.append(subscriber)
-            self._bus.submit(subscriber.start, context).result()
+            try:
+                self._bus.submit(subscriber.start, context).result()
+            except EventTrainError as error:
+                name = subscriber.name or type(subscriber).__name__
+                error.add_note(f"It was raised by the subscriber {name} when the run started.")
+                raise
         self._fetcher.start()
         self._inbox.open()
         for newcomer in self._gates.refresh(self._model.step):
             self._fetcher.put(Activation(newcomer))
+        if self._resumption is not None:
+            stream = self._resumption.facts.stream
+            self._bus.continue_stream(stream.seq)
+            self._narrator.resume(stream)
+            resume_stream(self._resumption, self._bus, self._gates, self._inbox, self._fetcher.put)
+            return
         self._gates.note(RunStarted, self._model.step)
         self._fetcher.put(RunStarted(step=self._model.step))
 
@@ -302,13 +368,17 @@ class Session:
                 loop.finish(deadline_s)
             if loop is not None and loop.windows.open:
                 loop.windows.flush()
+            if loop is not None and error is None and not loop.effects.cut_short:
+                loop.restore_finally()
+            if loop is not None and self._fetcher.failure is None and self._bus.running:
+                loop.keeper.take_final()
         except (
             Exception
         ) as failed:  # an evaluation or a snapshot at the last boundary, or the bus was stopped
             error = error or failed
         self._give_state_back()
         reason = (loop.effects.stop_reason if loop is not None else self._early_stop()) or "completed"
-        self.ended_by, self._in_epoch = reason, False
+        self.ended_by = reason
         left = self._inbox.close(f"the run ended ({reason}) before it was due")
         self._fetcher.close()
         # The fetch thread has ended: from here on this thread is the one that feeds the stream.
@@ -322,7 +392,9 @@ class Session:
         except BusClosed as closed:
             error = error or closed
         error = error or self._bus.failure or self._device_failure()
-        deterministic = (loop is None or loop.effects.deterministic) and not self._gates.timed_out()
+        deterministic = not self._gates.timed_out() and (
+            loop is None or (loop.effects.deterministic and not loop.effects.cut_short)
+        )
         if error is None:
             self._narrator.tell(
                 RunCompleted(step=self.step_count, reason=reason, deterministic=deterministic)
@@ -362,6 +434,7 @@ class Session:
         if loop is None or not self._can_evaluate():
             return
         evaluation = model.evaluation(loop.carry.leaves)
+        leaves = model.leaves_for("eval", loop.carry.leaves, loop.carry.ext_leaves)
         feed = EpochFeed(
             self._eval_data,
             loop.position.epoch,
@@ -371,7 +444,7 @@ class Session:
             on_ready=self.ring,
         )
         try:
-            loop.run_evaluation(evaluation, feed.batches())
+            loop.run_evaluation(evaluation, leaves, feed.batches())
         finally:
             feed.close()
 
@@ -413,7 +486,10 @@ class Session:
         try:
             self._drain(deadline_s)
             for subscriber in self._started:
-                self._stop(subscriber, deadline_s)
+                self._end(subscriber, "finish", deadline_s)
+            self._drain(deadline_s)
+            for subscriber in self._started:
+                self._end(subscriber, "stop", deadline_s)
             left = self._drain(max(deadline_s, monotonic() + 1.0))
         except BusClosed:
             left = self._bus.undelivered()
@@ -431,10 +507,17 @@ class Session:
             partial(self._bus.wait_until_quiet, max(0.0, deadline_s - monotonic()))
         ).result()
 
-    def _stop(self, subscriber: Subscriber, deadline_s: float) -> None:
+    def _end(self, subscriber: Subscriber, how: Literal["finish", "stop"], deadline_s: float) -> None:
+        """Call ``finish`` or ``stop``; cancel it when the time is over, and do not wait much longer even then."""
         name = subscriber.name or type(subscriber).__name__
+        timeout_s = max(1.0, deadline_s - monotonic())
+
+        async def in_time() -> None:
+            with anyio.fail_after(timeout_s):
+                await getattr(subscriber, how)()
+
         try:
-            self._bus.submit(subscriber.stop).result(timeout=max(1.0, deadline_s - monotonic()))
+            self._bus.submit(in_time).result(timeout=timeout_s + 1.0)
         except BusClosed:
             raise
         except Exception as error:
@@ -443,9 +526,9 @@ class Session:
                 if isinstance(error, FutureTimeout)
                 else f"{type(error).__name__}: {error}"
             )
-            logger.error("Subscriber %s failed in stop(): %s", name, text)
+            logger.error("Subscriber %s failed in %s(): %s", name, how, text)
             self._bus.notify(
-                SubscriberFailed(step=self.step_count, subscriber=name, event_kind="stop", error=text)
+                SubscriberFailed(step=self.step_count, subscriber=name, event_kind=how, error=text)
             )
 
 

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from eventtrain.bus.bus import Activation, EventBus, EventSeries
+from eventtrain.bus.cut import Marker
 from eventtrain.device.fetch import Columns
 from eventtrain.errors import MetricsError
 from eventtrain.events import (
@@ -26,6 +27,7 @@ from eventtrain.events import (
     StepStarted,
 )
 from eventtrain.frozen import FrozenDict, Number, copies
+from eventtrain.saved_run import SavedMeans, StreamFacts
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,8 +98,18 @@ class RunningMeans:
         self._total = _add_in_order(self._total, weights)
         for name, column in columns.items():
             values = column.astype(np.float64)
-            weighted = values if name == self._weight else values * weights
-            self._sums[name] = _add_in_order(self._sums.get(name, 0.0), weighted)
+            with np.errstate(invalid="ignore", over="ignore"):  # inf - inf is NaN, as it should be
+                weighted = values if name == self._weight else values * weights
+                self._sums[name] = _add_in_order(self._sums.get(name, 0.0), weighted)
+
+    @property
+    def saved(self) -> SavedMeans:
+        """The sums, for a checkpoint."""
+        return SavedMeans(sums=dict(self._sums), total=self._total)
+
+    def resume(self, saved: SavedMeans) -> None:
+        """Go on from these sums."""
+        self._sums, self._total = dict(saved.sums), saved.total
 
     def means(self) -> dict[str, float]:
         """The means so far; NaN where the weights sum to zero."""
@@ -135,6 +147,13 @@ class Narrator:
         """Follow the scheduled hyperparameters: state leaf index -> name. Before the first window."""
         self._watched_names = names
 
+    def resume(self, facts: StreamFacts) -> None:
+        """Go on from a cut. Before the first item."""
+        self._epoch_means.resume(facts.epoch_means)
+        self._eval_means.resume(facts.eval_means)
+        self.evaluated = facts.evaluated
+        self.watched = MappingProxyType(dict(facts.watched))
+
     def tell(self, item: Any) -> None:
         """Take one item of the fetcher, in order, and feed the bus with what it means."""
         if isinstance(item, Columns):
@@ -146,6 +165,14 @@ class Narrator:
             self._bus.feed([self._end_eval(item)])
         elif isinstance(item, EpochEnd):
             self._bus.feed([self._end_epoch(item)])
+        elif isinstance(item, Marker):
+            item.cut.facts["stream"] = StreamFacts(
+                epoch_means=self._epoch_means.saved,
+                eval_means=self._eval_means.saved,
+                evaluated=None if self.evaluated is None else dict(self.evaluated),
+                watched=dict(self.watched),
+            )
+            self._bus.feed([item])
         else:
             if isinstance(item, EpochStarted):
                 self._epoch_means = RunningMeans(self._weight)

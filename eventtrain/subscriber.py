@@ -3,24 +3,26 @@
 from __future__ import annotations
 
 import difflib
-import inspect
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from time import monotonic
-from typing import Any
+from typing import Any, Literal
 
 import anyio
 
 from eventtrain.bus.bus import EventBus
-from eventtrain.bus.handlers import takes_control
+from eventtrain.bus.handlers import is_async, takes_control
 from eventtrain.bus.options import EventTypes, Lag, OnError
 from eventtrain.bus.queues import Queue
 from eventtrain.bus.subscription import Subscription
-from eventtrain.control import CheckpointPlan, Control, ControlRoom, KeptSnapshot
+from eventtrain.control import Control
+from eventtrain.control_room import Claimed, ControlRoom, FinalRestore, Plan, WhenFull
+from eventtrain.device.hyperparams import Hyperparam, labels, resolve
 from eventtrain.errors import ConfigurationError, QueueFull
 from eventtrain.events import BUILT_IN, Event, SnapshotTaken
 from eventtrain.frozen import snake_case
+from eventtrain.saved_run import SavedRun
 
 
 @dataclass(frozen=True)
@@ -32,9 +34,14 @@ class RunContext:
         run_dir: where relative paths of subscribers lie; it exists.
         control: commands without a cause and without a lag; usable for the whole run, on any thread.
         publish: ``EventBus.publish``.
-        start_step: steps completed before this run.
-        epochs, steps: what this call of ``fit`` aims at; None where that is not known.
+        start_step: steps completed before this run; of one that resumes, before it began at first.
+        epochs, steps: what this call of ``fit`` aims at; None where that is not known. Of a run that resumes: in all.
         steps_per_epoch: where the data has a length.
+        start_epoch: epochs completed before this run.
+        can_evaluate: whether the run has an eval_fn and eval_data.
+        resumed: the run goes on from a checkpoint; RunResumed is said instead of RunStarted.
+        restarts: it was to resume, and nothing was saved: what an attempt before it wrote will be written again.
+        params: path of each array that the lens ``params`` gives -> its path in the state; None if it is no leaf of it.
     """
 
     run_id: str
@@ -45,6 +52,12 @@ class RunContext:
     epochs: int | None = None
     steps: int | None = None
     steps_per_epoch: int | None = None
+    start_epoch: int = 0
+    can_evaluate: bool = False
+    resumed: bool = False
+    restarts: bool = False
+    params: Mapping[str, str | None] = field(default_factory=dict[str, str | None])
+    _hyperparams: tuple[Hyperparam, ...] = ()
     _room: ControlRoom | None = None
 
     async def publish_async(self, event: Event) -> None:
@@ -55,7 +68,38 @@ class RunContext:
             except QueueFull:
                 await anyio.sleep(0.01)
 
-    def schedule_checkpoints(
+    def require_hyperparam(self, name: str, path: str | None = None) -> str:
+        """Make sure that ``control.set_hyperparam(name, ..., path=path)`` can work in this run.
+
+        Returns:
+            The key under which ``EpochCompleted.hyperparams`` and ``control.hyperparams`` show it.
+
+        Raises:
+            UnknownHyperparam, AmbiguousHyperparam, ScheduledHyperparam: it cannot; the message says how to build the
+                optimiser.
+        """
+        return labels(self._hyperparams)[resolve(self._hyperparams, name, path).path]
+
+    def restore_at_end(
+        self,
+        tag: str,
+        part: Literal["all", "params"] = "params",
+        *,
+        where: Callable[[], bool] = lambda: True,
+    ) -> None:
+        """Have the snapshot kept under ``tag`` put back when the run ends by itself, and released.
+
+        By itself: its aim was reached, or a command stopped it. A run that was interrupted, preempted or cancelled
+        keeps its state and the snapshot, so that another run can go on. Without a snapshot of that tag nothing happens.
+        Whole states are put back before params.
+
+        Args:
+            where: asked on the training thread when all deciders are through; False: it is only released.
+        """
+        assert self._room is not None
+        self._room.final_restores.append(FinalRestore(tag, part, where))
+
+    def schedule_evaluations(
         self,
         owner: str,
         *,
@@ -63,30 +107,81 @@ class RunContext:
         every_epochs: int | None = None,
         every_s: float | None = None,
     ) -> None:
+        """Have the loop evaluate at exactly these boundaries, instead of at the end of each epoch.
+
+        At the end of an epoch that is before EpochCompleted. ``every_s`` depends on timing: the run then says
+        ``deterministic=False``.
+
+        Raises:
+            ConfigurationError: the run has nothing to evaluate on.
+        """
+        assert self._room is not None
+        if not self.can_evaluate:
+            raise ConfigurationError(
+                f"{owner} wants evaluations, and this run has nothing to evaluate on. Give Trainer(eval_fn=...) and "
+                "fit(eval_data=...)."
+            )
+        self._room.evaluations.append(
+            Plan(owner, every, every_epochs, every_s, monotonic() + (every_s or 0.0))
+        )
+
+    def schedule_checkpoints(
+        self,
+        owner: str,
+        *,
+        every: int | None = None,
+        every_epochs: int | None = None,
+        every_s: float | None = None,
+        at_start: bool = False,
+        at_end: bool = False,
+        on_command: bool = True,
+        max_in_flight: int = 2,
+        when_full: WhenFull = "wait",
+    ) -> None:
         """Have the loop keep the state at exactly these boundaries and announce each by ``SnapshotTaken``.
 
         The event's ``requested_by`` is ``owner``; ``claim`` then gives the state.
+
+        Args:
+            owner: name of the subscriber.
+            every, every_epochs, every_s: steps, epochs, seconds.
+            at_start: also before the next step.
+            at_end: also after the last step, however the run ends.
+            on_command: also where a command without an addressee asks for one, if anybody else does not.
+            max_in_flight: how many that were claimed and not finished there may be, each of which holds a state.
+            when_full: what becomes of one more.
 
         Raises:
             ConfigurationError: another subscriber of that name has done so.
         """
         assert self._room is not None
-        if any(plan.owner == owner for plan in self._room.plans):
+        if any(plan.owner == owner for plan in self._room.checkpoints):
             raise ConfigurationError(
                 f"Two subscribers named {owner!r} ask for checkpoints. Set the name of one of them."
             )
-        self._room.plans.append(
-            CheckpointPlan(owner, every, every_epochs, every_s, monotonic() + (every_s or 0.0))
+        self._room.checkpoints.append(
+            Plan(
+                owner,
+                every,
+                every_epochs,
+                every_s,
+                monotonic() + (every_s or 0.0),
+                at_start=at_start,
+                at_end=at_end,
+                on_command=on_command,
+                max_in_flight=max_in_flight,
+                when_full=when_full,
+            )
         )
 
-    def claim(self, event: SnapshotTaken) -> KeptSnapshot:
-        """The state that ``event`` announced; to be released when written.
+    def claim(self, owner: str, event: SnapshotTaken) -> Claimed | None:
+        """What ``event`` announced, for ``owner``; to be finished when written or given up.
 
-        Raises:
-            SnapshotError: it was claimed before, or refused because the device had no room.
+        None where nothing is held for it: others have asked for it, it was claimed before, or ``owner`` had too many in
+        flight, which the loop has said. Where the device had no room for it, its snapshot is released.
         """
         assert self._room is not None
-        return self._room.claim_checkpoint(event.step, event.requested_by)
+        return self._room.claim(owner, event.step, event.requested_by)
 
 
 class Subscriber:
@@ -118,8 +213,17 @@ class Subscriber:
     async def start(self, run: RunContext) -> None:
         """The run is about to begin; nothing was published yet. Runs on the bus' event loop. Raising fails the run."""
 
+    async def finish(self) -> None:
+        """The run has ended: end what is under way, and publish what came of it.
+
+        Runs before anybody's ``stop``, on the bus' event loop; cancelled when the run's drain timeout is over.
+        """
+
     async def stop(self) -> None:
-        """The run has ended and everything was handled. Runs on the bus' event loop."""
+        """The run has ended and everything was handled. Runs on the bus' event loop; cancelled as ``finish`` is."""
+
+    async def flush(self) -> None:
+        """Make durable what was handled so far. Runs before ``state_dict`` where a checkpoint is taken."""
 
     def state_dict(self) -> dict[str, Any]:
         """What must survive a restart, as plain JSON data."""
@@ -127,6 +231,19 @@ class Subscriber:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take over what ``state_dict`` gave."""
+
+    resumes_runs: bool = False
+    """Whether ``saved_run`` finds checkpoints."""
+
+    def saved_run(self, run_dir: Path, which: bool | str | int | Path) -> SavedRun | None:
+        """The checkpoint to resume from; None where ``which`` is True and there is none yet.
+
+        Args:
+            run_dir: of the run.
+            which: True for the newest; else a path, a tag or a step.
+
+        Blocks; any thread. Raises SnapshotError where there is no such checkpoint.
+        """
 
 
 def subscribe(bus: EventBus, subscriber: Subscriber) -> Subscription:
@@ -140,8 +257,16 @@ def subscribe(bus: EventBus, subscriber: Subscriber) -> Subscription:
             f"{subscriber!r} is no Subscriber. Subclass eventtrain.Subscriber, or use trainer.on(...) for a function."
         )
     name = subscriber.name or type(subscriber).__name__
-    event_type, handler = _routes(subscriber, name)
-    return bus.subscribe(
+    if not isinstance(name, str):  # pyright: ignore[reportUnnecessaryIsInstance]
+        raise ConfigurationError(f"{type(subscriber).__name__}.name = {name!r}: a name is text, or None.")
+    event_type, handler = event_routes(subscriber, name)
+    stateful = type(subscriber).state_dict is not Subscriber.state_dict
+    if stateful and subscriber.concurrency > 1:
+        raise ConfigurationError(
+            f"{name} has state_dict and concurrency={subscriber.concurrency}: what it saves would depend on which of "
+            "its handlers was faster. Use concurrency=1."
+        )
+    subscription = bus.subscribe(
         event_type,
         handler,
         every=subscriber.every,
@@ -158,9 +283,25 @@ def subscribe(bus: EventBus, subscriber: Subscriber) -> Subscription:
         timeout_s=subscriber.timeout_s,
         name=name,
     )
+    if subscription.name != name:
+        subscriber.name = subscription.name
+    if stateful:
+
+        async def save() -> dict[str, Any]:
+            await subscriber.flush()
+            return subscriber.state_dict()
+
+        subscription.save = save
+    return subscription
 
 
-def _routes(subscriber: Subscriber, name: str) -> tuple[EventTypes, Callable[..., Any]]:
+def event_routes(subscriber: Subscriber, name: str) -> tuple[EventTypes, Callable[..., Any]]:
+    """What ``subscriber``, called ``name`` in messages, handles, and with what.
+
+    Raises:
+        ConfigurationError: nothing; or a method is named after no event, is no coroutine function, or takes other
+            arguments.
+    """
     handle = getattr(subscriber, "handle", None)
     if handle is not None:
         if subscriber.events is None:
@@ -171,7 +312,7 @@ def _routes(subscriber: Subscriber, name: str) -> tuple[EventTypes, Callable[...
     classes = {snake_case(kind.__name__): kind for kind in (*BUILT_IN, Event, *subscriber.event_types)}
     routes: dict[type[Event], tuple[Callable[..., Any], bool]] = {}
     for attribute in dir(subscriber):  # and not inspect.getmembers, which would evaluate every property
-        if not attribute.startswith("on_") or not inspect.ismethod(method := getattr(subscriber, attribute)):
+        if not attribute.startswith("on_") or not callable(method := getattr(subscriber, attribute)):
             continue
         kind = classes.get(attribute[3:])
         if kind is None:
@@ -182,7 +323,7 @@ def _routes(subscriber: Subscriber, name: str) -> tuple[EventTypes, Callable[...
                 else " Name event classes of your own in `event_types`."
             )
             raise ConfigurationError(f"{name}.{attribute} is named after no event.{hint}")
-        if not inspect.iscoroutinefunction(method):
+        if not is_async(method):
             raise ConfigurationError(
                 f"{name}.{attribute} must be written `async def`: it runs on the event loop."
             )

@@ -117,7 +117,9 @@ class ScriptedStep:
             policies to change, and the value each step used is the metric ``learning_rate``.
 
     Attributes:
-        step_fn, eval_fn, state: what ``Trainer`` takes.
+        step_fn, eval_fn: what ``Trainer`` takes.
+        state: for ``Trainer``, too. ``state["params"]["weight"]`` counts the steps, so that a test sees of which step
+            restored weights are.
         data, eval_data: batches without content, one epoch long and one batch long.
     """
 
@@ -136,12 +138,13 @@ class ScriptedStep:
         self.steps_per_epoch = steps_per_epoch
         self.state: dict[str, Any] = {
             "step": jnp.zeros((), jnp.int32),
+            "params": {"weight": jnp.zeros(())},
             "script": _script("metrics", metrics),
             "eval_script": _script("eval_metrics", eval_metrics or {}),
         }
         if learning_rate is not None:
             optimizer = optax.inject_hyperparams(optax.sgd)(learning_rate=learning_rate)
-            self.state["opt_state"] = optimizer.init({"weight": jnp.zeros(())})
+            self.state["opt_state"] = optimizer.init(self.state["params"])
         self.data = [np.zeros((), np.float32)] * steps_per_epoch
         self.eval_data = [np.zeros((), np.float32)]
 
@@ -151,7 +154,8 @@ class ScriptedStep:
         metrics = _values_at(state["script"], state["step"])
         if "opt_state" in state:
             metrics["learning_rate"] = state["opt_state"].hyperparams["learning_rate"]
-        return {**state, "step": state["step"] + 1}, metrics
+        params = {"weight": state["params"]["weight"] + 1}
+        return {**state, "step": state["step"] + 1, "params": params}, metrics
 
     def eval_fn(self, state: dict[str, Any], batch: Any) -> dict[str, jax.Array]:
         """The evaluation: each metric's value of the epoch that the last step belongs to."""

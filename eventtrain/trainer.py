@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import threading
 import uuid
 from collections.abc import Callable, Generator, Mapping, Sequence
@@ -20,23 +21,28 @@ from eventtrain.bus.bus import EventBus
 from eventtrain.bus.handlers import Handler
 from eventtrain.bus.options import EventTypes
 from eventtrain.bus.subscription import Subscription
-from eventtrain.control import Control, ControlRoom
+from eventtrain.control import Control
+from eventtrain.control_room import ControlRoom
 from eventtrain.data import sixty_four_bit
 from eventtrain.device.extensions import StepExtension
 from eventtrain.device.state import PyTree, place, split_state
-from eventtrain.errors import AlreadyRunning, ConfigurationError, StateInUse
+from eventtrain.errors import AlreadyRunning, ConfigurationError, SnapshotError, StateInUse
 from eventtrain.events import (
     EpochCompleted,
 )
-from eventtrain.feed import EpochFeed
+from eventtrain.fitting import train
 from eventtrain.frozen import Number
 from eventtrain.inference import Inference
 from eventtrain.loop import Pace
 from eventtrain.model import Aim, CallOnCaller, Model, RunOptions
 from eventtrain.progress import ProgressBar, shows_progress
+from eventtrain.resuming import fingerprint, take_over
+from eventtrain.saved_run import Resumption, SavedRun
 from eventtrain.session import Session
 from eventtrain.signals import SignalGuard
 from eventtrain.subscriber import Subscriber, subscribe
+
+logger = logging.getLogger("eventtrain")
 
 T = TypeVar("T")
 
@@ -46,7 +52,8 @@ class FitResult:
     """What ``fit`` returns.
 
     Attributes:
-        state: the state reached, on the device; valid until the caller gives it away.
+        state: the state reached, on the device; valid until the caller gives it away. With a step extension whose
+            ``use_for`` has "final", its weights stand in it; ``trainer.state`` has those that training goes on with.
         step: updates completed over the trainer's life.
         epochs_completed: of this call.
         stop_reason: "completed", or the reason given to ``control.stop``, "interrupted", "preempted", "cancelled".
@@ -133,6 +140,7 @@ class Trainer:
             raise ConfigurationError(f'snapshot={snapshot!r}: is none of "keep", "copy", "host".')
         leaves, skeleton = split_state(state)
         self.run_id = run_id or uuid.uuid4().hex[:12]
+        self._run_dir_given = run_dir is not None or run_id is not None
         self.run_dir = (Path(run_dir) if run_dir is not None else Path("runs") / self.run_id).absolute()
         self.bus = bus if bus is not None else EventBus(run_id=self.run_id, drain_timeout_s=drain_timeout_s)
         self._model = Model(
@@ -153,6 +161,7 @@ class Trainer:
             weight=weight,
             snapshot=snapshot,
             drain_timeout_s=drain_timeout_s,
+            fingerprint=fingerprint(skeleton, self._model.leaves, steps_per_call, step_extensions),
         )
         self._backend = (backend, backend_options)
         self._room = ControlRoom(self.bus)
@@ -202,6 +211,27 @@ class Trainer:
         """Subscribe the decorated function, which comes back unchanged; options as in ``EventBus.subscribe``."""
         return self.bus.on(event_type, **options)
 
+    @property
+    def subscribers(self) -> tuple[Subscriber, ...]:
+        """The subscribers of the runs to come, in the order in which they are started."""
+        return self._subscribers
+
+    def subscribe(self, subscriber: Subscriber) -> Subscription:
+        """Add a ``Subscriber`` for the runs to come, behind those that are there.
+
+        Raises:
+            AlreadyRunning: a run is in progress, so that it could not be started any more.
+            ConfigurationError: it handles nothing, or its options cannot work.
+        """
+        if self._busy.locked():
+            raise AlreadyRunning(
+                f"subscribe({type(subscriber).__name__}) was called while {self._activity} is in progress, and a "
+                "Subscriber starts with its run. Subscribe it before, or use trainer.on(...) for a function."
+            )
+        subscription = subscribe(self.bus, subscriber)
+        self._subscribers = (*self._subscribers, subscriber)
+        return subscription
+
     def extension_states(self) -> dict[str, PyTree]:
         """The states of the step extensions by name, on the device. As ``state``: not while a run is in progress."""
         if not self._model.leaves:
@@ -220,6 +250,7 @@ class Trainer:
         epochs: int | None = None,
         steps: int | None = None,
         eval_data: Any = None,
+        resume: bool | str | int | Path = False,
         progress: bool | None = None,
     ) -> FitResult:
         """Train for ``epochs`` epochs or ``steps`` steps more, on this thread; blocks until everything has settled.
@@ -232,6 +263,9 @@ class Trainer:
                 ``ArrayLoader``. NumPy batches are put on the device ahead of time.
             epochs, steps: of this call; one of them. The last epoch ends where its data or ``steps`` end.
             eval_data: like ``data``; evaluated at the end of each epoch. Needs ``eval_fn``.
+            resume: go on from the newest checkpoint (True) of this trainer's Checkpointers, or from the one with this
+                path, tag or step; ``epochs`` and ``steps`` are then those of the whole run. With nothing saved yet,
+                True begins anew and says so.
             progress: show a progress display; by default on a terminal or in a notebook.
 
         Raises:
@@ -242,7 +276,7 @@ class Trainer:
         self._check_fit(epochs, steps, eval_data)
         extra = [ProgressBar()] if (shows_progress() if progress is None else progress) else []
         with self._claim("fit"), SignalGuard(self._room.inbox.ask_to_stop) as signals:
-            result = self._with_bus(lambda: self._fit(data, epochs, steps, eval_data, extra))
+            result = self._with_bus(lambda: self._fit(data, epochs, steps, eval_data, extra, resume))
         signals.raise_received()
         return result
 
@@ -253,6 +287,7 @@ class Trainer:
         epochs: int | None = None,
         steps: int | None = None,
         eval_data: Any = None,
+        resume: bool | str | int | Path = False,
         progress: bool = False,
     ) -> FitResult:
         """Like ``fit``, in a thread of its own beside the running event loop, which stays free.
@@ -264,7 +299,7 @@ class Trainer:
         self._check_fit(epochs, steps, eval_data)
         extra = [ProgressBar()] if progress else []
         with self._claim("fit_async"):
-            return await self._beside_loop(lambda: self._fit(data, epochs, steps, eval_data, extra))
+            return await self._beside_loop(lambda: self._fit(data, epochs, steps, eval_data, extra, resume))
 
     @contextmanager
     def session(self, *, eval_data: Any = None) -> Generator[Session]:
@@ -293,7 +328,15 @@ class Trainer:
                 "fit(eval_data=...) needs an eval_fn: Trainer(..., eval_fn=(state, batch) -> metrics)."
             )
 
-    def _open_session(self, aim: Aim, eval_data: Any, extra: Sequence[Subscriber]) -> Session:
+    def _open_session(
+        self,
+        aim: Aim,
+        eval_data: Any,
+        extra: Sequence[Subscriber],
+        resumption: Resumption | None = None,
+        *,
+        restarts: bool = False,
+    ) -> Session:
         return Session(
             self._model,
             self._options,
@@ -302,6 +345,8 @@ class Trainer:
             (*self._subscribers, *extra),
             aim=aim,
             eval_data=eval_data,
+            resumption=resumption,
+            restarts=restarts,
         )
 
     @contextmanager
@@ -322,26 +367,73 @@ class Trainer:
             self._session = None
 
     def _fit(
-        self, data: Any, epochs: int | None, steps: int | None, eval_data: Any, extra: Sequence[Subscriber]
+        self,
+        data: Any,
+        epochs: int | None,
+        steps: int | None,
+        eval_data: Any,
+        extra: Sequence[Subscriber],
+        resume: bool | str | int | Path,
     ) -> FitResult:
         length = len(data) if hasattr(data, "__len__") else None
-        session = self._open_session(Aim(epochs, steps, length), eval_data, extra)
+        aim = Aim(epochs, steps, length)
+        resumption = self._find_resumption(resume)
+        if resumption is not None:
+            facts = resumption.facts.loop
+            epochs = None if epochs is None else max(0, facts.start_epoch + epochs - facts.epoch)
+            steps = None if steps is None else max(0, facts.start_step + steps - facts.step)
+        session = self._open_session(
+            aim, eval_data, extra, resumption, restarts=resume is not False and resumption is None
+        )
         temporary: list[Subscription] = [subscribe(self.bus, subscriber) for subscriber in extra]
         first_epoch = self._model.epoch
         try:
             with self._settling(session):
-                _train(session, data, epochs, steps, self._options.steps_per_call)
+                train(session, data, epochs, steps, self._options.steps_per_call, resumption)
         finally:
             for subscription in temporary:
                 subscription.cancel()
+        model = self._model
         return FitResult(
-            state=self.state,
+            state=model.skeleton.join(model.leaves_for("final", model.leaves, model.ext_leaves)),
             step=self._model.step,
             epochs_completed=self._model.epoch - first_epoch,
             stop_reason=session.ended_by,
             history=session.history,
             undelivered=session.undelivered,
         )
+
+    def _find_resumption(self, resume: bool | str | int | Path) -> Resumption | None:
+        """The checkpoint to go on from, after the model and the subscribers have taken it over."""
+        if resume is False:
+            return None
+        finders = [subscriber for subscriber in self._subscribers if subscriber.resumes_runs]
+        if not finders:
+            raise ConfigurationError(
+                f"fit(resume={resume!r}) needs somebody who keeps checkpoints: "
+                "Trainer(subscribers=[subs.Checkpointer(...)])."
+            )
+        found: list[SavedRun] = []
+        missing: list[SnapshotError] = []
+        for subscriber in finders:
+            try:
+                saved = subscriber.saved_run(self.run_dir, resume)
+            except SnapshotError as error:  # another one may have it
+                missing.append(error)
+            else:
+                found += [saved] if saved is not None else []
+        if not found and missing:
+            raise missing[0]
+        if not found:
+            hint = (
+                ""
+                if self._run_dir_given
+                else " Give Trainer(run_dir=...): without it each trainer has a new folder."
+            )
+            logger.warning("Nothing is saved in %s yet, so the run begins anew.%s", self.run_dir, hint)
+            return None
+        saved = max(found, key=lambda saved: saved.step)
+        return take_over(saved, self._model, self._room.inbox, self._subscribers, self._options.fingerprint)
 
     # --- evaluation and prediction ------------------------------------------------------------------------------
 
@@ -480,40 +572,6 @@ class Trainer:
         if failure:
             raise failure[0]
         return outcome[0]
-
-
-def _train(session: Session, data: Any, epochs: int | None, steps: int | None, steps_per_call: int) -> None:
-    """Epoch after epoch until the aim is reached or the run has to end."""
-    left = steps
-    epochs_left = epochs
-    while (epochs_left is None or epochs_left > 0) and (left is None or left > 0):
-        feed = EpochFeed(
-            data,
-            session.epoch,
-            steps_per_call=steps_per_call,
-            sharding=session.sharding,
-            wait=session.wait,
-            on_ready=session.ring,
-        )
-        try:
-            group = feed.next()
-            if group is None:
-                return
-            session.prepare(group.batches if steps_per_call > 1 else group.batches[0])
-            if not session.begin_epoch():
-                return
-            while group is not None and left != 0:
-                count = group.steps if left is None else min(group.steps, left)
-                done = session.advance(group.batches, count)
-                if done < count:
-                    return
-                left = None if left is None else left - done
-                group = feed.next() if left != 0 else None
-        finally:
-            feed.close()
-        if session.stop_reason is not None or not session.end_epoch():
-            return
-        epochs_left = None if epochs_left is None else epochs_left - 1
 
 
 def _here(function: Callable[[], Any]) -> Any:

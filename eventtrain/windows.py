@@ -20,6 +20,8 @@ class Position:
     step: int
     epoch: int
     batch: int = 0
+    in_epoch: bool = False
+    """EpochStarted of ``epoch`` was said, and EpochCompleted was not."""
 
 
 class Windows:

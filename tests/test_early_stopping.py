@@ -5,8 +5,9 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Sequence
+from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import jax.numpy as jnp
 import numpy as np
@@ -16,6 +17,7 @@ from hypothesis import strategies as st
 
 import eventtrain as et
 from eventtrain import subscribers as subs
+from eventtrain.testing import ScriptedStep
 
 
 class Asked:
@@ -36,7 +38,7 @@ def drive(policy: subs.EarlyStopping, values: Sequence[float], first_epoch: int 
     """Epoch at which the policy stops."""
     for epoch, value in enumerate(values, first_epoch):
         asked: Any = Asked()
-        coroutine = policy.on_epoch_completed(completed(epoch, val_loss=value), asked)
+        coroutine = policy.handle(completed(epoch, val_loss=value), asked)
         with pytest.raises(StopIteration):
             coroutine.send(None)
         if asked.reasons:
@@ -76,7 +78,7 @@ def test_an_epoch_without_the_metric_does_not_count(caplog: pytest.LogCaptureFix
     policy = subs.EarlyStopping(patience=1)
     asked: Any = Asked()
     for epoch in range(5):
-        coroutine = policy.on_epoch_completed(completed(epoch, loss=1.0), asked)
+        coroutine = policy.handle(completed(epoch, loss=1.0), asked)
         with pytest.raises(StopIteration):
             coroutine.send(None)
     assert (policy.wait, asked.reasons) == (0, [])
@@ -87,14 +89,18 @@ def keras_stop(
     values: Sequence[float], patience: int, min_delta: float, baseline: float | None, start: int
 ) -> int | None:
     """Keras 3.15.1's EarlyStopping.on_epoch_end (minimising), written down from its source; NaN left out."""
+
+    def less(current: float, reference: float | None) -> bool:
+        return reference is None or np.float32(current - -min_delta) < np.float32(reference)
+
     best, wait = None, 0
     for epoch, current in enumerate(values):
         if epoch < start:
             continue
         wait += 1
-        if best is None or current - -min_delta < best:
+        if less(current, best):
             best = current
-            if baseline is None or current - -min_delta < baseline:
+            if less(current, baseline):
                 wait = 0
             continue
         if wait >= patience and epoch > 0:
@@ -147,8 +153,21 @@ def test_options_that_cannot_work_are_refused_by_name(options: dict[str, Any]) -
 
 
 def test_a_state_of_another_version_is_refused() -> None:
-    with pytest.raises(et.ConfigurationError, match="version 9"):
+    with pytest.raises(et.StateError, match="version 9"):
         subs.EarlyStopping().load_state_dict({"version": 9})
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        ({"monitor": {"version": 1, "wait": "long"}}, "monitor.wait"),
+        ({"surplus": 1}, "surplus"),
+        ({"monitor": None}, "monitor"),
+    ],
+)
+def test_a_broken_state_is_refused_by_the_key(change: dict[str, Any], named: str) -> None:
+    with pytest.raises(et.StateError, match=named):
+        subs.EarlyStopping().load_state_dict(subs.EarlyStopping().state_dict() | change)
 
 
 def test_it_ends_a_real_run_before_the_next_epoch_begins(tmp_path: Path) -> None:
@@ -167,3 +186,243 @@ def test_it_ends_a_real_run_before_the_next_epoch_begins(tmp_path: Path) -> None
     )
     again = trainer.fit(lambda epoch: [np.float32(1.0)], epochs=8)  # the count began anew
     assert again.epochs_completed == 3
+
+
+def climbing(losses: Sequence[float], **options: Any) -> tuple[et.Trainer, dict[str, Any]]:
+    """A trainer whose weight is the number of steps taken; its loss of epoch e is ``losses[e]``, two steps an epoch."""
+
+    def step(state: Any, batch: Any) -> Any:
+        return {"params": {"w": state["params"]["w"] + 1}, "count": state["count"] + 1}, {"loss": batch}
+
+    state = {"params": {"w": jnp.zeros(2)}, "count": jnp.zeros((), jnp.int32)}
+    trainer = et.Trainer(step, state, eval_fn=lambda state, batch: {"loss": batch}, **options)
+    return trainer, {"data": lambda epoch: [np.float32(losses[epoch])] * 2, "epochs": len(losses)}
+
+
+@pytest.mark.parametrize("backend", ["asyncio", "trio"])
+@pytest.mark.parametrize("snapshot", ["keep", "copy"])
+@pytest.mark.parametrize(
+    ("losses", "patience", "weight"),
+    [
+        ([3.0, 1.0, 2.0, 2.0, 2.0], 2, 4),  # stopped early
+        ([3.0, 1.0, 2.0, 2.0], 9, 4),  # its epochs were over
+        ([3.0, 2.0, 1.0], 9, 6),  # the last is the best
+        ([1.0, 2.0, 3.0], 9, 2),
+    ],
+)
+def test_the_best_weights_are_back_at_the_end_stopped_early_or_not(
+    tmp_path: Path, losses: list[float], patience: int, weight: int, backend: str, snapshot: Any
+) -> None:
+    policy = subs.EarlyStopping("loss", patience=patience, restore_best_weights=True)
+    trainer, run = climbing(
+        losses, subscribers=[policy], run_dir=tmp_path, backend=backend, snapshot=snapshot
+    )
+    seen: list[et.CheckpointRestored] = []
+    trainer.on(et.CheckpointRestored)(lambda event: seen.append(event))
+    result = trainer.fit(**run)
+    assert result.state["params"]["w"].tolist() == [weight, weight]
+    assert int(result.state["count"]) == result.step  # the params only, as Keras
+    assert [(event.step, event.restored_step, event.part) for event in seen] == [
+        (result.step, weight, "params")
+    ]
+    assert not trainer.control.snapshots  # the device copy is given back
+
+
+def test_an_interrupted_run_keeps_its_state_and_its_best_weights_for_the_next(tmp_path: Path) -> None:
+    losses = [3.0, 1.0, 2.0, 2.0, 2.0, 2.0]
+    policy = subs.EarlyStopping("loss", patience=9, restore_best_weights=True)
+    trainer, run = climbing(losses, subscribers=[policy], run_dir=tmp_path)
+
+    @trainer.on(et.EpochCompleted, lag=0, once=True, where=lambda event: event.epoch == 2)
+    async def interrupt(event: et.EpochCompleted, control: et.Control) -> None:
+        control.stop("interrupted")
+
+    result = trainer.fit(**run)
+    assert result.state["params"]["w"].tolist() == [6, 6]
+    policy.load_state_dict(json.loads(json.dumps(policy.state_dict())))
+    result = trainer.fit(run["data"], epochs=3)
+    assert (result.step, result.state["params"]["w"].tolist()) == (12, [4, 4])
+
+
+def test_a_run_without_a_number_restores_nothing_and_says_so(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    policy = subs.EarlyStopping("loss", patience=9, restore_best_weights=True)
+    trainer, run = climbing([math.nan] * 3, subscribers=[policy], run_dir=tmp_path)
+    assert trainer.fit(**run).state["params"]["w"].tolist() == [6, 6]
+    assert "restored no weights: 'loss' was never a number" in caplog.text
+
+
+def test_best_weights_of_an_earlier_fit_are_forgotten(tmp_path: Path) -> None:
+    policy = subs.EarlyStopping("loss", patience=9, restore_best_weights=True)
+    trainer, run = climbing([1.0, 2.0, math.nan, math.nan], subscribers=[policy], run_dir=tmp_path)
+
+    @trainer.on(et.EpochCompleted, lag=0, once=True, where=lambda event: event.epoch == 1)
+    async def interrupt(event: et.EpochCompleted, control: et.Control) -> None:
+        control.stop("interrupted")
+
+    trainer.fit(**run)
+    assert set(trainer.control.snapshots) == {"EarlyStopping/best"}
+    assert trainer.fit(run["data"], epochs=2).state["params"]["w"].tolist() == [8, 8]
+
+
+@pytest.mark.parametrize(
+    ("options", "losses", "epochs", "reason"),
+    [
+        ({"stopping_threshold": 1.0}, [3.0, 1.0, 0.9, 0.8], 3, "better than the stopping threshold 1"),
+        ({"divergence_threshold": 5.0}, [3.0, 5.0, 6.0, 1.0], 3, "worse than the divergence threshold 5"),
+        ({"nan": "stop"}, [3.0, math.nan, 1.0], 2, "loss is NaN"),
+        (
+            {"mode": "max", "stopping_threshold": 4.0},
+            [3.0, 4.0, 5.0, 6.0],
+            3,
+            "better than the stopping threshold",
+        ),
+    ],
+)
+def test_thresholds_and_nan_stop_at_once(
+    tmp_path: Path, options: Any, losses: list[float], epochs: int, reason: str
+) -> None:
+    policy = subs.EarlyStopping("loss", patience=9, **options)
+    trainer, run = climbing(losses, subscribers=[policy], run_dir=tmp_path)
+    result = trainer.fit(**run)
+    assert result.epochs_completed == epochs
+    assert reason in result.stop_reason
+
+
+def test_patience_in_evaluations_stops_in_the_middle_of_an_epoch(tmp_path: Path) -> None:
+    policy = subs.EarlyStopping(
+        "val_loss", patience=2, patience_unit="evaluations", restore_best_weights=True
+    )
+    trainer, _ = climbing([], subscribers=[policy, subs.EvaluateEvery(steps=5)], run_dir=tmp_path)
+    result = trainer.fit([np.float32(0)] * 100, epochs=1, eval_data=[np.float32(1)])
+    assert (result.step, result.epochs_completed) == (15, 0)
+    assert "for 2 evaluations" in result.stop_reason
+    assert result.state["params"]["w"].tolist() == [5, 5]
+
+
+def test_a_missing_metric_fails_the_run_where_strict(tmp_path: Path) -> None:
+    trainer, run = climbing(
+        [1.0, 1.0], subscribers=[subs.EarlyStopping("val_loss", strict=True)], run_dir=tmp_path
+    )
+    with pytest.raises(
+        et.SubscriberError, match=r"'val_loss', which is not among the metrics there are \(loss\)"
+    ):
+        trainer.fit(**run)
+
+
+@pytest.mark.parametrize("unit", ["steps", "seconds"])
+def test_best_weights_that_would_be_asked_for_too_late_are_refused(unit: Any) -> None:
+    with pytest.raises(et.ConfigurationError, match=f"patience_unit='{unit}'.*EvaluateEvery"):
+        subs.EarlyStopping("loss", restore_best_weights=True, patience_unit=unit)
+
+
+@pytest.mark.parametrize("lag", [None, 3, {et.EpochCompleted: 3}])
+def test_best_weights_and_another_lag_are_refused_at_the_start(tmp_path: Path, lag: Any) -> None:
+    policy = subs.EarlyStopping("loss", restore_best_weights=True)
+    policy.lag = lag
+    trainer, run = climbing([1.0, 1.0], subscribers=[policy], run_dir=tmp_path)
+    with pytest.raises(et.ConfigurationError, match="Leave lag alone"):
+        trainer.fit(**run)
+
+
+def test_a_clock_that_jumps_costs_no_patience_in_seconds() -> None:
+    policy, asked = subs.EarlyStopping("loss", patience=60, patience_unit="seconds"), Asked()
+    for epoch in range(3):
+        event = completed(epoch, loss=1.0).model_copy(
+            update={"time": datetime(2000 + epoch, 1, 1, tzinfo=UTC)}
+        )
+        with pytest.raises(StopIteration):
+            policy.handle(event, cast(Any, asked)).send(None)
+    assert (asked.reasons, policy.wait < 60) == ([], True)
+
+
+@pytest.mark.parametrize(("losses", "weight"), [([2.0, 2.0], 4), ([2.0, 0.5, 1.0], 4)])
+def test_a_state_loaded_without_its_best_weights_says_so_and_restores_only_better_ones(
+    tmp_path: Path, losses: list[float], weight: int, caplog: pytest.LogCaptureFixture
+) -> None:
+    first, second = (subs.EarlyStopping("loss", patience=9, restore_best_weights=True) for _ in range(2))
+    trainer, run = climbing([3.0, 1.0], subscribers=[first], run_dir=tmp_path / "first")
+    trainer.fit(**run)
+    second.load_state_dict(json.loads(json.dumps(first.state_dict())))
+    assert "not here" not in caplog.text
+    trainer, run = climbing(losses, subscribers=[second], run_dir=tmp_path / "second")
+    assert trainer.fit(**run).state["params"]["w"].tolist() == [weight, weight]
+    assert "whose best weights (loss 1) are not here: only better ones can be restored" in caplog.text
+    better = min(losses) < 1
+    assert ("restored no weights: those of the best loss, 1, were not kept" in caplog.text) is not better
+
+
+def test_best_weights_that_the_device_did_not_keep_are_missed_at_the_end(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    policy = subs.EarlyStopping("loss", patience=9, restore_best_weights=True)
+    trainer, run = climbing([3.0, 1.0, 2.0, 2.0], subscribers=[policy], run_dir=tmp_path)
+
+    @trainer.on(et.EpochCompleted, lag=0, where=lambda event: event.epoch == 2)
+    async def let_go(event: et.EpochCompleted, control: et.Control) -> None:
+        control.snapshots["EarlyStopping/best"].release()
+
+    assert trainer.fit(**run).state["params"]["w"].tolist() == [8, 8]
+    assert "restored no weights: those of the best loss, 1, were not kept on the device" in caplog.text
+
+
+POLICIES_OF_EPOCHS = pytest.mark.parametrize("kind", [subs.EarlyStopping, subs.ReduceLROnPlateau])
+
+
+def evaluating(tmp_path: Path, kind: Any, epochs: int, **options: Any) -> tuple[et.Trainer, dict[str, Any]]:
+    """Three epochs of two steps, evaluated at every ``epochs``-th; the metric is "loss"."""
+    script = ScriptedStep({"loss": [1.0]}, eval_metrics={"loss": [1.0]}, steps_per_epoch=2, learning_rate=0.5)
+    policies = [kind(patience=9, **options), subs.EvaluateEvery(epochs=epochs)]
+    trainer = et.Trainer(script.step_fn, script.state, script.eval_fn, subscribers=policies, run_dir=tmp_path)
+    return trainer, {"data": script.data, "epochs": 3, "eval_data": script.eval_data}
+
+
+@POLICIES_OF_EPOCHS
+@pytest.mark.parametrize("strict", [False, True])
+def test_a_metric_that_comes_with_a_later_evaluation_is_not_missing(
+    tmp_path: Path, kind: Any, strict: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    trainer, run = evaluating(tmp_path, kind, 2, strict=strict)
+    assert trainer.fit(**run).epochs_completed == 3
+    assert "watches" not in caplog.text
+
+
+@POLICIES_OF_EPOCHS
+def test_a_metric_that_an_evaluation_lacks_is_missing_at_the_first_one(tmp_path: Path, kind: Any) -> None:
+    trainer, run = evaluating(tmp_path, kind, 2, monitor="val_error", strict=True)
+    epochs: list[int] = []
+    trainer.on(et.EpochCompleted)(lambda event: epochs.append(event.epoch))
+    with pytest.raises(
+        et.SubscriberError, match=r"'val_error', which is not among .*val_loss.*EvaluateEvery"
+    ):
+        trainer.fit(**run)
+    assert epochs == [0, 1]
+
+
+@POLICIES_OF_EPOCHS
+def test_an_evaluation_that_never_comes_is_said_at_the_end_and_fails_the_run_where_strict(
+    tmp_path: Path, kind: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    trainer, run = evaluating(tmp_path / "warns", kind, 4)
+    trainer.fit(**run)
+    assert caplog.text.count("the run ended before an epoch with an evaluation (3 without one)") == 1
+    trainer, run = evaluating(tmp_path / "fails", kind, 4, strict=True)
+    with pytest.raises(
+        et.SubscriberError, match=r"watches 'val_loss', and the run ended before.*EvaluateEvery"
+    ):
+        trainer.fit(**run)
+
+
+@POLICIES_OF_EPOCHS
+def test_an_interrupted_run_misses_no_evaluation(
+    tmp_path: Path, kind: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    trainer, run = evaluating(tmp_path, kind, 4, strict=True)
+
+    @trainer.on(et.EpochCompleted, lag=0)
+    async def interrupt(event: et.EpochCompleted, control: et.Control) -> None:
+        control.stop("interrupted")
+
+    assert trainer.fit(**run).stop_reason == "interrupted"
+    assert "watches" not in caplog.text

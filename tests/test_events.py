@@ -273,3 +273,7 @@ def test_a_window_is_due_when_a_multiple_lies_in_it(first: int, rows: int, every
     last = first + rows - 1
     window = et.StepsCompleted(step=last, first_step=first, last_step=last, epoch=0, metrics={})
     assert window.is_multiple_of(every) == any(step % every == 0 for step in range(first, last + 1))
+
+
+def test_no_every_leaves_out_that_a_state_was_put_back() -> None:
+    assert et.CheckpointRestored(step=54, restored_step=32).is_multiple_of(32)

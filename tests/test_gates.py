@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from eventtrain.bus.bus import EventBus
-from eventtrain.events import EpochCompleted, EvalStepCompleted, StepCompleted, StepStarted
+from eventtrain.events import EpochCompleted, EvalStepCompleted, RunStarted, StepCompleted, StepStarted
 from eventtrain.gates import NEVER, Gates
 
 
@@ -79,6 +79,16 @@ def test_a_mapping_gives_each_event_type_its_own_lag():
     assert gates.next_due == 5
     gates.note(EpochCompleted, 1, epoch=0)
     assert gates.next_due == 1
+
+
+def test_every_leaves_out_no_event_of_a_whole_run():
+    gates, (subscription,) = gates_with(
+        {"event_type": RunStarted | StepCompleted, "lag": {RunStarted: 0, StepCompleted: 4}, "every": 8}
+    )
+    gates.note(RunStarted, 5)
+    assert gates.blocking(5) is subscription
+    assert subscription.selection.is_due(RunStarted(step=5))
+    assert not subscription.selection.is_due(StepCompleted(step=5, epoch=0, batch=4, metrics={}))
 
 
 def test_an_ended_subscription_blocks_nothing():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import errno
 import json
 import os
@@ -253,3 +254,62 @@ async def test_a_disk_that_stays_full_makes_training_wait_instead_of_filling_mem
     await logger.stop()
     lines = (await anyio.to_thread.run_sync((tmp_path / "run.jsonl").read_text)).splitlines()
     assert [json.loads(line)["step"] for line in lines] == list(range(1, 21))
+
+
+async def test_what_was_written_after_the_checkpoint_is_cut_off_at_resume_and_kept_beside(
+    tmp_path: Path,
+) -> None:
+    path, logger = tmp_path / "run.jsonl", subs.JSONLLogger("run.jsonl")
+    await logger.start(context(tmp_path))
+    for step in (1, 2, 3):
+        await logger.handle(step_event(step))
+    await logger.flush()
+    saved = json.loads(json.dumps(logger.state_dict()))
+    for step in (4, 5):
+        await logger.handle(step_event(step))
+    await logger.stop()
+    before = path.read_bytes()
+    for attempt in (1, 2):  # a second kill leaves another tail
+        resumed = subs.JSONLLogger("run.jsonl")
+        resumed.load_state_dict(saved)
+        await resumed.start(context(tmp_path))
+        assert [event.step for event in rows(path)] == [1, 2, 3]
+        cut = tmp_path / f"run.jsonl.cut-{attempt}"
+        assert path.read_bytes() + cut.read_bytes() == before
+        await resumed.handle(step_event(4))
+        await resumed.handle(step_event(5))
+        await resumed.stop()
+        assert path.read_bytes() == before
+
+
+async def test_a_state_of_another_file_cuts_nothing(tmp_path: Path) -> None:
+    logger = subs.JSONLLogger("other.jsonl")
+    await logger.start(context(tmp_path))
+    await logger.handle(step_event(1))
+    await logger.stop()
+    again = subs.JSONLLogger("other.jsonl")
+    again.load_state_dict({"version": 1, "path": "run.jsonl", "offset": 0})
+    await again.start(context(tmp_path))
+    await again.stop()
+    assert [event.step for event in rows(tmp_path / "other.jsonl")] == [1]
+
+
+async def test_a_file_that_lost_rows_is_said(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    logger = subs.JSONLLogger("run.jsonl")
+    logger.load_state_dict({"version": 1, "path": "run.jsonl", "offset": 1000})
+    await logger.start(context(tmp_path))
+    await logger.stop()
+    assert "has 0 bytes, but had 1000 when the checkpoint was written" in caplog.text
+
+
+async def test_a_run_that_finds_nothing_to_resume_from_sets_the_earlier_attempt_aside(tmp_path: Path) -> None:
+    first = subs.JSONLLogger("run.jsonl")
+    await first.start(context(tmp_path))
+    await first.handle(step_event(1))
+    await first.stop()
+    again = subs.JSONLLogger("run.jsonl")
+    await again.start(dataclasses.replace(context(tmp_path), restarts=True))
+    await again.handle(step_event(1))
+    await again.stop()
+    assert [event.step for event in rows(tmp_path / "run.jsonl")] == [1]
+    assert [event.step for event in rows(tmp_path / "run.jsonl.cut-1")] == [1]

@@ -26,7 +26,7 @@ class Rate:
         self.value = value
         self.cuts = 0
 
-    def scale_hyperparam(self, name: str, factor: float, *, minimum: float, reason: str) -> None:
+    def scale_hyperparam(self, name: str, factor: float, *, minimum: float, path: None, reason: str) -> None:
         assert name == "learning_rate"
         assert "plateau" in reason
         self.value = max(self.value * factor, minimum)
@@ -48,7 +48,7 @@ def drive(
         )
         before = rate.cuts
         with pytest.raises(StopIteration):
-            policy.on_epoch_completed(event, rate).send(None)
+            policy.handle(event, rate).send(None)
         if rate.cuts > before:
             cuts.append(epoch)
     return cuts
@@ -63,7 +63,7 @@ def keras_cuts(
         if counter > 0:
             counter -= 1
             wait = 0
-        if best is None or current - -min_delta < best:
+        if best is None or np.float32(current - -min_delta) < np.float32(best):
             best = current
             wait = 0
         elif not counter > 0:
@@ -142,7 +142,9 @@ def test_options_that_cannot_work_are_refused_by_name(options: dict[str, Any]) -
     assert next(iter(options)) in str(caught.value)
 
 
-def make_trainer(tmp_path: Path, policy: et.Subscriber) -> tuple[et.Trainer, list[et.Event]]:
+def make_trainer(
+    tmp_path: Path, policy: et.Subscriber, *, extra: Sequence[et.Subscriber] = (), **options: Any
+) -> tuple[et.Trainer, list[et.Event]]:
     optimiser = optax.inject_hyperparams(optax.sgd)(learning_rate=0.5)
     params = jnp.zeros(2)
 
@@ -150,7 +152,7 @@ def make_trainer(tmp_path: Path, policy: et.Subscriber) -> tuple[et.Trainer, lis
         return state, {"loss": batch, "rate": state["opt_state"].hyperparams["learning_rate"]}
 
     state = {"params": params, "opt_state": optimiser.init(params)}
-    trainer = et.Trainer(step, state, subscribers=[policy], run_dir=tmp_path)
+    trainer = et.Trainer(step, state, subscribers=[policy, *extra], run_dir=tmp_path, **options)
     seen: list[et.Event] = []
 
     @trainer.on(et.HyperparamChanged | et.SubscriberFailed | et.StepCompleted)
@@ -171,10 +173,56 @@ async def test_a_real_run_takes_the_cut_with_the_next_epochs_first_step(tmp_path
     assert (rates[12], rates[13]) == (0.5, 0.25)
 
 
-def test_an_unknown_hyperparameter_is_said_at_the_first_epoch(tmp_path: Path) -> None:
-    trainer, seen = make_trainer(tmp_path, subs.ReduceLROnPlateau("loss", hyperparam="lr"))
-    trainer.fit([np.float32(1.0)], epochs=1)
-    failed = [event for event in seen if isinstance(event, et.SubscriberFailed)]
-    assert len(failed) == 1
-    assert "'lr'" in failed[0].error
-    assert "learning_rate" in failed[0].error
+@pytest.mark.parametrize("backend", ["asyncio", "trio"])
+def test_a_run_whose_optimiser_lacks_the_hyperparameter_fails_at_its_start(
+    tmp_path: Path, backend: str
+) -> None:
+    policy = subs.ReduceLROnPlateau("loss", hyperparam="lr")
+    trainer, seen = make_trainer(tmp_path, policy, backend=backend)
+    with pytest.raises(
+        et.errors.UnknownHyperparam, match="'lr': the optimiser state holds learning_rate"
+    ) as caught:
+        trainer.fit([np.float32(1.0)], epochs=1)
+    assert caught.value.__notes__ == [
+        "It was raised by the subscriber ReduceLROnPlateau when the run started."
+    ]
+    assert not [event for event in seen if isinstance(event, et.StepCompleted)]
+
+
+def test_patience_in_evaluations_cuts_in_the_middle_of_an_epoch(tmp_path: Path) -> None:
+    policy = subs.ReduceLROnPlateau("val_loss", factor=0.5, patience=2, patience_unit="evaluations")
+    trainer, seen = make_trainer(
+        tmp_path, policy, eval_fn=lambda state, batch: {"loss": batch}, extra=[subs.EvaluateEvery(steps=3)]
+    )
+    trainer.fit([np.float32(1.0)] * 12, epochs=1, eval_data=[np.float32(1.0)])
+    changes = [(e.step, e.new) for e in seen if isinstance(e, et.HyperparamChanged)]
+    assert changes == [(9, 0.25)]  # evaluations at 3 (the first), 6 and 9 (no better), 12
+
+
+def test_patience_in_steps_cuts_at_the_boundary_its_lag_names(tmp_path: Path) -> None:
+    policy = subs.ReduceLROnPlateau("loss", factor=0.5, patience=10, patience_unit="steps", cooldown=1000)
+    policy.lag = 5
+    trainer, seen = make_trainer(tmp_path, policy)
+    trainer.fit([np.float32(1.0)] * 40, epochs=1)
+    changes = [(e.step, e.new) for e in seen if isinstance(e, et.HyperparamChanged)]
+    assert changes == [(11 + 5, 0.25)]  # step 1 is the best; 11 is the tenth step after it
+
+
+@pytest.mark.parametrize("lag", [0, 1, 5, {et.StepCompleted: 5}])
+def test_by_steps_no_second_cut_is_decided_before_a_step_had_the_first(tmp_path: Path, lag: Any) -> None:
+    policy = subs.ReduceLROnPlateau("loss", factor=0.5, patience=1, patience_unit="steps")
+    policy.lag = lag
+    trainer, seen = make_trainer(tmp_path, policy)
+    trainer.fit([np.float32(1.0)] * 30, epochs=1)
+    changes = [e for e in seen if isinstance(e, et.HyperparamChanged)]
+    steps = lag if isinstance(lag, int) else lag[et.StepCompleted]
+    # Step 1 is the best and step 2 the first to be no better; step k + lag + 1 is the first with what k decided.
+    decided = list(range(2, 31, steps + 1))
+    assert [e.cause.step for e in changes if e.cause is not None] == [k for k in decided if k + steps <= 30]
+    assert [e.step for e in changes] == [k + steps for k in decided if k + steps <= 30]
+
+
+def test_a_nan_stops_the_run_where_that_is_asked_for(tmp_path: Path) -> None:
+    trainer, _ = make_trainer(tmp_path, subs.ReduceLROnPlateau("loss", nan="stop"))
+    result = trainer.fit(lambda epoch: [np.float32(math.nan if epoch == 2 else 1.0)], epochs=5)
+    assert (result.epochs_completed, result.stop_reason) == (3, "ReduceLROnPlateau: loss is NaN")

@@ -12,7 +12,8 @@ import optax
 import pytest
 from jax_compilations import COMPILATIONS, x64
 
-from eventtrain.device.extensions import EMA, StepExtension
+from eventtrain.device.averaging import EMA
+from eventtrain.device.extensions import StepExtension
 from eventtrain.device.fetch import Ring
 from eventtrain.device.hyperparams import find_hyperparams, write
 from eventtrain.device.state import copy_leaves, place, split_state
@@ -568,7 +569,7 @@ def test_extensions_that_break_their_contract_are_named() -> None:
             raise LookupError("nothing there")
 
     plus = functools.partial(build, lambda s, b: (s + b, {}), jnp.zeros(2), np.float32(1))
-    with pytest.raises(StateError, match=r"step_extensions returned .*'ema'.*float32\[4\]"):
+    with pytest.raises(StateError, match=r"step_extensions returned .*'ema'.*complex64\[4\]"):
         plus(extensions=[Growing(0.5)])
     with pytest.raises(StepError, match=r"EMA\(0.5, name='ema'\).update raised LookupError"):
         plus(extensions=[Raising(0.5)])
@@ -590,7 +591,7 @@ def test_sharded_states_and_batches_work_unchanged(run_on_devices: Any) -> None:
         from jax.sharding import AxisType, NamedSharding
         from jax.sharding import PartitionSpec as P
 
-        from eventtrain.device.extensions import EMA
+        from eventtrain.device.averaging import EMA
         from eventtrain.device.state import copy_leaves, place, split_state
         from eventtrain.device.step import CompiledStep
 
@@ -680,7 +681,7 @@ def test_explicit_mesh_axes_keep_each_leaf_where_it_was(run_on_devices: Any) -> 
         from jax.sharding import AxisType, NamedSharding
         from jax.sharding import PartitionSpec as P
 
-        from eventtrain.device.extensions import EMA
+        from eventtrain.device.averaging import EMA
         from eventtrain.device.state import copy_leaves, place, split_state
         from eventtrain.device.step import CompiledStep
 

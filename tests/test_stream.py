@@ -102,3 +102,10 @@ def test_scheduled_hyperparameters_follow_the_newest_row():
     assert bus.items[-1].hyperparams == {"learning_rate": 0.25, "b1": 0.9}
     narrator.tell(EpochEnd(step=2, epoch=1, steps=0, began_s=0.0, hyperparams={"b1": 0.9}))
     assert narrator.history[-1].hyperparams == {"b1": 0.9, "learning_rate": 0.25}
+
+
+def test_infinities_of_both_signs_make_a_mean_that_is_nan_and_no_warning() -> None:
+    means = RunningMeans(None)
+    means.add({"loss": np.array([np.inf, 1.0])}, 2)
+    means.add({"loss": np.array([-np.inf, 3e38], np.float32)}, 2)
+    assert np.isnan(means.means()["loss"])

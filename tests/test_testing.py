@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 import eventtrain as et
+from eventtrain import subscribers as subs
 from eventtrain import testing
 from eventtrain.testing import FakeClock, RecordingSubscriber, ScriptedStep
 
@@ -108,6 +109,14 @@ def test_a_policy_sees_the_script_and_its_change_shows_in_the_learning_rate(tmp_
     assert [event.metrics["loss"] for event in steps] == [1.0, 0.5, 0.5, 0.5]
     assert [event.metrics["learning_rate"] for event in steps] == [0.5, 0.5, 0.25, 0.25]
     assert recorder.of(et.HyperparamChanged)[0].step == 2
+
+
+def test_restored_params_say_of_which_step_they_are(tmp_path: Path) -> None:
+    script = ScriptedStep({"loss": [3.0, 1.0, 2.0, 2.0]})
+    policy = subs.EarlyStopping("loss", patience=9, restore_best_weights=True)
+    trainer = et.Trainer(script.step_fn, script.state, subscribers=[policy], run_dir=tmp_path)
+    state = trainer.fit(script.data, epochs=4, progress=False).state
+    assert (state["params"]["weight"], state["step"]) == (2, 4)
 
 
 @pytest.mark.parametrize("values", [[], [[1.0]]])

@@ -411,6 +411,40 @@ def test_a_trainer_refuses_options_that_cannot_work(tmp_path, options, message):
         make_trainer(tmp_path, **options)
 
 
+class Started(et.Subscriber):
+    """Notes its name when it starts."""
+
+    def __init__(self, name: str, order: list[str]) -> None:
+        self.name = name
+        self.order = order
+
+    async def start(self, run: et.RunContext) -> None:
+        self.order.append(self.name or "")
+
+    async def on_epoch_completed(self, event: et.EpochCompleted) -> None:
+        self.order.append(f"{self.name} {event.epoch}")
+
+
+def test_subscribers_added_afterwards_start_behind_those_that_are_there(tmp_path):
+    order: list[str] = []
+    trainer = make_trainer(tmp_path, subscribers=[Started("first", order)])
+    subscription = trainer.subscribe(Started("second", order))
+    assert subscription.active
+    assert [subscriber.name for subscriber in trainer.subscribers] == ["first", "second"]
+    trainer.fit(batches(1), epochs=1)
+    assert order[:2] == ["first", "second"]
+    assert set(order[2:]) == {"first 0", "second 0"}
+
+
+def test_a_subscriber_cannot_be_added_while_a_run_is_in_progress(tmp_path):
+    trainer = make_trainer(tmp_path)
+    late = Started("late", [])
+    with trainer.session(), pytest.raises(et.AlreadyRunning, match=r"subscribe\(Started\).*session"):
+        trainer.subscribe(late)
+    assert trainer.subscribers == ()
+    trainer.subscribe(late)
+
+
 def test_a_weight_that_is_no_metric_is_refused_by_name(tmp_path):
     with pytest.raises(et.MetricsError, match="exmples"):
         make_trainer(tmp_path, weight="exmples").fit(batches(3), epochs=1)

@@ -29,7 +29,7 @@ from eventtrain.bus.reader import Reader
 from eventtrain.bus.roster import Roster
 from eventtrain.bus.serving import Serving
 from eventtrain.bus.subscription import Subscription, SubscriptionStatistics
-from eventtrain.bus.training_stream import Activation, EventSeries, TrainingStream
+from eventtrain.bus.training_stream import Activation, EventSeries, StreamItem, TrainingStream
 from eventtrain.bus.wake import Signal
 from eventtrain.bus.watchdog import Watchdog
 from eventtrain.errors import BusClosed, ConfigurationError, QueueFull, SubscriberError
@@ -286,12 +286,16 @@ class EventBus:
 
     # --- the training loop's side ---------------------------------------------------------------------------
 
-    def feed(self, items: Iterable[Event | EventSeries | Activation]) -> None:
+    def feed(self, items: Iterable[StreamItem]) -> None:
         """Take what the training loop says, in its order. One caller at a time, any thread; never blocks."""
         self._stream.append(items)
         serving = self._serving
         if serving is not None:
             serving.stream_bell.ring()
+
+    def continue_stream(self, seq: int) -> None:
+        """Number what is fed from now on from ``seq + 1`` on: a run resumes. Before anything of it is fed."""
+        self._stream.continue_from(seq)
 
     def rows_allowed(self, kinds: Iterable[type[Event]]) -> int:
         """Up to which count (as in ``rows_routed``) the training loop may produce rows that become events of ``kinds``.
@@ -549,6 +553,10 @@ class EventBus:
     def subscriptions(self) -> tuple[Subscription, ...]:
         """All subscriptions that were not cancelled; those disabled after failures come last."""
         return (*self._roster.active, *self._roster.disabled)
+
+    def has_ended(self, name: str) -> bool:
+        """Whether the subscription of this name was cancelled or disabled, or is finished. Any thread."""
+        return self._roster.has_ended(name)
 
     def has_subscribers(self, kind: type[Event]) -> bool:
         """Whether anyone would receive an event of class ``kind``. Any thread."""

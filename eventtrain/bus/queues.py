@@ -36,6 +36,10 @@ class EventQueue(ABC):
     @abstractmethod
     def __len__(self) -> int: ...
 
+    def waiting(self) -> list[Any]:
+        """What waits, oldest first. Only of queues that drop nothing."""
+        raise NotImplementedError
+
     @abstractmethod
     def clear(self) -> int:
         """Forget everything, without counting it as dropped; returns how many items that were."""
@@ -72,6 +76,9 @@ class _LosslessQueue(EventQueue):
 
     def __len__(self) -> int:
         return len(self._items)
+
+    def waiting(self) -> list[Any]:
+        return list(self._items)
 
     def clear(self) -> int:
         # One by one: the worker may take at the same time, and each item is counted on one side only.

@@ -27,6 +27,9 @@ class Roster:
         """For each concrete class met so far who gets it; ask ``route`` for the others."""
         self._next_index = 0
         self._names: set[str] = set()
+        self._ended: set[str] = set()
+        self.finished: set[str] = set()
+        """Names of those with ``once`` that have had their event."""
 
     def next_index(self) -> int:
         """A number that no other subscription of this bus has; it grows in the order of asking."""
@@ -42,6 +45,12 @@ class Roster:
                 number += 1
                 subscription.name = f"{name}-{number}"
             self._names.add(subscription.name)
+            self.finished.discard(subscription.name)
+            self._ended.discard(subscription.name)
+
+    def has_ended(self, name: str) -> bool:
+        """Whether a subscription of this name has ended, and no other has its name now."""
+        return name in self._ended
 
     def join(self, subscription: Subscription) -> None:
         """From now on it gets what it wants, unless it has ended meanwhile."""
@@ -56,6 +65,9 @@ class Roster:
                 self.disabled = (*self.disabled, subscription)
             else:
                 self._names.discard(subscription.name)
+            self._ended.add(subscription.name)
+            if subscription.state == "finished":
+                self.finished.add(subscription.name)
             self._replace(tuple(s for s in self.active if s is not subscription))
 
     def _replace(self, active: tuple[Subscription, ...]) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import threading
 from collections import deque
-from collections.abc import Iterable, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any, Literal, Protocol
@@ -13,6 +13,7 @@ from typing import Any, Literal, Protocol
 from anyio import CapacityLimiter
 
 from eventtrain.bus.clock import Clock
+from eventtrain.bus.cut import Cut, Share, can_be_stored
 from eventtrain.bus.failures import DeadLetter, Failures
 from eventtrain.bus.handlers import (
     Attempt,
@@ -30,7 +31,7 @@ from eventtrain.bus.meter import Meter
 from eventtrain.bus.options import EventTypes, Options, event_classes
 from eventtrain.bus.queues import Lossless
 from eventtrain.bus.selection import Selection
-from eventtrain.bus.worker import Gated, Worker
+from eventtrain.bus.worker import Gated, Worker, own_failure
 from eventtrain.errors import ConfigurationError
 from eventtrain.events import Event, SubscriberDisabled, SubscriberLagged
 
@@ -117,6 +118,8 @@ class Subscription:
         self.state: State = "active"
         self.run = 0
         """Which run counts the events with a finite lag; 0 before the first."""
+        self.save: Callable[[], Awaitable[Mapping[str, Any]]] | None = None
+        """Gives the state that belongs into a checkpoint, as plain JSON data; on the bus' event loop."""
         self._reported_drops = 0
         self._host = host
         self._lock = threading.Lock()
@@ -184,6 +187,48 @@ class Subscription:
         """A run begins to count this subscription's events, from here in the stream on."""
         self.worker.passed = 0
         self.run += 1  # last: the loop believes ``passed`` once it sees this
+
+    # --- cuts ---------------------------------------------------------------------------------------------------
+
+    @property
+    def takes_part(self) -> bool:
+        """Whether a checkpoint needs it: it has state or a finite lag, and a queue that drops nothing."""
+        return (self.save is not None or self.selection.decides) and self.queue.room() is not None
+
+    def mark(self, cut: Cut) -> None:
+        """A marker has come: give the share at the next handler boundary. On the event loop's thread."""
+        waiting, spent = self.queue.waiting(), self.selection.spent
+
+        async def give() -> None:
+            await self._give_share(cut, waiting, spent)
+
+        self.worker.at_boundary.append(give)
+        self.wake()
+
+    async def _give_share(self, cut: Cut, waiting: Iterable[Any], spent: bool) -> None:
+        unhandled: list[Event] = []
+        decided_on: list[bool] = []
+        for item in waiting:
+            event = item.event if isinstance(item, Gated) else item
+            if event is not None and can_be_stored(event):
+                unhandled.append(event)
+                decided_on.append(isinstance(item, Gated))
+        try:
+            state = await self.save() if self.save is not None else None
+        except BaseException as error:
+            cut.fail(self.name, own_failure(error))
+            return
+        disabled, failures = self.state == "disabled", self.failures.consecutive
+        cut.give(self.name, Share(state, tuple(unhandled), tuple(decided_on), spent, disabled, failures))
+
+    def take_over(self, share: Share) -> None:
+        """Begin with what was not handled at a cut, behind the activation. On the event loop's thread."""
+        self.selection.spent = share.spent
+        self.failures.consecutive = share.failures
+        if share.disabled:
+            self.disable("failures before the checkpoint from which the run resumes")
+        items = zip(share.unhandled, share.decided_on, strict=True)
+        self._put([Gated(event, self.run) if decided_on else event for event, decided_on in items])
 
     # --- failures -------------------------------------------------------------------------------------------
 
@@ -297,7 +342,7 @@ class Subscription:
     @property
     def pending(self) -> int:
         """Events waiting or being handled."""
-        return len(self.queue) + self.worker.in_flight
+        return len(self.queue) + self.worker.in_flight + len(self.worker.at_boundary)
 
     @property
     def errors(self) -> int:

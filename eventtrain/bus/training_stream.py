@@ -15,6 +15,7 @@ from typing import Any, Protocol
 from anyio.lowlevel import checkpoint
 
 from eventtrain.bus.clock import Clock
+from eventtrain.bus.cut import Marker, Redelivery, Share
 from eventtrain.bus.roster import Roster
 from eventtrain.bus.subscription import Subscription
 from eventtrain.bus.wake import Doorbell, Signal
@@ -38,6 +39,10 @@ class Activation:
     """From here in the stream on, the training loop counts the events of this subscription."""
 
     subscription: Subscription
+
+
+StreamItem = Event | EventSeries | Activation | Marker | Redelivery
+"""What may be fed."""
 
 
 class StreamHost(Protocol):
@@ -64,14 +69,14 @@ class TrainingStream:
         self._host = host
         self._roster = roster
         self._most_rows = most_rows
-        self._items: deque[Event | EventSeries | Activation] = deque()
+        self._items: deque[StreamItem] = deque()
         self._seq = 0
         self.rows_routed = 0
         """How many events of series, wanted or not, have been routed."""
 
     # --- the training loop's side: any thread, never blocks -------------------------------------------------
 
-    def append(self, items: Iterable[Event | EventSeries | Activation]) -> None:
+    def append(self, items: Iterable[StreamItem]) -> None:
         """Take items in, in their order. One caller at a time."""
         self._items.extend(items)
 
@@ -111,6 +116,10 @@ class TrainingStream:
             item = items[0]  # it leaves only when it is delivered, so that nobody takes the stream for empty
             if isinstance(item, Activation):
                 item.subscription.activate()
+            elif isinstance(item, Marker):
+                self._mark(item)
+            elif isinstance(item, Redelivery):
+                self._redeliver(item)
             elif isinstance(item, EventSeries):
                 await self._deliver_series(item)
             else:
@@ -118,6 +127,30 @@ class TrainingStream:
                 self._deliver([item])
             items.popleft()
             self._host.settle()
+
+    def _mark(self, marker: Marker) -> None:
+        cut, roster = marker.cut, self._roster
+        with self._host.routing:
+            taking_part = [s for s in roster.active if s.takes_part]
+            for name in roster.finished - {s.name for s in taking_part}:
+                cut.give(name, Share(spent=True))
+            for subscription in roster.disabled:
+                cut.give(subscription.name, Share(disabled=True))
+            for subscription in taking_part:
+                subscription.mark(cut)
+        cut.facts["seq"] = self._seq
+        cut.expect(s.name for s in taking_part)
+
+    def continue_from(self, seq: int) -> None:
+        """Number what follows from ``seq + 1`` on, as the run did from whose cut this one resumes."""
+        self._seq = max(self._seq, seq)
+
+    def _redeliver(self, redelivery: Redelivery) -> None:
+        with self._host.routing:
+            for subscription in self._roster.active:
+                if subscription.name == redelivery.name:
+                    subscription.take_over(redelivery.share)
+            self._host.measure_headroom()
 
     async def _deliver_series(self, series: EventSeries) -> None:
         steps = series.steps

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Awaitable, Callable
 from time import perf_counter
 from typing import Any, NamedTuple, Protocol
 
@@ -74,6 +75,8 @@ class Worker:
         """How many items of this run that the loop counts it is through with."""
         self.drops_when_taken = 0
         """What the queue had dropped when the worker last took an event."""
+        self.at_boundary: list[Callable[[], Awaitable[None]]] = []
+        """Awaited, and forgotten, before the next event is taken: markers of cuts."""
 
     def attach(self, loop: LoopThread) -> None:
         """Bind to the event loop that will run the worker, on that loop's thread."""
@@ -94,11 +97,13 @@ class Worker:
         def has_got_its_once() -> bool:
             return claim.selection.spent and not self.in_flight
 
-        while claim.active and not queue:
+        while claim.active and not queue and not self.at_boundary:
             if has_got_its_once():
                 claim.finish()
             else:
-                await bell.sleep_unless(lambda: len(queue) or not claim.active or has_got_its_once())
+                await bell.sleep_unless(
+                    lambda: len(queue) or self.at_boundary or not claim.active or has_got_its_once()
+                )
         return claim.active
 
     # --- one after the other --------------------------------------------------------------------------------
@@ -108,12 +113,19 @@ class Worker:
             self.in_flight += 1
             began_s = perf_counter()
             try:
+                await self._reach_boundary()
                 await self._handle_some(began_s + SLICE_TARGET_S)
             finally:
                 self.in_flight -= 1
                 self._meter.wall_s += perf_counter() - began_s
             self._claim.settle()
             await checkpoint()
+        await self._reach_boundary()
+
+    async def _reach_boundary(self) -> None:
+        while self.at_boundary:
+            await self.at_boundary[0]()
+            self.at_boundary.pop(0)
 
     async def _handle_some(self, until_s: float) -> None:
         """Handle waiting events until none is left or it is ``until_s`` (``perf_counter``)."""
@@ -129,14 +141,16 @@ class Worker:
                     return
                 if type(event) is Gated:
                     await self._decide(event)
-                    continue
-                try:
-                    await call(event)
-                except BaseException as error:
-                    claim.failed(event, own_failure(error))
                 else:
-                    self.delivered += 1
-                    failures.consecutive = 0
+                    try:
+                        await call(event)
+                    except BaseException as error:
+                        claim.failed(event, own_failure(error))
+                    else:
+                        self.delivered += 1
+                        failures.consecutive = 0
+                if self.at_boundary:
+                    await self._reach_boundary()
             if perf_counter() >= until_s:
                 return
             stride = STRIDE

@@ -7,28 +7,34 @@ An observer sees weights only where a snapshot was taken. What needs them after 
 from __future__ import annotations
 
 import abc
-from typing import Any
+from collections.abc import Collection
+from typing import Any, Literal, TypeAlias, get_args
 
 import jax
-import jax.numpy as jnp
 
-from eventtrain.device.state import PyTree, is_array
+from eventtrain.device.state import PyTree
 from eventtrain.errors import ConfigurationError
 
-__all__ = ["EMA", "StepExtension"]
+__all__ = ["StepExtension", "Use", "checked_uses"]
+
+Use: TypeAlias = Literal["eval", "predict", "final"]
 
 
 class StepExtension(abc.ABC):
     """A pure update of a small state of its own, after every step, inside the compiled step.
 
-    Both methods are traced by JAX: no side effects, no Python branches on values. The extension's
-    state is donated from step to step and is part of snapshots and checkpoints.
+    All methods are traced by JAX: no side effects, no Python branches on values. The extension's
+    state is donated from step to step and is part of snapshots.
 
     Attributes:
         name: unique among the extensions of one trainer; the key of its state in a snapshot.
+        use_for: where `weights` stand in for the params: "eval" (the evaluations of a run and
+            `trainer.evaluate`), "predict" (`trainer.predict`), "final" (`FitResult.state`). Training
+            itself never sees them. One extension at most for each use.
     """
 
     name: str
+    use_for: frozenset[Use] = frozenset()
 
     @abc.abstractmethod
     def init(self, params: PyTree) -> PyTree:
@@ -41,53 +47,29 @@ class StepExtension(abc.ABC):
         `params` are those after the update; `step`, int32 of shape (), counts completed steps.
         """
 
+    def weights(self, ext_state: PyTree, params: PyTree) -> PyTree:
+        """What stands in for `params` where `use_for` says so; by default `params` themselves.
 
-class EMA(StepExtension):
-    """Exponential moving average of the weights: `average = decay * average + (1 - decay) * new`.
+        Structure and shapes are those of `params`; floating-point leaves may be wider, and are cast.
+        """
+        return params
 
-    Starts at the weights themselves, so that no bias correction is needed. Only floating-point
-    leaves are averaged, in float32 at least: in bfloat16 an increment of 1 - 0.999 would be
-    rounded away. Other leaves follow the newest value. The state has the structure of `params`.
 
-    After Polyak and Juditsky, "Acceleration of Stochastic Approximation by Averaging" (1992), with
-    exponential instead of uniform weights.
+def checked_uses(subject: str, use_for: Any) -> frozenset[Use]:
+    """`use_for` as a set.
+
+    Args:
+        subject: whose it is, for the message: "EMA(0.999)".
 
     Raises:
-        ConfigurationError: `decay` does not lie strictly between 0 and 1.
+        ConfigurationError: it is no collection of "eval", "predict" and "final".
     """
-
-    def __init__(self, decay: float, *, name: str = "ema") -> None:
-        if not 0.0 < decay < 1.0:
-            raise ConfigurationError(
-                f"EMA(decay={decay!r}): 0 would keep no average and 1 would never move, so decay "
-                "must lie strictly between them. 0.999 averages over about 1,000 steps."
-            )
-        self.decay = decay
-        self.name = name
-
-    def __repr__(self) -> str:
-        return f"EMA({self.decay!r}, name={self.name!r})"
-
-    def init(self, params: PyTree) -> PyTree:
-        """The weights themselves, floating-point ones in float32 at least."""
-        return jax.tree.map(_widened, params)
-
-    def update(self, ext_state: PyTree, params: PyTree, step: jax.Array) -> PyTree:
-        """The average including `params`, which are those after the update."""
-
-        def average(old: Any, new: Any) -> Any:
-            if not _is_floating(new):
-                return new
-            return self.decay * old + (1.0 - self.decay) * new.astype(old.dtype)
-
-        return jax.tree.map(average, ext_state, params)
-
-
-def _is_floating(leaf: Any) -> bool:
-    return is_array(leaf) and jnp.issubdtype(leaf.dtype, jnp.floating)
-
-
-def _widened(leaf: Any) -> Any:
-    if not _is_floating(leaf):
-        return leaf
-    return jnp.asarray(leaf, jnp.promote_types(leaf.dtype, jnp.float32))
+    valid = get_args(Use)
+    if isinstance(use_for, Collection) and not isinstance(use_for, str):
+        given = list(use_for)  # pyright: ignore[reportUnknownArgumentType, reportUnknownVariableType]
+        if all(isinstance(use, str) and use in valid for use in given):  # pyright: ignore[reportUnknownVariableType]
+            return frozenset(given)
+    raise ConfigurationError(
+        f"{subject}: use_for={use_for!r} has to be a collection of any of {', '.join(map(repr, valid))}, for example "
+        'use_for=["eval", "final"].'
+    )

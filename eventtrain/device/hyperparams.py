@@ -26,7 +26,7 @@ from eventtrain.errors import (
     UnknownHyperparam,
 )
 
-__all__ = ["Hyperparam", "find_hyperparams", "read", "resolve", "write"]
+__all__ = ["Hyperparam", "find_hyperparams", "labels", "read", "resolve", "values_of", "write"]
 
 _BUILD = "optax.inject_hyperparams(optax.adam)(learning_rate=1e-3)"
 
@@ -115,6 +115,20 @@ def resolve(hyperparams: Sequence[Hyperparam], name: str, path: str | None = Non
             "update. Build the optimiser with a number, or use subscribers.LearningRateScheduler."
         )
     return hyperparam
+
+
+def labels(hyperparams: Sequence[Hyperparam]) -> dict[str, str]:
+    """Path -> what events and ``control.hyperparams`` call it: its name, or the path where the name is ambiguous."""
+    names = [h.name for h in hyperparams]
+    return {h.path: h.name if names.count(h.name) == 1 else h.path for h in hyperparams}
+
+
+def values_of(
+    hyperparams: Sequence[Hyperparam], leaves: Sequence[jax.Array]
+) -> dict[str, float | int | bool]:
+    """The values by what events call them; blocks until they are computed."""
+    names = labels(hyperparams)
+    return {names[h.path]: read(leaves[h.leaf_index]) for h in hyperparams}
 
 
 def read(leaf: jax.Array) -> float | int | bool:

@@ -223,6 +223,11 @@ class CompiledStep:
         _, states = self._fused.ext_skeleton.join(ext_leaves)
         return states
 
+    @property
+    def extension_types(self) -> dict[str, jax.ShapeDtypeStruct]:
+        """Path -> shape, dtype and sharding of the extensions' leaves, in their order."""
+        return dict(zip(self._fused.ext_skeleton.paths, self._fused.ext_types, strict=True))
+
     def request_keeping(self) -> None:
         """Start to compile the keeping variant in a daemon thread, once; returns at once."""
         if self._executables.current is not None:

@@ -11,24 +11,52 @@ from typing import TYPE_CHECKING, Any
 from eventtrain.progress import ProgressBar
 from eventtrain.subscribers.alerts import Alerts, Rule
 from eventtrain.subscribers.early_stopping import EarlyStopping
+from eventtrain.subscribers.evaluate_every import EvaluateEvery
+from eventtrain.subscribers.gradient_spike import GradientSpike
+from eventtrain.subscribers.hyperparam_scheduler import HyperparamScheduler
 from eventtrain.subscribers.jsonl_logger import JSONLLogger
+from eventtrain.subscribers.lambda_handlers import Lambda
+from eventtrain.subscribers.learning_rate_scheduler import LearningRateScheduler
+from eventtrain.subscribers.lr_finder import LRFinder
+from eventtrain.subscribers.max_time import MaxTime
 from eventtrain.subscribers.reduce_lr_on_plateau import ReduceLROnPlateau
+from eventtrain.subscribers.terminate_on_nan import TerminateOnNaN
 
 if TYPE_CHECKING:
     from eventtrain.subscribers.checkpointer import Checkpointer, restore_state
+    from eventtrain.subscribers.download import download_checkpoint
+    from eventtrain.subscribers.model_registry import ModelRegistry
+    from eventtrain.subscribers.uploader import Uploader
 
 __all__ = [
     "Alerts",
     "Checkpointer",
     "EarlyStopping",
+    "EvaluateEvery",
+    "GradientSpike",
+    "HyperparamScheduler",
     "JSONLLogger",
+    "LRFinder",
+    "Lambda",
+    "LearningRateScheduler",
+    "MaxTime",
+    "ModelRegistry",
     "ProgressBar",
     "ReduceLROnPlateau",
     "Rule",
+    "TerminateOnNaN",
+    "Uploader",
+    "download_checkpoint",
     "restore_state",
 ]
 
-_LAZY = {"Checkpointer": "checkpointer", "restore_state": "checkpointer"}
+_LAZY = {
+    "Checkpointer": "checkpointer",
+    "ModelRegistry": "model_registry",
+    "Uploader": "uploader",
+    "download_checkpoint": "download",
+    "restore_state": "checkpointer",
+}
 
 
 def __getattr__(name: str) -> Any:

@@ -7,13 +7,14 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import anyio
 import anyio.to_thread
 from pydantic import SecretStr
 
 from eventtrain.errors import ConfigurationError, EventTrainError, SubscriberError
+from eventtrain.event_names import by_name
 from eventtrain.events import (
     AlertRaised,
     AlertResolved,
@@ -24,15 +25,17 @@ from eventtrain.events import (
     SubscriberFailed,
 )
 from eventtrain.subscriber import RunContext, Subscriber
-from eventtrain.subscribers.monitor import check_version
+from eventtrain.subscribers.saved_state import SavedState
 from eventtrain.subscribers.webhook import Webhook
 
 logger = logging.getLogger("eventtrain")
 
-STATE_VERSION = 1
 Severity = Literal["info", "warning", "critical"]
 LEVELS = {"info": logging.INFO, "warning": logging.WARNING, "critical": logging.CRITICAL}
-Watched = type[EpochCompleted] | type[StepCompleted] | type[EvalCompleted]
+Watched = Annotated[
+    type[EpochCompleted] | type[StepCompleted] | type[EvalCompleted],
+    by_name(EpochCompleted, StepCompleted, EvalCompleted),
+]
 
 
 @dataclass(frozen=True)
@@ -100,6 +103,13 @@ class Rule:
         if self.below is not None and value < self.below:
             return f"is below {self.below:g}"
         return ""
+
+
+class AlertsState(SavedState):
+    """What survives a restart."""
+
+    version: Literal[1] = 1
+    active: list[str]
 
 
 class Alerts(Subscriber):
@@ -223,9 +233,12 @@ class Alerts(Subscriber):
 
     def state_dict(self) -> dict[str, Any]:
         """The alerts that are raised now, as plain JSON data."""
-        return {"version": STATE_VERSION, "active": sorted(self._active)}
+        return AlertsState(active=sorted(self._active)).to_json()
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take over which alerts are raised, so that a resumed run does not raise them anew."""
-        check_version("Alerts", state, STATE_VERSION)
-        self._active = set(state["active"])
+        """Take over which alerts are raised, so that a resumed run does not raise them anew.
+
+        Raises:
+            StateError: another version, or broken.
+        """
+        self._active = set(AlertsState.parse(self.name or "Alerts", state).active)

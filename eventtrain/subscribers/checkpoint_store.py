@@ -1,254 +1,141 @@
-"""How a checkpoint lies on disk, how it gets there in one piece, and how it is read back. Blocking; no event loop.
-
-Layout of ``<directory>/step-00000100``::
-
-    arrays/           the state's arrays, as Orbax writes {"state": {path in the state: array}}
-    eventtrain.json   step, epoch, tag, run_id, and what Orbax cannot hold: implementations of typed PRNG keys,
-                      empty arrays
-
-Both are written to a folder whose name starts with ``.tmp-`` and get their name by one rename when they are on disk.
-Only JSON and arrays are read back, so reading a checkpoint runs none of its content.
-"""
+"""``CheckpointStore``: how a checkpoint gets on disk in one piece. Blocking; no event loop."""
 
 from __future__ import annotations
 
-import json
+import logging
 import os
-import shutil
-import uuid
-from collections.abc import Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
-from itertools import count
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import jax
-import jax.numpy as jnp
-import numpy as np
 import orbax.checkpoint as ocp
 
-from eventtrain.errors import SnapshotError, StateError
+from eventtrain.subscribers import disk
+from eventtrain.subscribers.checkpoint_folder import (
+    Committed,
+    committed_in,
+    delete,
+    files_in,
+    free_path,
+    remove_stale,
+    temporary_path,
+    try_to_remove,
+)
+from eventtrain.subscribers.checkpoint_layout import ARRAYS, MANIFEST, Manifest, SavedArray, nested
 
-FORMAT = "eventtrain-checkpoint"
-SCHEMA_VERSION = 1
-METADATA = "eventtrain.json"
-ARRAYS = "arrays"
-TEMPORARY = ".tmp-"
+logger = logging.getLogger("eventtrain")
 
 
-@dataclass(frozen=True)
-class Committed:
-    """A checkpoint on disk under its final name."""
+class CheckpointStore:
+    """Writes checkpoints into one directory. All methods on one and the same thread: it owns Orbax.
 
-    path: Path
-    size_bytes: int
+    Args:
+        directory: made if missing; what killed runs left half-written is removed from it.
+        fsync: have the disk hold everything before a checkpoint gets its name.
 
+    Raises:
+        OSError: the directory cannot be made or read.
+    """
 
-class Store:
-    """Writes checkpoints into one directory. All methods on one and the same thread: it owns Orbax."""
-
-    def __init__(self, directory: Path) -> None:
+    def __init__(self, directory: Path, *, fsync: bool = True) -> None:
         self.directory = directory
-        self._orbax = ocp.Checkpointer(ocp.PyTreeCheckpointHandler())
+        self._fsync = fsync
         directory.mkdir(parents=True, exist_ok=True)
-        for left in directory.glob(f"{TEMPORARY}*"):
-            if not _is_running(left.name.removeprefix(TEMPORARY).split("-")[0]):
-                shutil.rmtree(left, ignore_errors=True)
+        remove_stale(directory)
+        self.found = committed_in(directory)
+        """What lay there when it was opened."""
+        self._number = max((committed.manifest.number for committed in self.found), default=0)
+        self._rubbish: list[Path] = []
+        self._orbax = ocp.Checkpointer(ocp.PyTreeCheckpointHandler())
 
-    def free_path(self, name: str) -> Path:
-        """Where a checkpoint called ``name`` can lie without touching one that is there."""
-        names = (name if n == 1 else f"{name}-{n}" for n in count(1))
-        return next(path for path in (self.directory / each for each in names) if not path.exists())
+    def write(self, name: str, parts: Mapping[str, Mapping[str, Any]], manifest: Manifest) -> Committed:
+        """Make ``parts`` (part -> path -> NumPy array, or key with ``data`` and ``impl``) durable.
 
-    def write(self, path: Path, host_state: Any, metadata: Mapping[str, Any]) -> Committed:
-        """Make ``host_state`` (NumPy arrays, and keys with ``data`` and ``impl``) durable under ``path``.
+        Args:
+            name: of the folder, if nothing of that name is there; else with a number behind it.
+            parts: what is stored.
+            manifest: without what is known only when they are written.
 
         Raises:
-            Exception: whatever went wrong; nothing lies under ``path`` then.
+            Exception: whatever went wrong; nothing that looks like a checkpoint has come of it then.
         """
-        staging = self.directory / f"{TEMPORARY}{os.getpid()}-{uuid.uuid4().hex[:8]}-{path.name}"
+        self._rubbish = [folder for folder in self._rubbish if not try_to_remove(folder)]
+        staging = temporary_path(self.directory, name)
         try:
-            staging.mkdir()
-            arrays, extra = _encode(host_state)
-            self._orbax.save(staging / ARRAYS, {"state": arrays})
-            facts = {"format": FORMAT, "schema_version": SCHEMA_VERSION, **metadata, **extra}
-            (staging / METADATA).write_text(json.dumps(facts, indent=1) + "\n")
-            size_bytes = _sync(staging)
-            os.rename(staging, path)
-            _sync_one(self.directory)
+            disk.make_folder(staging)
+            manifest = self._fill(staging, parts, manifest)
+            size_bytes = sum(file.stat().st_size for file in files_in(staging))
+            self._sync(staging)
+            path = self._named(staging, name)
         except BaseException:
-            shutil.rmtree(staging, ignore_errors=True)
+            if not try_to_remove(staging):  # Orbax may still write other arrays into it
+                self._rubbish.append(staging)
             raise
-        return Committed(path, size_bytes)
+        try:
+            if self._fsync:
+                disk.sync(self.directory)
+        except BaseException:
+            _take_back(path)
+            raise
+        self._number = manifest.number
+        return Committed(path, manifest, size_bytes)
 
-    def committed_by(self, run_id: str) -> list[Path]:
-        """The checkpoints of one run in this directory, the oldest step first."""
-        found: list[tuple[int, str, Path]] = []
-        for path in self.directory.iterdir():
-            if path.name.startswith(TEMPORARY) or not (path / METADATA).is_file():
-                continue
+    def _named(self, staging: Path, name: str) -> Path:
+        """Give the folder a name; another one where another process was faster."""
+        while True:
+            path = free_path(self.directory, name)
             try:
-                metadata = read_metadata(path)
-            except SnapshotError:
-                continue
-            if metadata.get("run_id") == run_id:
-                found.append((metadata["step"], path.name, path))
-        return [path for _, _, path in sorted(found)]
-
-    def delete(self, path: Path) -> None:
-        """Remove a checkpoint; it loses its name first, so that half a one never looks whole."""
-        doomed = self.directory / f"{TEMPORARY}{os.getpid()}-{uuid.uuid4().hex[:8]}-{path.name}"
-        os.rename(path, doomed)
-        shutil.rmtree(doomed)
+                disk.rename(staging, path)
+            except OSError:
+                if not path.exists():
+                    raise
+            else:
+                return path
 
     def close(self) -> None:
         """End Orbax' own threads. Raises what failed in them."""
         self._orbax.close()
 
-
-def read_metadata(path: Path) -> dict[str, Any]:
-    """The facts beside the arrays.
-
-    Raises:
-        SnapshotError: no checkpoint lies there, or one of a newer version.
-    """
-    try:
-        metadata = json.loads((path / METADATA).read_text())
-    except (OSError, ValueError) as error:
-        raise SnapshotError(
-            f"{path} is no checkpoint of eventtrain: {METADATA} cannot be read ({error})."
-        ) from error
-    if not isinstance(metadata, dict) or metadata.get("format") != FORMAT:
-        raise SnapshotError(f"{path} is no checkpoint of eventtrain: its {METADATA} does not say so.")
-    if metadata["schema_version"] > SCHEMA_VERSION:
-        raise SnapshotError(
-            f"{path} has schema_version {metadata['schema_version']}, and this program knows up to {SCHEMA_VERSION}. "
-            "Read it with the newer version of eventtrain that wrote it."
+    def _fill(self, folder: Path, parts: Mapping[str, Mapping[str, Any]], manifest: Manifest) -> Manifest:
+        stored = {
+            part: {path: SavedArray.of(leaf) for path, leaf in leaves.items()}
+            for part, leaves in parts.items()
+        }
+        tree = nested(
+            {
+                part: {path: array for path, (array, _) in arrays.items() if array.size}
+                for part, arrays in stored.items()
+            }
         )
-    return metadata
-
-
-def restore_state(path: str | Path, like: Any = None) -> Any:
-    """Read the state of a checkpoint back, bit for bit. Blocks; any thread.
-
-    Args:
-        path: of a committed checkpoint (``CheckpointCommitted.path``).
-        like: a state of the same structure: its JAX arrays say where to put the values (device and sharding), its NumPy
-            arrays stay NumPy, and what is no array is taken from it. None: a dict from path in the state to NumPy
-            array.
-
-    Raises:
-        SnapshotError: no checkpoint lies there. StateError: ``like`` has other leaves, shapes or dtypes.
-    """
-    path = Path(path).absolute()
-    metadata = read_metadata(path)
-    # A thread of its own: on the thread of a running event loop Orbax would block or patch that loop.
-    with ThreadPoolExecutor(1) as executor:
-        arrays: dict[str, Any] = executor.submit(_read_arrays, path / ARRAYS).result()
-    arrays |= {
-        name: np.zeros(a["shape"], jnp.dtype(a["dtype"])) for name, a in metadata["empty_arrays"].items()
-    }
-    if like is None:
-        return arrays
-    return _fill(like, arrays, metadata["prng_keys"], path)
-
-
-def _read_arrays(path: Path) -> dict[str, Any]:
-    with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as orbax:
-        restored = orbax.restore(path)
-    return {name: np.asarray(value) for name, value in (restored["state"] or {}).items()}
-
-
-def _encode(host_state: Any) -> tuple[dict[str, np.ndarray[Any, Any]], dict[str, Any]]:
-    """The arrays Orbax can hold, and as JSON what it cannot."""
-    arrays: dict[str, np.ndarray[Any, Any]] = {}
-    empty: dict[str, Any] = {}
-    keys: dict[str, str] = {}
-    for name, leaf in _named_leaves(host_state):
-        value = leaf
-        if _is_host_key(leaf):
-            keys[name] = leaf.impl
-            value = leaf.data
-        value = np.asarray(value)
-        if value.size:
-            arrays[name] = value
-        else:
-            empty[name] = {"shape": list(value.shape), "dtype": value.dtype.name}
-    return arrays, {"prng_keys": keys, "empty_arrays": empty}
-
-
-def _fill(like: Any, arrays: Mapping[str, Any], keys: Mapping[str, str], path: Path) -> Any:
-    wanted = dict(_named_leaves(like))
-    if wanted.keys() != arrays.keys():
-        missing, unknown = sorted(wanted.keys() - arrays.keys()), sorted(arrays.keys() - wanted.keys())
-        raise StateError(
-            f"The state in {path} has another structure than `like`: it lacks {missing[:5] or 'nothing'} and has "
-            f"besides {unknown[:5] or 'nothing'}. Pass a state built as the one that was saved."
+        if tree:
+            self._orbax.save(folder / ARRAYS, tree)
+        manifest = manifest.model_copy(
+            update={
+                "number": self._number + 1,
+                "files": {
+                    file.relative_to(folder).as_posix(): file.stat().st_size for file in files_in(folder)
+                },
+                "arrays": {
+                    part: {path: saved for path, (_, saved) in arrays.items()}
+                    for part, arrays in stored.items()
+                },
+            }
         )
-    values = {name: _placed(name, leaf, arrays[name], keys.get(name), path) for name, leaf in wanted.items()}
-    names = iter(wanted)
-    return jax.tree.map(lambda leaf: values[next(names)] if _is_array(leaf) else leaf, like)
+        disk.write_text(folder / MANIFEST, manifest.to_text())
+        return manifest
+
+    def _sync(self, folder: Path) -> None:
+        if not self._fsync:
+            return
+        for file in files_in(folder):
+            disk.sync(file)
+        for parent, _, _ in os.walk(folder, topdown=False):
+            disk.sync(Path(parent))
 
 
-def _placed(name: str, like: Any, value: np.ndarray[Any, Any], impl: str | None, path: Path) -> Any:
-    is_key = jnp.issubdtype(like.dtype, jax.dtypes.prng_key)
-    if is_key and impl == str(jax.random.key_impl(like)):
-        key = jax.random.wrap_key_data(jnp.asarray(value), impl=impl)
-        if key.shape == like.shape:
-            return jax.device_put(key, like.sharding)
-    elif not is_key and impl is None and value.shape == like.shape and value.dtype == like.dtype:
-        return jax.device_put(value, like.sharding) if isinstance(like, jax.Array) else value
-    saved = f"a key of {impl}" if impl else f"{value.dtype.name}{list(value.shape)}"
-    raise StateError(f"{name} is {saved} in {path}, and {like.dtype}{list(like.shape)} in `like`.")
-
-
-def _named_leaves(tree: Any) -> Iterator[tuple[str, Any]]:
-    """The array leaves and keys of a state by their path, in order; other leaves are not stored."""
-    for path, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]:
-        if _is_array(leaf):
-            yield jax.tree_util.keystr(path) or ".", leaf
-
-
-def _is_array(leaf: Any) -> bool:
-    if isinstance(leaf, jax.Array) or _is_host_key(leaf):
-        return True
-    return isinstance(leaf, (np.ndarray, np.generic)) and (
-        leaf.dtype == np.bool_ or jnp.issubdtype(leaf.dtype, np.number)
-    )
-
-
-def _is_host_key(leaf: Any) -> bool:
-    """Whether it is a typed PRNG key on the host (``eventtrain.device.snapshot.HostKey``)."""
-    return hasattr(leaf, "impl") and isinstance(getattr(leaf, "data", None), np.ndarray)
-
-
-def _sync(folder: Path) -> int:
-    """Have the disk hold everything in ``folder``; returns its size in bytes."""
-    size_bytes = 0
-    for parent, _, files in os.walk(folder):
-        for name in files:
-            size_bytes += os.path.getsize(_sync_one(Path(parent) / name))
-        _sync_one(Path(parent))
-    return size_bytes
-
-
-def _sync_one(path: Path) -> Path:
-    descriptor = os.open(path, os.O_RDONLY)
+def _take_back(path: Path) -> None:
+    """It could not be made durable, so it must not look as if it were."""
     try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-    return path
-
-
-def _is_running(process: str) -> bool:
-    try:
-        os.kill(int(process), 0)
-    except ProcessLookupError:
-        return False
-    except (ValueError, OverflowError):
-        return False
-    except PermissionError:
-        return True
-    return True
+        delete(path)
+    except OSError as error:
+        logger.error("%s could not be removed; it is whole, but may not outlive a power cut: %s", path, error)

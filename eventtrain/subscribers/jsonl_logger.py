@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import logging
 import os
+import shutil
 import threading
 from collections import deque
+from itertools import count
 from pathlib import Path
+from typing import Any, Literal
 
 import anyio
 import anyio.to_thread
 
+from eventtrain.event_names import EventClass
 from eventtrain.events import (
     TRAINING_SEQUENCE,
     CommandApplied,
@@ -21,6 +25,7 @@ from eventtrain.events import (
     StepStarted,
 )
 from eventtrain.subscriber import RunContext, Subscriber
+from eventtrain.subscribers.saved_state import SavedState
 
 logger = logging.getLogger("eventtrain")
 
@@ -33,6 +38,15 @@ WRITTEN = tuple(kind for kind in TRAINING_SEQUENCE if kind is not StepStarted)
 URGENT = frozenset({EpochCompleted, RunCompleted, RunFailed})
 
 
+class JSONLLoggerState(SavedState):
+    """What survives a restart."""
+
+    version: Literal[1] = 1
+    path: str
+    offset: int
+    """Bytes of the file at the cut."""
+
+
 class JSONLLogger(Subscriber):
     """Appends one row per event to a file; a row is ``event.model_dump_json()``.
 
@@ -41,7 +55,10 @@ class JSONLLogger(Subscriber):
         events: a class, a union or a tuple of classes; if None the training sequence, of which CommandApplied only
             those with a finite lag, and without StepStarted, so that each step has one row.
 
-    Rows are on disk (not synced) within 0.5 s, when an epoch's handler has returned, and after ``stop``. A failed
+    Rows are on disk (not synced) within 0.5 s, when an epoch's handler has returned, and after ``stop``; before a
+    checkpoint is committed they are synced. A run that resumes from it cuts off what was written later, keeps that
+    beside the file (``<path>.cut-1`` ...), and writes those rows again, so that each step has one row; so does a run
+    that was to resume and found nothing saved, with all that the file holds. A failed
     write, a full disk say, is raised in the handler, and so said by SubscriberFailed, once for every time it fails;
     the rows are kept and written again when that works, none twice and none torn. While ``ROW_LIMIT`` rows wait,
     training waits too.
@@ -49,7 +66,7 @@ class JSONLLogger(Subscriber):
 
     disable_after = None  # a full disk is no reason to stop logging once there is room again
 
-    def __init__(self, path: str | Path, events: type[Event] | tuple[type[Event], ...] | None = None) -> None:
+    def __init__(self, path: str | Path, events: EventClass | tuple[EventClass, ...] | None = None) -> None:
         self.events = WRITTEN if events is None else events
         self._all_commands = events is not None
         self._path = Path(path)
@@ -57,13 +74,19 @@ class JSONLLogger(Subscriber):
         self._file: RowFile | None = None
         self._committer: Committer | None = None
         self._limiter: anyio.CapacityLimiter | None = None
+        self._saved: JSONLLoggerState | None = None
 
     async def start(self, run: RunContext) -> None:
-        """Open the file, cut a torn last row off, start the writing thread."""
+        """Open the file, cut off a torn last row and what the run repeats, start the writing thread."""
         path = run.run_dir / self._path
         file = self._file if self._file is not None and self._file.path == path else RowFile(path, self._rows)
         self._limiter = anyio.CapacityLimiter(1)
         await anyio.to_thread.run_sync(file.prepare, limiter=self._limiter)
+        saved, self._saved = self._saved, None
+        if run.restarts:
+            saved = JSONLLoggerState(path=str(self._path), offset=0)
+        if saved is not None and saved.path == str(self._path):
+            await anyio.to_thread.run_sync(file.cut, saved.offset, limiter=self._limiter)
         self._file = file
         self._committer = Committer(file)
         self._committer.start()
@@ -89,6 +112,25 @@ class JSONLLogger(Subscriber):
         if committer is not None:
             await anyio.to_thread.run_sync(committer.stop, limiter=self._limiter)
             await self._commit()
+
+    async def flush(self) -> None:
+        """Have every row so far on the disk, synced. Raises OSError if that fails."""
+        if self._file is not None:
+            await self._commit()
+            await anyio.to_thread.run_sync(self._file.sync, limiter=self._limiter)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Where the file ends, as plain JSON data."""
+        offset = self._file.size_bytes if self._file is not None else 0
+        return JSONLLoggerState(path=str(self._path), offset=offset).to_json()
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """At the next ``start``, cut the file where it ended.
+
+        Raises:
+            StateError: another version, or broken.
+        """
+        self._saved = JSONLLoggerState.parse(self.name or "JSONLLogger", state)
 
     async def _attend(self) -> None:
         committer = self._committer
@@ -128,6 +170,8 @@ class RowFile:
         self.rows = rows
         self._torn_at: int | None = None
         self._lock = threading.Lock()
+        self.size_bytes = 0
+        """Where the file ended after the last row written to it."""
 
     @property
     def waiting(self) -> int:
@@ -138,8 +182,7 @@ class RowFile:
         """Make the folder; move a last row without a line end, as a killed run leaves it, to ``<path>.torn``."""
         self.path.parent.mkdir(parents=True, exist_ok=True)
         with open(self.path, "ab+") as file:
-            end = file.seek(0, os.SEEK_END)
-            begin = end
+            begin = end = self.size_bytes = file.seek(0, os.SEEK_END)
             while begin > 0:
                 chunk = min(4096, begin)
                 file.seek(begin - chunk)
@@ -156,7 +199,31 @@ class RowFile:
             with open(torn, "ab") as beside:
                 beside.write(tail + b"\n")
             file.truncate(begin)
+            self.size_bytes = begin
         logger.warning("%s ended in a torn row of %d bytes, which now lies in %s", self.path, len(tail), torn)
+
+    def cut(self, offset: int) -> None:
+        """Move what lies behind ``offset`` bytes to ``<path>.cut-1`` (or -2 ...), which is synced first."""
+        if self.size_bytes < offset:
+            logger.error(
+                "%s has %d bytes, but had %d when the checkpoint was written: rows are missing in it.",
+                self.path, self.size_bytes, offset,
+            )  # fmt: skip
+        if self.size_bytes <= offset:
+            return
+        names = (self.path.with_name(f"{self.path.name}.cut-{n}") for n in count(1))
+        with open(self.path, "rb+") as file, open(next(n for n in names if not n.exists()), "xb") as beside:
+            file.seek(offset)
+            shutil.copyfileobj(file, beside)
+            beside.flush()
+            os.fsync(beside.fileno())
+            file.truncate(offset)
+        self.size_bytes = offset
+
+    def sync(self) -> None:
+        """Have the disk hold what was written."""
+        with open(self.path, "ab") as file:
+            os.fsync(file.fileno())
 
     def commit(self) -> None:
         """Write every waiting row, whole or not at all.
@@ -191,6 +258,7 @@ class RowFile:
             self._torn_at = None
             raise
         self._torn_at = None
+        self.size_bytes = begin + len(data)
 
 
 class Committer(threading.Thread):

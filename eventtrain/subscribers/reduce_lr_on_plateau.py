@@ -2,49 +2,58 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Mapping
+from time import monotonic
+from typing import Any, Literal
 
 import numpy as np
 
 from eventtrain.control import Control
 from eventtrain.errors import ConfigurationError
-from eventtrain.events import EpochCompleted
+from eventtrain.events import TO_BE_CONTINUED, EpochCompleted, EvalCompleted, RunCompleted, StepCompleted
 from eventtrain.subscriber import RunContext, Subscriber
-from eventtrain.subscribers.monitor import (
-    Mode,
-    best_to_json,
-    check_version,
-    make_monitor,
-    require_count,
-    require_number,
-    warn_missing,
-)
+from eventtrain.subscribers.arguments import require_choice, require_count, require_number
+from eventtrain.subscribers.metric_reader import MetricReader
+from eventtrain.subscribers.monitor import Mode, Monitor, MonitorState, NaNPolicy, Unit, make_goal
+from eventtrain.subscribers.saved_state import SavedState
+from eventtrain.subscribers.watching import LAGS, WATCHED
 
-STATE_VERSION = 1
+
+class ReduceLROnPlateauState(SavedState):
+    """What survives a restart."""
+
+    version: Literal[1] = 1
+    monitor: MonitorState
 
 
 class ReduceLROnPlateau(Subscriber):
-    """Multiplies a hyperparameter by ``factor`` before the next epoch begins (``lag=0``), as Keras 3 does.
+    """Multiplies a hyperparameter by ``factor`` before the next epoch begins (``lag=0``), with Keras 3's decisions.
 
     Args:
-        monitor: name of a metric of EpochCompleted.
+        monitor: name of a metric of EpochCompleted; for other units, of the event that they go by.
         factor: between 0 and 1.
         patience: cut at the ``patience``-th epoch in a row without an improvement (0 and 1 both: at the first).
         mode: "min", "max", or "auto" by the metric's name.
         min_delta: how much better counts as an improvement.
-        cooldown: so many epochs after a cut do not count; the one that ends it does.
+        cooldown: for so long after a cut nothing counts; the epoch that ends it does. By "steps" it lasts at least
+            until a step was computed with the smaller value: ``lag + 1`` steps.
         min_lr: the value is never cut below it.
         hyperparam: its name in ``optax.inject_hyperparams``.
+        path: of the hyperparameter, where the name stands in several places.
+        patience_unit: of patience and cooldown: "epochs"; "evaluations" (EvalCompleted, also in the middle of an epoch;
+            ``lag=0``); "steps" (StepCompleted; ``lag=64``); "seconds" (EpochCompleted by the clock: no lag, so not
+            reproducible).
+        min_delta_relative: ``min_delta`` is a share of the value to be beaten.
+        nan: a NaN is never best. "count": no improvement; "ignore": not looked at; "stop": stop the run.
+        strict: fail the run if the metric is missing, instead of warning once.
 
-    The count begins anew with every ``fit``, unless a saved state was loaded. An epoch whose metrics lack ``monitor``
-    does not count; a NaN counts as no improvement.
+    The count begins anew with every ``fit``, unless a saved state was loaded. A run whose optimiser has no such
+    hyperparameter fails when it starts.
 
     Raises:
         ConfigurationError: a factor not between 0 and 1, negative counts, an unknown mode, a metric whose direction
-            cannot be told; in the handler, and so by SubscriberFailed: the optimiser has no such hyperparameter.
+            cannot be told.
     """
-
-    lag = 0
 
     def __init__(
         self,
@@ -56,8 +65,14 @@ class ReduceLROnPlateau(Subscriber):
         cooldown: int = 0,
         min_lr: float = 0,
         hyperparam: str = "learning_rate",
+        *,
+        path: str | None = None,
+        patience_unit: Unit = "epochs",
+        min_delta_relative: bool = False,
+        nan: NaNPolicy = "count",
+        strict: bool = False,
     ) -> None:
-        self._monitor = make_monitor("ReduceLROnPlateau", monitor, mode, min_delta)
+        goal = make_goal("ReduceLROnPlateau", monitor, mode, min_delta, relative=min_delta_relative)
         require_number("ReduceLROnPlateau", "factor", factor)
         if not 0 < factor < 1:
             raise ConfigurationError(
@@ -66,87 +81,104 @@ class ReduceLROnPlateau(Subscriber):
             )
         require_count("ReduceLROnPlateau", "patience", patience)
         require_count("ReduceLROnPlateau", "cooldown", cooldown)
-        require_number("ReduceLROnPlateau", "min_lr", min_lr)
-        if min_lr < 0:
-            raise ConfigurationError(f"ReduceLROnPlateau(min_lr={min_lr!r}): needs a number of at least 0.")
+        require_number("ReduceLROnPlateau", "min_lr", min_lr, at_least=0)
+        require_choice("ReduceLROnPlateau", "patience_unit", patience_unit, tuple(WATCHED))
+        require_choice("ReduceLROnPlateau", "nan", nan, ("count", "ignore", "stop"))
+        self.events = (WATCHED[patience_unit], RunCompleted)
+        self.lag = LAGS[patience_unit]
+        self.on_error = "fail" if strict else "isolate"
+        self._monitor = Monitor(goal, patience, unit=patience_unit, cooldown=cooldown, nan=nan)
+        self._metric = monitor
+        self._strict = strict
         self._factor = factor
-        self._patience = patience
-        self._cooldown = cooldown
         self._min_lr = min_lr
         self._hyperparam = hyperparam
+        self._path = path
+        self._label = hyperparam
         self._loaded = False
-        self._reset()
+        self._reader = MetricReader("ReduceLROnPlateau", monitor, strict=strict)
 
-    def _reset(self) -> None:
-        self.best: float | None = None
+    @property
+    def best(self) -> float | None:
         """The best value so far; None before the first."""
-        self.wait = 0
-        """Epochs since the last improvement or cut."""
-        self.cooldown_counter = 0
-        self._warned = False
+        return self._monitor.best
+
+    @property
+    def wait(self) -> float:
+        """For how long there was neither an improvement nor a cut, in ``patience_unit``."""
+        return self._monitor.wait
+
+    @property
+    def cooldown_left(self) -> float:
+        """For how long nothing counts yet, in ``patience_unit``."""
+        return self._monitor.cooldown_left
 
     async def start(self, run: RunContext) -> None:
-        """Begin anew, unless a saved state was loaded."""
+        """Begin anew, unless a saved state was loaded. Raises where the hyperparameter cannot be set."""
+        self._label = run.require_hyperparam(self._hyperparam, self._path)
+        self._reader = MetricReader(
+            self._name,
+            self._metric,
+            strict=self._strict,
+            evaluates=run.can_evaluate and self._monitor.unit in ("epochs", "seconds"),
+        )
+        lag = self.lag.get(StepCompleted) if isinstance(self.lag, Mapping) else self.lag
+        if self._monitor.unit == "steps" and lag is not None:
+            self._monitor.lengthen_cooldown(lag + 1)
         if not self._loaded:
-            self._reset()
+            self._monitor.reset()
 
     async def stop(self) -> None:
         """The next run begins anew."""
         self._loaded = False
 
-    async def on_epoch_completed(self, event: EpochCompleted, control: Control) -> None:
+    async def handle(
+        self, event: EpochCompleted | EvalCompleted | StepCompleted | RunCompleted, control: Control
+    ) -> None:
         """Count, and cut when patience is at its end."""
-        value = self._monitor.read(event.metrics)
-        if value is None:
-            if not self._warned:
-                self._warned = True
-                warn_missing(self.name or "ReduceLROnPlateau", self._monitor.metric, event.metrics)
+        if isinstance(event, RunCompleted):
+            if self._monitor.seen == 0 and event.reason not in TO_BE_CONTINUED:
+                self._reader.end()
             return
-        if self._hyperparam not in event.hyperparams:
-            raise ConfigurationError(
-                f"ReduceLROnPlateau(hyperparam={self._hyperparam!r}): the optimiser has no such hyperparameter; it has "
-                f"{', '.join(event.hyperparams) or 'none'}. Build it with optax.inject_hyperparams."
-            )
-        if self._is_due(value, event.hyperparams[self._hyperparam]):
+        value = self._reader.read(event.metrics, unprefixed=isinstance(event, EvalCompleted))
+        if value is None:
+            return
+        verdict = self._monitor.observe(value, epoch=event.epoch, step=event.step, time_s=monotonic())
+        if verdict.stop:
+            control.stop(reason=f"{self._name}: {self._metric} is NaN")
+        elif verdict.exhausted and self._can_be_cut(event, control):
             best = "nothing" if self.best is None else f"{self.best:.6g}"
-            comparison = f"{self._monitor.metric} {value:.6g} is no improvement on {best}"
             control.scale_hyperparam(
                 self._hyperparam,
                 self._factor,
                 minimum=self._min_lr,
-                reason=f"plateau: {comparison} (patience {self._patience})",
+                path=self._path,
+                reason=f"plateau: {self._metric} {value:.6g} is no improvement on {best} "
+                f"(patience {self._monitor.patience:g})",
             )
+            self._monitor.begin_cooldown()
 
-    def _is_due(self, value: float, current: float) -> bool:
-        """Keras' state machine (``ReduceLROnPlateau.on_epoch_end``)."""
-        if self.cooldown_counter > 0:
-            self.cooldown_counter -= 1
-            self.wait = 0
-        if self._monitor.improves(value, self.best):
-            self.best = value
-            self.wait = 0
-        elif self.cooldown_counter == 0:
-            self.wait += 1
-            # In float32, as Keras compares: the device holds 0.001 as 0.0010000000475, which is no reason for a cut.
-            if self.wait >= self._patience and np.float32(current) > np.float32(self._min_lr):
-                self.cooldown_counter = self._cooldown
-                self.wait = 0
-                return True
-        return False
+    def _can_be_cut(self, event: EpochCompleted | EvalCompleted | StepCompleted, control: Control) -> bool:
+        """Whether the value in effect is above ``min_lr``; as Keras, patience that is at its end waits until it is."""
+        if isinstance(event, StepCompleted):
+            return True  # the value at the boundary of the effect is not known yet; the command clips it
+        values = event.hyperparams if isinstance(event, EpochCompleted) else control.hyperparams
+        # In float32, as Keras compares: the device holds 0.001 as 0.0010000000475, which is no reason for a cut.
+        return bool(np.float32(values[self._label]) > np.float32(self._min_lr))
+
+    @property
+    def _name(self) -> str:
+        return self.name or "ReduceLROnPlateau"
 
     def state_dict(self) -> dict[str, Any]:
         """The count so far, as plain JSON data."""
-        return {
-            "version": STATE_VERSION,
-            "best": best_to_json(self.best),
-            "wait": self.wait,
-            "cooldown_counter": self.cooldown_counter,
-        }
+        return ReduceLROnPlateauState(monitor=self._monitor.state).to_json()
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take the count over; the run that follows goes on with it."""
-        check_version("ReduceLROnPlateau", state, STATE_VERSION)
-        self.best = None if state["best"] is None else float(state["best"])
-        self.wait = state["wait"]
-        self.cooldown_counter = state["cooldown_counter"]
+        """Take the count over; the run that follows goes on with it.
+
+        Raises:
+            StateError: another version, or broken.
+        """
+        self._monitor.load(ReduceLROnPlateauState.parse(self._name, state).monitor)
         self._loaded = True

@@ -36,12 +36,18 @@ class Mutant:
     """A textual replacement that removes one mechanism, and the tests that have to notice."""
 
     name: str
-    promise: int
     file: str
     old: str
     new: str
     tests: tuple[str, ...]
+    promise: int | None = None
+    behaviour: str | None = None
     timeout_s: float = 300
+
+    @property
+    def row(self) -> str:
+        """The row of docs/promises.md that it belongs to: a promise's number or a behaviour's name."""
+        return self.behaviour if self.promise is None else str(self.promise)
 
     def applied(self, root: Path) -> str:
         """The text of the file with the mechanism removed."""
@@ -66,6 +72,8 @@ def load(path: Path = MUTANTS) -> list[Mutant]:
             raise BadMutant(f"{entry.get('name', 'a mutant without name')}: {error}") from error
         if not mutant.tests:
             raise BadMutant(f"{mutant.name}: names no test")
+        if (mutant.promise is None) == (mutant.behaviour is None):
+            raise BadMutant(f"{mutant.name}: needs a promise or a behaviour, one of them")
         if mutant.name in {other.name for other in mutants}:
             raise BadMutant(f"{mutant.name}: two mutants have this name")
         mutants.append(mutant)
@@ -157,14 +165,14 @@ def run(mutants: Sequence[Mutant]) -> bool:
             return False
         print(f"{len(tests)} tests are green unmutated.")
         width = max(len(mutant.name) for mutant in mutants)
-        print(f"{'mutant':<{width}}  promise  verdict    seconds  tests")
+        print(f"{'mutant':<{width}}  {'row':>7}  verdict    seconds  tests")
         survivors: list[str] = []
         for mutant in mutants:
             start = time.monotonic()
             verdict, output = judge(mutant, tree)
             duration_s = time.monotonic() - start
             word = {RED: "killed", GREEN: "SURVIVED"}.get(verdict, "UNCLEAR")
-            row = f"{mutant.name:<{width}}  {mutant.promise:>7}  {word:<9}  {duration_s:>7.1f}"
+            row = f"{mutant.name:<{width}}  {mutant.row:>7}  {word:<9}  {duration_s:>7.1f}"
             print(f"{row}  {' '.join(mutant.tests)}", flush=True)
             if verdict == RED:
                 continue
@@ -188,7 +196,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         mutants = [mutant for mutant in mutants if options.only is None or mutant.name in options.only]
         if options.list or not mutants:
             for mutant in mutants:
-                print(f"{mutant.name}  promise {mutant.promise}  {mutant.file}  {' '.join(mutant.tests)}")
+                print(f"{mutant.name}  {mutant.row}  {mutant.file}  {' '.join(mutant.tests)}")
             print(f"{len(mutants)} mutants")
             return 0
         return 0 if run(mutants) else 1

@@ -1,0 +1,173 @@
+"""What checkpoints cost the training loop: the steps around a snapshot, and the whole time, against none.
+
+Each step is waited for, so that its duration says what it cost; every way has the same steps on the same state:
+
+- ``none``: a Trainer without a Checkpointer;
+- ``eventtrain``: with ``Checkpointer(every=10)``;
+- ``orbax async``: the bare jitted loop, and ``AsyncCheckpointer.save`` called in it every 10 steps;
+- ``orbax sync``: the same with ``Checkpointer.save``.
+
+"slowest" is the slowest of the steps next to a snapshot (the one before it to the two after it) over the median step of
+the run; "total" the time of all steps over that of ``none`` in the same pair. What is still being written when the
+steps end is not waited for in either, and its time is said as "afterwards". Ways alternate within a pair; medians.
+
+    python -m benchmarks.checkpoint_stall [--pairs 7] [--megabytes 120] [--steps 100] [--json PATH]
+"""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from statistics import median
+from time import perf_counter
+from typing import Annotated, Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import orbax.checkpoint as ocp
+import typer
+from rich.console import Console
+from rich.table import Table
+
+import eventtrain as et
+from benchmarks.machine import write_json
+from eventtrain import subscribers as subs
+
+EVERY = 10
+WIDTH = 1024
+
+
+def step_fn(state: Any, batch: Any) -> tuple[Any, dict[str, jax.Array]]:
+    """A large state, all of which changes, and as much arithmetic on the batch as makes that a usual step."""
+    hidden = batch
+    for _ in range(8):
+        hidden = jnp.tanh(hidden @ state["weight"])
+    scale = 1 - 1e-6 * hidden.mean()
+    return {name: leaf * scale for name, leaf in state.items()}, {"scale": scale}
+
+
+def new_state(megabytes: int) -> Any:
+    """``megabytes`` MB of float32: one matrix that computes, the rest that is only carried and updated.
+
+    Random, since Orbax compresses.
+    """
+    rest = megabytes * 250_000 - WIDTH * WIDTH
+    weight, moments = jax.random.split(jax.random.key(0))
+    return {
+        "weight": jax.random.normal(weight, (WIDTH, WIDTH)) / 64,
+        "moments": jax.random.normal(moments, (16, rest // 16)),
+    }
+
+
+class Run:
+    """Durations of all steps, and how long what was left took afterwards."""
+
+    def __init__(self, durations_s: list[float], afterwards_s: float) -> None:
+        self.total_s = sum(durations_s)
+        self.afterwards_s = afterwards_s
+        middle = median(durations_s)
+        near = [
+            duration_s
+            for step, duration_s in enumerate(durations_s, 1)
+            if step > EVERY // 2 and min(step % EVERY, EVERY - step % EVERY) <= 2
+        ]
+        self.slowest = max(near) / middle
+        self.median_step_ms = middle * 1e3
+
+
+def with_trainer(state: Any, batch: Any, steps: int, folder: Path, every: int | None) -> Run:
+    """Through a session."""
+    checkpointer = (
+        [] if every is None else [subs.Checkpointer("checkpoints", every=every, max_to_keep=2, at_end=False)]
+    )
+    trainer = et.Trainer(step_fn, state, subscribers=checkpointer, run_dir=folder, drain_timeout_s=600.0)
+    durations_s: list[float] = []
+    with trainer.session() as session:
+        for _ in range(EVERY):  # compiles, both variants of the step; the first snapshot is a copy
+            session.step(batch)
+        session.idle(1.0)
+        session.block_until_ready()
+        for _ in range(steps):
+            began_s = perf_counter()
+            session.step(batch)
+            session.block_until_ready()
+            durations_s.append(perf_counter() - began_s)
+        began_s = perf_counter()
+    return Run(durations_s, perf_counter() - began_s)
+
+
+def with_orbax(state: Any, batch: Any, steps: int, folder: Path, checkpointer: Any) -> Run:
+    """The bare loop, with ``checkpointer.save`` in it."""
+    jitted = jax.jit(step_fn, donate_argnums=0)
+    state = jax.tree.map(jnp.copy, state)
+    durations_s: list[float] = []
+    for _ in range(EVERY):
+        state, _metrics = jitted(state, batch)
+    jax.block_until_ready(state)
+    for step in range(1, steps + 1):
+        began_s = perf_counter()
+        state, metrics = jitted(state, batch)
+        jax.block_until_ready((state, metrics))
+        if step % EVERY == 0:
+            checkpointer.save(folder / f"step-{step}", state)
+        durations_s.append(perf_counter() - began_s)
+    began_s = perf_counter()
+    checkpointer.close()
+    return Run(durations_s, perf_counter() - began_s)
+
+
+def main(
+    pairs: Annotated[int, typer.Option(help="How often each way is measured.")] = 7,
+    megabytes: Annotated[int, typer.Option(help="Size of the state.")] = 120,
+    steps: Annotated[int, typer.Option(help="Steps of each run.")] = 100,
+    json: Annotated[Path | None, typer.Option(help="Where to write the figures.")] = None,
+) -> None:
+    """Measure, print a table, and write the figures."""
+    state = new_state(megabytes)
+    batch = jnp.asarray(np.random.default_rng(0).normal(size=(512, WIDTH)), jnp.float32)
+    handler = ocp.PyTreeCheckpointHandler
+    ways: dict[str, Callable[[Path], Run]] = {
+        "none": lambda folder: with_trainer(state, batch, steps, folder, None),
+        "eventtrain": lambda folder: with_trainer(state, batch, steps, folder, EVERY),
+        "orbax async": lambda folder: with_orbax(
+            state, batch, steps, folder, ocp.AsyncCheckpointer(handler())
+        ),
+        "orbax sync": lambda folder: with_orbax(state, batch, steps, folder, ocp.Checkpointer(handler())),
+    }
+    runs: dict[str, list[Run]] = {name: [] for name in ways}
+    for pair in range(pairs):
+        names = list(ways) if pair % 2 == 0 else list(reversed(ways))
+        for name in names:
+            folder = Path(tempfile.mkdtemp())
+            try:
+                runs[name].append(ways[name](folder))
+            finally:
+                shutil.rmtree(folder)
+    table = Table(title=f"{megabytes} MB of state, {steps} steps, a checkpoint every {EVERY}, {pairs} pairs")
+    for column in ("", "step (ms)", "slowest / median", "total / none", "afterwards (s)"):
+        table.add_column(column, justify="right")
+    figures: dict[str, Any] = {"megabytes": megabytes, "steps": steps, "every": EVERY, "pairs": pairs}
+    for name, results in runs.items():
+        totals = [run.total_s / none.total_s for run, none in zip(results, runs["none"], strict=True)]
+        row = {
+            "median_step_ms": round(median(run.median_step_ms for run in results), 2),
+            "slowest_to_median": round(median(run.slowest for run in results), 3),
+            "total_to_none": round(median(totals), 3),
+            "totals_to_none": [round(total, 3) for total in totals],
+            "afterwards_s": round(median(run.afterwards_s for run in results), 2),
+        }
+        figures[name] = row
+        table.add_row(
+            name, str(row["median_step_ms"]), str(row["slowest_to_median"]), str(row["total_to_none"]),
+            str(row["afterwards_s"]),
+        )  # fmt: skip
+    Console().print(table)
+    if json is not None:
+        write_json(json, "checkpoint_stall", figures)
+
+
+if __name__ == "__main__":
+    typer.run(main)

@@ -1,0 +1,114 @@
+"""Jobs in processes of their own, and what their ends are compared with."""
+
+from __future__ import annotations
+
+import atexit
+import functools
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+from benchmarks.killing.job import EPOCHS, RESULT, STEPS
+
+LEFT_OUT = {"run_id", "time", "duration_s", "seq"}
+"""Fields in which a rerun may differ."""
+
+
+class Jobs:
+    """A process that forks jobs (``benchmarks.killing.job``)."""
+
+    def __init__(self) -> None:
+        environment = os.environ | {"JAX_PLATFORMS": "cpu"}
+        self._process = subprocess.Popen(
+            [sys.executable, "-m", "benchmarks.killing.job"],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            text=True,
+            env=environment,
+            cwd=Path(__file__).parents[2],
+        )
+
+    def close(self) -> None:
+        """End the process."""
+        assert self._process.stdin is not None
+        assert self._process.stdout is not None
+        self._process.kill()
+        self._process.wait()
+        self._process.stdin.close()
+        self._process.stdout.close()
+
+    def start(self, folder: Path, how: str = "fit") -> int:
+        """Begin a job; its process id."""
+        assert self._process.stdin is not None
+        self._process.stdin.write(f"{how} {folder}\n")
+        self._process.stdin.flush()
+        return int(self._answer())
+
+    def wait(self) -> int:
+        """The exit status of the job; negative where a signal ended it."""
+        return int(self._answer())
+
+    def _answer(self) -> str:
+        assert self._process.stdout is not None
+        answer = self._process.stdout.readline()
+        if not answer:
+            raise RuntimeError("the process that forks jobs has died")
+        return answer
+
+
+@functools.cache
+def jobs() -> Jobs:
+    """One for all trials of this process."""
+    made = Jobs()
+    atexit.register(made.close)
+    return made
+
+
+@functools.cache
+def undisturbed() -> tuple[dict[str, Any], list[dict[str, Any]], float]:
+    """What a run ends with that nobody kills, its log, and how long it took."""
+    with tempfile.TemporaryDirectory() as name:
+        folder, began_s = Path(name), time.monotonic()
+        jobs().start(folder)
+        require(jobs().wait() == 0, f"the undisturbed run failed: {error_of(folder)}")
+        return json.loads((folder / RESULT).read_text()), rows(folder), time.monotonic() - began_s
+
+
+def compare(folder: Path) -> None:
+    """Let the job in ``folder`` go on to its end, and compare it with the undisturbed one.
+
+    Raises:
+        AssertionError: it did not end, or not as that one.
+    """
+    expected, expected_rows, _ = undisturbed()
+    jobs().start(folder)
+    require(jobs().wait() == 0, f"the resumed run failed: {error_of(folder)}")
+    reached, found = json.loads((folder / RESULT).read_text()), rows(folder)
+    require(reached == expected, f"it reached {reached}, and the undisturbed run {expected}")
+    steps = [row["step"] for row in found if row["kind"] == "step_completed"]
+    require(steps == list(range(1, EPOCHS * STEPS + 1)), f"rows of the steps are {steps}")
+    require(found == expected_rows, "the log differs from the undisturbed run's")
+
+
+def rows(folder: Path) -> list[dict[str, Any]]:
+    """The log, without what a rerun need not repeat. A torn row is an error."""
+    lines = (folder / "events.jsonl").read_text().splitlines()
+    return [{k: v for k, v in json.loads(line).items() if k not in LEFT_OUT} for line in lines]
+
+
+def error_of(folder: Path) -> str:
+    """What the job said before it died."""
+    path = folder / "error.txt"
+    return path.read_text() if path.exists() else "no message"
+
+
+def require(holds: bool, message: str) -> None:
+    """Like assert, also under ``-O``."""
+    if not holds:
+        raise AssertionError(message)

@@ -1,0 +1,1 @@
+"""Runs described by a file: which subscribers, with which parameters, and for how long."""

@@ -1,0 +1,65 @@
+"""What can stand in a file at all: settings and JSON Schema of the models that describe tables."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, create_model
+from pydantic.errors import PydanticInvalidForJsonSchema, PydanticSchemaGenerationError
+from pydantic.json_schema import GenerateJsonSchema, JsonSchemaValue
+from pydantic_core import core_schema
+
+TABLE = ConfigDict(
+    extra="forbid",
+    frozen=True,
+    strict=True,  # a file has types of its own: "3" and true are no numbers
+    arbitrary_types_allowed=True,
+    hide_input_in_errors=True,  # it may hold secrets
+    protected_namespaces=(),
+)
+
+
+def json_schema(model: type[BaseModel]) -> JsonSchemaValue:
+    """What a file may say, as JSON Schema."""
+    return model.model_json_schema(schema_generator=_FileSchema)
+
+
+def fits_a_file(annotation: Any) -> bool:
+    """Whether something that a file can say is valid: then there is a JSON Schema for it."""
+    try:
+        json_schema(create_model("Parameter", __config__=TABLE, value=(annotation, ...)))
+    except (PydanticSchemaGenerationError, PydanticInvalidForJsonSchema):
+        return False
+    return True
+
+
+class _FileSchema(GenerateJsonSchema):
+    """Classes, functions and arbitrary objects have no JSON Schema, unless a validator in front makes them of data."""
+
+    ignored_warning_kinds = {"skipped-choice", "non-serializable-default"}  # noqa: RUF012  # as Pydantic declares it
+
+    def is_subclass_schema(self, schema: core_schema.IsSubclassSchema) -> JsonSchemaValue:
+        """Pydantic's is ``{}``, as if everything were valid."""
+        return self.handle_invalid_for_json_schema(schema, f"a subclass of {schema['cls'].__name__}")
+
+    def function_before_schema(self, schema: core_schema.BeforeValidatorFunctionSchema) -> JsonSchemaValue:
+        """What the function takes, which nobody knows where what it makes has no schema."""
+        return self._or_anything(super().function_before_schema, schema)
+
+    def function_wrap_schema(self, schema: core_schema.WrapValidatorFunctionSchema) -> JsonSchemaValue:
+        """As for a function in front."""
+        return self._or_anything(super().function_wrap_schema, schema)
+
+    def union_schema(self, schema: core_schema.UnionSchema) -> JsonSchemaValue:
+        """The choices that have a schema; at least one."""
+        found = super().union_schema(schema)
+        if not found.get("anyOf", True):
+            return self.handle_invalid_for_json_schema(schema, "a union of nothing that data can be")
+        return found
+
+    def _or_anything(self, generate: Callable[[Any], JsonSchemaValue], schema: Any) -> JsonSchemaValue:
+        try:
+            return generate(schema)
+        except PydanticInvalidForJsonSchema:
+            return {}

@@ -1,0 +1,175 @@
+"""Averages of the weights, kept inside the compiled step: exponential (`EMA`) and uniform (`SWA`).
+
+Only floating-point leaves are averaged, in float32 at least: in bfloat16 an increment of 1 - 0.999
+would be rounded away. Other leaves follow the newest value.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from eventtrain.device.extensions import StepExtension, Use, checked_uses
+from eventtrain.device.state import PyTree, is_array, partition
+from eventtrain.errors import ConfigurationError
+
+__all__ = ["EMA", "SWA"]
+
+
+class EMA(StepExtension):
+    """Exponential moving average of the weights: `average = decay * average + (1 - decay) * new`.
+
+    Starts at the weights themselves, so that no bias correction is needed. Exact to the last digit
+    of float32 (float64 for float64 weights) for every decay and any number of steps: what rounding
+    keeps from the average in one step is added in the next (Kahan, "Further remarks on reducing
+    truncation errors", 1965).
+
+    The state has the structure of `params`, its leaves are complex: the real part is the average,
+    the imaginary part what rounding has kept from it. Read it through `weights`. It takes 8 bytes
+    for each float32 or narrower weight.
+
+    After Polyak and Juditsky, "Acceleration of Stochastic Approximation by Averaging" (1992), with
+    exponential instead of uniform weights.
+
+    Args:
+        decay: 0.999 averages over about 1,000 steps.
+        name: unique among the extensions of one trainer.
+        use_for: any of "eval", "predict", "final": where the average stands in for the params.
+
+    Raises:
+        ConfigurationError: `decay` does not lie strictly between 0 and 1, or an unknown use.
+    """
+
+    def __init__(self, decay: float, *, name: str = "ema", use_for: Collection[Use] = ()) -> None:
+        if not 0.0 < decay < 1.0:
+            raise ConfigurationError(
+                f"EMA(decay={decay!r}): 0 would keep no average and 1 would never move, so decay "
+                "must lie strictly between them. 0.999 averages over about 1,000 steps."
+            )
+        self.decay = decay
+        self.name = name
+        self.use_for = checked_uses(repr(self), use_for)
+
+    def __repr__(self) -> str:
+        return f"EMA({self.decay!r}, name={self.name!r})"
+
+    def init(self, params: PyTree) -> PyTree:
+        """The weights themselves, and nothing lost."""
+        return _on_floats(lambda leaf: lax.complex(_widened(leaf), jnp.zeros_like(_widened(leaf))), params)
+
+    def update(self, ext_state: PyTree, params: PyTree, step: jax.Array) -> PyTree:
+        """The average including `params`, which are those after the update."""
+
+        # One complex array is overwritten in one pass. Two real ones, of which each needs the other's
+        # old value, cost a copy: 26 us instead of 10 for 33,000 weights on a CPU.
+        def average(new: jax.Array, old: jax.Array) -> jax.Array:
+            change = (1.0 - self.decay) * (_widened(new) - old.real) - old.imag
+            moved = old.real + change
+            return lax.complex(moved, (moved - old.real) - change)
+
+        return _on_floats(average, params, ext_state)
+
+    def weights(self, ext_state: PyTree, params: PyTree) -> PyTree:
+        """The average, in float32 at least."""
+        return _on_floats(lambda _, average: average.real, params, ext_state)
+
+
+class SWA(StepExtension):
+    """Stochastic weight averaging: the uniform mean of the weights after steps start, start + every, ...
+
+    Until the first of these its weights are the params themselves. The state is `{"count": int32 of
+    shape (), "average": tree like params}`. Statistics that a model keeps beside its params, such as
+    those of batch normalisation, are not averaged: they belong to the newest weights, and want a pass
+    over the training data with the average.
+
+    After Izmailov et al., "Averaging Weights Leads to Wider Optima and Better Generalization" (2018),
+    arXiv:1803.05407.
+
+    Args:
+        start: the first step whose weights count, of the trainer's life.
+        every: how many steps lie between two of them; the paper takes the end of each epoch or cycle.
+        name, use_for: as in `EMA`.
+
+    Raises:
+        ConfigurationError: `start` or `every` is no whole number of at least 1, or an unknown use.
+    """
+
+    def __init__(
+        self, start: int, every: int = 1, *, name: str = "swa", use_for: Collection[Use] = ()
+    ) -> None:
+        for argument, value in (("start", start), ("every", every)):
+            if isinstance(value, bool) or not isinstance(value, int) or value < 1:  # pyright: ignore[reportUnnecessaryIsInstance]
+                raise ConfigurationError(
+                    f"SWA({argument}={value!r}): steps are counted from 1, so it needs a whole number of at least 1."
+                )
+        self.start = start
+        self.every = every
+        self.name = name
+        self.use_for = checked_uses(repr(self), use_for)
+
+    def __repr__(self) -> str:
+        return f"SWA({self.start!r}, {self.every!r}, name={self.name!r})"
+
+    def init(self, params: PyTree) -> PyTree:
+        """No sample yet; the average stands at the weights."""
+        return {"count": jnp.int32(0), "average": _on_floats(_widened, params)}
+
+    def update(self, ext_state: PyTree, params: PyTree, step: jax.Array) -> PyTree:
+        """The mean including `params`, if `step` is one of those that count; else as it was."""
+        count, (old, skeleton) = ext_state["count"], partition(ext_state["average"])
+        due = (step >= self.start) & ((step - self.start) % self.every == 0)
+
+        def mean(old: Any, new: Any) -> Any:
+            if not _is_floating(new):
+                return new
+            return jnp.where(count == 0, _widened(new), old + (_widened(new) - old) / (count + 1))
+
+        def sampled(old: list[Any], new: list[Any]) -> list[Any]:
+            return list(map(mean, old, new))
+
+        average = _if_due(due, sampled, old, partition(params)[0])
+        return {"count": count + due, "average": skeleton.join(average)}
+
+    def weights(self, ext_state: PyTree, params: PyTree) -> PyTree:
+        """The mean, in float32 at least; before the first sample `params`."""
+        started = ext_state["count"] > 0
+        return _on_floats(
+            lambda new, old: jnp.where(started, old, _widened(new)), params, ext_state["average"]
+        )
+
+
+def _if_due(
+    due: jax.Array, change: Callable[[list[Any], list[Any]], list[Any]], old: list[Any], new: list[Any]
+) -> list[Any]:
+    """`change(old, new)` if `due`, else `old`, at no cost to the other steps where the platform allows it.
+
+    XLA decides a branch on the host where it runs on a GPU: each dispatch would wait for the device.
+    There the change is computed always and taken if due, at the price of an `EMA`.
+    """
+
+    def branch(old: list[Any], new: list[Any]) -> list[Any]:
+        return lax.cond(due, change, lambda old, _: old, old, new)
+
+    def select(old: list[Any], new: list[Any]) -> list[Any]:
+        return [jnp.where(due, after, before) for after, before in zip(change(old, new), old, strict=True)]
+
+    return lax.platform_dependent(old, new, cuda=select, rocm=select, default=branch)
+
+
+def _on_floats(function: Callable[..., Any], params: PyTree, *trees: PyTree) -> PyTree:
+    """`params` with `function` of it and `trees` in place of each floating-point leaf."""
+    return jax.tree.map(
+        lambda leaf, *others: function(leaf, *others) if _is_floating(leaf) else leaf, params, *trees
+    )
+
+
+def _is_floating(leaf: Any) -> bool:
+    return is_array(leaf) and jnp.issubdtype(leaf.dtype, jnp.floating)
+
+
+def _widened(leaf: Any) -> jax.Array:
+    return jnp.asarray(leaf, jnp.float64 if leaf.dtype == jnp.float64 else jnp.float32)

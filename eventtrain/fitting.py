@@ -1,0 +1,91 @@
+"""From data to steps: the epochs of ``fit``, written on a session as a user's own loop may be. Training thread only."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from eventtrain.data import BatchGroup
+from eventtrain.feed import EpochFeed
+from eventtrain.saved_run import Resumption
+from eventtrain.session import Session
+
+
+def train(
+    session: Session,
+    data: Any,
+    epochs: int | None,
+    steps: int | None,
+    steps_per_call: int,
+    resumption: Resumption | None = None,
+) -> None:
+    """Epoch after epoch until the aim is reached or the run has to end.
+
+    Args:
+        session: a run that has begun.
+        data: as for ``Trainer.fit``.
+        epochs, steps: still to go; one of them.
+        steps_per_call: batches in a group.
+        resumption: where the first epoch goes on, of a run that resumes.
+    """
+    left = steps
+    epochs_left = epochs
+    facts = resumption.facts.loop if resumption is not None else None
+    if facts is not None and not facts.in_epoch and (epochs_left == 0 or left == 0):
+        # What is due at the end of the run still is.
+        example = _first_group(session, data, steps_per_call)
+        if example is not None:
+            session.prepare(example.batches if steps_per_call > 1 else example.batches[0])
+        return
+    # An epoch that was cut short behind the last step wanted still has to end.
+    while (facts is not None and facts.in_epoch) or (
+        (epochs_left is None or epochs_left > 0) and (left is None or left > 0)
+    ):
+        feed = EpochFeed(
+            data,
+            session.epoch,
+            steps_per_call=steps_per_call,
+            sharding=session.sharding,
+            wait=session.wait,
+            on_ready=session.ring,
+            start=facts.batch if facts is not None and facts.in_epoch else 0,
+            data_state=facts.data if facts is not None else None,
+        )
+        try:
+            group = feed.next()
+            example = group
+            if group is None and facts is not None and facts.in_epoch:
+                example = _first_group(session, data, steps_per_call)  # all of the epoch was trained on
+            if example is None:
+                return
+            session.prepare(example.batches if steps_per_call > 1 else example.batches[0])
+            if not session.in_epoch and not session.begin_epoch():
+                return
+            facts = None
+            while group is not None and left != 0:
+                count = group.steps if left is None else min(group.steps, left)
+                done = session.advance(group.batches, count, group.positions)
+                if done < count:
+                    return
+                left = None if left is None else left - done
+                group = feed.next() if left != 0 else None
+        finally:
+            feed.close()
+        if session.stop_reason is not None or not session.end_epoch():
+            return
+        epochs_left = None if epochs_left is None else epochs_left - 1
+
+
+def _first_group(session: Session, data: Any, steps_per_call: int) -> BatchGroup | None:
+    """The first batches of the epoch, to compile for."""
+    feed = EpochFeed(
+        data,
+        session.epoch,
+        steps_per_call=steps_per_call,
+        sharding=session.sharding,
+        wait=session.wait,
+        on_ready=session.ring,
+    )
+    try:
+        return feed.next()
+    finally:
+        feed.close()

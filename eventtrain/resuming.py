@@ -1,0 +1,191 @@
+"""Where a run is, said so that another can go on from it, and that other's first moments. Training thread only."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from importlib.metadata import version
+from typing import Any
+
+import jax
+import optax
+
+from eventtrain.bus.bus import EventBus
+from eventtrain.bus.cut import Redelivery, Share
+from eventtrain.bus.wake import Answer
+from eventtrain.control import Inbox, KeptSnapshot, Order
+from eventtrain.device.extensions import StepExtension
+from eventtrain.device.snapshot import Snapshot
+from eventtrain.device.state import Skeleton, split_state
+from eventtrain.errors import SnapshotError, StateError
+from eventtrain.events import Event, RunResumed
+from eventtrain.gates import Gates
+from eventtrain.model import Model
+from eventtrain.saved_run import Resumption, SavedRun, pack, unpack
+from eventtrain.subscriber import Subscriber
+
+logger = logging.getLogger("eventtrain")
+
+JAXLIB = version("jaxlib")
+
+
+class DataPosition:
+    """The state of the data's iterator after each batch trained on, though others are prefetched already."""
+
+    def __init__(self, batch: int = 0, state: Any = None) -> None:
+        self._first = batch
+        self._states: Sequence[Any] = ()
+        self._before = state
+
+    def begin_group(self, batch: int, states: Sequence[Any]) -> None:
+        """The batches from number ``batch`` of the epoch on come next; ``states``: after each of them."""
+        self._before = self.after(batch)
+        self._first, self._states = batch, states
+
+    def begin_epoch(self) -> None:
+        """Nothing of the epoch was trained on."""
+        self._first, self._states, self._before = 0, (), None
+
+    def after(self, batch: int) -> Any:
+        """The state after ``batch`` batches of the epoch; None where the iterator has none."""
+        count = batch - self._first
+        return self._states[count - 1] if 0 < count <= len(self._states) else self._before
+
+    def packed(self, batch: int) -> Any:
+        """As JSON data. Raises TypeError where that cannot be."""
+        return pack(self.after(batch))
+
+
+def resume_stream(
+    resumption: Resumption, bus: EventBus, gates: Gates, inbox: Inbox, put: Callable[[Any], None]
+) -> None:
+    """Put back what was on its way at the cut: unhandled events, what the loop owes them, commands not due yet.
+
+    After the deciders were activated, before the first step.
+    """
+    facts, shares = resumption.facts, resumption.shares
+    names = {subscription.name: subscription for subscription in bus.subscriptions}
+    for name, share in shares.items():
+        subscription = names.get(name)
+        if subscription is None:
+            if share.state is not None or share.unhandled:
+                logger.warning(
+                    "The checkpoint holds the state of %s, and nobody of that name is subscribed", name
+                )
+            continue
+        put(Redelivery(name, share))
+        for event, decided_on in zip(share.unhandled, share.decided_on, strict=True):
+            if decided_on:
+                gates.owe(subscription, type(event), event.step)
+    causes: dict[tuple[int, int], Event] = {}
+    for saved in facts.loop.orders:
+        key = (saved.cause_step, saved.cause_seq)
+        cause = causes.setdefault(key, Event(step=saved.cause_step, seq=saved.cause_seq))
+        order = Order(saved.command, Answer(), cause, names.get(saved.subscriber), saved.issue)
+        inbox.due.append(order)
+    position = facts.loop
+    put(
+        RunResumed(
+            step=position.step, epoch=position.epoch, batch=position.batch, path=str(resumption.saved.path)
+        )
+    )
+
+
+def take_over(
+    saved: SavedRun, model: Model, inbox: Inbox, subscribers: Sequence[Subscriber], now: Mapping[str, Any]
+) -> Resumption:
+    """Put the state of ``saved`` into ``model``, and its subscribers' states into those of the same name.
+
+    Args:
+        now: the fingerprint of this trainer; what differs from the saved one is said in the log.
+
+    Raises:
+        SnapshotError: only a state was saved. StateError: something does not fit.
+    """
+    facts = saved.facts
+    if facts is None:
+        raise SnapshotError(
+            f"Cannot resume from {saved.path}: it holds weights only. Start with them: "
+            "Trainer(state=et.load_state(path, like=state))."
+        )
+    changed = differences(facts.loop.fingerprint, now)
+    if changed:
+        logger.warning(
+            "The run resumes from %s in other circumstances and may not repeat bit for bit: %s",
+            saved.path, "; ".join(changed),
+        )  # fmt: skip
+    shares = {name: share.share() for name, share in facts.shares.items()}
+    like = model.skeleton.join(model.leaves)
+    model.leaves = _leaves_of(saved.state(like))
+    model.step, model.epoch = facts.loop.step, facts.loop.epoch
+    kept = saved.kept(like)
+    for tag, (step, state) in kept.items():
+        inbox.snapshots[tag] = KeptSnapshot(Snapshot(step, _leaves_of(state), model.skeleton, tag=tag))
+    _load_states(subscribers, shares)
+    resumed_loop = facts.loop.model_copy(update={"data": unpack(facts.loop.data)})
+    return Resumption(saved, facts.model_copy(update={"loop": resumed_loop}), shares, tuple(kept))
+
+
+def take_over_extensions(
+    resumption: Resumption, types: Mapping[str, Any], inbox: Inbox
+) -> list[jax.Array] | None:
+    """What step extensions had computed by the cut; that of the other snapshots is put beside them.
+
+    When the step is compiled, since their ``types`` (path -> shape, dtype, placement) are known only then.
+    """
+    saved, there = resumption.saved, inbox.kept()
+    if not types:
+        return None
+    for tag in resumption.kept:
+        if tag in there:
+            whole = there[tag].device.with_extensions(saved.extensions(types, tag), tuple(types))
+            inbox.snapshots[tag] = KeptSnapshot(whole)
+    return saved.extensions(types)
+
+
+def fingerprint(
+    skeleton: Skeleton,
+    leaves: Sequence[jax.Array],
+    steps_per_call: int,
+    extensions: Sequence[StepExtension],
+) -> dict[str, Any]:
+    """What an exact continuation depends on, as plain JSON data."""
+    devices = sorted({device for leaf in leaves for device in leaf.devices()}, key=lambda device: device.id)
+    return {
+        "jax": jax.__version__,
+        "jaxlib": JAXLIB,
+        "optax": optax.__version__,
+        "devices": [device.device_kind for device in devices],
+        "x64": bool(jax.config.read("jax_enable_x64")),
+        "steps_per_call": steps_per_call,
+        "step_extensions": [repr(extension) for extension in extensions],
+        "state": {
+            path: f"{leaf.dtype}{list(leaf.shape)}" for path, leaf in zip(skeleton.paths, leaves, strict=True)
+        },
+    }
+
+
+def _load_states(subscribers: Sequence[Subscriber], shares: Mapping[str, Share]) -> None:
+    for subscriber in subscribers:
+        name = subscriber.name or type(subscriber).__name__
+        share = shares.get(name)
+        if share is None or share.state is None:
+            continue
+        try:
+            subscriber.load_state_dict(dict(share.state))
+        except Exception as error:
+            raise StateError(f"The run cannot resume: {name} refuses its state: {error}") from error
+
+
+def differences(saved: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    """What is not as it was when the checkpoint was written, one phrase each."""
+    names = sorted({*saved, *now})
+    return [
+        f"{name}: {saved.get(name)!r} then, {now.get(name)!r} now"
+        for name in names
+        if saved.get(name) != now.get(name)
+    ]
+
+
+def _leaves_of(state: Any) -> list[Any]:
+    return list(split_state(state)[0])

@@ -1,0 +1,83 @@
+"""What the folder of a checkpoint is called. Pure."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from string import Formatter
+
+from eventtrain.errors import ConfigurationError
+
+DEFAULT_TEMPLATE = "step-{step:08d}"
+LONGEST = 200
+
+
+def check_template(template: str) -> frozenset[str]:
+    """The names of the metrics that ``template`` shows.
+
+    Raises:
+        ConfigurationError: it makes no folder's name out of epoch, step and metrics, or knows neither epoch nor step.
+    """
+    names = {name for _, name, _ in _parsed(template) if name is not None}
+    if not {"step", "epoch"} & names:
+        raise ConfigurationError(
+            f"Checkpointer(template={template!r}): has neither {{step}} nor {{epoch}}, so all checkpoints would have "
+            f"one name. The default is {DEFAULT_TEMPLATE!r}."
+        )
+    metrics = frozenset(names - {"step", "epoch"})
+    fill_template(template, 1, 1, dict.fromkeys(metrics, 0.5))
+    return metrics
+
+
+def fill_template(template: str, step: int, epoch: int, metrics: Mapping[str, float]) -> str:
+    """The folder's name. The template is filled in, never evaluated: a field is a name, with a format after a colon.
+
+    Args:
+        template: with fields ``{step}``, ``{epoch}`` and those of ``metrics``.
+        step, epoch: completed.
+        metrics: measured at that step.
+
+    Raises:
+        KeyError: a metric is missing. ConfigurationError: the result cannot be a folder's name.
+    """
+    values = {**metrics, "step": step, "epoch": epoch}
+    name = ""
+    for literal, field, spec in _parsed(template):
+        name += literal
+        if field is not None:
+            try:
+                name += format(values[field], spec)
+            except ValueError as error:
+                raise ConfigurationError(
+                    f"Checkpointer(template={template!r}): {{{field}:{spec}}} cannot show {values[field]!r} ({error})."
+                ) from error
+    return checked_name(name, f"Checkpointer(template={template!r})")
+
+
+def checked_name(name: str, subject: str) -> str:
+    """``name``, if a folder can be called so everywhere; ConfigurationError where not."""
+    if not re.fullmatch(rf"[A-Za-z0-9_][A-Za-z0-9_.=+,%-]{{0,{LONGEST - 1}}}", name):
+        raise ConfigurationError(
+            f"{subject}: {name!r} cannot be a folder's name. Use at most {LONGEST} letters, digits and _ . - = + , % "
+            "beginning with a letter or digit."
+        )
+    return name
+
+
+def scheduled_tag(step: int) -> str:
+    """The tag of a snapshot that nobody gave one."""
+    return f"step-{step}"
+
+
+def _parsed(template: str) -> list[tuple[str, str | None, str]]:
+    try:
+        parts = list(Formatter().parse(template))
+    except ValueError as error:
+        raise ConfigurationError(f"Checkpointer(template={template!r}): {error}.") from error
+    for _, field, spec, conversion in parts:
+        if field == "" or conversion or "{" in (spec or ""):
+            raise ConfigurationError(
+                f"Checkpointer(template={template!r}): a field is a name with a format after a colon, as in "
+                "{step:08d}; no conversions, and no fields within formats."
+            )
+    return [(literal, field, spec or "") for literal, field, spec, _ in parts]

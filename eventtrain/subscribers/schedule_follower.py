@@ -1,0 +1,147 @@
+"""``ScheduleFollower``: when the values of a schedule are asked for and sent. Shared by the schedulers."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+import numpy as np
+
+from eventtrain.control import Control
+from eventtrain.errors import ConfigurationError, HyperparamError, StateError
+from eventtrain.events import CheckpointRestored, EpochStarted, Event, RunStarted, StepCompleted
+from eventtrain.frozen import Number
+from eventtrain.subscriber import RunContext, Subscriber
+from eventtrain.subscribers.arguments import require_choice, require_count
+from eventtrain.subscribers.checked_schedule import CheckedSchedule, takes_value
+from eventtrain.subscribers.saved_state import SavedState
+from eventtrain.subscribers.schedules import By
+
+
+class ScheduleState(SavedState):
+    """What survives a restart; the rest is a function of the epoch or the step."""
+
+    version: Literal[1] = 1
+    sent: Number | None = None
+    """By step, the value sent last."""
+
+
+class ScheduleFollower:
+    """Has one hyperparameter follow a schedule, exactly.
+
+    By epoch: on EpochStarted (``lag=0``), before the first step of it.
+
+    By step: ``schedule(k)`` is in effect from boundary k on, so that step k + 1 is the first computed with it, as in
+    optax. Values are sent ahead, in blocks of ``lag // 2`` boundaries: RunStarted (``lag=0``) brings the first ones,
+    and the StepCompleted of every ``lag // 2``-th step k the block from boundary k + lag on. Where the value stays the
+    same nothing is sent. A whole state that is put back at step r has the value of its own time, until a value already
+    under way changes it or the block after r takes effect: a lag and a block later at most.
+
+    Args:
+        owner: the class of the subscriber that follows, for messages.
+        hyperparam, schedule, by, path, lag: as that subscriber's.
+
+    Raises:
+        ConfigurationError: arguments that cannot work.
+    """
+
+    def __init__(
+        self, owner: str, hyperparam: str, schedule: Any, by: By, path: str | None, lag: int
+    ) -> None:
+        require_choice(owner, "by", by, ("epoch", "step"))
+        require_count(owner, "lag", lag)
+        self._takes_value = takes_value(owner, schedule, by)
+        self._schedule = schedule
+        self._hyperparam = hyperparam
+        self._path = path
+        self._label = hyperparam
+        self._by_step = by == "step"
+        self._lag = lag
+        self._checked: CheckedSchedule | None = None
+        self._sent: Number | None = None
+        self._loaded = False
+        self._end: int | None = None
+        self.every = max(1, lag // 2) if self._by_step else 1
+        self.events: tuple[type[Event], ...] = (EpochStarted,)
+        self.lag: dict[type[Event], int | None] = {EpochStarted: 0}
+        if self._by_step:
+            self.events = (RunStarted, StepCompleted, CheckpointRestored)
+            self.lag = {RunStarted: 0, StepCompleted: lag, CheckpointRestored: None}
+
+    async def start(self, run: RunContext, subscriber: Subscriber) -> None:
+        """Raises where the schedule cannot be followed in this run, or not by ``subscriber`` as it is subscribed."""
+        name = subscriber.name or type(subscriber).__name__
+        if self._by_step and (subscriber.every, subscriber.lag) != (self.every, self.lag):
+            raise ConfigurationError(
+                f'{name}(by="step") cannot have every={subscriber.every!r}, lag={subscriber.lag!r}: it would miss the '
+                "events at which its values are due. Give lag= to the constructor, and leave every alone."
+            )
+        self._label = run.require_hyperparam(self._hyperparam, self._path)
+        self._checked = CheckedSchedule(name, self._hyperparam, self._schedule)
+        if self._by_step and run.resumed and not self._loaded:
+            raise StateError(
+                f"{name} was not there when the checkpoint was taken from which the run resumes, and the values of "
+                f"the first {self._lag + self.every} steps would have been sent before. Start a run from its state "
+                "instead: Trainer(state=et.load_state(path, like=state))."
+            )
+        steps = run.steps
+        if run.epochs is not None and run.steps_per_epoch is not None:
+            steps = run.epochs * run.steps_per_epoch
+        self._end = None if steps is None else run.start_step + steps
+
+    async def handle(self, event: Event, control: Control) -> None:
+        """Send what ``event`` makes due."""
+        step = event.step
+        if isinstance(event, EpochStarted):
+            await self._set_for_epoch(event, control)
+        elif isinstance(event, RunStarted):
+            self._sent = None
+            next_event = (step // self.every + 1) * self.every
+            await self._set_for_steps(step, range(step, next_event + self._lag), control)
+        elif isinstance(event, StepCompleted):
+            first = step + self._lag
+            await self._set_for_steps(step, range(first, first + self.every), control)
+        elif isinstance(event, CheckpointRestored) and event.part == "all":
+            self._sent = None  # an older value was put back, so the next one is sent even if it is the same
+
+    async def stop(self) -> None:
+        """What was loaded holds for one run."""
+        self._loaded = False
+
+    async def _set_for_epoch(self, event: EpochStarted, control: Control) -> None:
+        assert self._checked is not None
+        held = event.hyperparams[self._label]
+        value = await self._checked.at(event.epoch, *([held] if self._takes_value else []))
+        # In float32, as most optimisers hold it: 0.1 is no change where 0.10000000149 is in effect.
+        if np.float32(value) != np.float32(held):
+            self._set(value, control, event.step, f"epoch {event.epoch}")
+
+    async def _set_for_steps(self, step: int, boundaries: range, control: Control) -> None:
+        assert self._checked is not None
+        for boundary in boundaries:
+            try:
+                value = await self._checked.at(boundary)
+            except HyperparamError:
+                if self._end is not None and step < self._end <= boundary:
+                    return  # a table of values, say, that ends with the run: no step needs this one
+                raise
+            if value != self._sent:
+                self._sent = value
+                self._set(value, control, boundary, f"step {boundary}")
+
+    def _set(self, value: Number, control: Control, boundary: int, where: str) -> None:
+        control.set_hyperparam(
+            self._hyperparam, value, path=self._path, at_step=boundary, reason=f"schedule, {where}"
+        )
+
+    def state_dict(self) -> dict[str, Any]:
+        """The value sent last, as plain JSON data."""
+        return ScheduleState(sent=self._sent).to_json()
+
+    def load_state_dict(self, owner: str, state: dict[str, Any]) -> None:
+        """Take it over.
+
+        Raises:
+            StateError: another version, or broken.
+        """
+        self._sent = ScheduleState.parse(owner, state).sent
+        self._loaded = True

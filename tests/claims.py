@@ -1,0 +1,79 @@
+"""Checkpoints to be written without a run: a state, a complete cut, and what a Checkpointer's thread publishes."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax.numpy as jnp
+
+import eventtrain as et
+from eventtrain.bus.cut import Cut, Share
+from eventtrain.control_room import Claimed, ControlRoom, Plan
+from eventtrain.device.snapshot import Snapshot
+from eventtrain.device.state import split_state
+from eventtrain.saved_run import LoopFacts, StreamFacts
+from eventtrain.subscribers.checkpoint_writer import CheckpointWriter, Job, WriterOptions
+from eventtrain.subscribers.retention import Retention
+
+
+def state_of(step: int) -> dict[str, Any]:
+    return {
+        "params": {"w": jnp.full(50, step, jnp.float32)},
+        "count": jnp.int32(step),
+        "none": jnp.zeros((0, 2)),
+    }
+
+
+def complete_cut(step: int, shares: Mapping[str, Share] | None = None) -> Cut:
+    cut = Cut(step)
+    cut.facts["loop"] = LoopFacts(
+        step=step, epoch=0, batch=step, in_epoch=True, epoch_first_step=0, start_step=0, start_epoch=0
+    )
+    cut.facts["stream"] = StreamFacts()
+    cut.facts["seq"] = step
+    for name, share in (shares or {}).items():
+        cut.give(name, share)
+    cut.expect(shares or {})
+    return cut
+
+
+class Writing:
+    """A ``CheckpointWriter`` with everything it published."""
+
+    def __init__(self, directory: Path, retention: Retention | None = None, **options: Any) -> None:
+        options = {"retries": 0, "retry_delay_s": 0.0, **options}
+        self.events: list[et.Event] = []
+        self.plan = Plan("owner")
+        self.room = ControlRoom(et.EventBus())
+        self.room.checkpoints.append(self.plan)
+        self.writer = CheckpointWriter(
+            WriterOptions("owner", directory, frozenset({"run"}), retention or Retention(), **options),
+            {"['w']": "['params']['w']"},
+            self.events.append,
+        )
+        self.writer.open().result(30)
+
+    def claim(self, step: int, cut: Cut | None = None) -> Claimed:
+        leaves, skeleton = split_state(state_of(step))
+        snapshot = Snapshot(step, [jnp.asarray(leaf) for leaf in leaves], skeleton)
+        self.room.offer(snapshot, {}, cut or complete_cut(step), [self.plan], "owner")
+        claimed = self.room.claim("owner", step, "owner")
+        assert claimed is not None
+        return claimed
+
+    def job(self, step: int, cut: Cut | None = None, tag: str | None = None, **metrics: float) -> Job:
+        name = f"step-{step:08d}" if tag is None else f"step-{step:08d}-{tag}"
+        return Job(self.claim(step, cut), name, step, 0, tag or f"step-{step}", "run", metrics)
+
+    def write(
+        self, step: int, *, cut: Cut | None = None, tag: str | None = None, **metrics: float
+    ) -> et.Event:
+        """Write one checkpoint and return what was said of it last."""
+        self.writer.submit(self.job(step, cut, tag, **metrics))
+        self.writer.through().result(60)
+        return self.events[-1]
+
+    def close(self) -> None:
+        self.writer.close().result(30)

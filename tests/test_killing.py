@@ -1,0 +1,31 @@
+"""Runs in processes of their own that are killed or terminated, and go on as if nothing had happened.
+
+A slice of the campaigns ``sigkill`` and ``sigterm`` (``make faults``), with seeds of its own.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+
+import pytest
+
+from benchmarks.campaigns import sigkill, sigterm
+
+pytestmark = [pytest.mark.faults, pytest.mark.slow, pytest.mark.allow_blocking]
+
+FIRST_SEED = 2_000_000
+
+
+def test_a_run_killed_at_random_moments_ends_as_the_undisturbed_one_with_one_row_for_each_step() -> None:
+    counts: Counter[str] = Counter()
+    for seed in range(FIRST_SEED, FIRST_SEED + 16):
+        counts.update(sigkill.trial(seed))
+    assert counts["kills"] >= 20
+    assert counts["in_save"] >= counts["kills"] / 5
+    assert counts["tails_kept"] > 0
+
+
+@pytest.mark.parametrize("phase", range(len(sigterm.PHASES)), ids=sigterm.PHASES)
+def test_a_terminated_run_commits_ends_cleanly_and_goes_on_exactly(phase: int) -> None:
+    assert FIRST_SEED % len(sigterm.PHASES) == 0
+    assert sigterm.trial(FIRST_SEED + phase) == {sigterm.PHASES[phase]: 1}
