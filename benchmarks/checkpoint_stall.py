@@ -7,15 +7,21 @@ Each step is waited for, so that its duration says what it cost; every way has t
 - ``orbax async``: the bare jitted loop, and ``AsyncCheckpointer.save`` called in it every 10 steps;
 - ``orbax sync``: the same with ``Checkpointer.save``.
 
-"slowest" is the slowest of the steps next to a snapshot (the one before it to the two after it) over the median step of
-the run; "total" the time of all steps over that of ``none`` in the same pair. What is still being written when the
-steps end is not waited for in either, and its time is said as "afterwards". Ways alternate within a pair; medians.
+"slowest" is the slowest of the steps around a snapshot (the one before it to the two after it) over the median step of
+the run: the median over the snapshots, and beside it the worst of them. "total" is the time of all steps over that of
+``none`` in the same pair. What is still being written when the steps end is not waited for in either, and its time is
+said as "afterwards". "states" is the most that lived on the device after a step, in sizes of the state, beyond that of
+``none``. Ways alternate within a pair; medians.
+
+On a CPU the step computes on all cores but one (``NPROC``), since an accelerator leaves the host free; and how much
+it computes grows with the state, as in training.
 
     python -m benchmarks.checkpoint_stall [--pairs 7] [--megabytes 120] [--steps 100] [--json PATH]
 """
 
 from __future__ import annotations
 
+import os
 import shutil
 import tempfile
 from collections.abc import Callable
@@ -23,6 +29,8 @@ from pathlib import Path
 from statistics import median
 from time import perf_counter
 from typing import Annotated, Any
+
+os.environ.setdefault("NPROC", str(max(1, (os.cpu_count() or 2) - 1)))  # read when XLA makes its threads
 
 import jax
 import jax.numpy as jnp
@@ -38,6 +46,8 @@ from eventtrain import subscribers as subs
 
 EVERY = 10
 WIDTH = 1024
+ROWS_PER_MEGABYTE = 17
+"""Of the batch: 120 MB and 2,040 rows take some 0.2 s on one core here, a hundredth of what such a model computes."""
 
 
 def step_fn(state: Any, batch: Any) -> tuple[Any, dict[str, jax.Array]]:
@@ -65,17 +75,22 @@ def new_state(megabytes: int) -> Any:
 class Run:
     """Durations of all steps, and how long what was left took afterwards."""
 
-    def __init__(self, durations_s: list[float], afterwards_s: float) -> None:
+    def __init__(self, durations_s: list[float], afterwards_s: float, most_bytes: int) -> None:
         self.total_s = sum(durations_s)
         self.afterwards_s = afterwards_s
+        self.most_bytes = most_bytes
         middle = median(durations_s)
-        near = [
-            duration_s
-            for step, duration_s in enumerate(durations_s, 1)
-            if step > EVERY // 2 and min(step % EVERY, EVERY - step % EVERY) <= 2
+        around = [
+            max(durations_s[step - 1 : step + 2]) / middle
+            for step in range(EVERY, len(durations_s) - 1, EVERY)
         ]
-        self.slowest = max(near) / middle
+        self.slowest, self.worst = median(around), max(around)
         self.median_step_ms = middle * 1e3
+
+
+def live_bytes() -> int:
+    """Of all arrays on the device."""
+    return sum(array.nbytes for array in jax.live_arrays())
 
 
 def with_trainer(state: Any, batch: Any, steps: int, folder: Path, every: int | None) -> Run:
@@ -90,13 +105,15 @@ def with_trainer(state: Any, batch: Any, steps: int, folder: Path, every: int | 
             session.step(batch)
         session.idle(1.0)
         session.block_until_ready()
+        most_bytes = 0
         for _ in range(steps):
             began_s = perf_counter()
             session.step(batch)
             session.block_until_ready()
             durations_s.append(perf_counter() - began_s)
+            most_bytes = max(most_bytes, live_bytes())
         began_s = perf_counter()
-    return Run(durations_s, perf_counter() - began_s)
+    return Run(durations_s, perf_counter() - began_s, most_bytes)
 
 
 def with_orbax(state: Any, batch: Any, steps: int, folder: Path, checkpointer: Any) -> Run:
@@ -107,6 +124,7 @@ def with_orbax(state: Any, batch: Any, steps: int, folder: Path, checkpointer: A
     for _ in range(EVERY):
         state, _metrics = jitted(state, batch)
     jax.block_until_ready(state)
+    most_bytes = 0
     for step in range(1, steps + 1):
         began_s = perf_counter()
         state, metrics = jitted(state, batch)
@@ -114,9 +132,10 @@ def with_orbax(state: Any, batch: Any, steps: int, folder: Path, checkpointer: A
         if step % EVERY == 0:
             checkpointer.save(folder / f"step-{step}", state)
         durations_s.append(perf_counter() - began_s)
+        most_bytes = max(most_bytes, live_bytes())
     began_s = perf_counter()
     checkpointer.close()
-    return Run(durations_s, perf_counter() - began_s)
+    return Run(durations_s, perf_counter() - began_s, most_bytes)
 
 
 def main(
@@ -127,7 +146,9 @@ def main(
 ) -> None:
     """Measure, print a table, and write the figures."""
     state = new_state(megabytes)
-    batch = jnp.asarray(np.random.default_rng(0).normal(size=(512, WIDTH)), jnp.float32)
+    batch = jnp.asarray(
+        np.random.default_rng(0).normal(size=(ROWS_PER_MEGABYTE * megabytes, WIDTH)), jnp.float32
+    )
     handler = ocp.PyTreeCheckpointHandler
     ways: dict[str, Callable[[Path], Run]] = {
         "none": lambda folder: with_trainer(state, batch, steps, folder, None),
@@ -147,7 +168,7 @@ def main(
             finally:
                 shutil.rmtree(folder)
     table = Table(title=f"{megabytes} MB of state, {steps} steps, a checkpoint every {EVERY}, {pairs} pairs")
-    for column in ("", "step (ms)", "slowest / median", "total / none", "afterwards (s)"):
+    for column in ("", "step (ms)", "slowest / median", "worst", "total / none", "afterwards (s)", "states"):
         table.add_column(column, justify="right")
     figures: dict[str, Any] = {"megabytes": megabytes, "steps": steps, "every": EVERY, "pairs": pairs}
     for name, results in runs.items():
@@ -155,15 +176,25 @@ def main(
         row = {
             "median_step_ms": round(median(run.median_step_ms for run in results), 2),
             "slowest_to_median": round(median(run.slowest for run in results), 3),
+            "worst_to_median": round(median(run.worst for run in results), 3),
             "total_to_none": round(median(totals), 3),
             "totals_to_none": [round(total, 3) for total in totals],
             "afterwards_s": round(median(run.afterwards_s for run in results), 2),
+            "extra_states": round(
+                max(run.most_bytes - none.most_bytes for run, none in zip(results, runs["none"], strict=True))
+                / (megabytes * 1e6),
+                2,
+            ),
         }
         figures[name] = row
         table.add_row(
-            name, str(row["median_step_ms"]), str(row["slowest_to_median"]), str(row["total_to_none"]),
-            str(row["afterwards_s"]),
-        )  # fmt: skip
+            name,
+            *(
+                str(row[key])
+                for key in ("median_step_ms", "slowest_to_median", "worst_to_median", "total_to_none")
+            ),
+            *(str(row[key]) for key in ("afterwards_s", "extra_states")),
+        )
     Console().print(table)
     if json is not None:
         write_json(json, "checkpoint_stall", figures)

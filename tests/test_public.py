@@ -71,7 +71,15 @@ def test_every_error_is_exported_but_the_one_whose_name_is_an_event():
 
 def test_the_subscribers_stand_under_their_final_names():
     names = {"Checkpointer", "ReduceLROnPlateau", "EarlyStopping", "JSONLLogger", "ProgressBar", "Alerts"}
-    names |= {"TerminateOnNaN", "GradientSpike", "MaxTime", "EvaluateEvery", "Lambda", "Uploader", "ModelRegistry"}
+    names |= {
+        "TerminateOnNaN",
+        "GradientSpike",
+        "MaxTime",
+        "EvaluateEvery",
+        "Lambda",
+        "Uploader",
+        "ModelRegistry",
+    }
     assert names <= set(subscribers.__all__)
     assert all(issubclass(getattr(subscribers, name), et.Subscriber) for name in names)
 
