@@ -21,6 +21,7 @@ it computes grows with the state, as in training.
 
 from __future__ import annotations
 
+import gc
 import os
 import shutil
 import tempfile
@@ -89,8 +90,8 @@ class Run:
 
 
 def live_bytes() -> int:
-    """Of all arrays on the device."""
-    return sum(array.nbytes for array in jax.live_arrays())
+    """Of all buffers on the device; several arrays may be of one."""
+    return sum({array.unsafe_buffer_pointer(): array.nbytes for array in jax.live_arrays()}.values())
 
 
 def with_trainer(state: Any, batch: Any, steps: int, folder: Path, every: int | None) -> Run:
@@ -162,6 +163,7 @@ def main(
     for pair in range(pairs):
         names = list(ways) if pair % 2 == 0 else list(reversed(ways))
         for name in names:
+            gc.collect()  # what the way before left in cycles is not this one's
             folder = Path(tempfile.mkdtemp())
             try:
                 runs[name].append(ways[name](folder))
