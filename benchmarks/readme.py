@@ -19,7 +19,12 @@ def tables() -> str:
     """Both tables with their machines; for what was not measured yet, how to do it."""
     parts = [
         section(name, render)
-        for name, render in (("loop_overhead", loop_overhead), ("bus_throughput", bus_throughput))
+        for name, render in (
+            ("loop_overhead", loop_overhead),
+            ("bus_throughput", bus_throughput),
+            ("checkpoint_stall_120MB", checkpoint_stall),
+            ("checkpoint_stall_1000MB", checkpoint_stall),
+        )
     ]
     return "\n".join(parts)
 
@@ -72,6 +77,29 @@ def bus_throughput(figures: dict[str, dict[str, float]]) -> str:
         f"{published['publish / append and check, in a function']:.1f} times a deque append and a flag check "
         "in a function.",
     ]
+    return "\n".join(lines)
+
+
+def checkpoint_stall(figures: dict[str, Any]) -> str:
+    """The steps around a snapshot, and the whole time, for each way to write checkpoints."""
+    ways = {
+        "eventtrain": "`Checkpointer`",
+        "orbax async": "Orbax, asynchronous",
+        "orbax sync": "Orbax, synchronous",
+    }
+    steps, every = figures["steps"], figures["every"]
+    lines = [
+        f"| {figures['megabytes']} MB every {every} of {steps} steps of {figures['none']['median_step_ms']:.0f} ms | "
+        "slowest step around a snapshot / median | time / without checkpoints | states held besides |",
+        "|---|---|---|---|",
+    ]
+    for way, what in ways.items():
+        figure = figures[way]
+        lowest, highest = min(figure["totals_to_none"]), max(figure["totals_to_none"])
+        lines.append(
+            f"| {what} | **{figure['slowest_to_median']:.2f}** | **{figure['total_to_none']:.2f}** "
+            f"({lowest:.2f} to {highest:.2f}) | {figure['extra_states']:.0f} |"
+        )
     return "\n".join(lines)
 
 
