@@ -102,6 +102,7 @@ MAY_IMPORT = {
         "subscribers.uploads",
         "subscribers.upload_thread",
         "subscribers.job_thread",
+        "subscribers.tracker_thread",
         "subscribers.registry_thread",
         "subscribers.mlflow_registry",
         "saved_run",
