@@ -1,0 +1,54 @@
+"""A run that may be killed at any moment: start it, ``kill -9`` it, start it again.
+
+python examples/resume.py [run_dir]
+
+However often that happens, it ends with the digest of a run that nobody disturbed, and its log has one row for each step.
+"""
+
+import hashlib
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+import eventtrain as et
+from eventtrain import subscribers as subs
+
+optimiser = optax.inject_hyperparams(optax.adam)(learning_rate=1e-3)
+
+
+def loss_fn(params, batch):
+    inputs, targets = batch
+    return jnp.mean((jnp.tanh(inputs @ params["hidden"]) @ params["output"] - targets) ** 2)
+
+
+def train_step(state, batch):
+    loss, grads = jax.value_and_grad(loss_fn)(state["params"], batch)
+    updates, opt_state = optimiser.update(grads, state["opt_state"])
+    return {"params": optax.apply_updates(state["params"], updates), "opt_state": opt_state}, {"loss": loss}
+
+
+rng = np.random.default_rng(0)
+inputs = rng.normal(size=(65_536, 32)).astype(np.float32)
+targets = np.sin(inputs.sum(axis=1, keepdims=True))
+keys = jax.random.split(jax.random.key(0))
+params = {
+    "hidden": jax.random.normal(keys[0], (32, 256)) / 6,
+    "output": jax.random.normal(keys[1], (256, 1)) / 16,
+}
+
+trainer = et.Trainer(
+    train_step,
+    {"params": params, "opt_state": optimiser.init(params)},
+    subscribers=[
+        subs.Checkpointer("checkpoints", every=500),
+        subs.JSONLLogger("events.jsonl"),
+        subs.ReduceLROnPlateau("loss", patience=2),
+    ],
+    run_dir=sys.argv[1] if len(sys.argv) > 1 else "runs/resume",
+)
+result = trainer.fit(et.ArrayLoader((inputs, targets), batch_size=64, seed=1), epochs=20, resume=True)
+digest = hashlib.sha256(b"".join(np.asarray(leaf).tobytes() for leaf in jax.tree.leaves(result.state)))
+print(f"step {result.step} ({result.stop_reason}): state {digest.hexdigest()[:16]}")
