@@ -2,7 +2,7 @@
 
 python examples/resume.py [run_dir]
 
-However often that happens, it ends with the digest of a run that nobody disturbed, and its log has one row for each step.
+However often that happens, it ends with the digest of an undisturbed run, and its log has one row for each step.
 """
 
 import hashlib
