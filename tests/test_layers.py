@@ -95,6 +95,12 @@ MAY_IMPORT = {
         "subscribers.range_test",
         "subscribers.watching",
         "subscribers.filenames",
+        "subscribers.whole_file",
+        "subscribers.optional",
+        "subscribers.columns",
+        "subscribers.thinned",
+        "subscribers.series",
+        "subscribers.curves",
         "subscribers.webhook",
         "subscribers.transfers",
         "subscribers.local_file",
@@ -164,7 +170,7 @@ FORBIDDEN_PACKAGES = {
 }
 
 # The modules whose __getattr__ loads files with optional dependencies when they are first asked for.
-LAZY_MODULES = {"", "subscribers"}
+LAZY_MODULES = {"", "subscribers", "subscribers.optional"}
 
 
 @dataclass(frozen=True)

@@ -13,6 +13,7 @@ from eventtrain.subscribers.alerts import Alerts, Rule
 from eventtrain.subscribers.early_stopping import EarlyStopping
 from eventtrain.subscribers.evaluate_every import EvaluateEvery
 from eventtrain.subscribers.gradient_spike import GradientSpike
+from eventtrain.subscribers.history import History
 from eventtrain.subscribers.hyperparam_scheduler import HyperparamScheduler
 from eventtrain.subscribers.jsonl_logger import JSONLLogger
 from eventtrain.subscribers.lambda_handlers import Lambda
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
     from eventtrain.subscribers.checkpointer import Checkpointer, restore_state
     from eventtrain.subscribers.download import download_checkpoint
     from eventtrain.subscribers.model_registry import ModelRegistry
+    from eventtrain.subscribers.plot_curves import PlotCurves
     from eventtrain.subscribers.uploader import Uploader
 
 __all__ = [
@@ -34,6 +36,7 @@ __all__ = [
     "EarlyStopping",
     "EvaluateEvery",
     "GradientSpike",
+    "History",
     "HyperparamScheduler",
     "JSONLLogger",
     "LRFinder",
@@ -41,6 +44,7 @@ __all__ = [
     "LearningRateScheduler",
     "MaxTime",
     "ModelRegistry",
+    "PlotCurves",
     "ProgressBar",
     "ReduceLROnPlateau",
     "Rule",
@@ -53,6 +57,7 @@ __all__ = [
 _LAZY = {
     "Checkpointer": "checkpointer",
     "ModelRegistry": "model_registry",
+    "PlotCurves": "plot_curves",
     "Uploader": "uploader",
     "download_checkpoint": "download",
     "restore_state": "checkpointer",

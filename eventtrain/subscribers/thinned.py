@@ -1,0 +1,194 @@
+"""``Thinned``: a curve of any length in bounded memory; spikes and gaps stay. Shared by what draws curves; pure."""
+
+from __future__ import annotations
+
+import base64
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+from pydantic import BaseModel, ConfigDict, Field
+
+BUCKETS = 1024
+"""Of one curve; between 512 and 1024 once it has more points than that."""
+
+Floats = NDArray[np.float64]
+FIRST, LAST, FINITE, NOT_FINITE, SUM, LOW, HIGH = range(7)
+ROWS = 7
+
+
+@dataclass(frozen=True)
+class Points:
+    """A curve as it is drawn, one entry a bucket.
+
+    Attributes:
+        steps: where, in the middle of the bucket's steps.
+        means: of the finite values; NaN where there is none.
+        lows, highs: the least and the greatest finite value; NaN where there is none.
+        not_finite: how many values were NaN or infinite.
+        exact: every bucket holds one point, so that means, lows and highs are the values themselves.
+    """
+
+    steps: Floats
+    means: Floats
+    lows: Floats
+    highs: Floats
+    not_finite: Floats
+    exact: bool
+
+    def __len__(self) -> int:
+        return len(self.steps)
+
+
+class SavedThinned(BaseModel):
+    """What survives a restart. ``data``: the buckets in use, little-endian float64, seven rows, in base64."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    version: Literal[1] = 1
+    width: int = Field(ge=1)
+    room: int = Field(ge=0)
+    data: str
+
+
+class Thinned:
+    """A growing curve.
+
+    Buckets of ``width`` consecutive points each keep the least and the greatest value, the mean, and how many were not
+    finite. When all ``BUCKETS`` are full, neighbours are joined and the width doubles: 56 KiB at most, however long the
+    run is. Which points share a bucket depends on their number alone, not on the windows that they came in.
+    """
+
+    def __init__(self) -> None:
+        self.width = 1
+        self._room = 0  # in the last bucket
+        self._used = 0
+        self._table: Floats = np.empty((ROWS, 16))
+
+    def __len__(self) -> int:
+        return self._used
+
+    def put(self, step: float, value: float) -> None:
+        """Add one point."""
+        self.add([step], [value])
+
+    def add(self, steps: ArrayLike, values: ArrayLike) -> None:
+        """Add points, oldest first."""
+        x = np.asarray(steps, np.float64)
+        y = np.asarray(values, np.float64)
+        begin, end = 0, len(y)
+        while begin < end:
+            if not self._room:
+                if self._used == BUCKETS:
+                    self._join_neighbours()
+                count = min((end - begin) // self.width, BUCKETS - self._used)
+                if count:
+                    stop = begin + count * self.width
+                    self._append(_summary(x[begin:stop], y[begin:stop], count))
+                    begin = stop
+                    continue
+                self._append(_EMPTY)
+                self._room = self.width
+            stop = min(begin + self._room, end)
+            last = self._table[:, self._used - 1]
+            last[:] = _joined(last, _summary(x[begin:stop], y[begin:stop], 1)[:, 0])
+            self._room -= stop - begin
+            begin = stop
+
+    def points(self) -> Points:
+        """What to draw."""
+        table = self._table[:, : self._used]
+        with np.errstate(invalid="ignore", divide="ignore"):
+            means = table[SUM] / table[FINITE]
+        none = table[FINITE] == 0
+        low, high = (np.where(none, np.nan, table[row]) for row in (LOW, HIGH))
+        exact = self.width == 1
+        return Points(
+            (table[FIRST] + table[LAST]) / 2,
+            low if exact else np.where(np.isfinite(means), means, np.nan),
+            low,
+            high,
+            table[NOT_FINITE].copy(),
+            exact,
+        )
+
+    def copy(self) -> Thinned:
+        """Another one with the same points."""
+        other = Thinned()
+        other.width, other._room, other._used = self.width, self._room, self._used
+        other._table = self._table[:, : max(1, self._used)].copy()
+        return other
+
+    @property
+    def saved(self) -> SavedThinned:
+        """For a checkpoint."""
+        data = np.ascontiguousarray(self._table[:, : self._used], dtype="<f8").tobytes()
+        return SavedThinned(width=self.width, room=self._room, data=base64.b64encode(data).decode())
+
+    @classmethod
+    def of(cls, saved: SavedThinned) -> Thinned:
+        """What ``saved`` gave. Raises ValueError where that cannot be."""
+        table = np.frombuffer(base64.b64decode(saved.data, validate=True), "<f8")
+        if table.size % ROWS or table.size > ROWS * BUCKETS or saved.room > saved.width:
+            raise ValueError("holds no curve")
+        made = cls()
+        made.width, made._room, made._used = saved.width, saved.room, table.size // ROWS
+        made._table = table.reshape(ROWS, -1).astype(np.float64)
+        return made
+
+    def _append(self, columns: Floats) -> None:
+        wanted = self._used + columns.shape[1]
+        if wanted > self._table.shape[1]:
+            table = np.empty((ROWS, min(BUCKETS, 2 * wanted)))
+            table[:, : self._used] = self._table[:, : self._used]
+            self._table = table
+        self._table[:, self._used : wanted] = columns
+        self._used = wanted
+
+    def _join_neighbours(self) -> None:
+        pairs = _joined(self._table[:, 0:BUCKETS:2], self._table[:, 1:BUCKETS:2])
+        self._used = BUCKETS // 2
+        self._table[:, : self._used] = pairs
+        self.width *= 2
+
+
+_EMPTY = np.array([[np.inf], [-np.inf], [0], [0], [0], [np.inf], [-np.inf]])
+
+
+def _summary(steps: Floats, values: Floats, count: int) -> Floats:
+    """``count`` buckets of equally many points."""
+    steps, values = steps.reshape(count, -1), values.reshape(count, -1)
+    finite = np.isfinite(values)
+    good = finite.sum(axis=1)
+    with np.errstate(
+        over="ignore", invalid="ignore"
+    ):  # a sum beyond float64 has no mean, and then none is drawn
+        sums = np.where(finite, values, 0.0).sum(axis=1)
+    return np.stack(
+        [
+            steps[:, 0],
+            steps[:, -1],
+            good,
+            values.shape[1] - good,
+            sums,
+            np.where(finite, values, np.inf).min(axis=1),
+            np.where(finite, values, -np.inf).max(axis=1),
+        ]
+    )
+
+
+def _joined(one: Floats, other: Floats) -> Floats:
+    """Of each bucket of ``one`` and its like of ``other``, which comes behind it, a bucket."""
+    with np.errstate(over="ignore", invalid="ignore"):
+        return np.stack(
+            [
+                np.minimum(one[FIRST], other[FIRST]),
+                np.maximum(one[LAST], other[LAST]),
+                one[FINITE] + other[FINITE],
+                one[NOT_FINITE] + other[NOT_FINITE],
+                one[SUM] + other[SUM],
+                np.minimum(one[LOW], other[LOW]),
+                np.maximum(one[HIGH], other[HIGH]),
+            ]
+        )

@@ -1,0 +1,32 @@
+"""A file that is there whole or not at all. Blocking; any thread, one at a time for a path."""
+
+from __future__ import annotations
+
+import os
+from contextlib import suppress
+from pathlib import Path
+
+
+def write_whole(path: Path, data: bytes) -> None:
+    """Write ``data`` to a file beside, and give that the name ``path``; missing folders are made.
+
+    Whoever opens ``path`` sees what was there before or all of ``data``, also after a power cut.
+
+    Raises:
+        OSError: it failed; what was there before is unchanged, and nothing half-written is left.
+    """
+    part = path.with_name(f".{path.name}.part")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            with open(part, "wb") as file:
+                file.write(data)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(part, path)
+        except OSError:
+            with suppress(OSError):
+                part.unlink()
+            raise
+    except OSError as error:
+        raise OSError(error.errno, f"cannot write {path}: {error.strerror or error}") from error
