@@ -52,6 +52,7 @@ GROUPS = {
         "AlertRaised",
         "AlertResolved",
     ),
+    "The machine": ("MachineMeasured",),
 }
 """Heading -> names of its classes."""
 

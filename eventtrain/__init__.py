@@ -19,6 +19,7 @@ from eventtrain.data import ArrayLoader
 from eventtrain.device.averaging import EMA, SWA
 from eventtrain.device.extensions import StepExtension
 from eventtrain.device.nonfinite import nonfinite_metrics
+from eventtrain.device.program import StepProgram
 from eventtrain.errors import (
     AlreadyRunning,
     AmbiguousHyperparam,
@@ -63,6 +64,7 @@ from eventtrain.events import (
     Event,
     HyperparamChanged,
     LoopStalled,
+    MachineMeasured,
     PredictCompleted,
     PredictStarted,
     PredictStepCompleted,
@@ -80,6 +82,7 @@ from eventtrain.events import (
     events_json_schema,
     parse_event,
 )
+from eventtrain.loop_statistics import LoopStatistics
 from eventtrain.session import Session
 from eventtrain.subscriber import RunContext, Subscriber
 from eventtrain.trainer import FitResult, Trainer
@@ -134,7 +137,9 @@ __all__ = [
     "KeepLatest",
     "KeptSnapshot",
     "LoopStalled",
+    "LoopStatistics",
     "Lossless",
+    "MachineMeasured",
     "MetricsError",
     "NonFiniteMetric",
     "PredictCompleted",
@@ -156,6 +161,7 @@ __all__ = [
     "StepCompleted",
     "StepError",
     "StepExtension",
+    "StepProgram",
     "StepStarted",
     "StepsCompleted",
     "StorageError",

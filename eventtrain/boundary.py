@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from time import monotonic
+from time import monotonic, perf_counter
 
 from eventtrain.bus.bus import Activation, EventBus
 from eventtrain.control import POLL_S, Inbox
 from eventtrain.effects import Effects
 from eventtrain.errors import BusClosed
 from eventtrain.gates import NEVER, Gates
+from eventtrain.loop_statistics import LoopClock
 from eventtrain.windows import Position, Windows
 
 
@@ -17,7 +18,7 @@ class Boundary:
     """Settles what is due between step ``position.step`` and the next one. Training thread only.
 
     Args:
-        position, windows, gates, effects: of the run.
+        position, windows, gates, effects, clock: of the run.
         bus: whose death ends every wait.
         inbox: where commands arrive, and whose bell wakes this thread.
         evaluate: evaluates at this boundary.
@@ -30,6 +31,7 @@ class Boundary:
         windows: Windows,
         gates: Gates,
         effects: Effects,
+        clock: LoopClock,
         bus: EventBus,
         inbox: Inbox,
         evaluate: Callable[[], None],
@@ -39,6 +41,7 @@ class Boundary:
         self._windows = windows
         self._gates = gates
         self._effects = effects
+        self._clock = clock
         self._bus = bus
         self._inbox = inbox
         self._evaluate = evaluate
@@ -87,7 +90,7 @@ class Boundary:
         if self._gates.blocking(step) is None:
             return True
         self._windows.flush()
-        return self.wait(lambda: self._gates.blocking(step) is None)
+        return self.wait_for_observers(lambda: self._gates.blocking(step) is None)
 
     def carry_out_arrived(self) -> None:
         """Carry out what has no boundary to wait for; what arrived together, by cause and subscription."""
@@ -118,7 +121,7 @@ class Boundary:
             if self._effects.stop_reason is not None:
                 return False
             self._require_bus()
-            now_s = monotonic()
+            now_s = perf_counter()
             if windows.open and now_s >= windows.flush_at_s:
                 windows.flush()
             timeout_s = min(POLL_S, max(0.0, windows.flush_at_s - now_s)) if windows.open else POLL_S
@@ -127,6 +130,10 @@ class Boundary:
             if self._effects.checkpoints_asked and self.whole:
                 self._take_checkpoints()
         return True
+
+    def wait_for_observers(self, ready: Callable[[], object]) -> bool:
+        """As ``wait``, for something that a subscriber has to do."""
+        return self._clock.for_observers(lambda: self.wait(ready))
 
     def _require_bus(self) -> None:
         if not self._bus.running:
@@ -141,6 +148,9 @@ class Boundary:
         What they ask for is kept among the orders due, to be rejected: the same in every rerun. A stop that arrives
         meanwhile (a signal, say) ends the waiting.
         """
+        self._clock.for_observers(lambda: self._wait_for_deciders(deadline_s))
+
+    def _wait_for_deciders(self, deadline_s: float) -> None:
         last = NEVER - 1
         while self._gates.blocking(last) is not None and monotonic() < deadline_s and self._bus.running:
             self._inbox.wait(lambda: self._gates.blocking(last) is None, POLL_S)

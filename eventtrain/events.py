@@ -369,6 +369,20 @@ class LoopStalled(Event):
     waited_s: float
 
 
+# --- the machine ---------------------------------------------------------------------------------------
+
+
+class MachineMeasured(Event):
+    """What a subscriber measured beside the training: the machine, or where the loop's time goes.
+
+    ``metrics`` holds what could be measured; what this machine does not tell is left out. Units stand in the names.
+    """
+
+    source: str
+    """Name of the subscriber that measured."""
+    metrics: Numbers
+
+
 BUILT_IN: tuple[type[Event], ...] = (
     RunStarted,
     RunResumed,
@@ -403,6 +417,7 @@ BUILT_IN: tuple[type[Event], ...] = (
     AlertRaised,
     AlertResolved,
     LoopStalled,
+    MachineMeasured,
 )
 """Every concrete event class of eventtrain."""
 

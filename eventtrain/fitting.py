@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 from eventtrain.data import BatchGroup
@@ -29,6 +30,7 @@ def train(
     """
     left = steps
     epochs_left = epochs
+    clock = session.clock
     facts = resumption.facts.loop if resumption is not None else None
     if facts is not None and not facts.in_epoch and (epochs_left == 0 or left == 0):
         # What is due at the end of the run still is.
@@ -40,7 +42,8 @@ def train(
     while (facts is not None and facts.in_epoch) or (
         (epochs_left is None or epochs_left > 0) and (left is None or left > 0)
     ):
-        feed = EpochFeed(
+        open_feed = partial(
+            EpochFeed,
             data,
             session.epoch,
             steps_per_call=steps_per_call,
@@ -50,8 +53,9 @@ def train(
             start=facts.batch if facts is not None and facts.in_epoch else 0,
             data_state=facts.data if facts is not None else None,
         )
+        feed = clock.for_data(open_feed)  # it fetches the first batch
         try:
-            group = feed.next()
+            group = clock.for_data(feed.next)
             example = group
             if group is None and facts is not None and facts.in_epoch:
                 example = _first_group(session, data, steps_per_call)  # all of the epoch was trained on
@@ -67,7 +71,7 @@ def train(
                 if done < count:
                     return
                 left = None if left is None else left - done
-                group = feed.next() if left != 0 else None
+                group = clock.for_data(feed.next) if left != 0 else None
         finally:
             feed.close()
         if session.stop_reason is not None or not session.end_epoch():

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from time import monotonic, perf_counter
+from time import perf_counter
 from typing import Any, Literal
 
 import jax
@@ -34,6 +34,7 @@ from eventtrain.events import (
 )
 from eventtrain.gates import Gates
 from eventtrain.keeping import StateKeeper
+from eventtrain.loop_statistics import LoopClock
 from eventtrain.saved_run import LoopFacts
 from eventtrain.schedule import Schedule
 from eventtrain.stream import EpochEnd
@@ -58,7 +59,7 @@ class TrainingLoop:
         compiled: the prepared step.
         carry: the state to start from; the loop owns it from now on.
         position: steps and epochs completed so far.
-        windows, gates, effects: of this run.
+        windows, gates, effects, clock: of this run.
         bus, room, fetcher: where events go and commands come from.
         pace: how far to run ahead.
         evaluate: evaluates at the present boundary by ``run_evaluation``, where there is something to evaluate on.
@@ -74,6 +75,7 @@ class TrainingLoop:
         windows: Windows,
         gates: Gates,
         effects: Effects,
+        clock: LoopClock,
         bus: EventBus,
         room: ControlRoom,
         fetcher: Fetcher,
@@ -86,17 +88,24 @@ class TrainingLoop:
         self.position = position
         self.windows = windows
         self.effects = effects
+        self.clock = clock
         self.keeper = StateKeeper(
-            room, effects, windows, position, bus, lambda ready: self.boundary.wait(ready), describe
+            room,
+            effects,
+            windows,
+            position,
+            bus,
+            lambda ready: self.boundary.wait_for_observers(ready),
+            describe,
         )
         self.boundary = Boundary(
-            position, windows, gates, effects, bus, room.inbox, self.evaluate, self.keeper.take_asked
+            position, windows, gates, effects, clock, bus, room.inbox, self.evaluate, self.keeper.take_asked
         )
         self._gates = gates
         self._inbox = room.inbox
         self._fetcher = fetcher
         self._evaluate = evaluate
-        self._backpressure = Backpressure(bus, windows, position, self.boundary.wait)
+        self._backpressure = Backpressure(bus, windows, position, self.boundary.wait_for_observers)
         self._checkpoints = self.keeper.schedule
         self._evaluations = Schedule(room.evaluations, position, self._ask_to_evaluate)
         self._max_in_flight = pace.max_in_flight_calls
@@ -128,10 +137,13 @@ class TrainingLoop:
             stop = min(stop, start + self._steps_until_due())
         if len(self._tokens) >= self._max_in_flight:
             self._let_device_catch_up()
+        began_s = perf_counter()
         if self.effects.pinned:
             self._dispatch_keeping(batch, start, stop)
         else:
             self.compiled(self.carry, batch, start, stop)
+        now_s = perf_counter()
+        self.clock.dispatch_s += now_s - began_s
         self._tokens.append(self.carry.cursor)
         count = stop - start
         position.batch += count
@@ -139,9 +151,10 @@ class TrainingLoop:
         if step >= gates.next_step_event:
             gates.note_step(step)
             self._attention = min(self._attention, gates.next_due)
+            self.clock.observing_s += perf_counter() - now_s
         if (
             self.carry.rows >= self.compiled.capacity
-            or monotonic() >= self.windows.flush_at_s
+            or now_s >= self.windows.flush_at_s
             or step >= gates.flush_by
         ):
             self._flush()
@@ -185,6 +198,7 @@ class TrainingLoop:
             self._tokens.popleft()
         self._tokens.popleft().block_until_ready()
         waited_s = perf_counter() - began_s
+        self.clock.device_wait_s += waited_s
         if waited_s > CATCH_UP_S:
             self._catch_up = max(1, self._catch_up // 2)
         elif waited_s < CATCH_UP_S / 4:

@@ -17,6 +17,7 @@ from eventtrain.control import POLL_S, Control
 from eventtrain.control_room import ControlRoom
 from eventtrain.device.fetch import Fetcher
 from eventtrain.device.hyperparams import find_hyperparams, values_of
+from eventtrain.device.program import StepProgram
 from eventtrain.device.state import replicated_sharding
 from eventtrain.effects import Effects
 from eventtrain.errors import AlreadyRunning, BusClosed, ConfigurationError, EventTrainError, StepError
@@ -24,6 +25,7 @@ from eventtrain.events import EpochCompleted, RunCompleted, RunFailed, RunStarte
 from eventtrain.feed import EpochFeed
 from eventtrain.gates import Gates
 from eventtrain.loop import TrainingLoop
+from eventtrain.loop_statistics import LoopClock, LoopStatistics
 from eventtrain.model import Aim, Model, RunOptions
 from eventtrain.resuming import DataPosition, resume_stream, take_over_extensions
 from eventtrain.saved_run import LoopFacts, Resumption
@@ -76,6 +78,9 @@ class Session:
             self._data = DataPosition(facts.batch, facts.data)
         self._loop: TrainingLoop | None = None
         self._gates = Gates(bus)
+        self.clock = LoopClock()
+        """Where this thread's time goes."""
+        self._first_step = model.step
         self._narrator = Narrator(bus, weight=options.weight)
         self._fetcher = Fetcher(self._narrator.tell, self._fetch_failed)
         self._grouped = options.steps_per_call > 1
@@ -153,6 +158,16 @@ class Session:
             self._eval_data = eval_data
         return self._loop.end_epoch()
 
+    def statistics(self) -> LoopStatistics:
+        """Where the training thread's time went so far. Any thread; never blocks."""
+        step = self.step_count
+        return self.clock.read(step, step - self._first_step)
+
+    def program(self) -> StepProgram | None:
+        """What the step was compiled to; None before the first one. Any thread; never blocks."""
+        compiled = self._model.compiled
+        return compiled.program() if compiled is not None else None
+
     def flush(self) -> None:
         """Send the metrics of all steps dispatched so far on their way to the subscribers."""
         if self._loop is not None:
@@ -201,7 +216,7 @@ class Session:
         facts = self._resumption.facts.loop if self._resumption is not None else None
         position = Position(model.step, model.epoch, facts.batch if facts is not None else 0)
         windows = Windows(
-            compiled, carry, self._fetcher, self._gates, position, options.pace.flush_interval_s
+            compiled, carry, self._fetcher, self._gates, position, self.clock, options.pace.flush_interval_s
         )
         self._loop = TrainingLoop(
             compiled,
@@ -210,6 +225,7 @@ class Session:
             windows=windows,
             gates=self._gates,
             effects=effects,
+            clock=self.clock,
             bus=self._bus,
             room=self._room,
             fetcher=self._fetcher,
@@ -329,6 +345,9 @@ class Session:
             self._model.params_paths() if self._subscribers else {},
             tuple(hyperparams),
             self._room,
+            self._bus.statistics,
+            self.statistics,
+            self.program,
         )
         for subscriber in self._subscribers:
             self._started.append(subscriber)
@@ -376,6 +395,7 @@ class Session:
             Exception
         ) as failed:  # an evaluation or a snapshot at the last boundary, or the bus was stopped
             error = error or failed
+        self.clock.stop()
         self._give_state_back()
         reason = (loop.effects.stop_reason if loop is not None else self._early_stop()) or "completed"
         self.ended_by = reason

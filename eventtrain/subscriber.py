@@ -15,13 +15,15 @@ from eventtrain.bus.bus import EventBus
 from eventtrain.bus.handlers import is_async, takes_control
 from eventtrain.bus.options import EventTypes, Lag, OnError
 from eventtrain.bus.queues import Queue
-from eventtrain.bus.subscription import Subscription
+from eventtrain.bus.subscription import Subscription, SubscriptionStatistics
 from eventtrain.control import Control
 from eventtrain.control_room import Claimed, ControlRoom, FinalRestore, Plan, WhenFull
 from eventtrain.device.hyperparams import Hyperparam, labels, resolve
+from eventtrain.device.program import StepProgram
 from eventtrain.errors import ConfigurationError, QueueFull
 from eventtrain.events import BUILT_IN, Event, SnapshotTaken
 from eventtrain.frozen import snake_case
+from eventtrain.loop_statistics import LoopStatistics
 from eventtrain.saved_run import SavedRun
 
 
@@ -59,6 +61,21 @@ class RunContext:
     params: Mapping[str, str | None] = field(default_factory=dict[str, str | None])
     _hyperparams: tuple[Hyperparam, ...] = ()
     _room: ControlRoom | None = None
+    _statistics: Callable[[], dict[str, SubscriptionStatistics]] = dict
+    _loop_statistics: Callable[[], LoopStatistics] = LoopStatistics
+    _program: Callable[[], StepProgram | None] = lambda: None
+
+    def statistics(self) -> dict[str, SubscriptionStatistics]:
+        """The figures of every subscription of the bus, by name. Any thread; never blocks."""
+        return self._statistics()
+
+    def loop_statistics(self) -> LoopStatistics:
+        """Where the training thread's time went so far. Any thread; never blocks."""
+        return self._loop_statistics()
+
+    def program(self) -> StepProgram | None:
+        """What the step was compiled to; None before the first step. Any thread; never blocks."""
+        return self._program()
 
     async def publish_async(self, event: Event) -> None:
         """Like ``publish``, but waits while a Lossless queue is at its limit. On the bus' event loop."""

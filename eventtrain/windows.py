@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from time import monotonic
+from time import perf_counter
 from typing import Any
 
 from eventtrain.device.fetch import Fetcher, Ring
 from eventtrain.device.step import Carry, CompiledStep
 from eventtrain.events import Event
 from eventtrain.gates import Gates
+from eventtrain.loop_statistics import LoopClock
 from eventtrain.stream import TrainWindow
 
 
@@ -32,6 +33,7 @@ class Windows:
         fetcher: gets full windows, and what is said while the ring is empty, in one order.
         gates: hear of every event, since some may be decided on.
         position: of the run.
+        clock: gets the time that sending takes.
         interval_s: how long a row may wait while the loop runs.
     """
 
@@ -42,15 +44,17 @@ class Windows:
         fetcher: Fetcher,
         gates: Gates,
         position: Position,
+        clock: LoopClock,
         interval_s: float,
     ) -> None:
         self.flush_at_s = 0.0
-        """When the open window is due, in ``monotonic`` time."""
+        """When the open window is due, in ``perf_counter`` time."""
         self._compiled = compiled
         self._carry = carry
         self._fetcher = fetcher
         self._gates = gates
         self._position = position
+        self._clock = clock
         self._interval_s = interval_s
         self._notes: list[Event] = []
         self._first_batch = 0
@@ -75,6 +79,7 @@ class Windows:
 
     def flush(self) -> None:
         """Send the rows to the fetch thread, with what was said between them; go on with a fresh ring."""
+        began_s = perf_counter()
         if self.open:
             notes, self._notes = tuple(self._notes), []
             ring, rows = self._compiled.take_ring(self._carry)
@@ -85,8 +90,10 @@ class Windows:
             )
             self._fetcher.put(Ring(ring, rows, self._compiled.layout, window))
         self._first_batch = self._position.batch
-        self.flush_at_s = monotonic() + self._interval_s
         self._gates.flushed()
+        now_s = perf_counter()
+        self.flush_at_s = now_s + self._interval_s
+        self._clock.observing_s += now_s - began_s
 
     def begin_epoch(self) -> None:
         """Count the batches of a new epoch; everything before was flushed."""

@@ -36,6 +36,7 @@ FLOORS = {
     "stream": "3 loop",
     "gates": "3 loop",
     "windows": "3 loop",
+    "loop_statistics": "3 loop",
     "boundary": "3 loop",
     "backpressure": "3 loop",
     "schedule": "3 loop",

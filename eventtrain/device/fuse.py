@@ -36,6 +36,7 @@ class LoweredStep(NamedTuple):
     rings: RingSource
     donating: jax.stages.Lowered
     keeping: jax.stages.Lowered | None
+    jaxpr: Any  # a ClosedJaxpr, whose class has no settled place in JAX
 
 
 def abstract(leaves: Sequence[jax.Array]) -> list[jax.ShapeDtypeStruct]:
@@ -170,14 +171,14 @@ class FusedStep:
             self._sharding,
         )
 
-        def lowered(*donated: int) -> jax.stages.Lowered:
+        def traced(*donated: int) -> jax.stages.Traced:
             # keep_unused: a leaf that step_fn overwrites without reading it is donated all the same.
             jitted = jax.jit(fused, donate_argnums=donated, out_shardings=shardings, keep_unused=True)
-            return jitted.lower(*arguments)
+            return jitted.trace(*arguments)
 
-        if not self._donate:
-            return LoweredStep(layouts[0], rings, lowered(2), None)
-        return LoweredStep(layouts[0], rings, lowered(0, 1, 2), lowered(2) if self._keep else None)
+        donating = traced(0, 1, 2) if self._donate else traced(2)
+        keeping = traced(2).lower() if self._donate and self._keep else None
+        return LoweredStep(layouts[0], rings, donating.lower(), keeping, donating.jaxpr)
 
     def _traced_step(
         self, leaves: list[jax.Array], batch: PyTree

@@ -20,6 +20,7 @@ from eventtrain.device.executables import Executables
 from eventtrain.device.extensions import StepExtension
 from eventtrain.device.fuse import FusedStep, LoweredStep
 from eventtrain.device.metrics import MetricLayout
+from eventtrain.device.program import StepProgram
 from eventtrain.device.ring import RingCarry, RingSource
 from eventtrain.device.state import PyTree, Skeleton, copy_leaves, replicated_sharding
 from eventtrain.errors import SnapshotError, StepError
@@ -71,7 +72,7 @@ class CompiledStep:
         compile_on_caller: runs `f` and returns `f()`, on the thread whose JAX settings count;
             tracing and lowering go through it.
 
-    All methods belong to the training thread; `keeping_ready` may be read from any.
+    All methods belong to the training thread; `keeping_ready` and `program` may be asked from any.
 
     Attributes:
         layout: how to decode a row; set by `prepare`.
@@ -128,6 +129,11 @@ class CompiledStep:
         """Whether a keeping call of the batch signature in use needs no device copy."""
         executable = self._executables.current
         return not self._donate or (executable is not None and executable.keeping is not None)
+
+    def program(self) -> StepProgram | None:
+        """What was compiled for the batch signature in use; None before `prepare`."""
+        executable = self._executables.current
+        return None if executable is None else StepProgram(executable.jaxpr, executable.donating)
 
     def prepare(self, batch: PyTree) -> None:
         """Trace, check and lower step_fn for `batch`, and compile the donating variant.
@@ -291,7 +297,8 @@ class _Variants:
     """The executables of one batch signature; the keeping one may still be on its way."""
 
     def __init__(self, lowered: LoweredStep) -> None:
-        self.donating: Callable[..., Any] = lowered.donating.compile()
+        self.donating = lowered.donating.compile()
+        self.jaxpr = lowered.jaxpr
         self.keeping: Callable[..., Any] | None = None
         self._lowered = lowered.keeping
         self._thread: threading.Thread | None = None
