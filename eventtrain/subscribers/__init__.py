@@ -27,7 +27,9 @@ if TYPE_CHECKING:
     from eventtrain.subscribers.checkpointer import Checkpointer, restore_state
     from eventtrain.subscribers.download import download_checkpoint
     from eventtrain.subscribers.model_registry import ModelRegistry
+    from eventtrain.subscribers.open_telemetry import OpenTelemetry
     from eventtrain.subscribers.plot_curves import PlotCurves
+    from eventtrain.subscribers.prometheus_exporter import PrometheusExporter
     from eventtrain.subscribers.uploader import Uploader
 
 __all__ = [
@@ -44,8 +46,10 @@ __all__ = [
     "LearningRateScheduler",
     "MaxTime",
     "ModelRegistry",
+    "OpenTelemetry",
     "PlotCurves",
     "ProgressBar",
+    "PrometheusExporter",
     "ReduceLROnPlateau",
     "Rule",
     "TerminateOnNaN",
@@ -57,7 +61,9 @@ __all__ = [
 _LAZY = {
     "Checkpointer": "checkpointer",
     "ModelRegistry": "model_registry",
+    "OpenTelemetry": "open_telemetry",
     "PlotCurves": "plot_curves",
+    "PrometheusExporter": "prometheus_exporter",
     "Uploader": "uploader",
     "download_checkpoint": "download",
     "restore_state": "checkpointer",
