@@ -98,7 +98,7 @@ def checkpoint_stall(figures: dict[str, Any]) -> str:
         lowest, highest = min(figure["totals_to_none"]), max(figure["totals_to_none"])
         lines.append(
             f"| {what} | **{figure['slowest_to_median']:.2f}** | **{figure['total_to_none']:.2f}** "
-            f"({lowest:.2f} to {highest:.2f}) | {figure['extra_states']:.0f} |"
+            f"({lowest:.2f} to {highest:.2f}) | {abs(figure['extra_states']):.0f} |"
         )
     return "\n".join(lines)
 
