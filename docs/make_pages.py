@@ -52,7 +52,7 @@ GROUPS = {
         "AlertRaised",
         "AlertResolved",
     ),
-    "The machine": ("MachineMeasured",),
+    "The machine": ("MachineMeasured", "ProfileCaptured"),
 }
 """Heading -> names of its classes."""
 

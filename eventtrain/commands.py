@@ -117,6 +117,12 @@ class Evaluate(Command):
     """Run the evaluation at the next boundary."""
 
 
+class Profile(Command):
+    """Have the next ``steps`` steps traced by JAX's profiler."""
+
+    steps: int = Field(ge=1)
+
+
 AnyCommand = Annotated[
     SetHyperparam
     | ScaleHyperparam
@@ -126,7 +132,8 @@ AnyCommand = Annotated[
     | Restore
     | Pause
     | Resume
-    | Evaluate,
+    | Evaluate
+    | Profile,
     Field(discriminator="kind"),
 ]
 """Any command, told apart by ``kind``."""

@@ -26,6 +26,7 @@ from eventtrain.commands import (
     Command,
     Evaluate,
     Pause,
+    Profile,
     Restore,
     Resume,
     SaveCheckpoint,
@@ -307,6 +308,14 @@ class Control:
     def evaluate(self, *, reason: str = "") -> Command:
         """Evaluate on the run's ``eval_data`` at the boundary where this takes effect."""
         return self._send(Evaluate, reason=reason)
+
+    def profile(self, steps: int, *, reason: str = "") -> Command:
+        """Have the ``steps`` steps after the boundary where this takes effect traced by JAX's profiler.
+
+        Needs a ``Profiler`` among the subscribers, which says where the trace goes. ``ProfileCaptured`` tells when it
+        is written; training waits for that.
+        """
+        return self._send(Profile, steps=steps, reason=reason)
 
     # --- looking --------------------------------------------------------------------------------------------
 

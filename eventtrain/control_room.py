@@ -6,6 +6,7 @@ import threading
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal
 
 from eventtrain.bus.bus import EventBus
@@ -42,6 +43,19 @@ class Plan:
     in_flight: int = 0
     kept: tuple[int, int] | None = None
     """Which state was kept for it last: step, and how often commands had changed the state by then."""
+
+
+@dataclass(frozen=True)
+class TracePlan:
+    """Which steps one subscriber wants traced by JAX's profiler: from the first to the last of each range.
+
+    Commands that ask for a trace go by the first plan of a run.
+    """
+
+    owner: str
+    folder: Path
+    ranges: tuple[tuple[int, int], ...]
+    python: bool
 
 
 @dataclass(frozen=True)
@@ -102,6 +116,8 @@ class ControlRoom:
         """When evaluations are wanted, instead of at the end of each epoch."""
         self.final_restores: list[FinalRestore] = []
         """What is to be put back when the run has ended."""
+        self.traces: list[TracePlan] = []
+        """What is to be traced by the profiler, and where traces go."""
         self._offers: dict[tuple[int, str | None], _Offer] = {}
         self._lock = threading.Lock()
 
@@ -110,6 +126,7 @@ class ControlRoom:
         self.checkpoints.clear()
         self.evaluations.clear()
         self.final_restores.clear()
+        self.traces.clear()
 
     def open_attempt(self, subscription: Subscription, event: Event) -> Control:
         """The control for one handler call."""

@@ -11,6 +11,7 @@ from eventtrain.bus.subscription import Subscription
 from eventtrain.commands import (
     Evaluate,
     Pause,
+    Profile,
     Restore,
     Resume,
     SaveCheckpoint,
@@ -88,6 +89,8 @@ class Effects:
         self.evaluations_asked = 0
         self.checkpoints_asked: list[SaveCheckpoint] = []
         """Checkpoints to be taken when all of this boundary's other commands are carried out."""
+        self.traces_asked: list[int] = []
+        """How many steps to trace from this boundary on, for each command that asked."""
         self.deterministic = True
         self.changes = 0
         """How often something else than a step has changed the state."""
@@ -144,6 +147,12 @@ class Effects:
                             "there is nothing to evaluate on. Give the run an eval_fn and eval_data."
                         )
                     self.evaluations_asked += 1
+                case Profile():
+                    if not self._room.traces:
+                        raise ConfigurationError(
+                            "no Profiler is subscribed, so no trace has a place. Add subs.Profiler()."
+                        )
+                    self.traces_asked.append(command.steps)
         except (EventTrainError, OverflowError) as error:
             self._inbox.reject(order, f"at step {step}: {error}", self._emit)
             return

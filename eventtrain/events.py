@@ -383,6 +383,17 @@ class MachineMeasured(Event):
     metrics: Numbers
 
 
+class ProfileCaptured(Event):
+    """JAX's profiler traced the steps ``first_step`` to ``last_step``; what it saw lies in the folder ``path``."""
+
+    lifecycle: ClassVar[bool] = True
+    path: str
+    first_step: int
+    last_step: int
+    duration_s: float
+    """How long training was held until the trace was written."""
+
+
 BUILT_IN: tuple[type[Event], ...] = (
     RunStarted,
     RunResumed,
@@ -418,6 +429,7 @@ BUILT_IN: tuple[type[Event], ...] = (
     AlertResolved,
     LoopStalled,
     MachineMeasured,
+    ProfileCaptured,
 )
 """Every concrete event class of eventtrain."""
 

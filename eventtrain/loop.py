@@ -38,6 +38,7 @@ from eventtrain.loop_statistics import LoopClock
 from eventtrain.saved_run import LoopFacts
 from eventtrain.schedule import Schedule
 from eventtrain.stream import EpochEnd
+from eventtrain.tracing import Tracer
 from eventtrain.windows import Position, Windows
 
 CATCH_UP_S = 0.004
@@ -108,6 +109,14 @@ class TrainingLoop:
         self._backpressure = Backpressure(bus, windows, position, self.boundary.wait_for_observers)
         self._checkpoints = self.keeper.schedule
         self._evaluations = Schedule(room.evaluations, position, self._ask_to_evaluate)
+        self.tracer = Tracer(
+            room.traces,
+            position,
+            effects,
+            bus,
+            lambda: self.carry.cursor.block_until_ready(),
+            marks_steps=not compiled.grouped,
+        )
         self._max_in_flight = pace.max_in_flight_calls
         self._tokens: deque[jax.Array] = deque()  # of the dispatches that may still be running, oldest first
         self._catch_up = 1
@@ -171,12 +180,17 @@ class TrainingLoop:
             return False  # it waited for a writer, and the run was stopped or paused meanwhile
         if self._gates.announces_steps:
             self.windows.emit(StepStarted(step=position.step, epoch=position.epoch, batch=position.batch))
-            return self.boundary.settle()  # and look again before every step
+            if not self.boundary.settle():
+                return False
+            self.tracer.before_step()
+            return True  # and look again before every step
+        self.tracer.before_step()
         free_steps = self._backpressure.free_steps()
         self._attention = min(
             self.boundary.next_due(),
             self._checkpoints.next_step(),
             self._evaluations.next_step(),
+            self.tracer.next_step(),
             position.step + free_steps,
         )
         return True
@@ -249,6 +263,7 @@ class TrainingLoop:
     def end_epoch(self) -> bool:
         """Evaluate, say EpochCompleted, carry out what was decided on it. False: the run has to end."""
         position = self.position
+        self.tracer.end_due()
         self._evaluations.take_due()
         self._evaluations.take_epoch(position.epoch + 1)
         if not self._evaluations:
@@ -300,6 +315,7 @@ class TrainingLoop:
 
     def evaluate(self) -> None:
         """Evaluate at this boundary, if the run has anything to evaluate on; waits for no result."""
+        self.tracer.end_due()
         self.windows.flush()
         self._evaluate()
 

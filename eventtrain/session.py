@@ -383,6 +383,8 @@ class Session:
         deadline_s = monotonic() + self._options.drain_timeout_s
         loop, error = self._loop, raised
         try:
+            if loop is not None:
+                loop.tracer.close()
             if loop is not None and error is None and self._healthy():
                 loop.finish(deadline_s)
             if loop is not None and loop.windows.open:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from time import monotonic
@@ -17,7 +17,7 @@ from eventtrain.bus.options import EventTypes, Lag, OnError
 from eventtrain.bus.queues import Queue
 from eventtrain.bus.subscription import Subscription, SubscriptionStatistics
 from eventtrain.control import Control
-from eventtrain.control_room import Claimed, ControlRoom, FinalRestore, Plan, WhenFull
+from eventtrain.control_room import Claimed, ControlRoom, FinalRestore, Plan, TracePlan, WhenFull
 from eventtrain.device.hyperparams import Hyperparam, labels, resolve
 from eventtrain.device.program import StepProgram
 from eventtrain.errors import ConfigurationError, QueueFull
@@ -141,6 +141,23 @@ class RunContext:
         self._room.evaluations.append(
             Plan(owner, every, every_epochs, every_s, monotonic() + (every_s or 0.0))
         )
+
+    def schedule_traces(
+        self, owner: str, folder: Path, ranges: Sequence[tuple[int, int]] = (), *, python: bool = False
+    ) -> None:
+        """Have the loop trace exactly these steps with JAX's profiler, each range to a folder of its own in ``folder``.
+
+        ``control.profile`` works in a run where somebody did this. ``ProfileCaptured`` follows each trace, or a
+        SubscriberFailed of ``owner``.
+
+        Args:
+            owner: name of the subscriber.
+            folder: where traces go; made if need be.
+            ranges: first and last step of each; both are traced.
+            python: also trace the calls of Python functions, which makes the steps slower and the trace larger.
+        """
+        assert self._room is not None
+        self._room.traces.append(TracePlan(owner, folder, tuple(ranges), python))
 
     def schedule_checkpoints(
         self,

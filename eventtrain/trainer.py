@@ -35,7 +35,8 @@ from eventtrain.frozen import Number
 from eventtrain.inference import Inference
 from eventtrain.loop import Pace
 from eventtrain.model import Aim, CallOnCaller, Model, RunOptions
-from eventtrain.progress import ProgressBar, shows_progress
+from eventtrain.progress import ProgressBar
+from eventtrain.progress_display import shows_progress
 from eventtrain.resuming import fingerprint, take_over
 from eventtrain.saved_run import Resumption, SavedRun
 from eventtrain.session import Session

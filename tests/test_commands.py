@@ -22,6 +22,7 @@ COMMANDS = [
     commands.Pause(),
     commands.Resume(),
     commands.Evaluate(cause=commands.Cause(event="epoch_completed", step=3, subscriber="plateau")),
+    commands.Profile(steps=10),
 ]
 
 

@@ -34,6 +34,7 @@ if TYPE_CHECKING:
 TYPES = {
     "Alerts": "alerts",
     "Checkpointer": "checkpointer",
+    "DeviceStats": "device_stats",
     "EarlyStopping": "early_stopping",
     "EvaluateEvery": "evaluate_every",
     "GradientSpike": "gradient_spike",
@@ -45,11 +46,14 @@ TYPES = {
     "LearningRateScheduler": "learning_rate_scheduler",
     "MaxTime": "max_time",
     "ModelRegistry": "model_registry",
+    "OverheadMeter": "overhead_meter",
     "PlotCurves": "plot_curves",
     "OpenTelemetry": "open_telemetry",
+    "Profiler": "profiler",
     "ProgressBar": "progress_bar",
     "PrometheusExporter": "prometheus_exporter",
     "ReduceLROnPlateau": "reduce_lr_on_plateau",
+    "StepTimer": "step_timer",
     "TerminateOnNaN": "terminate_on_nan",
     "Uploader": "uploader",
 }
@@ -441,7 +445,7 @@ RULE = {"metric": "loss", "above": 1}
             table(type="erly_stopping"),
             "type = \"erly_stopping\": there is no type 'erly_stopping'. Did you mean 'early_",
         ),
-        (table(type="wxyz"), "there is no type 'wxyz'. Known types: alerts, checkpointer, early_stopping, "),
+        (table(type="wxyz"), "there is no type 'wxyz'. Known types: alerts, checkpointer, "),
         (
             table(typ="early_stopping"),
             'run.toml, [[subscribers]] #1: needs a type, such as type = "early_stopping"',

@@ -1,18 +1,26 @@
 from __future__ import annotations
 
+import importlib.util
 import io
+import sys
 import threading
 from pathlib import Path
 from typing import Any
 
+import anyio
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from rich.cells import cell_len
 from rich.console import Console
 
 import eventtrain as et
 from eventtrain import subscribers as subs
+from eventtrain.progress_display import RunDisplay, Shown, can_redraw, fitted, shows_progress, texts
+from eventtrain.progress_table import Summary
 
 
 def make_trainer(tmp_path: Path, bar: et.Subscriber) -> et.Trainer:
@@ -98,3 +106,145 @@ def test_it_is_the_same_class_everywhere() -> None:
         assert getattr(subs, name).__name__ == name
     with pytest.raises(AttributeError, match="Nothing"):
         subs.Nothing  # noqa: B018
+
+
+# --- what is drawn --------------------------------------------------------------------------------------------
+
+
+def drawn(display: RunDisplay, console: Console) -> list[str]:
+    with console.capture() as captured:
+        console.print(*display.get_renderables())
+    return captured.get().splitlines()
+
+
+@pytest.mark.parametrize("width", [10, 24, 40, 60, 80, 120, 300])
+@pytest.mark.parametrize("total", [None, 1_000_000])
+def test_nothing_is_wider_than_the_console(width: int, total: int | None) -> None:
+    console = Console(file=io.StringIO(), width=width, force_terminal=True, color_system=None)
+    display = RunDisplay(console, total, live=True)
+    display.epoch(7, 100)
+    display.advance_to(123_456)
+    metrics = {f"层{index}/grad_norm": 0.123456789 * index for index in range(40)}
+    display.shown = Shown(metrics, ("learning_rate=0.0001", "checkpoint 123000", "behind: JSONLLogger (3 s)"))
+    lines = drawn(display, console)
+    assert max(cell_len(line) for line in lines) <= width
+    assert len(lines) <= 5
+    if width >= 40:
+        assert "epoch 7/100" in lines[0]
+        assert "━" in lines[0] or "╸" in lines[0]
+    if width >= 60:
+        shown = lines[1].count("grad_norm")
+        assert shown > 0
+        assert lines[1].rstrip().endswith(f"+{40 - shown}") or shown == 40
+
+
+@given(st.lists(st.text(st.characters(exclude_categories=("C",)), min_size=1)), st.integers(3, 80))
+def test_parts_are_whole_fit_and_are_counted(parts: list[str], width: int) -> None:
+    line = fitted(parts, width, gap="|")
+    assert cell_len(line) <= width
+    for count in range(len(parts), 0, -1):
+        if line.startswith("|".join(parts[:count])):
+            rest = line.removeprefix("|".join(parts[:count]))
+            assert rest in ("", "…", f"|+{len(parts) - count}")
+            break
+
+
+def test_names_move_no_cursor() -> None:
+    assert texts({"a\n\x1b[2Jb": 1.0}) == ["a??[2Jb=1"]
+    text, console = printed(force_terminal=True)
+    summary = Summary(ended="boom\x1b[2J")
+    console.print(summary.table(et.LoopStatistics(), ()))
+    assert "\x1b[2J" not in text.getvalue()
+
+
+def test_only_what_can_be_drawn_over_gets_a_bar(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    monkeypatch.setattr(sys, "stderr", io.StringIO())
+    assert Console(stderr=True).is_terminal  # rich goes by FORCE_COLOR
+    assert not can_redraw(Console(stderr=True), given=False)
+    assert not shows_progress()
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    assert shows_progress()
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.delenv("CI", raising=False)
+    assert can_redraw(Console(stderr=True), given=False)
+    monkeypatch.setenv("CI", "true")
+    assert not can_redraw(Console(stderr=True), given=False)
+    monkeypatch.setenv("TERM", "dumb")
+    assert not can_redraw(Console(stderr=True, force_interactive=None), given=True)
+    monkeypatch.setattr(sys, "stderr", None)
+    assert not shows_progress()
+
+
+@pytest.mark.parametrize("widgets", [True, False])
+def test_a_notebook_gets_a_bar_where_it_can_draw_one(monkeypatch: pytest.MonkeyPatch, widgets: bool) -> None:
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: object() if widgets else None)
+    assert can_redraw(Console(force_jupyter=True), given=False) is widgets
+
+
+async def test_checkpoints_and_who_is_behind_are_shown(tmp_path: Path) -> None:
+    text, console = printed(force_terminal=True, color_system=None)
+    bar = subs.ProgressBar(console=console)
+    states: set[str] = set()
+    release = anyio.Event()
+    trainer = make_trainer(tmp_path, bar)
+    trainer.subscribe(subs.Checkpointer("checkpoints", every=5))
+
+    @trainer.on(et.StepCompleted, name="slow one")
+    async def slow(event: et.StepCompleted) -> None:
+        await release.wait()
+
+    @trainer.on(et.StepCompleted, lag=0, every=1)
+    async def look(event: et.StepCompleted) -> None:
+        assert bar._display is not None
+        states.update(bar._display.shown.state)
+        if any(state.startswith("behind: slow one") for state in states):
+            release.set()
+        elif event.step > 2:
+            await anyio.sleep(0.05)
+
+    await trainer.fit_async([np.float32(1)] * 100, epochs=1)
+    assert release.is_set()
+    assert any(state.startswith("behind: slow one (1 s, ") for state in states)
+    assert "learning_rate=0.5" in states
+    assert any(state.startswith("checkpoint ") for state in states)
+    assert "20 committed, the last of step 100" in text.getvalue()
+
+
+async def test_a_failed_checkpoint_is_said_at_once_and_in_the_table(tmp_path: Path) -> None:
+    text, console = printed()
+    bar = subs.ProgressBar(table=True, console=console)
+    trainer = make_trainer(tmp_path, bar)
+
+    @trainer.on(et.StepCompleted)
+    async def fail(event: et.StepCompleted) -> None:
+        trainer.bus.publish(et.CheckpointFailed(step=event.step, path="c", error="no space left"))
+
+    @trainer.on(et.EpochCompleted, name="picky")
+    async def refuse(event: et.EpochCompleted) -> None:
+        raise ValueError("no")
+
+    await trainer.fit_async([np.float32(1)] * 2, epochs=2)
+    shown = text.getvalue()
+    assert "checkpoint of step 1 failed: no space left" in shown
+    table = shown[shown.index("run completed") :]
+    assert "0 committed, 4 failed" in table
+    assert "picky: 2 failures" in table
+    assert "steps/s" in table
+    assert "\x1b" not in shown
+
+
+def test_the_table_tells_the_last_the_lowest_and_the_highest_of_each_metric() -> None:
+    text, console = printed()
+    summary = Summary(ended="completed")
+    for epoch, loss in enumerate((3.0, float("nan"), 1.0, 2.0)):
+        metrics = {"loss": loss, **{f"metric {index}": 1 for index in range(30)}}
+        summary.note_epoch(
+            et.EpochCompleted(step=epoch, epoch=epoch, metrics=metrics, steps=1, duration_s=1.0)
+        )
+    console.print(summary.table(et.LoopStatistics(step=90, steps=40, duration_s=4000.0), ()))
+    loss = next(line for line in text.getvalue().splitlines() if line.split()[:1] == ["loss"])
+    assert loss.split() == ["loss", "2", "1", "epoch", "3", "3", "epoch", "1"]
+    assert "90 (40 of them now)" in text.getvalue()
+    assert "1:06:40, 0.01 steps/s" in text.getvalue()
+    assert "11 more" in text.getvalue()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import random
 import threading
 import time
@@ -15,8 +16,10 @@ import numpy as np
 import pytest
 from jax_compilations import COMPILATIONS
 from models import batches, make_trainer, record
+from rich.console import Console
 
 import eventtrain as et
+from eventtrain import subscribers as subs
 
 ArrayImpl = type(jax.numpy.zeros(()))
 
@@ -343,3 +346,27 @@ def sharded() -> None:
 
 def test_a_state_sharded_over_8_devices_works_unchanged(run_on_devices):
     assert "sharded: fine" in run_on_devices(8, sharded)
+
+
+def test_promise_2_holds_with_everything_that_watches_the_machine(tmp_path):
+    watchers = [
+        subs.DeviceStats(0.02),
+        subs.StepTimer(every_steps=100, examples="examples", peak_flops=1e12),
+        subs.OverheadMeter(every_s=0.02),
+        subs.Profiler(((700, 702),)),
+        subs.ProgressBar(table=True, console=Console(file=io.StringIO(), force_terminal=True)),
+    ]
+    trainer = make_trainer(tmp_path, subscribers=watchers, flush_interval_s=0.01)
+    seen = record(trainer, et.MachineMeasured, et.ProfileCaptured)
+    data = batches(8)
+    with trainer.session() as session:
+        session.step(data[0])
+        COMPILATIONS.start()
+        with host_conversions() as found:
+            for index in range(1, 1050):
+                session.step(data[index % 8])
+            on_this_thread = list(found(threading.get_ident()))
+            compilations = COMPILATIONS.since()
+    assert on_this_thread == []
+    assert compilations == 0
+    assert {getattr(event, "source", event.kind) for event in seen} >= {"DeviceStats", "profile_captured"}

@@ -77,6 +77,7 @@ class CompiledStep:
     Attributes:
         layout: how to decode a row; set by `prepare`.
         capacity: as given.
+        grouped: whether a call runs several steps.
     """
 
     layout: MetricLayout
@@ -112,7 +113,7 @@ class CompiledStep:
         )
         self.capacity = capacity
         self._donate = donate
-        self._grouped = steps_per_call > 1
+        self.grouped = steps_per_call > 1
         self._counts = [jax.device_put(np.int32(n), sharding) for n in range(steps_per_call + 1)]
         self._compile_on_caller = compile_on_caller
         self._executables = Executables(self._build)
@@ -194,7 +195,7 @@ class CompiledStep:
                 f"The metric ring holds {self.capacity} rows and {carry.rows} are used: the next ones would "
                 "overwrite them. Call take_ring() first."
             )
-        counts = (self._counts[start], self._counts[stop]) if self._grouped else ()
+        counts = (self._counts[start], self._counts[stop]) if self.grouped else ()
         kept = None
         try:
             if keep:

@@ -20,11 +20,15 @@ from eventtrain.subscribers.lambda_handlers import Lambda
 from eventtrain.subscribers.learning_rate_scheduler import LearningRateScheduler
 from eventtrain.subscribers.lr_finder import LRFinder
 from eventtrain.subscribers.max_time import MaxTime
+from eventtrain.subscribers.overhead_meter import OverheadMeter
+from eventtrain.subscribers.profiler import Profiler
 from eventtrain.subscribers.reduce_lr_on_plateau import ReduceLROnPlateau
+from eventtrain.subscribers.step_timer import StepTimer
 from eventtrain.subscribers.terminate_on_nan import TerminateOnNaN
 
 if TYPE_CHECKING:
     from eventtrain.subscribers.checkpointer import Checkpointer, restore_state
+    from eventtrain.subscribers.device_stats import DeviceStats
     from eventtrain.subscribers.download import download_checkpoint
     from eventtrain.subscribers.model_registry import ModelRegistry
     from eventtrain.subscribers.open_telemetry import OpenTelemetry
@@ -35,6 +39,7 @@ if TYPE_CHECKING:
 __all__ = [
     "Alerts",
     "Checkpointer",
+    "DeviceStats",
     "EarlyStopping",
     "EvaluateEvery",
     "GradientSpike",
@@ -47,11 +52,14 @@ __all__ = [
     "MaxTime",
     "ModelRegistry",
     "OpenTelemetry",
+    "OverheadMeter",
     "PlotCurves",
+    "Profiler",
     "ProgressBar",
     "PrometheusExporter",
     "ReduceLROnPlateau",
     "Rule",
+    "StepTimer",
     "TerminateOnNaN",
     "Uploader",
     "download_checkpoint",
@@ -60,6 +68,7 @@ __all__ = [
 
 _LAZY = {
     "Checkpointer": "checkpointer",
+    "DeviceStats": "device_stats",
     "ModelRegistry": "model_registry",
     "OpenTelemetry": "open_telemetry",
     "PlotCurves": "plot_curves",
