@@ -167,7 +167,8 @@ class ProgressBar(Subscriber):
             return ""
         worst = max(late, key=lambda figures: figures.lag_s)
         more = f" +{len(late) - 1}" if len(late) > 1 else ""
-        return f"behind: {printable(worst.name)}{more} ({worst.lag_s:.0f} s, {compact(worst.pending)} events)"
+        events = f"{compact(worst.pending)} events" if worst.pending > 1 else "1 event"
+        return f"behind: {printable(worst.name)}{more} ({worst.lag_s:.0f} s, {events})"
 
     async def _print(self, line: str, parts: Sequence[str] = (), last: Sequence[str] = ()) -> None:
         display = self._display
