@@ -42,6 +42,7 @@ from eventtrain.errors import (
     StorageError,
     SubscriberError,
     UnknownHyperparam,
+    WaitsForItself,
 )
 from eventtrain.events import (
     AlertRaised,
@@ -176,6 +177,7 @@ __all__ = [
     "SubscriptionStatistics",
     "Trainer",
     "UnknownHyperparam",
+    "WaitsForItself",
     "errors",
     "events_json_schema",
     "load_state",

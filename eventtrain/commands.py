@@ -83,7 +83,13 @@ class ScaleHyperparam(Command):
 
 
 class Stop(Command):
-    """End the run at the boundary where it is applied."""
+    """End the run at the boundary where it is applied.
+
+    Attributes:
+        final: the run has reached its end: a later ``fit(resume=True)`` with the same aim trains nothing more.
+    """
+
+    final: bool = True
 
 
 class SaveCheckpoint(Command):

@@ -276,9 +276,12 @@ class Control:
             reason=reason,
         )  # fmt: skip
 
-    def stop(self, reason: str = "stopped") -> Command:
-        """End the run at the boundary where this takes effect; ``reason`` becomes the run's ``stop_reason``."""
-        return self._send(Stop, reason=reason)
+    def stop(self, reason: str = "stopped", *, final: bool = True) -> Command:
+        """End the run at the boundary where this takes effect; ``reason`` becomes the run's ``stop_reason``.
+
+        ``final``: a later ``fit(resume=True)`` with the same aim trains nothing more. False: it goes on from here.
+        """
+        return self._send(Stop, reason=reason, final=final)
 
     def checkpoint(self, tag: str | None = None, *, reason: str = "") -> Command:
         """Have the state of the boundary made durable by the run's ``Checkpointer``.

@@ -41,8 +41,8 @@ class Plan:
     on_command: bool = True
     """Whether it also serves commands without an addressee."""
     in_flight: int = 0
-    kept: tuple[int, int] | None = None
-    """Which state was kept for it last: step, and how often commands had changed the state by then."""
+    kept: tuple[int, int, str | None] | None = None
+    """Which state was kept for it last: step, how often commands had changed it by then, and why the run ended."""
 
 
 @dataclass(frozen=True)

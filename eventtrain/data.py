@@ -10,8 +10,8 @@ import collections
 import inspect
 import itertools
 import threading
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Generator, Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any, NamedTuple, TypeAlias
 
 import jax
@@ -29,6 +29,8 @@ __all__ = [
     "batches_from",
     "epoch_batches",
     "on_device",
+    "place_of",
+    "rewound",
 ]
 
 # A batch is a pytree, which has no static type.
@@ -183,6 +185,29 @@ def batches_from(data: object, epoch: int, start: int, state: Any) -> Iterator[B
         set_state(state)
         return batches
     return itertools.islice(batches, start, None)
+
+
+def place_of(data: object) -> Any:
+    """The state of data that is one iterator with `get_state` and `set_state`; None for any other."""
+    return _position(data) if isinstance(data, Iterator) and hasattr(data, "set_state") else None
+
+
+@contextmanager
+def rewound(data: object, place: Any) -> Generator[None]:
+    """Data that is one iterator stands at `place` for the length of the block, and then where it stood.
+
+    With `place` None nothing is moved.
+    """
+    if place is None:
+        yield
+        return
+    iterator: Any = data
+    there = iterator.get_state()
+    iterator.set_state(place)
+    try:
+        yield
+    finally:
+        iterator.set_state(there)
 
 
 def _parameters(function: Callable[..., Any]) -> frozenset[str]:
@@ -387,7 +412,7 @@ def sixty_four_bit(enabled: bool) -> AbstractContextManager[Any]:
     return module.enable_x64(enabled)
 
 
-def _position(batches: Iterator[Batch]) -> Any:
+def _position(batches: object) -> Any:
     get_state = getattr(batches, "get_state", None)
     return None if get_state is None else get_state()
 

@@ -86,6 +86,8 @@ class Effects:
         )
         self.paused = False
         self.stop_reason: str | None = None
+        self.ended: str | None = None
+        """The same, where it is not to be resumed with the same aim."""
         self.evaluations_asked = 0
         self.checkpoints_asked: list[SaveCheckpoint] = []
         """Checkpoints to be taken when all of this boundary's other commands are carried out."""
@@ -122,7 +124,7 @@ class Effects:
                 case SetHyperparam() | ScaleHyperparam():
                     events = self._change_hyperparam(command, order, step)
                 case Stop():
-                    self.stop_reason = self.stop_reason or command.reason or "stopped"
+                    self._stop(command)
                 case SaveCheckpoint():
                     if not self._room.checkpoints:
                         raise SnapshotError(
@@ -169,6 +171,11 @@ class Effects:
         for event in events:
             self._emit(event)
         order.answer.give(applied)
+
+    def _stop(self, command: Stop) -> None:
+        if self.stop_reason is None:
+            self.stop_reason = command.reason or "stopped"
+            self.ended = self.stop_reason if command.final and not self.cut_short else None
 
     # --- hyperparameters --------------------------------------------------------------------------------
 

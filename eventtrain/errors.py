@@ -18,7 +18,8 @@
     ├── BusError
     │   ├── BusClosed
     │   ├── QueueFull
-    │   └── EventReused
+    │   ├── EventReused
+    │   └── WaitsForItself
     ├── NonFiniteMetric         a metric is NaN or infinite, and that was to be an error
     ├── SubscriberError         a subscriber with ``on_error="fail"`` failed
     └── EventParseError         JSON that is no known event
@@ -52,6 +53,7 @@ __all__ = [
     "StorageError",
     "SubscriberError",
     "UnknownHyperparam",
+    "WaitsForItself",
 ]
 
 
@@ -137,6 +139,10 @@ class QueueFull(BusError):
 
 class EventReused(BusError):
     """One event instance was published twice; every publication needs an instance of its own."""
+
+
+class WaitsForItself(BusError):
+    """A handler waits for a checkpoint that cannot be complete before the handler returns."""
 
 
 class NonFiniteMetric(EventTrainError):

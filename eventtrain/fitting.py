@@ -5,7 +5,7 @@ from __future__ import annotations
 from functools import partial
 from typing import Any
 
-from eventtrain.data import BatchGroup
+from eventtrain.data import place_of, rewound
 from eventtrain.feed import EpochFeed
 from eventtrain.saved_run import Resumption
 from eventtrain.session import Session
@@ -32,11 +32,10 @@ def train(
     epochs_left = epochs
     clock = session.clock
     facts = resumption.facts.loop if resumption is not None else None
-    if facts is not None and not facts.in_epoch and (epochs_left == 0 or left == 0):
+    opening = place_of(data) if facts is not None else None
+    if resumption is not None and resumption.ended is not None:
         # What is due at the end of the run still is.
-        example = _first_group(session, data, steps_per_call)
-        if example is not None:
-            session.prepare(example.batches if steps_per_call > 1 else example.batches[0])
+        _prepare_without_a_step(session, data, steps_per_call, opening)
         return
     # An epoch that was cut short behind the last step wanted still has to end.
     while (facts is not None and facts.in_epoch) or (
@@ -56,12 +55,12 @@ def train(
         feed = clock.for_data(open_feed)  # it fetches the first batch
         try:
             group = clock.for_data(feed.next)
-            example = group
-            if group is None and facts is not None and facts.in_epoch:
-                example = _first_group(session, data, steps_per_call)  # all of the epoch was trained on
-            if example is None:
+            if group is not None:
+                session.prepare(group.batches if steps_per_call > 1 else group.batches[0])
+            elif facts is None or not facts.in_epoch:
                 return
-            session.prepare(example.batches if steps_per_call > 1 else example.batches[0])
+            elif not _prepare_without_a_step(session, data, steps_per_call, opening):
+                return  # all of the epoch was trained on
             if not session.in_epoch and not session.begin_epoch():
                 return
             facts = None
@@ -79,17 +78,28 @@ def train(
         epochs_left = None if epochs_left is None else epochs_left - 1
 
 
-def _first_group(session: Session, data: Any, steps_per_call: int) -> BatchGroup | None:
-    """The first batches of the epoch, to compile for."""
-    feed = EpochFeed(
-        data,
-        session.epoch,
-        steps_per_call=steps_per_call,
-        sharding=session.sharding,
-        wait=session.wait,
-        on_ready=session.ring,
-    )
-    try:
-        return feed.next()
-    finally:
-        feed.close()
+def _prepare_without_a_step(session: Session, data: Any, steps_per_call: int, opening: Any) -> bool:
+    """Compile for the first batches of the epoch, none of which is trained on. False: the run has to end.
+
+    Args:
+        opening: where data that is one iterator has a batch, though it may stand behind its last one.
+    """
+    if session.compiled:
+        session.prepare(None)
+        return True
+    with rewound(data, opening):
+        feed = EpochFeed(
+            data,
+            session.epoch,
+            steps_per_call=steps_per_call,
+            sharding=session.sharding,
+            wait=session.wait,
+            on_ready=session.ring,
+        )
+        try:
+            example = feed.next()
+        finally:
+            feed.close()
+    if example is not None:
+        session.prepare(example.batches if steps_per_call > 1 else example.batches[0])
+    return example is not None

@@ -10,9 +10,9 @@ from eventtrain.bus.bus import EventBus
 from eventtrain.bus.cut import Cut, Marker
 from eventtrain.commands import SaveCheckpoint
 from eventtrain.control_room import ControlRoom, Plan
+from eventtrain.cut_facts import LoopFacts
 from eventtrain.effects import Effects
 from eventtrain.events import CheckpointFailed, CheckpointSkipped, Event, LoopStalled
-from eventtrain.saved_run import LoopFacts
 from eventtrain.schedule import Schedule
 from eventtrain.windows import Position, Windows
 
@@ -56,13 +56,24 @@ class StateKeeper:
         """Those that commands asked for at this boundary."""
         self._take([])
 
-    def take_final(self) -> None:
-        """After the last step, for those who want the state as it is then and do not have it yet."""
+    def take_final(self, *, unchanged: bool) -> None:
+        """After the last step, for those who want the state as it is then and do not have it yet.
+
+        ``unchanged``: the run resumed from a checkpoint of this very state, so that another would only push out an
+        older one.
+        """
         self.no_step_follows = True
         self.take_asked()
-        now = (self._position.step, self._effects.changes)
+        if unchanged:
+            return
+        now = self._now
         owners = [plan.owner for plan in self._room.checkpoints if plan.at_end and plan.kept != now]
         self._take([(None, owner) for owner in owners])
+
+    @property
+    def _now(self) -> tuple[int, int, str | None]:
+        """Tells two states apart: a cut that does not know that the run has ended is not its last one."""
+        return self._position.step, self._effects.changes, self._effects.ended
 
     def _take(self, wanted: Iterable[tuple[str | None, str | None]]) -> None:
         """Keep the state for each tag and subscriber ``wanted``, and for the commands that have come by then."""
@@ -90,12 +101,12 @@ class StateKeeper:
             return
         cut = Cut(position.step)
         try:
-            cut.facts["loop"] = self._describe()
+            cut.loop = self._describe()
             room.inbox.open_cut(cut)
         except TypeError as error:
             cut.abandon(str(error))
         for plan in plans:
-            plan.kept = (position.step, self._effects.changes)
+            plan.kept = self._now
         windows.put(Marker(cut))
         snapshot, taken = self._effects.take_checkpoint(position.step, position.epoch, tag, requested_by)
         room.offer(snapshot, self._effects.kept_for_the_end(), cut, plans, requested_by)

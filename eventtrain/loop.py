@@ -18,6 +18,7 @@ from eventtrain.backpressure import Backpressure
 from eventtrain.boundary import Boundary
 from eventtrain.bus.bus import EventBus
 from eventtrain.control_room import ControlRoom, Plan
+from eventtrain.cut_facts import LoopFacts
 from eventtrain.device.evaluate import CompiledEval
 from eventtrain.device.fetch import Fetcher
 from eventtrain.device.step import Carry, CompiledStep
@@ -35,7 +36,6 @@ from eventtrain.events import (
 from eventtrain.gates import Gates
 from eventtrain.keeping import StateKeeper
 from eventtrain.loop_statistics import LoopClock
-from eventtrain.saved_run import LoopFacts
 from eventtrain.schedule import Schedule
 from eventtrain.stream import EpochEnd
 from eventtrain.tracing import Tracer
@@ -121,6 +121,7 @@ class TrainingLoop:
         self._tokens: deque[jax.Array] = deque()  # of the dispatches that may still be running, oldest first
         self._catch_up = 1
         self._attention = 0  # the step at which something is due
+        self._announced = -1  # the step whose StepStarted was said last, for deciders
         self.epoch_first_step = position.step
         """Steps completed before the epoch in progress."""
         self._epoch_began_s = perf_counter()
@@ -179,7 +180,9 @@ class TrainingLoop:
         if self._checkpoints.take_due() and not self.boundary.settle():
             return False  # it waited for a writer, and the run was stopped or paused meanwhile
         if self._gates.announces_steps:
-            self.windows.emit(StepStarted(step=position.step, epoch=position.epoch, batch=position.batch))
+            if not self.step_started:
+                self._announced = position.step
+                self.windows.emit(StepStarted(step=position.step, epoch=position.epoch, batch=position.batch))
             if not self.boundary.settle():
                 return False
             self.tracer.before_step()
@@ -285,16 +288,15 @@ class TrainingLoop:
         self._attention = 0
         return going_on
 
-    def resume_epoch(
-        self, first_step: int, evaluation: Literal["none", "pending", "done"], evaluated_batches: int | None
-    ) -> None:
-        """Go on in the middle of an epoch that began after ``first_step`` steps, and perhaps of an evaluation."""
+    def resume_epoch(self, facts: LoopFacts) -> None:
+        """Go on in the middle of an epoch, and perhaps of an evaluation."""
         self.boundary.admit_deciders()
         self.position.in_epoch = True
-        self.epoch_first_step = first_step
-        self.evaluated_batches = evaluated_batches
-        self.effects.evaluations_asked = 1 if evaluation == "pending" else 0
-        if evaluation == "done":
+        self.epoch_first_step = facts.epoch_first_step
+        self.evaluated_batches = facts.evaluated_batches
+        self._announced = self.position.step if facts.step_started else -1
+        self.effects.evaluations_asked = 1 if facts.evaluation == "pending" else 0
+        if facts.evaluation == "done":
             self._evaluated_at = (self.position.step, self.effects.changes)
         self._epoch_began_s = perf_counter()
 
@@ -305,6 +307,11 @@ class TrainingLoop:
         self.effects.evaluations_asked += 1
         if plan is not None and plan.every_s is not None:
             self.effects.deterministic = False
+
+    @property
+    def step_started(self) -> bool:
+        """Whether StepStarted of the next step was said already: the run was cut behind it."""
+        return self._announced == self.position.step
 
     @property
     def evaluation_here(self) -> Literal["none", "pending", "done"]:

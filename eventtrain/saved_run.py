@@ -5,82 +5,15 @@ from __future__ import annotations
 import base64
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
+from datetime import datetime
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
-from pydantic import Field
-
 from eventtrain.bus.cut import Cut, Share
-from eventtrain.commands import AnyCommand
 from eventtrain.control import Order
+from eventtrain.cut_facts import LoopFacts, SavedOrder, StreamFacts
 from eventtrain.events import parse_event
-from eventtrain.frozen import Frozen, Number
-
-
-class SavedMeans(Frozen):
-    """The sums behind the means of an epoch or an evaluation."""
-
-    sums: dict[str, float] = Field(default_factory=dict)
-    total: float = 0.0
-
-
-class SavedOrder(Frozen):
-    """A command on its way: not due yet when the cut was taken."""
-
-    command: AnyCommand
-    cause_step: int
-    cause_seq: int
-    subscriber: str
-    issue: int
-
-
-class LoopFacts(Frozen):
-    """Where the loop was.
-
-    Attributes:
-        step, epoch, batch: completed; ``batch`` counts those of the epoch in progress.
-        in_epoch: EpochStarted of ``epoch`` was said.
-        evaluation: how far the evaluation of this boundary is, if there is one.
-        evaluated_batches: of the evaluation that was cut short at this boundary; None if none was.
-        epoch_first_step: completed before the epoch in progress.
-        start_step, start_epoch: completed when the call of ``fit`` began whose aim is pursued.
-        data: the state of the data's iterator after the last batch trained on, by ``pack``; None where it has none.
-        orders: commands that are not due yet.
-        deterministic: nothing that depends on timing has taken effect.
-        fingerprint: what an exact continuation depends on: versions, devices, options.
-    """
-
-    step: int
-    epoch: int
-    batch: int
-    in_epoch: bool
-    evaluation: Literal["none", "pending", "done"] = "none"
-    evaluated_batches: int | None = None
-    epoch_first_step: int
-    start_step: int
-    start_epoch: int
-    data: Any = None
-    orders: tuple[SavedOrder, ...] = ()
-    deterministic: bool = True
-    fingerprint: dict[str, Any] = Field(default_factory=dict)
-
-
-class StreamFacts(Frozen):
-    """Where the stream was.
-
-    Attributes:
-        seq: number of the last event before the cut.
-        epoch_means: of the epoch in progress.
-        eval_means: of the evaluation that was cut short.
-        evaluated: means of the epoch's last evaluation, which its EpochCompleted will carry.
-        watched: values of the hyperparameters that follow a schedule.
-    """
-
-    seq: int = 0
-    epoch_means: SavedMeans = SavedMeans()
-    eval_means: SavedMeans = SavedMeans()
-    evaluated: dict[str, Number] | None = None
-    watched: dict[str, Number] = Field(default_factory=dict)
+from eventtrain.frozen import Frozen
 
 
 class SavedShare(Frozen):
@@ -120,15 +53,15 @@ class RunFacts(Frozen):
     shares: dict[str, SavedShare]
 
     @classmethod
-    def of(cls, cut: Cut, timeout_s: float) -> RunFacts:
+    def wait_for(cls, cut: Cut, timeout_s: float) -> RunFacts:
         """What ``cut`` collects. Blocks until everybody has given theirs; raises SnapshotError where one does not."""
         shares = cut.wait(timeout_s)
-        loop: LoopFacts = cut.facts["loop"]
-        stream: StreamFacts = cut.facts["stream"]
-        seq: int = cut.facts["seq"]
+        loop, stream = cut.loop, cut.stream
+        assert loop is not None
+        assert stream is not None  # both were there before the marker was routed
         return cls(
-            loop=loop.model_copy(update={"orders": tuple(_orders_of(cut.orders, shares, seq))}),
-            stream=stream.model_copy(update={"seq": seq}),
+            loop=loop.model_copy(update={"orders": tuple(_orders_of(cut.orders, shares, stream.seq))}),
+            stream=stream,
             shares={name: SavedShare.of(share) for name, share in shares.items()},
         )
 
@@ -169,6 +102,11 @@ class SavedRun(Protocol):
         ...
 
     @property
+    def time(self) -> datetime:
+        """When it was committed."""
+        ...
+
+    @property
     def facts(self) -> RunFacts | None:
         """What belongs to it besides arrays; None where only a state was saved."""
         ...
@@ -190,15 +128,30 @@ class SavedRun(Protocol):
         ...
 
 
+class Undo(Protocol):
+    """The trainer and its subscribers as they were."""
+
+    def put_back(self) -> None:
+        """Make it so again."""
+        ...
+
+    def forget(self) -> None:
+        """There is no way back; what was remembered would only take memory."""
+        ...
+
+
 @dataclass(frozen=True)
 class Resumption:
     """What a run starts from when it resumes."""
 
     saved: SavedRun
     facts: RunFacts
+    before: Undo
     shares: Mapping[str, Share] = field(default_factory=dict[str, Share])
     kept: tuple[str, ...] = ()
     """Tags of the other snapshots that were saved with it."""
+    ended: str | None = None
+    """Why the run had reached its end, so that nothing is trained."""
 
 
 def pack(state: Any) -> Any:

@@ -15,7 +15,9 @@ import jax
 from eventtrain.bus.bus import Activation, EventBus
 from eventtrain.control import POLL_S, Control
 from eventtrain.control_room import ControlRoom
+from eventtrain.cut_facts import LoopFacts
 from eventtrain.device.fetch import Fetcher
+from eventtrain.device.host_memory import to_pinned_host
 from eventtrain.device.hyperparams import find_hyperparams, values_of
 from eventtrain.device.program import StepProgram
 from eventtrain.device.state import replicated_sharding
@@ -28,7 +30,7 @@ from eventtrain.loop import TrainingLoop
 from eventtrain.loop_statistics import LoopClock, LoopStatistics
 from eventtrain.model import Aim, Model, RunOptions
 from eventtrain.resuming import DataPosition, resume_stream, take_over_extensions
-from eventtrain.saved_run import LoopFacts, Resumption
+from eventtrain.saved_run import Resumption
 from eventtrain.stream import Narrator
 from eventtrain.subscriber import RunContext, Subscriber
 from eventtrain.windows import Position, Windows
@@ -186,6 +188,16 @@ class Session:
 
     # --- for fit --------------------------------------------------------------------------------------------
 
+    @property
+    def prepared(self) -> bool:
+        """Whether the loop has taken over the state."""
+        return self._loop is not None
+
+    @property
+    def compiled(self) -> bool:
+        """Whether the step is compiled, by an earlier run, so that ``prepare`` needs no batch."""
+        return self._model.compiled is not None
+
     def prepare(self, batch: Any) -> None:
         """Compile the step for ``batch`` (a tuple of ``steps_per_call`` where that is above 1); once per run."""
         if self._loop is not None:
@@ -209,7 +221,7 @@ class Session:
             self._room,
             self._emit,
             self._can_evaluate,
-            _to_pinned_host if options.snapshot == "host" else None,
+            to_pinned_host if options.snapshot == "host" else None,
             tuple(compiled.extension_types),
         )
         self._narrator.watch(effects.watched)
@@ -235,11 +247,15 @@ class Session:
         )
         # The loop owns the state: a reference would keep its memory.
         model.leaves, model.ext_leaves = [], None
+        if self._resumption is not None:
+            self._resumption.before.forget()
         if facts is not None:
             effects.deterministic = facts.deterministic
+            if self._resumption is not None and self._resumption.ended is not None:
+                effects.stop_reason = effects.ended = facts.ended
             if facts.in_epoch:
                 windows.flush()
-                self._loop.resume_epoch(facts.epoch_first_step, facts.evaluation, facts.evaluated_batches)
+                self._loop.resume_epoch(facts)
 
     def _describe(self) -> LoopFacts:
         """Where the run is. Raises TypeError where the data's iterator has a state that no checkpoint can hold."""
@@ -251,11 +267,15 @@ class Session:
             epoch=position.epoch,
             batch=position.batch,
             in_epoch=position.in_epoch,
+            step_started=loop.step_started,
             evaluation=loop.evaluation_here,
             evaluated_batches=loop.evaluated_batches,
             epoch_first_step=loop.epoch_first_step,
             start_step=start_step,
             start_epoch=start_epoch,
+            epochs=self._aim.epochs,
+            steps=self._aim.steps,
+            ended=loop.effects.ended,
             data=self._data.packed(position.batch),
             deterministic=loop.effects.deterministic and not self._gates.timed_out(),
             fingerprint=dict(self._options.fingerprint),
@@ -342,6 +362,7 @@ class Session:
             self._can_evaluate(),
             self._resumption is not None,
             self._restarts,
+            self._resumption.ended if self._resumption is not None else None,
             self._model.params_paths() if self._subscribers else {},
             tuple(hyperparams),
             self._room,
@@ -392,7 +413,7 @@ class Session:
             if loop is not None and error is None and not loop.effects.cut_short:
                 loop.restore_finally()
             if loop is not None and self._fetcher.failure is None and self._bus.running:
-                loop.keeper.take_final()
+                loop.keeper.take_final(unchanged=self._is_as_it_was(loop))
         except (
             Exception
         ) as failed:  # an evaluation or a snapshot at the last boundary, or the bus was stopped
@@ -443,6 +464,15 @@ class Session:
             raise ConfigurationError(
                 f"This session has ended ({self.ended_by}), and its state belongs to the trainer again. Open another."
             )
+
+    def _is_as_it_was(self, loop: TrainingLoop) -> bool:
+        """Whether the checkpoint from which the run resumed is still the last one that there can be of it."""
+        if self._resumption is None or loop.effects.cut_short:
+            return False
+        facts, position = self._resumption.facts.loop, loop.position
+        return (position.step, position.in_epoch, loop.effects.ended, loop.effects.changes) == (
+            facts.step, facts.in_epoch, facts.ended, 0,
+        )  # fmt: skip
 
     def _can_evaluate(self) -> bool:
         return self._model.eval_fn is not None and self._eval_data is not None
@@ -552,7 +582,3 @@ class Session:
             self._bus.notify(
                 SubscriberFailed(step=self.step_count, subscriber=name, event_kind=how, error=text)
             )
-
-
-def _to_pinned_host(leaves: list[jax.Array]) -> list[jax.Array]:
-    return [jax.device_put(leaf, leaf.sharding.with_memory_kind("pinned_host")) for leaf in leaves]

@@ -13,6 +13,7 @@ import numpy as np
 
 from eventtrain.bus.bus import Activation, EventBus, EventSeries
 from eventtrain.bus.cut import Marker
+from eventtrain.cut_facts import SavedMeans, StreamFacts
 from eventtrain.device.fetch import Columns
 from eventtrain.errors import MetricsError
 from eventtrain.events import (
@@ -27,7 +28,6 @@ from eventtrain.events import (
     StepStarted,
 )
 from eventtrain.frozen import FrozenDict, Number, copies
-from eventtrain.saved_run import SavedMeans, StreamFacts
 
 
 @dataclass(frozen=True, slots=True)
@@ -166,7 +166,7 @@ class Narrator:
         elif isinstance(item, EpochEnd):
             self._bus.feed([self._end_epoch(item)])
         elif isinstance(item, Marker):
-            item.cut.facts["stream"] = StreamFacts(
+            item.cut.stream = StreamFacts(
                 epoch_means=self._epoch_means.saved,
                 eval_means=self._eval_means.saved,
                 evaluated=None if self.evaluated is None else dict(self.evaluated),

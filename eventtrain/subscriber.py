@@ -42,6 +42,7 @@ class RunContext:
         start_epoch: epochs completed before this run.
         can_evaluate: whether the run has an eval_fn and eval_data.
         resumed: the run goes on from a checkpoint; RunResumed is said instead of RunStarted.
+        ended: of a run that resumes: why it had reached its end, so that nothing is trained; None where it goes on.
         restarts: it was to resume, and nothing was saved: what an attempt before it wrote will be written again.
         params: path of each array that the lens ``params`` gives -> its path in the state; None if it is no leaf of it.
     """
@@ -58,6 +59,7 @@ class RunContext:
     can_evaluate: bool = False
     resumed: bool = False
     restarts: bool = False
+    ended: str | None = None
     params: Mapping[str, str | None] = field(default_factory=dict[str, str | None])
     _hyperparams: tuple[Hyperparam, ...] = ()
     _room: ControlRoom | None = None

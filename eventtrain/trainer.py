@@ -7,7 +7,7 @@ import threading
 import uuid
 from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
@@ -37,7 +37,7 @@ from eventtrain.loop import Pace
 from eventtrain.model import Aim, CallOnCaller, Model, RunOptions
 from eventtrain.progress import ProgressBar
 from eventtrain.progress_display import shows_progress
-from eventtrain.resuming import fingerprint, take_over
+from eventtrain.resuming import fingerprint, remaining, take_over, why_ended
 from eventtrain.saved_run import Resumption, SavedRun
 from eventtrain.session import Session
 from eventtrain.signals import SignalGuard
@@ -266,7 +266,7 @@ class Trainer:
             eval_data: like ``data``; evaluated at the end of each epoch. Needs ``eval_fn``.
             resume: go on from the newest checkpoint (True) of this trainer's Checkpointers, or from the one with this
                 path, tag or step; ``epochs`` and ``steps`` are then those of the whole run. With nothing saved yet,
-                True begins anew and says so.
+                True begins anew and says so. A run that has ended trains nothing more, unless the aim is higher.
             progress: show a progress display; by default on a terminal or in a notebook.
 
         Raises:
@@ -380,9 +380,8 @@ class Trainer:
         aim = Aim(epochs, steps, length)
         resumption = self._find_resumption(resume)
         if resumption is not None:
-            facts = resumption.facts.loop
-            epochs = None if epochs is None else max(0, facts.start_epoch + epochs - facts.epoch)
-            steps = None if steps is None else max(0, facts.start_step + steps - facts.step)
+            epochs, steps = remaining(resumption.facts.loop, epochs, steps)
+            resumption = self._said_if_ended(resumption, aim, epochs, steps, named=resume is not True)
         session = self._open_session(
             aim, eval_data, extra, resumption, restarts=resume is not False and resumption is None
         )
@@ -391,6 +390,10 @@ class Trainer:
         try:
             with self._settling(session):
                 train(session, data, epochs, steps, self._options.steps_per_call, resumption)
+        except BaseException:
+            if resumption is not None and not session.prepared:
+                resumption.before.put_back()
+            raise
         finally:
             for subscription in temporary:
                 subscription.cancel()
@@ -433,8 +436,22 @@ class Trainer:
             )
             logger.warning("Nothing is saved in %s yet, so the run begins anew.%s", self.run_dir, hint)
             return None
-        saved = max(found, key=lambda saved: saved.step)
+        saved = max(found, key=lambda saved: (saved.facts is not None, saved.time, saved.step))
         return take_over(saved, self._model, self._room.inbox, self._subscribers, self._options.fingerprint)
+
+    def _said_if_ended(
+        self, resumption: Resumption, aim: Aim, epochs: int | None, steps: int | None, *, named: bool
+    ) -> Resumption:
+        """``resumption``, with the reason why its run had reached its end if it had; that is said."""
+        ended = why_ended(resumption.facts.loop, aim, epochs, steps, named=named)
+        if ended is None:
+            return resumption
+        logger.warning(
+            "The run of %s has ended at step %d (%s), so nothing more is trained. Aim higher, or name a checkpoint to "
+            "go on from, as in fit(resume=%d).",
+            self.run_dir, resumption.facts.loop.step, ended, resumption.facts.loop.step,
+        )  # fmt: skip
+        return replace(resumption, ended=ended)
 
     # --- evaluation and prediction ------------------------------------------------------------------------------
 

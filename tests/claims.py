@@ -11,9 +11,9 @@ import jax.numpy as jnp
 import eventtrain as et
 from eventtrain.bus.cut import Cut, Share
 from eventtrain.control_room import Claimed, ControlRoom, Plan
+from eventtrain.cut_facts import LoopFacts, StreamFacts
 from eventtrain.device.snapshot import Snapshot
 from eventtrain.device.state import split_state
-from eventtrain.saved_run import LoopFacts, StreamFacts
 from eventtrain.subscribers.checkpoint_writer import CheckpointWriter, Job, WriterOptions
 from eventtrain.subscribers.retention import Retention
 
@@ -28,14 +28,13 @@ def state_of(step: int) -> dict[str, Any]:
 
 def complete_cut(step: int, shares: Mapping[str, Share] | None = None) -> Cut:
     cut = Cut(step)
-    cut.facts["loop"] = LoopFacts(
+    cut.loop = LoopFacts(
         step=step, epoch=0, batch=step, in_epoch=True, epoch_first_step=0, start_step=0, start_epoch=0
     )
-    cut.facts["stream"] = StreamFacts()
-    cut.facts["seq"] = step
+    cut.stream = StreamFacts()
     for name, share in (shares or {}).items():
         cut.give(name, share)
-    cut.expect(shares or {})
+    cut.expect(shares or {}, seq=step)
     return cut
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ class InMemory:
     host_state: Any
     host_extensions: Mapping[str, np.ndarray[Any, Any]]
     host_kept: Mapping[str, tuple[int, Any, Any]]
+    time: datetime
     path: Path = Path("memory")
 
     def state(self, like: Any) -> Any:
@@ -70,7 +72,7 @@ class MemoryCheckpointer(et.Subscriber):
             await anyio.to_thread.run_sync(self._keep, claimed, event.step)
 
     def _keep(self, claimed: Any, step: int) -> None:
-        facts = RunFacts.of(claimed.cut, 30.0)
+        facts = RunFacts.wait_for(claimed.cut, 30.0)
         self.saved[step] = InMemory(
             step,
             RunFacts.model_validate(json.loads(facts.model_dump_json())),
@@ -80,6 +82,7 @@ class MemoryCheckpointer(et.Subscriber):
                 tag: (kept.step, kept.host_state(), kept.host_extensions())
                 for tag, kept in claimed.kept.items()
             },
+            datetime.now(UTC),
         )
         claimed.finish()
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 import threading
+import time
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,8 @@ from models import batches, make_trainer, record
 
 import eventtrain as et
 from eventtrain import subscribers as subs
+from eventtrain.device import snapshot as snapshot_module
+from eventtrain.device.snapshot import Snapshot
 from eventtrain.subscribers import checkpoint_writer
 from eventtrain.subscribers.checkpoint_store import CheckpointStore
 
@@ -672,3 +675,113 @@ def test_an_event_that_a_full_queue_does_not_take_is_published_once_more(
     assert heard == ["checkpoint_started", "checkpoint_committed"]
     assert "nobody hears of checkpoint_committed (step 2)" in caplog.text
     assert names(tmp_path) == ["step-00000001", "step-00000002"]
+
+
+# --- what there is to measure -------------------------------------------------------------------------------------
+
+
+def test_a_metric_that_only_evaluations_have_is_not_missed_in_the_epochs_without_one(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    def fit(monitor: str, name: str) -> list[str]:
+        caplog.clear()
+        checkpointer = subs.Checkpointer(
+            name, monitor=monitor, keep_best=1, mode="min", every_epochs=1,
+            template=f"{{step:03d}}-{{{monitor}:.1f}}", max_to_keep=None,
+        )  # fmt: skip
+        evaluate = subs.EvaluateEvery(epochs=2)
+        trainer = losing([5.0, 6.0, 4.0, 7.0], subscribers=[checkpointer, evaluate], run_dir=tmp_path)
+        trainer.fit(DATA, epochs=4, eval_data=DATA)
+        return [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
+
+    assert fit("val_loss", "ck") == []
+    assert names(tmp_path / "ck") == ["004-6.0", "008-7.0", "step-00000002", "step-00000006"]
+    wrong = fit("val_lost", "wrong")
+    assert len(wrong) == 2
+    assert all("val_lost" in text for text in wrong)
+
+
+def test_a_checkpointer_that_waited_for_an_evaluation_in_vain_says_so(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    best = subs.Checkpointer("best", monitor="val_loss", save_best_only=True)
+    evaluate = subs.EvaluateEvery(epochs=5)
+    trainer = losing([5.0, 6.0], subscribers=[best, evaluate], run_dir=tmp_path)
+    trainer.fit(DATA, epochs=2, eval_data=DATA)
+    assert "the run ended before an epoch with an evaluation" in caplog.text
+
+
+# --- where a state waits ------------------------------------------------------------------------------------------
+
+
+def test_states_that_wait_on_the_host_are_written_as_they_were(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, held_up: HeldUp
+) -> None:
+    """As on an accelerator, whose states are moved while the first of them is being written."""
+    monkeypatch.setattr(snapshot_module, "is_on_host", lambda leaf: False)
+    moved: list[int] = []
+    move_to_host = Snapshot.move_to_host
+
+    def noting(self: Snapshot) -> bool:
+        there = move_to_host(self)
+        moved.append(self.step)
+        if len(moved) == 4:
+            held_up.released.set()
+        return there
+
+    monkeypatch.setattr(Snapshot, "move_to_host", noting)
+    checkpointer = subs.Checkpointer("ck", every=2, max_to_keep=None, max_in_flight=4, stage="host")
+    trainer = make_trainer(tmp_path, subscribers=[checkpointer])
+    trainer.fit(batches(8), epochs=1)
+    assert moved == [2, 4, 6, 8]
+    plain = make_trainer(tmp_path / "plain")
+    for step in range(2, 9, 2):
+        plain.fit(batches(8)[step - 2 : step], epochs=1)
+        saved = et.load_state(tmp_path / f"run/ck/step-{step:08d}", like=plain.state)
+        pairs = zip(jax.tree.leaves(saved), jax.tree.leaves(plain.state), strict=True)
+        assert all(np.asarray(one).tobytes() == np.asarray(other).tobytes() for one, other in pairs)
+
+
+def test_a_device_without_such_memory_is_named_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(Snapshot, "move_to_host", lambda self: False)
+    checkpointer = subs.Checkpointer("ck", every=2, stage="host")
+    trainer = make_trainer(tmp_path, subscribers=[checkpointer])
+    seen = record(trainer, et.CheckpointCommitted)
+    trainer.fit(batches(4), epochs=1)
+    assert committed(seen) == [2, 4]
+    assert caplog.text.count("has no pinned host memory") == 1
+
+
+@pytest.mark.gpu
+def test_an_accelerator_gets_its_memory_back_while_the_states_wait_on_the_host(
+    tmp_path: Path, held_up: HeldUp
+) -> None:
+    checkpointer = subs.Checkpointer("ck", every=2, max_to_keep=None, max_in_flight=6, stage="host")
+    trainer = et.Trainer(
+        lambda state, batch: (state + batch, {}),
+        jnp.zeros(1_000_003),
+        subscribers=[checkpointer],
+        run_dir=tmp_path,
+    )
+    on_device: list[int] = []
+
+    def states() -> int:
+        arrays = [array for array in jax.live_arrays() if array.shape == (1_000_003,)]
+        return sum(array.sharding.memory_kind == "device" for array in arrays)
+
+    def data(epoch: int) -> Any:
+        for step in range(1, 12):
+            yield np.float32(step)
+        deadline_s = time.monotonic() + 60
+        while states() > 2 and time.monotonic() < deadline_s:  # the newest, and its owner's
+            time.sleep(0.01)
+        on_device.append(states())
+        held_up.released.set()
+
+    trainer.fit(data, epochs=1)
+    assert on_device[0] <= 2
+    for step in (2, 4, 6, 8, 10):
+        saved = et.load_state(tmp_path / f"ck/step-{step:08d}")["."]
+        assert float(saved[0]) == step * (step + 1) / 2

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 from models import batches, eval_fn, new_state, step_fn
 from saved_in_memory import MemoryCheckpointer
-from test_resume import Record
+from test_resume import Positioned, Record
 
 import eventtrain as et
 from eventtrain import subscribers as subs
@@ -169,6 +169,39 @@ def test_an_interruption_at_a_closed_gate_leaves_the_order_of_the_commands_behin
     before = run("first", checkpointer, interrupted=True)
     after = run("second", checkpointer, resume=4)
     assert before.sequence()[:-1] + after.sequence() == whole.sequence()
+
+
+@pytest.mark.parametrize("waits", [True, False])
+def test_a_step_that_was_announced_to_a_decider_when_the_run_was_interrupted_is_not_announced_again(
+    tmp_path: Any, waits: bool
+) -> None:
+    """Its command is applied once, whether the marker of the cut finds the handler at work or not."""
+
+    def run(name: str, checkpointer: MemoryCheckpointer, interrupts: bool = False, **aim: Any) -> Heard:
+        trainer, record = make(tmp_path / name, checkpointer)
+
+        @trainer.on(et.StepStarted, lag=0, name="decider")
+        async def decide(event: et.StepStarted, control: et.Control) -> None:
+            if interrupts and event.step == 4:
+                interrupt()
+                if waits:
+                    await until(lambda: 4 in record.marked)
+            control.scale_hyperparam("learning_rate", 0.5 if event.step == 4 else 0.9)
+
+        if interrupts:
+            with pytest.raises(KeyboardInterrupt):
+                trainer.fit(batches(6), epochs=1)
+        else:
+            trainer.fit(batches(6), epochs=1, **aim)
+        return record
+
+    whole = run("whole", MemoryCheckpointer())
+    assert [step for step, _ in changes(whole)] == [0, 1, 2, 3, 4, 5]
+    checkpointer = MemoryCheckpointer(at_end=True)
+    before = run("first", checkpointer, interrupts=True)
+    after = run("second", checkpointer, resume=4)
+    assert before.sequence()[:-1] + after.sequence() == whole.sequence()
+    assert changes(before) + changes(after) == changes(whole)
 
 
 def test_an_interrupted_run_does_not_wait_for_its_deciders_before_its_last_checkpoint(tmp_path: Any) -> None:
@@ -340,6 +373,37 @@ def test_a_run_by_steps_that_was_interrupted_in_its_last_evaluation_still_ends_i
     assert (trainer.epoch, len(again.history)) == (1, len(result.history))
 
 
+@pytest.mark.parametrize("steps_per_call", [1, 4])
+def test_data_that_is_one_iterator_goes_on_in_an_evaluation_behind_its_last_batch(
+    tmp_path: Any, steps_per_call: int
+) -> None:
+    evaluated_on = batches(4)
+
+    def run(name: str, checkpointer: MemoryCheckpointer) -> tuple[et.Trainer, Heard]:
+        return make(tmp_path / name, checkpointer, steps_per_call=steps_per_call)
+
+    trainer, whole = run("whole", MemoryCheckpointer())
+    result = trainer.fit(Positioned(batches(6)), epochs=1, eval_data=evaluated_on)
+    checkpointer = MemoryCheckpointer(at_end=True)
+    trainer, before = run("first", checkpointer)
+    data = Positioned(batches(6))
+    with pytest.raises(KeyboardInterrupt):
+        trainer.fit(data, epochs=1, eval_data=interrupted_before(2, evaluated_on))
+    saved = checkpointer.saved[6]
+    assert saved.facts.loop.evaluated_batches is not None
+    in_a_new_process, after = run("second", checkpointer)
+    new = Positioned(batches(6))
+    resumed = in_a_new_process.fit(new, epochs=1, eval_data=evaluated_on, resume=6)
+    assert before.sequence()[:-1] + after.sequence() == whole.sequence()
+    assert resumed.history[0].metrics == result.history[0].metrics
+    assert new.get_state()["next"] == 6
+    begun = len(before.seen)
+    checkpointer.saved[6] = saved
+    resumed = trainer.fit(data, epochs=1, eval_data=evaluated_on, resume=6)  # as in a notebook
+    assert before.sequence()[:begun][:-1] + before.sequence()[begun:] == whole.sequence()
+    assert resumed.history[0].metrics == result.history[0].metrics
+
+
 @pytest.mark.parametrize("waits_for_data", [False, True])
 def test_an_evaluation_by_command_at_the_end_of_an_epoch_is_that_of_the_epoch(
     tmp_path: Any, waits_for_data: bool
@@ -455,3 +519,70 @@ def test_a_decider_that_ran_out_of_time_before_the_checkpoint_makes_the_resumed_
     assert run(checkpointer) == [False]
     assert not checkpointer.saved[4].facts.loop.deterministic
     assert run(checkpointer, resume=4) == [False]
+
+
+# --- waiting for a checkpoint -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("how", ["wait_for", "stream"])
+@pytest.mark.parametrize("lag", [None, 4])
+def test_a_handler_that_awaits_the_commit_of_its_own_cut_is_told_at_once(
+    tmp_path: Any, how: str, lag: int | None
+) -> None:
+    class Awaits(et.Subscriber):
+        name = "awaits"
+
+        def __init__(self) -> None:
+            self.lag = {et.StepCompleted: lag}
+
+        async def on_step_completed(self, event: et.StepCompleted, control: et.Control) -> None:
+            if event.step == 2:
+                control.checkpoint("mine")
+                if how == "stream":
+                    async with trainer.bus.stream(et.CheckpointCommitted | et.CheckpointFailed) as events:
+                        async for _ in events:
+                            return
+                await trainer.bus.wait_for(et.CheckpointCommitted)
+
+        def state_dict(self) -> dict[str, Any]:
+            return {}
+
+    checkpointer = MemoryCheckpointer(every=3)
+    trainer, _ = make(tmp_path, checkpointer, Awaits())
+    failed: list[et.SubscriberFailed] = []
+
+    @trainer.on(et.SubscriberFailed)
+    async def note(event: et.SubscriberFailed) -> None:
+        failed.append(event)
+
+    trainer.fit(batches(6), epochs=1)
+    (said,) = failed
+    assert said.subscriber == "awaits"
+    assert said.error.startswith(
+        "WaitsForItself: awaits waits in its handler for the outcome of a checkpoint"
+    )
+    assert checkpointer.saved.keys() >= {3, 6}
+
+
+async def test_a_handler_may_wait_for_what_does_not_wait_for_it(tmp_path: Any) -> None:
+    """An observer without state; a task of its own; and events of which a checkpoint is only one."""
+    checkpointer = subs.Checkpointer("ck", every=2, at_end=False)
+    trainer = et.Trainer(step_fn, new_state(), subscribers=[checkpointer], run_dir=tmp_path)
+    waited: list[tuple[str, int]] = []
+
+    async with anyio.create_task_group() as tasks:
+
+        async def wait(who: str) -> None:
+            waited.append((who, (await trainer.bus.wait_for(et.CheckpointCommitted)).step))
+
+        @trainer.on(et.StepCompleted, where=lambda event: event.step == 1, name="observer")
+        async def observe(event: et.StepCompleted) -> None:
+            await wait("observer")
+
+        @trainer.on(et.StepCompleted, where=lambda event: event.step == 1, lag=1, name="decider")
+        async def decide(event: et.StepCompleted) -> None:
+            tasks.start_soon(wait, "task of a decider")
+            await anyio.lowlevel.checkpoint()
+
+        await trainer.fit_async(batches(2), epochs=1)
+    assert sorted(waited) == [("observer", 2), ("task of a decider", 2)]

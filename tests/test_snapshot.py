@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from eventtrain.device import snapshot as module
 from eventtrain.device.snapshot import HostKey, Snapshot
 from eventtrain.device.state import copy_leaves, place, split_state
 from eventtrain.device.step import CompiledStep
@@ -146,3 +147,50 @@ def test_a_hundred_snapshots_read_late_are_bit_equal_behind_donating_steps() -> 
         host = snapshot.host_state()
         same.append(np.array_equal(host["key"].data, key) and np.array_equal(host["w"], w))
     assert same == [True] * 100
+
+
+# --- staging ------------------------------------------------------------------------------------------------------
+
+
+def test_on_a_cpu_there_is_nothing_to_move() -> None:
+    snapshot = snapshot_of(STATE)
+    before = snapshot.leaves
+    assert snapshot.move_to_host()
+    assert all(one is other for one, other in zip(snapshot.leaves, before, strict=True))
+
+
+def test_what_was_moved_to_the_host_is_bit_equal_and_the_device_has_its_memory_back(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(module, "is_on_host", lambda leaf: False)
+    snapshot = snapshot_of(STATE, extensions=[jnp.ones(3)], extension_paths=["ones"])
+    on_device = [weakref.ref(leaf) for leaf in (*snapshot.leaves, *snapshot.extensions)]
+    expected = snapshot.host_state()
+    assert snapshot.move_to_host()
+    assert sum(leaf() is not None for leaf in on_device) == 1  # the key
+    kinds = {leaf.sharding.memory_kind for leaf in snapshot.leaves if leaf.shape == (2, 3)}
+    assert kinds == {"pinned_host"}
+    host = snapshot.host_state()
+    assert host["w"].tobytes() == expected["w"].tobytes()
+    assert host["key"].data.tolist() == expected["key"].data.tolist()
+    assert snapshot.host_extensions()["ones"].tolist() == [1, 1, 1]
+
+
+def test_a_device_without_pinned_host_memory_keeps_its_snapshot(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "is_on_host", lambda leaf: False)
+    monkeypatch.setattr(module, "has_pinned_host", lambda leaf: False)
+    snapshot = snapshot_of(STATE)
+    before = snapshot.leaves
+    assert not snapshot.move_to_host()
+    assert all(one is other for one, other in zip(snapshot.leaves, before, strict=True))
+
+
+def test_a_snapshot_that_was_released_is_not_moved(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "is_on_host", lambda leaf: False)
+    snapshot = snapshot_of(STATE)
+    to_host = module.to_pinned_host
+    monkeypatch.setattr(module, "to_pinned_host", lambda leaves: (snapshot.release(), to_host(leaves))[1])
+    snapshot.move_to_host()
+    assert snapshot.released
+    with pytest.raises(SnapshotError):
+        snapshot.move_to_host()

@@ -32,8 +32,8 @@ from eventtrain.bus.subscription import Subscription, SubscriptionStatistics
 from eventtrain.bus.training_stream import Activation, EventSeries, StreamItem, TrainingStream
 from eventtrain.bus.wake import Signal
 from eventtrain.bus.watchdog import Watchdog
-from eventtrain.errors import BusClosed, ConfigurationError, QueueFull, SubscriberError
-from eventtrain.events import Event
+from eventtrain.errors import BusClosed, ConfigurationError, QueueFull, SubscriberError, WaitsForItself
+from eventtrain.events import CheckpointCommitted, CheckpointFailed, Event
 
 __all__ = ["Activation", "ControlSource", "EventBus", "EventSeries"]
 
@@ -223,10 +223,14 @@ class EventBus:
 
         The iteration ends when the bus is closed and what came before was read. Nobody waits for the reader on
         shutdown.
+
+        Raises:
+            WaitsForItself: as ``wait_for``.
         """
         options = Options(
             every=every, where=where, queue=queue if queue is not None else Lossless(), name=name
         )
+        self._require_no_wait_for_itself(event_type)
         async with self._reading(event_type, options) as events:
             yield events
 
@@ -250,7 +254,10 @@ class EventBus:
         Raises:
             TimeoutError: none came within ``timeout_s`` seconds.
             BusClosed: the bus closed before one came.
+            WaitsForItself: a handler whose subscription takes part in checkpoints waits for CheckpointCommitted or
+                CheckpointFailed. A checkpoint needs its state at the end of the handler, so that both would wait.
         """
+        self._require_no_wait_for_itself(event_type)
         options = Options(
             where=where, once=True, name=f"wait_for-{getattr(event_type, '__name__', event_type)}"
         )
@@ -260,6 +267,20 @@ class EventBus:
                     return event
             raise BusClosed(f"The bus was closed before a {event_type.__name__} came.")
         raise TimeoutError(f"No {event_type.__name__} came within timeout_s={timeout_s} s.")
+
+    def _require_no_wait_for_itself(self, event_type: EventTypes) -> None:
+        if not all(
+            issubclass(kind, (CheckpointCommitted, CheckpointFailed)) for kind in event_classes(event_type)
+        ):
+            return  # something else may come first
+        task = anyio.get_current_task().id
+        for subscription in self._roster.active:
+            if subscription.takes_part and subscription.worker.task == task:
+                raise WaitsForItself(
+                    f"{subscription.name} waits in its handler for the outcome of a checkpoint, and checkpoints wait "
+                    "for the end of that handler, since it has state or a finite lag. Handle CheckpointCommitted in a "
+                    "method or subscription of its own, or wait in a task that the handler does not wait for."
+                )
 
     def _take_index(self) -> int:
         if self._inbox.closed:

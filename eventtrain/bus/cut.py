@@ -9,10 +9,11 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from time import monotonic
 from typing import Any
 
+from eventtrain.cut_facts import LoopFacts, StreamFacts
 from eventtrain.errors import SnapshotError
 from eventtrain.events import BUILT_IN, Event
 
@@ -44,11 +45,13 @@ class Cut:
 
     Attributes:
         step: the cut lies behind the last event of this step.
-        facts: what the loop and the stream add, as plain JSON data; complete once the marker was routed.
+        loop: where the loop was; None until it has said so.
+        stream: where its stream was; None until the marker was routed.
     """
 
     step: int
-    facts: dict[str, Any] = field(default_factory=dict[str, Any])
+    loop: LoopFacts | None = None
+    stream: StreamFacts | None = None
 
     def __post_init__(self) -> None:
         self.orders: list[Any] = []
@@ -63,9 +66,11 @@ class Cut:
         """Whether somebody may still give something."""
         return self._problem is None and (self._missing is None or bool(self._missing))
 
-    def expect(self, names: Iterable[str]) -> None:
-        """The marker was routed: these subscriptions take part."""
+    def expect(self, names: Iterable[str], seq: int) -> None:
+        """The marker was routed behind event ``seq``: these subscriptions take part."""
         with self._moved:
+            if self.stream is not None:
+                self.stream = self.stream.model_copy(update={"seq": seq})
             self._missing = set(names) - self._shares.keys()
             self._moved.notify_all()
 

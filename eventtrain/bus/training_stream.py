@@ -138,8 +138,7 @@ class TrainingStream:
                 cut.give(subscription.name, Share(disabled=True))
             for subscription in taking_part:
                 subscription.mark(cut)
-        cut.facts["seq"] = self._seq
-        cut.expect(s.name for s in taking_part)
+        cut.expect((s.name for s in taking_part), self._seq)
 
     def continue_from(self, seq: int) -> None:
         """Number what follows from ``seq + 1`` on, as the run did from whose cut this one resumes."""

@@ -67,6 +67,8 @@ class Worker:
         self._call = call
         self._meter = meter
         self._concurrency = concurrency
+        self.task: int | None = None
+        """Of the event loop: in which the handler is called, where it is called for one event at a time."""
         self.bell: Doorbell | None = None
         """Rung when there is something to look at; None while no event loop serves the bus."""
         self.delivered = 0
@@ -85,6 +87,7 @@ class Worker:
     async def work(self) -> None:
         """Hand events to the handler until the subscription ends or the task is cancelled."""
         if self._concurrency == 1:
+            self.task = anyio.get_current_task().id
             await metered(self._work(), self._meter)
         else:
             await self._work_concurrently()

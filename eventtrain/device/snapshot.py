@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from eventtrain.device.host_memory import has_pinned_host, is_on_host, to_pinned_host
 from eventtrain.device.state import PyTree, Skeleton
 from eventtrain.errors import SnapshotError, StateError
 
@@ -156,6 +157,31 @@ class Snapshot:
             extension_paths=paths,
         )
 
+    def move_to_host(self) -> bool:
+        """Have pinned host memory hold it instead of an accelerator, which gets its memory back; whether that is so.
+
+        Blocks until the step was computed and its state has been transferred. False, and nothing is done, where a
+        device has no such memory. On a CPU there is nothing to move.
+
+        Raises:
+            SnapshotError: after `release`.
+        """
+        held = self._references()
+        # Keys stay: they are small, and reading one is a computation, which wants it on the device.
+        on_device = [leaf for part in held for leaf in part if not (is_on_host(leaf) or _is_key(leaf))]
+        if not on_device:
+            return True
+        if not all(has_pinned_host(leaf) for leaf in on_device):
+            return False
+        there = dict(zip(map(id, on_device), to_pinned_host(on_device), strict=True))
+        jax.block_until_ready(list(there.values()))
+        leaves, extensions = ([there.get(id(leaf), leaf) for leaf in part] for part in held)
+        moved = (leaves, extensions)
+        with self._lock:
+            if self._held is held:  # else it was released meanwhile
+                self._held = moved
+        return True
+
     def release(self) -> None:
         """Give the device memory back, as soon as nobody else refers to it. May be repeated."""
         with self._lock:
@@ -181,8 +207,12 @@ class Snapshot:
             return self._held
 
 
+def _is_key(leaf: jax.Array) -> bool:
+    return jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
+
+
 def _on_host(leaf: jax.Array, copy: bool) -> Any:
-    if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+    if _is_key(leaf):
         data = np.array(jax.random.key_data(leaf))
         return HostKey(data, str(jax.random.key_impl(leaf)))
     return np.array(leaf) if copy else np.asarray(leaf)

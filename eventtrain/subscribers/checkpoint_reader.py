@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -48,6 +49,11 @@ class SavedCheckpoint:
     def step(self) -> int:
         """Updates completed."""
         return self.manifest.step
+
+    @property
+    def time(self) -> datetime:
+        """When it was committed."""
+        return self.manifest.time
 
     @property
     def facts(self) -> RunFacts | None:
@@ -131,7 +137,7 @@ def find_checkpoint(directory: Path, which: bool | str | int | Path) -> SavedChe
     Args:
         directory: where a Checkpointer wrote.
         which: True for the one committed last that is whole and holds a run; else a step, a tag, the name of a folder
-            in it, or a path. Where several have that step or tag, the one committed last.
+            in it, or a path. Where several have that step or tag, the one committed last that holds a run.
 
     Raises:
         SnapshotError: there is no such checkpoint.
@@ -148,7 +154,8 @@ def find_checkpoint(directory: Path, which: bool | str | int | Path) -> SavedChe
     if not matching:
         names = ", ".join(one.path.name for one in found) or "none"
         raise SnapshotError(f"There is no checkpoint {which!r} in {directory}; those there: {names}.")
-    return SavedCheckpoint(matching[-1])
+    whole = [one for one in matching if one.manifest.facts is not None]
+    return SavedCheckpoint((whole or matching)[-1])
 
 
 def _newest(directory: Path) -> SavedCheckpoint | None:

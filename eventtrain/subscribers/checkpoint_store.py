@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Mapping
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -112,6 +113,7 @@ class CheckpointStore:
         manifest = manifest.model_copy(
             update={
                 "number": self._number + 1,
+                "time": datetime.now(UTC),
                 "files": {
                     file.relative_to(folder).as_posix(): file.stat().st_size for file in files_in(folder)
                 },

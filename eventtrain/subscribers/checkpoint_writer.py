@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
 from time import monotonic, sleep
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 from eventtrain.control_room import Claimed
 from eventtrain.errors import BusClosed, QueueFull, SnapshotError
@@ -54,6 +54,7 @@ class WriterOptions:
         retries, retry_delay_s: after a failure on disk; the delay doubles each time.
         weights_only: store the params and nothing else.
         monitor: the metric that tells the best ones.
+        stage: where a state waits for its turn.
     """
 
     owner: str
@@ -66,6 +67,7 @@ class WriterOptions:
     retry_delay_s: float = 1.0
     weights_only: bool = False
     monitor: str | None = None
+    stage: Literal["device", "host"] = "device"
 
 
 @dataclass(frozen=True)
@@ -115,13 +117,18 @@ class CheckpointWriter:
         self._kept: list[_Entry] = []
         self._stopping = threading.Event()
         self._executor = ThreadPoolExecutor(1, thread_name_prefix=f"eventtrain {options.owner}")
+        self._stager: ThreadPoolExecutor | None = None
+        if options.stage == "host":
+            self._stager = ThreadPoolExecutor(1, thread_name_prefix=f"eventtrain {options.owner} staging")
+        self._said_no_host_memory = False
         self.unfinished: list[Job] = []
         """Taken and neither committed nor failed yet, oldest first."""
 
     def submit(self, job: Job) -> None:
         """Have ``job`` written after those before it; returns at once. Any thread."""
         self.unfinished.append(job)
-        self._executor.submit(self._do, job)
+        staged = self._stager.submit(self._move_to_host, job) if self._stager is not None else None
+        self._executor.submit(self._do, job, staged)
 
     def open(self) -> Future[None]:
         """Make the directory, clean it, and count what lies in it. The future raises OSError where that fails."""
@@ -137,6 +144,8 @@ class CheckpointWriter:
 
     def close(self) -> Future[None]:
         """End Orbax, after what was submitted. The future raises what failed in it and was not told before."""
+        if self._stager is not None:
+            self._stager.shutdown(wait=False)
         done = self._executor.submit(self._close)
         self._executor.shutdown(wait=False)
         return done
@@ -160,9 +169,21 @@ class CheckpointWriter:
         if self._store is not None:
             self._store.close()
 
-    def _do(self, job: Job) -> None:
+    def _move_to_host(self, job: Job) -> None:
+        """On the other thread: while one is written, the device gets back the memory of those behind it."""
+        if job.claimed.snapshot.device.move_to_host() or self._said_no_host_memory:
+            return
+        self._said_no_host_memory = True
+        logger.warning(
+            '%s(stage="host"): the device has no pinned host memory, so its states wait on the device.',
+            self._options.owner,
+        )
+
+    def _do(self, job: Job, staged: Future[None] | None) -> None:
         committed = None
         try:
+            if staged is not None:
+                staged.result()
             committed = self._commit(job)
         except Exception as error:
             text = _said(error)
@@ -200,7 +221,7 @@ class CheckpointWriter:
         parts = self._copy_to_host(job.claimed)
         facts = None
         if not self._options.weights_only:
-            facts = RunFacts.of(job.claimed.cut, self._options.marker_timeout_s)
+            facts = RunFacts.wait_for(job.claimed.cut, self._options.marker_timeout_s)
             _require_json(facts)
         return self._write(job.name, parts, self._manifest(job, facts))
 

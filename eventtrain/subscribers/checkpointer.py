@@ -90,13 +90,17 @@ class Checkpointer(Subscriber):
         template: name of the folder, with the fields ``{step}`` and ``{epoch}`` (completed) and those of metrics, which
             may have a format (``{val_loss:.3f}``). Where a metric was not measured at that step, the default is taken.
             A tag comes behind it.
-        max_in_flight: how many may be taken and not written yet. Each holds a state on the device.
+        max_in_flight: how many may be taken and not written yet. Each holds a state, on the device or where ``stage``
+            says.
         when_full: with one more, training waits ("wait"), or it is left out with CheckpointSkipped ("skip") or
             CheckpointFailed ("fail").
         marker_timeout_s: how long a checkpoint waits for the subscribers' states.
         fsync: have the disk hold all files before the checkpoint gets its name, and the name before it is committed.
         retries: after a failure on disk; each after ``retry_delay_s``, which doubles.
         on_failure: "continue" training after CheckpointFailed, or "stop" the run.
+        stage: where a state waits until it is written: on the "device", or in pinned memory of the "host", to which a
+            thread moves it as soon as it is taken. That frees an accelerator's memory early. On a CPU both are the
+            same; a device without such memory keeps it, and a warning says so.
 
     The events: CheckpointStarted; then CheckpointCommitted, when it stands under its final name and can be restored, or
     CheckpointFailed with the reason. One thread writes them, one after the other.
@@ -132,6 +136,7 @@ class Checkpointer(Subscriber):
         retries: int = 2,
         retry_delay_s: float = 1.0,
         on_failure: Literal["continue", "stop"] = "continue",
+        stage: Literal["device", "host"] = "device",
     ) -> None:
         _require_counts(
             every=every, every_epochs=every_epochs, max_to_keep=max_to_keep, keep_best=keep_best,
@@ -145,13 +150,17 @@ class Checkpointer(Subscriber):
         require_choice("Checkpointer", "monitor_unit", monitor_unit, ("epochs", "evaluations"))
         require_choice("Checkpointer", "when_full", when_full, ("wait", "skip", "fail"))
         require_choice("Checkpointer", "on_failure", on_failure, ("continue", "stop"))
+        require_choice("Checkpointer", "stage", stage, ("device", "host"))
         goal = goal_of(monitor, mode) if save_best_only or keep_best is not None else None
         require_decidable(save_best_only, every, every_s, initial_value_threshold)
         self._best = BestSoFar(goal, initial_value_threshold) if goal is not None and save_best_only else None
         self._best_every = every_epochs or 1
         self._directory = Path(directory)
         self._template = template
-        self._reader = MetricReader("Checkpointer", monitor) if monitor is not None else None
+        self._monitor = monitor
+        self._reader: MetricReader | None = None
+        self._by_evaluation = monitor_unit == "evaluations"
+        self._may_lack_evaluations = False
         self._shown = check_template(template)
         self._stops = on_failure == "stop"
         self._schedule: dict[str, Any] = {
@@ -173,6 +182,7 @@ class Checkpointer(Subscriber):
             "retry_delay_s": retry_delay_s,
             "weights_only": save_weights_only,
             "monitor": monitor,
+            "stage": stage,
         }
         measured = EpochCompleted if monitor_unit == "epochs" else EvalCompleted
         self.events = (SnapshotTaken, CheckpointFailed, CheckpointSkipped)
@@ -182,6 +192,7 @@ class Checkpointer(Subscriber):
         self.resumes_runs = not save_weights_only
         self._measured: tuple[int, dict[str, float]] = (-1, {})
         self._said_missing = False
+        self._has_read = False
         self._runs: tuple[str, ...] = ()
         self._run: RunContext | None = None
         self._writer: CheckpointWriter | None = None
@@ -197,6 +208,9 @@ class Checkpointer(Subscriber):
             ConfigurationError: the directory cannot be made, or ``params`` gives something else than leaves.
         """
         self._run = run
+        self._may_lack_evaluations = run.can_evaluate and not self._by_evaluation
+        if self._monitor is not None:
+            self._reader = MetricReader(self._name, self._monitor, evaluates=self._may_lack_evaluations)
         self._runs = (*(one for one in self._runs if one != run.run_id), run.run_id)
         directory = (run.run_dir / self._directory).absolute()
         options = WriterOptions(
@@ -233,6 +247,8 @@ class Checkpointer(Subscriber):
 
     async def finish(self) -> None:
         """Wait until what was taken is written. Cancelled, it says what is not, and gives that up."""
+        if self._reader is not None and not self._has_read:
+            self._reader.end()
         writer = self._writer
         if writer is None:
             return
@@ -267,7 +283,7 @@ class Checkpointer(Subscriber):
                 if self._best is not None:
                     self._best.lost(event.step)
                 if self._stops and isinstance(event, CheckpointFailed):
-                    control.stop(reason=f"the checkpoint of step {event.step} failed")
+                    control.stop(reason=f"the checkpoint of step {event.step} failed", final=False)
             case _:
                 pass
 
@@ -279,13 +295,17 @@ class Checkpointer(Subscriber):
         )
         value = self._reader.read(metrics) if self._reader is not None else None
         known = {name: float(metrics[name]) for name in self._shown if name in metrics}
-        if len(known) < len(self._shown) and not self._said_missing:
+        missing = self._shown - known.keys()
+        if self._may_lack_evaluations and not any(name.startswith("val_") for name in metrics):
+            missing = {name for name in missing if not name.startswith("val_")}  # those are still to come
+        if missing and not self._said_missing:
             self._said_missing = True
             logger.warning(
                 "%s cannot name its checkpoints %r: %s is not among the metrics there are (%s). They get the default.",
-                self._name, self._template, ", ".join(sorted(self._shown - known.keys())), ", ".join(sorted(metrics)),
+                self._name, self._template, ", ".join(sorted(missing)), ", ".join(sorted(metrics)),
             )  # fmt: skip
         if self._reader is not None and value is not None:
+            self._has_read = True
             known[self._reader.metric] = value
         self._measured = (event.step, known)
         return value
@@ -337,6 +357,7 @@ class Checkpointer(Subscriber):
         """
         saved = CheckpointerState.parse(self._name, state)
         self._runs, self._measured = saved.runs, (saved.measured_at, dict(saved.measured))
+        self._has_read = saved.measured_at >= 0
         if self._best is not None and saved.best is not None:
             self._best.state = saved.best
 

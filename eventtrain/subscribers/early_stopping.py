@@ -139,13 +139,14 @@ class EarlyStopping(Subscriber):
                 f"{self._name}: with restore_best_weights and lag={self.lag!r} the weights of later steps would be "
                 "kept as the best. Leave lag alone."
             )
-        if self._loaded and kept is None and self.best is not None:
+        put_back_before = run.ended is not None and kept is None
+        if self._loaded and kept is None and self.best is not None and not put_back_before:
             logger.warning(
                 "%s goes on from a state whose best weights (%s %.6g) are not here: only better ones can be restored. "
                 "fit(resume=True) has them in its checkpoint.",
                 self._name, self._metric, self.best,
             )  # fmt: skip
-        self._restored = False
+        self._restored = put_back_before
         run.restore_at_end(self._best_tag, where=self._note_restoring)
 
     async def stop(self) -> None:

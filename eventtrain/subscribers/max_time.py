@@ -53,6 +53,7 @@ class MaxTime(Subscriber):
     it is over the run stops at the next boundary, also while it waits for data or is paused; a step or a compilation
     that runs is finished first. That depends on the clock, so RunCompleted says ``deterministic=False``. Every ``fit``
     has the whole time, unless a saved state was loaded; where that leaves none, the run stops before its first step.
+    With a larger ``max_time`` a run that this stopped goes on with ``fit(resume=True)``.
 
     Raises:
         ConfigurationError: a time that is not positive, or text of another form.
@@ -103,7 +104,7 @@ class MaxTime(Subscriber):
             return
         left_s = self._max_s - self.elapsed_s
         if left_s <= 0:
-            control.stop(reason=self._reason)
+            control.stop(reason=self._reason, final=False)
             return
         self._timer = self._make_timer(min(left_s, threading.TIMEOUT_MAX), self._stop_run)
         self._timer.daemon = True
@@ -111,7 +112,7 @@ class MaxTime(Subscriber):
 
     def _stop_run(self) -> None:
         assert self._run is not None
-        self._run.control.stop(reason=self._reason)
+        self._run.control.stop(reason=self._reason, final=False)
 
     async def stop(self) -> None:
         """Count this run's time."""
