@@ -36,6 +36,8 @@ class EpochFeed:
         self._wait = wait
         self._prefetcher: Prefetcher | None = None
         self._direct: Peeked | None = None
+        self.exhausted = False
+        """Whether `next` gave None because the epoch has no more batches."""
         try:
             batches = Peeked(batches_from(data, epoch, start, data_state))
         except StopIteration:
@@ -57,13 +59,15 @@ class EpochFeed:
         if self._direct is not None:
             for batch in self._direct:
                 return BatchGroup((batch,), 1, (self._direct.get_state(),))
-            return None
-        prefetcher = self._prefetcher
-        if prefetcher is None:
-            return None
-        if not prefetcher.ready() and not self._wait(prefetcher.ready):
-            return None
-        return prefetcher.take()
+        elif self._prefetcher is not None:
+            ready = self._prefetcher.ready
+            if not ready() and not self._wait(ready):
+                return None
+            group = self._prefetcher.take()
+            if group is not None:
+                return group
+        self.exhausted = True
+        return None
 
     def batches(self) -> Iterator[Any]:
         """Every batch, one by one; for ``steps_per_call=1``."""

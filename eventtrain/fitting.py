@@ -57,7 +57,7 @@ def train(
             group = clock.for_data(feed.next)
             if group is not None:
                 session.prepare(group.batches if steps_per_call > 1 else group.batches[0])
-            elif facts is None or not facts.in_epoch:
+            elif facts is None or not facts.in_epoch or not feed.exhausted:
                 return
             elif not _prepare_without_a_step(session, data, steps_per_call, opening):
                 return  # all of the epoch was trained on
