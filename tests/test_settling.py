@@ -68,12 +68,14 @@ def test_a_failure_that_must_end_the_run_is_raised_even_in_the_final_drain(tmp_p
 def test_a_pause_that_arrives_while_the_loop_waits_for_data_holds_before_the_next_step(tmp_path):
     trainer = make_trainer(tmp_path, flush_interval_s=0.005)
     log: list[Any] = []
+    asked = threading.Event()
 
     @trainer.on(et.StepCompleted)
     async def watch(event: et.StepCompleted, control: et.Control) -> None:
         log.append(event.step)
         if event.step == 2:
             control.pause()
+            asked.set()
 
     @trainer.on(et.CommandApplied, where=lambda event: event.command.kind == "pause")
     async def resume_later(event: et.CommandApplied) -> None:
@@ -85,7 +87,7 @@ def test_a_pause_that_arrives_while_the_loop_waits_for_data_holds_before_the_nex
     def slow_third(epoch: int) -> Any:
         for index in range(6):
             if index == 2:
-                time.sleep(0.3)
+                assert asked.wait(60)
             yield {"x": np.ones((4, 3), np.float32), "y": np.ones(4, np.float32)}
 
     trainer.fit(slow_third, epochs=1)
