@@ -140,6 +140,8 @@ class StepsCompleted(Event):
     first_step: int
     last_step: int
     epoch: int
+    first_batch: int = 0
+    """The 0-based index within the epoch of ``first_step``."""
     metrics: Columns
 
     def is_multiple_of(self, every: int) -> bool:

@@ -211,6 +211,7 @@ class Narrator:
                     first_step=steps[0],
                     last_step=steps[-1],
                     epoch=window.epoch,
+                    first_batch=window.first_batch,
                     metrics=columns.metrics,
                 )
             )

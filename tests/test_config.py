@@ -33,6 +33,7 @@ if TYPE_CHECKING:
 
 TYPES = {
     "Alerts": "alerts",
+    "CSVLogger": "csv_logger",
     "Checkpointer": "checkpointer",
     "DeviceStats": "device_stats",
     "EarlyStopping": "early_stopping",
@@ -46,9 +47,10 @@ TYPES = {
     "LearningRateScheduler": "learning_rate_scheduler",
     "MaxTime": "max_time",
     "ModelRegistry": "model_registry",
-    "OverheadMeter": "overhead_meter",
-    "PlotCurves": "plot_curves",
     "OpenTelemetry": "open_telemetry",
+    "OverheadMeter": "overhead_meter",
+    "ParquetLogger": "parquet_logger",
+    "PlotCurves": "plot_curves",
     "Profiler": "profiler",
     "ProgressBar": "progress_bar",
     "PrometheusExporter": "prometheus_exporter",
@@ -61,6 +63,7 @@ TYPES = {
 
 REQUIRED: dict[str, dict[str, Any]] = {
     "Alerts": {"rules": [{"metric": "loss", "above": 1.0}]},
+    "CSVLogger": {"path": "metrics.csv"},
     "Checkpointer": {"directory": "checkpoints"},
     "EvaluateEvery": {"steps": 10},
     "HyperparamScheduler": {
@@ -73,6 +76,7 @@ REQUIRED: dict[str, dict[str, Any]] = {
     },
     "MaxTime": {"max_time": "00:00:10:00"},
     "ModelRegistry": {"name": "digits", "tracking_uri": "sqlite:///mlflow.db"},
+    "ParquetLogger": {"path": "metrics"},
     "Uploader": {"url": "s3://bucket/prefix"},
 }
 """What a table has to say besides its type."""

@@ -21,8 +21,10 @@ import pytest
 
 import eventtrain as et
 from eventtrain import subscribers as subs
-from eventtrain.subscribers import jsonl_logger
-from eventtrain.subscribers.jsonl_logger import RowFile
+from eventtrain.subscribers import group_commit, row_file
+from eventtrain.subscribers.jsonl_logger import render
+from eventtrain.subscribers.row_file import RowFile
+from eventtrain.subscribers.waiting_rows import WaitingRows
 
 
 def make_trainer(run_dir: Path, *subscribers: et.Subscriber, **options: Any) -> et.Trainer:
@@ -126,9 +128,8 @@ async def test_rows_are_on_disk_half_a_second_later_without_a_further_event(tmp_
     assert [event.step for event in rows(tmp_path / "run.jsonl")] == [1]
 
 
-async def test_the_end_of_an_epoch_commits_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(jsonl_logger, "COMMIT_INTERVAL_S", 1000.0)
-    logger = subs.JSONLLogger("run.jsonl")
+async def test_the_end_of_an_epoch_commits_at_once(tmp_path: Path) -> None:
+    logger = subs.JSONLLogger("run.jsonl", flush_interval_s=1000.0)
     await logger.start(context(tmp_path))
     await logger.handle(step_event(1))
     await logger.handle(et.EpochCompleted(step=1, epoch=0, metrics={}, steps=1, duration_s=0.0))
@@ -155,24 +156,29 @@ async def test_it_writes_on_every_event_loop_without_blocking_it(tmp_path: Path)
 def test_a_full_disk_is_loud_and_loses_tears_and_doubles_nothing(tmp_path: Path) -> None:
     """A limit on the file size is a real write error: the kernel takes a part of the group and refuses the rest."""
     path = tmp_path / "run.jsonl"
-    file = RowFile(path, jsonl_logger.deque())
+    file = RowFile(path, WaitingRows[Any](), render)
     file.prepare()
     wanted = [step_event(step).model_dump_json().encode() for step in range(1, 201)]
-    file.rows.extend(wanted[:50])
+
+    def put(rows: list[bytes]) -> None:
+        for row in rows:
+            file.rows.put(row, 1, len(row))
+
+    put(wanted[:50])
     file.commit()
     before = path.read_bytes()
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (len(before) + 1000, hard))  # room for some rows and a half
     try:
         for start in (50, 100):
-            file.rows.extend(wanted[start : start + 50])
+            put(wanted[start : start + 50])
             with pytest.raises(OSError, match="too large"):
                 file.commit()
             assert path.read_bytes() == before
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-    assert file.waiting == 100
-    file.rows.extend(wanted[150:])
+    assert file.rows.rows == 100
+    put(wanted[150:])
     file.commit()
     assert path.read_bytes() == b"".join(row + b"\n" for row in wanted)
 
@@ -198,7 +204,7 @@ def test_a_write_error_fails_the_subscriber_and_the_run_goes_on(
             raise OSError(errno.ENOSPC, "No space left on device")
         return write(descriptor, data)
 
-    monkeypatch.setattr(jsonl_logger.os, "write", failing)
+    monkeypatch.setattr(row_file.os, "write", failing)
 
     @trainer.on(et.EpochStarted, lag=0)
     async def schedule(event: et.EpochStarted) -> None:
@@ -220,19 +226,21 @@ def test_a_write_error_fails_the_subscriber_and_the_run_goes_on(
 async def test_a_disk_that_stays_full_makes_training_wait_instead_of_filling_memory(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(jsonl_logger, "ROW_LIMIT", 10)
-    monkeypatch.setattr(jsonl_logger, "COMMIT_INTERVAL_S", 0.01)
+    size_bytes = len(step_event(1).model_dump_json())
+    monkeypatch.setattr(group_commit, "WAITING_LIMIT_BYTES", 10 * size_bytes - 5)
+    monkeypatch.setattr(group_commit, "LOOK_AGAIN_S", 0.01)
+    monkeypatch.setattr(group_commit, "RETRY_S", 0.01)
     full = threading.Event()
     full.set()
     commit = RowFile.commit
 
-    def failing(self: RowFile) -> None:
+    def failing(self: RowFile[Any]) -> None:
         if full.is_set():
             raise OSError(errno.ENOSPC, "No space left on device")
         commit(self)
 
     monkeypatch.setattr(RowFile, "commit", failing)
-    logger = subs.JSONLLogger("run.jsonl", events=et.StepCompleted)
+    logger = subs.JSONLLogger("run.jsonl", events=et.StepCompleted, flush_interval_s=0.01)
     await logger.start(context(tmp_path))
     taken = 0
 

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from eventtrain.progress import ProgressBar
 from eventtrain.subscribers.alerts import Alerts, Rule
+from eventtrain.subscribers.csv_logger import CSVLogger
 from eventtrain.subscribers.early_stopping import EarlyStopping
 from eventtrain.subscribers.evaluate_every import EvaluateEvery
 from eventtrain.subscribers.gradient_spike import GradientSpike
@@ -32,12 +33,14 @@ if TYPE_CHECKING:
     from eventtrain.subscribers.download import download_checkpoint
     from eventtrain.subscribers.model_registry import ModelRegistry
     from eventtrain.subscribers.open_telemetry import OpenTelemetry
+    from eventtrain.subscribers.parquet_logger import ParquetLogger
     from eventtrain.subscribers.plot_curves import PlotCurves
     from eventtrain.subscribers.prometheus_exporter import PrometheusExporter
     from eventtrain.subscribers.uploader import Uploader
 
 __all__ = [
     "Alerts",
+    "CSVLogger",
     "Checkpointer",
     "DeviceStats",
     "EarlyStopping",
@@ -53,6 +56,7 @@ __all__ = [
     "ModelRegistry",
     "OpenTelemetry",
     "OverheadMeter",
+    "ParquetLogger",
     "PlotCurves",
     "Profiler",
     "ProgressBar",
@@ -71,6 +75,7 @@ _LAZY = {
     "DeviceStats": "device_stats",
     "ModelRegistry": "model_registry",
     "OpenTelemetry": "open_telemetry",
+    "ParquetLogger": "parquet_logger",
     "PlotCurves": "plot_curves",
     "PrometheusExporter": "prometheus_exporter",
     "Uploader": "uploader",

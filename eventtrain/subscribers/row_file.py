@@ -1,0 +1,141 @@
+"""``RowFile``: a file of rows, each a line, to which groups are appended whole or not at all. Blocking."""
+
+from __future__ import annotations
+
+import logging
+import os
+import shutil
+import threading
+from collections.abc import Callable
+from itertools import count
+from pathlib import Path
+from typing import Generic, TypeVar
+
+from eventtrain.subscribers.waiting_rows import WaitingRows
+
+logger = logging.getLogger("eventtrain")
+
+Item = TypeVar("Item")
+
+
+class RowFile(Generic[Item]):
+    """Rows on their way to one file. The methods block; any thread but the event loop's.
+
+    Args:
+        path: of the file.
+        rows: what waits; another thread puts into it.
+        render: the lines of some items, without the last line end. What it raises leaves the items waiting.
+        fsync: have the disk hold each group before it counts as written.
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        rows: WaitingRows[Item],
+        render: Callable[[list[Item]], bytes],
+        *,
+        fsync: bool = False,
+    ) -> None:
+        self.path = path
+        self.rows = rows
+        self.size_bytes = 0
+        """Where the file ended after the last row written to it."""
+        self.row_count = 0
+        """Rows written to it by this object."""
+        self._render = render
+        self._fsync = fsync
+        self._torn_at: int | None = None
+        self._lock = threading.Lock()
+
+    def prepare(self) -> None:
+        """Make the folder; move a last row without a line end, as a killed run leaves it, to ``<path>.torn``."""
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        with open(self.path, "ab+") as file:
+            begin = end = self.size_bytes = file.seek(0, os.SEEK_END)
+            while begin > 0:
+                chunk = min(4096, begin)
+                file.seek(begin - chunk)
+                found = file.read(chunk).rfind(b"\n")
+                if found >= 0:
+                    begin += found + 1 - chunk
+                    break
+                begin -= chunk
+            if begin == end:
+                return
+            file.seek(begin)
+            tail = file.read()
+            torn = self.path.with_name(self.path.name + ".torn")
+            with open(torn, "ab") as beside:
+                beside.write(tail + b"\n")
+            file.truncate(begin)
+            self.size_bytes = begin
+        logger.warning("%s ended in a torn row of %d bytes, which now lies in %s", self.path, len(tail), torn)
+
+    def cut(self, offset: int, heading: bytes = b"") -> None:
+        """Move what lies behind ``offset`` bytes to ``<path>.cut-1`` (or -2 ...), below ``heading``; synced first."""
+        if self.size_bytes < offset:
+            logger.error(
+                "%s has %d bytes, but had %d when the checkpoint was written: rows are missing in it.",
+                self.path, self.size_bytes, offset,
+            )  # fmt: skip
+        if self.size_bytes <= offset:
+            return
+        with open(self.path, "rb+") as file, open(free_name(self.path, "cut"), "xb") as beside:
+            beside.write(heading)
+            file.seek(offset)
+            shutil.copyfileobj(file, beside)
+            beside.flush()
+            os.fsync(beside.fileno())
+            file.truncate(offset)
+        self.size_bytes = offset
+
+    def sync(self) -> None:
+        """Have the disk hold what was written."""
+        with open(self.path, "ab") as file:
+            os.fsync(file.fileno())
+
+    def commit(self) -> None:
+        """Write every waiting row, whole or not at all.
+
+        Raises:
+            OSError: it failed; the file ends where it ended before, and the rows still wait.
+        """
+        with self._lock:
+            if self._torn_at is not None:
+                os.truncate(self.path, self._torn_at)
+                self._torn_at = None
+            entries = self.rows.take()
+            if not entries:
+                return
+            try:
+                data = self._render([entry.item for entry in entries]) + b"\n"
+                descriptor = os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, 0o644)
+                try:
+                    self._append(descriptor, data)
+                finally:
+                    os.close(descriptor)
+            except BaseException:
+                self.rows.give_back(entries)
+                raise
+            self.row_count += self.rows.written(entries)
+
+    def _append(self, descriptor: int, data: bytes) -> None:
+        self._torn_at = begin = os.lseek(descriptor, 0, os.SEEK_END)
+        view = memoryview(data)
+        try:
+            while view:
+                view = view[os.write(descriptor, view) :]
+            if self._fsync:
+                os.fsync(descriptor)
+        except OSError:
+            os.ftruncate(descriptor, begin)
+            self._torn_at = None
+            raise
+        self._torn_at = None
+        self.size_bytes = begin + len(data)
+
+
+def free_name(path: Path, purpose: str) -> Path:
+    """``<path>.<purpose>-1``, or the first number that nothing is called by."""
+    names = (path.with_name(f"{path.name}.{purpose}-{n}") for n in count(1))
+    return next(name for name in names if not name.exists())
