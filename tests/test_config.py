@@ -56,6 +56,7 @@ TYPES = {
     "PrometheusExporter": "prometheus_exporter",
     "ReduceLROnPlateau": "reduce_lr_on_plateau",
     "StepTimer": "step_timer",
+    "Report": "report",
     "TerminateOnNaN": "terminate_on_nan",
     "Uploader": "uploader",
 }

@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     from eventtrain.subscribers.parquet_logger import ParquetLogger
     from eventtrain.subscribers.plot_curves import PlotCurves
     from eventtrain.subscribers.prometheus_exporter import PrometheusExporter
+    from eventtrain.subscribers.report import Report
     from eventtrain.subscribers.uploader import Uploader
 
 __all__ = [
@@ -62,6 +63,7 @@ __all__ = [
     "ProgressBar",
     "PrometheusExporter",
     "ReduceLROnPlateau",
+    "Report",
     "Rule",
     "StepTimer",
     "TerminateOnNaN",
@@ -78,6 +80,7 @@ _LAZY = {
     "ParquetLogger": "parquet_logger",
     "PlotCurves": "plot_curves",
     "PrometheusExporter": "prometheus_exporter",
+    "Report": "report",
     "Uploader": "uploader",
     "download_checkpoint": "download",
     "restore_state": "checkpointer",

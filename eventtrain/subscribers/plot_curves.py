@@ -105,7 +105,6 @@ class PlotCurves(Subscriber):
         )
         self._metrics = None if metrics is None else tuple(metrics)
         self._series = RunSeries(self._metrics)
-        self._loaded = False
         self._run: RunContext | None = None
         self._thread: JobThread | None = None
         self._due: tuple[RunSeries, str, Event] | None = None
@@ -145,7 +144,7 @@ class PlotCurves(Subscriber):
             return
         self._due = None
         failures: list[OSError] = []
-        thread.put(partial(self._draw_last, failures))
+        thread.put(partial(self._draw_last, self._series.copy(), failures))
         in_time = False
         try:
             in_time = await anyio.to_thread.run_sync(
@@ -194,7 +193,7 @@ class PlotCurves(Subscriber):
                 )
             )
 
-    def _draw_last(self, failures: list[OSError]) -> None:
+    def _draw_last(self, series: RunSeries, failures: list[OSError]) -> None:
         match self._end:
             case RunCompleted(reason=reason, step=step):
                 note = f"step {step:,}: {reason}"
@@ -203,7 +202,7 @@ class PlotCurves(Subscriber):
             case _:
                 note = "the run ended, and nobody said how"
         try:
-            self._write(self._series, note)
+            self._write(series, note)
         except OSError as error:
             failures.append(error)
 
