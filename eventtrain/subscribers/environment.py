@@ -25,7 +25,7 @@ def environment() -> dict[str, str]:
     facts["backend"] = jax.default_backend()
     if jax.process_count() > 1:
         facts["processes"] = str(jax.process_count())
-    facts["system"] = f"{platform.system()} {platform.release()}, {platform.machine()}"
+    facts["system"] = f"{platform.system()}, {platform.machine()}"
     facts["host cores"] = _cores()
     return facts
 

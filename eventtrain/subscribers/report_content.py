@@ -96,7 +96,7 @@ def sections(
                 ("step", "severity", "alert", "message"),
                 f"still raised: {', '.join(facts.open_alerts)}"
                 if facts.open_alerts
-                else "none is raised any more"
+                else "all resolved"
                 if facts.alerts.total
                 else "",
             ),
@@ -186,7 +186,7 @@ def _result(facts: ReportFacts) -> Section:
     found.append(("duration", duration_text(facts.duration_s)))
     if facts.resumed.total:
         places = "; ".join(f"step {step}" for step, _ in facts.resumed.rows)
-        found.append(("resumed", f"{facts.resumed.total} times, from {places}"))
+        found.append(("resumed", f"{facts.resumed.total:,} x: {places}"))
     if not facts.deterministic:
         found.append(("repeatable", "no: something that depends on timing took effect"))
     return Section("Result", facts=found)
@@ -252,7 +252,7 @@ def _commands(facts: ReportFacts) -> Section:
     rows = [(step, by or "without a cause", what, reason) for step, by, what, reason in facts.commands.rows]
     note = "None." if not summary and not rows else _newest(facts.commands)
     head = ("step", "who", "what", "reason")
-    return Section("Commands applied", note, summary, Table(head, rows, frozenset({0})) if rows else None)
+    return Section("Commands", note, summary, Table(head, rows, frozenset({0})) if rows else None)
 
 
 def _listed(title: str, rows: Rows, head: tuple[str, ...], note: str) -> Section:

@@ -44,7 +44,8 @@ dl.facts dt { color: var(--soft); overflow-wrap: anywhere; } dl.facts dd { margi
 .wide { overflow-x: auto; }
 table { border-collapse: collapse; width: 100%; font-size: 14px; }
 th { text-align: left; color: var(--soft); font-weight: 500; }
-th, td { padding: 4px 12px 4px 0; border-bottom: 1px solid var(--grid); vertical-align: top; overflow-wrap: anywhere; }
+th, td { padding: 4px 12px 4px 0; border-bottom: 1px solid var(--grid); vertical-align: top;
+  overflow-wrap: break-word; }
 tr:last-child td { border-bottom: 0; }
 .n { text-align: right; font-variant-numeric: tabular-nums; white-space: nowrap; }
 summary { cursor: pointer; color: var(--soft); }
@@ -53,7 +54,7 @@ footer { color: var(--soft); font-size: 13px; }
 """
 
 KEY = (
-    '<p class="key"><i style="border-color: var(--train)"></i>training (a mean in its band, over its steps)'
+    '<p class="key"><i style="border-color: var(--train)"></i>training'
     '<i style="border-color: var(--evaluation)"></i>evaluation'
     '<i style="border-color: var(--mark)"></i>hyperparameter, its changes dotted'
     '<i style="border-color: var(--bad)"></i>not finite</p>'

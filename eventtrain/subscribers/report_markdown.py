@@ -10,7 +10,7 @@ from eventtrain.subscribers.report_content import Content, Section, Table, mappe
 def to_markdown(content: Content, footer: str) -> str:
     """The file's text."""
     safe = mapped(content, lambda text: escaped(one_line(text)))
-    parts = [f"# {safe.title or 'Run'}", f"**{safe.outcome}**: {safe.reason}"]
+    parts = [f"# {safe.title or 'Run'}", f"**{safe.outcome}**" + (f": {safe.reason}" if safe.reason else "")]
     if safe.curves:
         rows = [(curve.name, curve.bars) for curve in safe.curves]
         parts.append("## Curves")

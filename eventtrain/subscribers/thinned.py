@@ -42,7 +42,11 @@ class Points:
 
 
 class SavedThinned(BaseModel):
-    """What survives a restart. ``data``: the buckets in use, little-endian float64, seven rows, in base64."""
+    """What survives a restart.
+
+    ``data``: little-endian float64 in base64; the steps and then the values where each bucket holds one point, else the
+    buckets in use, in seven rows.
+    """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -123,18 +127,24 @@ class Thinned:
     @property
     def saved(self) -> SavedThinned:
         """For a checkpoint."""
-        data = np.ascontiguousarray(self._table[:, : self._used], dtype="<f8").tobytes()
+        table = self._table[:, : self._used]
+        if self.width == 1:
+            table = np.stack([table[FIRST], np.where(table[FINITE] == 0, np.nan, table[LOW])])
+        data = np.ascontiguousarray(table, dtype="<f8").tobytes()
         return SavedThinned(width=self.width, room=self._room, data=base64.b64encode(data).decode())
 
     @classmethod
     def of(cls, saved: SavedThinned) -> Thinned:
         """What ``saved`` gave. Raises ValueError where that cannot be."""
-        table = np.frombuffer(base64.b64decode(saved.data, validate=True), "<f8")
-        if table.size % ROWS or table.size > ROWS * BUCKETS or saved.room > saved.width:
+        rows = 2 if saved.width == 1 else ROWS
+        numbers = np.frombuffer(base64.b64decode(saved.data, validate=True), "<f8").astype(np.float64)
+        if numbers.size % rows or numbers.size > rows * BUCKETS or not 0 <= saved.room < saved.width:
             raise ValueError("holds no curve")
+        table = numbers.reshape(rows, -1)
         made = cls()
-        made.width, made._room, made._used = saved.width, saved.room, table.size // ROWS
-        made._table = table.reshape(ROWS, -1).astype(np.float64)
+        made.width, made._room, made._used = saved.width, saved.room, table.shape[1]
+        if made._used:
+            made._table = table if rows == ROWS else _summary(table[0], table[1], made._used)
         return made
 
     def _append(self, columns: Floats) -> None:
