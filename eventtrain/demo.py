@@ -10,6 +10,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
+from importlib.util import find_spec
 from pathlib import Path
 from statistics import median
 from time import perf_counter
@@ -74,7 +75,7 @@ def all_policies() -> list[et.Subscriber]:
 def all_subscribers(
     console: Console, *, every: int | None = None, every_epochs: int | None = None
 ) -> list[et.Subscriber]:
-    """The policies, and one of each kind that watches; ``every`` steps or ``every_epochs`` there is a checkpoint."""
+    """The policies, and those that watch; ``every`` steps or ``every_epochs`` there is a checkpoint."""
     return [
         *all_policies(),
         subs.Checkpointer("checkpoints", every, every_epochs, max_to_keep=3),
@@ -86,6 +87,14 @@ def all_subscribers(
             ]
         ),
         subs.ProgressBar(("loss", "accuracy", "val_loss", "val_accuracy"), every_epochs=5, console=console),
+    ]
+
+
+def all_pictures() -> list[et.Subscriber]:
+    """Those that draw when the run has ended; the report comes last, to tell how the others did."""
+    return [
+        subs.PlotCurves("curves.png", title="Handwritten digits"),
+        subs.Report("report.html", "report.md", title="Handwritten digits"),
     ]
 
 
@@ -143,8 +152,8 @@ class Story:
 
 def run_demo(out: Path | None = None, *, console: Console | None = None) -> str | None:
     """Train, measure and print; returns what went wrong, None if nothing did."""
-    if digits.load_digits is None:
-        return "it needs scikit-learn for its images. Install the extra: pip install 'eventtrain[demo]'."
+    if digits.load_digits is None or find_spec("matplotlib") is None:
+        return "it needs scikit-learn and matplotlib. Install the extra: pip install 'eventtrain[demo]'."
     began_s = perf_counter()
     console = console or Console()
     out = out if out is not None else Path("runs") / f"demo-{datetime.now():%Y%m%d-%H%M%S}"
@@ -162,7 +171,7 @@ def run_demo(out: Path | None = None, *, console: Console | None = None) -> str 
         digits.train_step,
         digits.new_state(seed=0),
         eval_fn=digits.evaluate_step,
-        subscribers=all_subscribers(console, every_epochs=5),
+        subscribers=[*all_subscribers(console, every_epochs=5), *all_pictures()],
         run_dir=out,
     )
     trainer.on(
@@ -183,16 +192,13 @@ def run_demo(out: Path | None = None, *, console: Console | None = None) -> str 
     console.print(_statistics_table(statistics.values()))
     console.print("Files:", style="bold")
     rows = (out / "events.jsonl").read_bytes().count(b"\n")
-    console.print(
-        f"  {out / 'events.jsonl'}  {rows} rows, one per event of the training sequence",
-        soft_wrap=True,
-        highlight=False,
-    )
-    console.print(
-        f"  {out / 'checkpoints'}  the last {len(story.commits[-3:])} of {len(story.commits)} checkpoints",
-        soft_wrap=True,
-        highlight=False,
-    )
+    for name, what in (
+        ("report.html", "what came of the run: open it in a browser; report.md says the same"),
+        ("curves.png", "the metrics, with the changes of the learning rate"),
+        ("events.jsonl", f"{rows} rows, one per event of the training sequence"),
+        ("checkpoints", f"the last {len(story.commits[-3:])} of {len(story.commits)} checkpoints"),
+    ):
+        console.print(f"  {out / name}  {what}", soft_wrap=True, highlight=False)
     console.print(f"\nAll in {perf_counter() - began_s:.1f} s.")
     return _problem(accuracy, story, result.stop_reason)
 
@@ -272,7 +278,10 @@ def _speed_table(bare: Sequence[float], observed: Sequence[float]) -> Table:
     table = Table("", "median", "slowest", "fastest", title=title, title_justify="left", title_style="bold")
     for column in table.columns[1:]:
         column.justify = "right"
-    for name, rates in (("bare jitted loop", bare), ("with all subscribers, 2 checkpoints", observed)):
+    for name, rates in (
+        ("bare jitted loop", bare),
+        ("with all subscribers but pictures, 2 checkpoints", observed),
+    ):
         table.add_row(name, *(f"{rate:,.0f}" for rate in (median(rates), min(rates), max(rates))))
     ratio = median(b / o for b, o in zip(bare, observed, strict=True))
     table.add_row("time per step, observed / bare", f"{ratio:.3f}", "", "")

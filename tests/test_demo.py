@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from PIL import Image
 from rich.console import Console
 
 import eventtrain as et
@@ -51,6 +52,14 @@ def test_the_whole_demo(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
     events = [et.parse_event(line) for line in (out / "events.jsonl").read_text().splitlines()]
     steps = [event.step for event in events if isinstance(event, et.StepCompleted)]
     assert steps == list(range(1, len(steps) + 1))
+    assert str(out / "report.html") in shown
+    assert str(out / "curves.png") in shown
+    with Image.open(out / "curves.png") as image:
+        image.verify()
+    report = (out / "report.html").read_text()
+    assert report.count("<svg") == 4
+    for word in ("Handwritten digits", "early stopping: val_loss", "rollback: loss is nan", "all resolved"):
+        assert word in report, word
     checkpoints = sorted((out / "checkpoints").iterdir())
     assert len(checkpoints) == 3
     restored = subs.restore_state(checkpoints[-1], like=digits.new_state(seed=5))
@@ -70,8 +79,14 @@ def test_the_split_is_fixed_and_standardised_by_the_training_part_alone() -> Non
     assert not seen & {image.tobytes() for image in data.test[0]}
 
 
-def test_without_scikit_learn_it_names_the_extra(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr(digits, "load_digits", None)
+@pytest.mark.parametrize("missing", ["scikit-learn", "matplotlib"])
+def test_without_what_it_needs_it_names_the_extra(
+    missing: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    if missing == "matplotlib":
+        monkeypatch.setattr(demo, "find_spec", lambda name: None)
+    else:
+        monkeypatch.setattr(digits, "load_digits", None)
     problem = demo.run_demo(tmp_path / "out")
     assert problem is not None
     assert "eventtrain[demo]" in problem

@@ -113,6 +113,7 @@ def fragment(panel: Panel, changes: Sequence[Change], *, scale: Scale = "auto") 
     svg = _saved(figure, "svg").decode()
     svg = svg[svg.index("<svg") :]
     svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
+    svg = re.sub(r' d="[^"]*"', lambda path: re.sub(r"\d+\.\d{2,}", _rounded, path[0]), svg)
     svg = re.sub(r'<g id="[^"]*"', "<g", svg)  # they would be the same in every picture of the page
     svg = re.sub(r'<svg [^>]*?(viewBox="[^"]*")[^>]*>', r'<svg \1 role="img">', svg, count=1)
     svg = svg.replace("xlink:href", "href")
@@ -136,6 +137,11 @@ def plain(text: str) -> str:
     shown = "".join(c if c.isprintable() else " " for c in text)
     shown = "".join(c if ord(c) in known else "\N{WHITE SQUARE}" for c in shown)
     return shown if len(shown) <= LONGEST else f"{shown[: LONGEST - 1]}…"
+
+
+def _rounded(found: re.Match[str]) -> str:
+    """A coordinate in points, of which matplotlib writes six digits behind the point."""
+    return f"{float(found[0]):.1f}"
 
 
 def _draw(place: Axes, panel: Panel, changes: Sequence[Change], colours: Colours, scale: Scale) -> None:

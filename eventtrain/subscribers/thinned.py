@@ -169,36 +169,29 @@ _EMPTY = np.array([[np.inf], [-np.inf], [0], [0], [0], [np.inf], [-np.inf]])
 def _summary(steps: Floats, values: Floats, count: int) -> Floats:
     """``count`` buckets of equally many points."""
     steps, values = steps.reshape(count, -1), values.reshape(count, -1)
-    finite = np.isfinite(values)
-    good = finite.sum(axis=1)
-    with np.errstate(
-        over="ignore", invalid="ignore"
-    ):  # a sum beyond float64 has no mean, and then none is drawn
-        sums = np.where(finite, values, 0.0).sum(axis=1)
-    return np.stack(
-        [
-            steps[:, 0],
-            steps[:, -1],
-            good,
-            values.shape[1] - good,
-            sums,
-            np.where(finite, values, np.inf).min(axis=1),
-            np.where(finite, values, -np.inf).max(axis=1),
-        ]
-    )
+    made = np.empty((ROWS, count))
+    made[FIRST], made[LAST] = steps[:, 0], steps[:, -1]
+    # A sum beyond float64 has no mean, and then none is drawn.
+    with np.errstate(over="ignore", invalid="ignore"):
+        sums = values.sum(axis=1)
+        if np.isfinite(sums).all():
+            made[FINITE], made[NOT_FINITE] = values.shape[1], 0
+            made[SUM], made[LOW], made[HIGH] = sums, values.min(axis=1), values.max(axis=1)
+            return made
+        finite = np.isfinite(values)
+        made[FINITE] = finite.sum(axis=1)
+        made[NOT_FINITE] = values.shape[1] - made[FINITE]
+        made[SUM] = np.where(finite, values, 0.0).sum(axis=1)
+    made[LOW] = np.where(finite, values, np.inf).min(axis=1)
+    made[HIGH] = np.where(finite, values, -np.inf).max(axis=1)
+    return made
 
 
 def _joined(one: Floats, other: Floats) -> Floats:
     """Of each bucket of ``one`` and its like of ``other``, which comes behind it, a bucket."""
+    made = np.empty(one.shape)
+    made[FIRST], made[LAST] = np.minimum(one[FIRST], other[FIRST]), np.maximum(one[LAST], other[LAST])
     with np.errstate(over="ignore", invalid="ignore"):
-        return np.stack(
-            [
-                np.minimum(one[FIRST], other[FIRST]),
-                np.maximum(one[LAST], other[LAST]),
-                one[FINITE] + other[FINITE],
-                one[NOT_FINITE] + other[NOT_FINITE],
-                one[SUM] + other[SUM],
-                np.minimum(one[LOW], other[LOW]),
-                np.maximum(one[HIGH], other[HIGH]),
-            ]
-        )
+        made[FINITE : SUM + 1] = one[FINITE : SUM + 1] + other[FINITE : SUM + 1]
+    made[LOW], made[HIGH] = np.minimum(one[LOW], other[LOW]), np.maximum(one[HIGH], other[HIGH])
+    return made
