@@ -164,6 +164,36 @@ def test_what_is_not_finite_leaves_a_gap_with_a_mark(tmp_path: Path) -> None:
     assert pixels(tmp_path / "b.png", curves.LIGHT.bad) > 20
 
 
+@pytest.mark.parametrize(
+    "values",
+    [
+        [1.7e308, -1.7e308, 1.0],
+        [5e-324, 1.0, 1e-300],
+        [1e-200, 1e200],
+        [0.0] * 3,
+        [math.nan] * 3,
+        [math.inf, -math.inf],
+        [1.0],
+        [1e-7, 1.0000001e-7],
+        [1e16, 1e16 + 2],
+        [-1e-5, 1e5],
+        [0.001, 0.5],
+        [1.7e308] * 5000,
+    ],
+    ids=lambda values: repr(values[:3]),
+)
+def test_any_values_can_be_drawn(values: list[float]) -> None:
+    series = RunSeries()
+    series.take(window(1, loss=values))
+    series.take(et.EvalCompleted(step=1, epoch=0, metrics={"loss": values[0]}, steps=1, duration_s=0))
+    for scale in ("auto", "log"):
+        with warnings.catch_warnings(record=True) as said:
+            warnings.simplefilter("always")
+            Image.open(io.BytesIO(curves.picture(series.panels(), [], "png", scale=scale))).verify()
+            assert "<path" in curves.fragment(series.panels()[0], [], scale=scale)
+        assert said == []
+
+
 def test_each_suffix_gives_a_file_that_its_readers_accept(tmp_path: Path) -> None:
     for name in ("deep/er/a.png", "a.SVG", "a.pdf"):
         fit(tmp_path, subs.PlotCurves(name))
@@ -328,6 +358,16 @@ def test_what_cannot_be_written_is_said_and_training_goes_on(
     assert "No space left on device" in failed.of(et.SubscriberFailed)[-1].error
     assert (tmp_path / "curves.png").read_bytes() == before
     assert not list(tmp_path.glob(".*"))
+
+
+def test_what_cannot_be_drawn_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def picture(*given: Any, **options: Any) -> bytes:
+        raise ValueError("no such axis")
+
+    monkeypatch.setattr(curves, "picture", picture)
+    failed = RecordingSubscriber(et.SubscriberFailed)
+    assert fit(tmp_path, subs.PlotCurves(every_epochs=3), failed).step == 12
+    assert [event.error for event in failed.of(et.SubscriberFailed)][-1] == "ValueError: no such axis"
 
 
 def test_a_disk_that_hangs_delays_the_end_by_no_more_than_was_given(

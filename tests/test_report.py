@@ -8,17 +8,22 @@ import json
 import os
 import platform
 import re
+import signal
+import subprocess
+import sys
 import threading
 from collections.abc import Callable
 from datetime import UTC, datetime
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
+from xml.etree import ElementTree
 
 import anyio.to_thread
 import jax
 import numpy as np
 import pytest
+from conftest import python_path
 from models import batches, new_state, step_fn
 from saved_in_memory import MemoryCheckpointer
 
@@ -425,3 +430,73 @@ async def test_it_is_written_on_every_event_loop_without_blocking_it(tmp_path: P
     await trainer.fit_async(script.data, epochs=2, eval_data=script.eval_data)
     page, _ = await anyio.to_thread.run_sync(pages, tmp_path)
     assert "digits-7" in page.text
+
+
+KILLED = """
+import os, signal, sys, time
+import jax.numpy as jnp
+import numpy as np
+import optax
+import eventtrain as et
+from eventtrain import subscribers as subs
+
+run_dir, kill_at = sys.argv[1], int(sys.argv[2])
+optimiser = optax.inject_hyperparams(optax.sgd)(learning_rate=0.5)
+
+def step_fn(state, batch):
+    return {**state, "w": state["w"] * 0.9 + batch}, {"loss": state["w"] + batch}
+
+state = {"w": jnp.zeros(()), "opt_state": optimiser.init(jnp.zeros(()))}
+history = subs.History(steps=True)
+trainer = et.Trainer(
+    step_fn, state, run_dir=run_dir, run_id="killed",
+    subscribers=[
+        history, subs.PlotCurves("curves.svg"), subs.Report(), subs.Checkpointer("ck", every=5, at_end=False)
+    ],
+)
+
+@trainer.on(et.StepCompleted, where=lambda event: event.step == kill_at, lag=0)
+def kill(event):
+    while not any(trainer.run_dir.glob("ck/step-*")):
+        time.sleep(0.01)
+    os.kill(os.getpid(), signal.SIGKILL)
+
+@trainer.on(et.EpochCompleted, lag=0)
+async def shrink(event, control):
+    control.scale_hyperparam("learning_rate", 0.5, reason="epoch")
+
+trainer.fit([np.float32(n) for n in range(6)], epochs=3, resume=True)
+frames = [history.to_dataframe("steps"), history.to_dataframe().drop(columns="duration_s")]
+print("\\n".join(frame.to_csv(index=False) for frame in frames))
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.allow_blocking
+def test_a_killed_run_that_goes_on_ends_with_the_history_and_curves_of_an_undisturbed_one(
+    tmp_path: Path,
+) -> None:
+    script = tmp_path / "script.py"
+    script.write_text(KILLED)
+    env = os.environ | {"PYTHONPATH": python_path(), "JAX_PLATFORMS": "cpu"}
+
+    def run(folder: str, kill_at: int) -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, str(script), str(tmp_path / folder), str(kill_at)]
+        return subprocess.run(command, env=env, capture_output=True, text=True, timeout=240)
+
+    undisturbed = run("whole", -1)
+    assert undisturbed.returncode == 0, undisturbed.stderr
+    killed = run("killed", 13)
+    assert killed.returncode == -signal.SIGKILL, killed.stderr
+    assert not (tmp_path / "killed/report.html").exists()
+    resumed = run("killed", -1)
+    assert resumed.returncode == 0, resumed.stderr
+    assert resumed.stdout == undisturbed.stdout
+    texts = [(tmp_path / folder / "report.md").read_text() for folder in ("whole", "killed")]
+    assert metrics_of(texts[0]) == metrics_of(texts[1])
+    assert "- epochs completed: 3" in texts[1]
+    assert re.search(r"- resumed: 1 x: step (5|10)\n", texts[1])
+    pictures = [ElementTree.parse(tmp_path / folder / "curves.svg") for folder in ("whole", "killed")]
+    drawn = [[path.get("d") for path in one.iter("{http://www.w3.org/2000/svg}path")] for one in pictures]
+    assert drawn[0] == drawn[1]
+    pages(tmp_path / "killed")

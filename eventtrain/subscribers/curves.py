@@ -8,7 +8,7 @@ from __future__ import annotations
 import io
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import matplotlib
@@ -30,6 +30,8 @@ LOG_FROM = 100.0
 """A positive curve whose greatest value is so many times its least gets a logarithmic axis, where nobody chose."""
 COLUMNS = 2
 LONGEST = 110
+LARGEST = 1e150
+"""Beyond that, and below its inverse, matplotlib's sums overflow."""
 PANEL_WIDTH, PANEL_HEIGHT, MARGIN, HEAD, FOOT = 5.0, 2.65, 0.3, 0.5, 0.62  # inches
 LEFT, RIGHT, BELOW, ABOVE = 0.6, 0.18, 0.44, 0.34  # inches of a panel around its axes
 
@@ -173,10 +175,23 @@ def _draw(place: Axes, panel: Panel, changes: Sequence[Change], colours: Colours
     _label(place, colours)
 
 
+def _drawable(curve: Thinned) -> Points:
+    """What to draw, without what matplotlib cannot place on an axis."""
+    points = curve.points()
+
+    def placed(values: np.ndarray) -> np.ndarray:
+        with np.errstate(invalid="ignore"):
+            values = np.where(np.abs(values) > LARGEST, np.nan, values)
+            return np.where(np.abs(values) < 1 / LARGEST, 0.0, values)
+
+    means, lows, highs = (placed(values) for values in (points.means, points.lows, points.highs))
+    return replace(points, means=means, lows=lows, highs=highs)
+
+
 def _line(
     place: Axes, curve: Thinned, colour: str, *, width: float, faint: bool = False, dots: bool = True
 ) -> None:
-    points = curve.points()
+    points = _drawable(curve)
     if not points.exact:
         place.fill_between(
             points.steps, points.lows, points.highs, color=colour, alpha=0.22, linewidth=0.3, zorder=2
@@ -237,12 +252,13 @@ def _short(value: float) -> str:
 
 
 def _is_logarithmic(panel: Panel, scale: Scale) -> bool:
-    points = [curve.points() for curve in panel.curves]
+    points = [_drawable(curve) for curve in panel.curves]
     values = np.concatenate([part for one in points for part in (one.lows, one.highs)] or [[]])
     values = values[np.isfinite(values)]
     if scale == "linear" or not len(values) or values.min() <= 0:
         return False
-    return scale == "log" or bool(values.max() >= LOG_FROM * values.min())
+    wanted = 1.0 + 1e-6 if scale == "log" else LOG_FROM  # an axis of one value has no decades
+    return bool(values.max() >= wanted * values.min())
 
 
 def _keys(panels: Sequence[Panel], changes: Sequence[Change], colours: Colours) -> list[Line2D]:

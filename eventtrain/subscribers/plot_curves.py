@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import deque
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
@@ -107,7 +108,7 @@ class PlotCurves(Subscriber):
         self._series = RunSeries(self._metrics)
         self._run: RunContext | None = None
         self._thread: JobThread | None = None
-        self._due: tuple[RunSeries, str, Event] | None = None
+        self._due: deque[tuple[RunSeries, str, Event]] = deque(maxlen=1)
         self._end: Event | None = None
 
     async def start(self, run: RunContext) -> None:
@@ -132,18 +133,16 @@ class PlotCurves(Subscriber):
             and isinstance(event, EpochCompleted)
             and event.is_multiple_of(self._every_epochs)
         ):
-            waits = self._due is not None
-            self._due = (self._series.copy(), f"so far, at step {event.step:,}", event)
-            if not waits:
-                self._thread.put(self._draw_newest)
+            self._due.append((self._series.copy(), f"so far, at step {event.step:,}", event))
+            self._thread.put(self._draw_newest)
 
     async def stop(self) -> None:
         """Draw the whole run. Raises OSError where it cannot be written, SubscriberError where that takes too long."""
         thread, self._thread = self._thread, None
         if thread is None:
             return
-        self._due = None
-        failures: list[OSError] = []
+        self._due.clear()
+        failures: list[Exception] = []
         thread.put(partial(self._draw_last, self._series.copy(), failures))
         in_time = False
         try:
@@ -176,24 +175,26 @@ class PlotCurves(Subscriber):
         self._series = series
 
     def _draw_newest(self) -> None:
-        due, self._due = self._due, None
-        if due is None:
+        try:
+            series, note, event = self._due.popleft()
+        except IndexError:  # drawn already, with an older one's turn
             return
-        series, note, event = due
         try:
             self._write(series, note)
-        except OSError as error:
-            assert self._thread is not None
-            self._thread.say(
+        except Exception as error:
+            thread = self._thread
+            if thread is None:  # the run ends; if it still fails, stop says so
+                return
+            thread.say(
                 SubscriberFailed(
                     step=event.step,
                     subscriber=self.name or "PlotCurves",
                     event_kind=event.kind,
-                    error=f"OSError: {error}",
+                    error=f"{type(error).__name__}: {error}",
                 )
             )
 
-    def _draw_last(self, series: RunSeries, failures: list[OSError]) -> None:
+    def _draw_last(self, series: RunSeries, failures: list[Exception]) -> None:
         match self._end:
             case RunCompleted(reason=reason, step=step):
                 note = f"step {step:,}: {reason}"
@@ -203,7 +204,7 @@ class PlotCurves(Subscriber):
                 note = "the run ended, and nobody said how"
         try:
             self._write(series, note)
-        except OSError as error:
+        except Exception as error:
             failures.append(error)
 
     def _write(self, series: RunSeries, note: str) -> None:

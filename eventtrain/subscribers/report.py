@@ -130,7 +130,7 @@ class Report(Subscriber):
             for one in run.statistics().values()
         ]
         thread = JobThread(self.name or "Report", run.publish)
-        failures: list[OSError] = []
+        failures: list[Exception] = []
         thread.put(partial(self._write, run, statistics, failures))
         thread.start()
         in_time = False
@@ -165,9 +165,14 @@ class Report(Subscriber):
         saved.facts.resume()
         self._facts, self._series = saved.facts, series
 
-    def _write(self, run: RunContext, statistics: list[tuple[str, ...]], failures: list[OSError]) -> None:
+    def _write(self, run: RunContext, statistics: list[tuple[str, ...]], failures: list[Exception]) -> None:
         assert curves is not None
-        content = mapped(self._content(run, statistics), partial(without_folders, run_dir=run.run_dir))
+        try:
+            whole = self._content(run, statistics)
+        except Exception as error:
+            failures.append(error)
+            return
+        content = mapped(whole, partial(without_folders, run_dir=run.run_dir))
         footer = f"Written by eventtrain {version('eventtrain')}, {datetime.now(UTC):%Y-%m-%d %H:%M} UTC."
         texts = (
             (self._html, partial(to_html, content, curves.LIGHT, curves.DARK, footer)),
@@ -177,7 +182,7 @@ class Report(Subscriber):
             if path is not None:
                 try:
                     write_whole(inside_run_dir(run.run_dir, path, "Report"), render().encode())
-                except OSError as error:
+                except Exception as error:  # of one; the other may still work
                     failures.append(error)
 
     def _content(self, run: RunContext, statistics: list[tuple[str, ...]]) -> Content:

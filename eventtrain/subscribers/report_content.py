@@ -131,10 +131,11 @@ def bars(curve: Thinned, count: int = 24) -> str:
     """A curve as blocks of text; a point where nothing is finite."""
     means = curve.points().means
     groups = np.array_split(means, min(count, len(means))) if len(means) else []
-    values = [
-        float(np.mean(group[np.isfinite(group)])) if np.isfinite(group).any() else math.nan
-        for group in groups
-    ]
+    with np.errstate(over="ignore"):  # beyond float64 nothing is shown
+        values = [
+            float(np.mean(group[np.isfinite(group)])) if np.isfinite(group).any() else math.nan
+            for group in groups
+        ]
     finite = [value for value in values if math.isfinite(value)]
     if not finite:
         return "·" * len(values)
