@@ -88,7 +88,7 @@ def _same(a: Any, b: Any) -> bool:
 
 def snake_case(name: str) -> str:
     """``StepCompleted`` -> ``step_completed``, ``LRChanged`` -> ``lr_changed``, ``SawNaN`` -> ``saw_nan``."""
-    name = name.replace("NaN", "Nan")
+    name = name.replace("NaN", "Nan").replace("MLflow", "Mlflow")
     return re.sub(r"(?<=[a-z0-9])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])", "_", name).lower()
 
 

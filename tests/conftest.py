@@ -132,6 +132,12 @@ def run_on_devices(tmp_path: Path) -> RunOnDevices:
     return run
 
 
+@pytest.fixture(scope="session")
+def mlflow_uri(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """Of a store of MLflow's in a file. Making its tables takes seconds, so all tests share it."""
+    return f"sqlite:///{tmp_path_factory.mktemp('mlflow') / 'mlflow.db'}"
+
+
 def python_path() -> str:
     """PYTHONPATH for a subprocess: this checkout comes before an installed eventtrain."""
     return os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))

@@ -45,6 +45,7 @@ TYPES = {
     "LRFinder": "lr_finder",
     "Lambda": "lambda",
     "LearningRateScheduler": "learning_rate_scheduler",
+    "MLflowLogger": "mlflow_logger",
     "MaxTime": "max_time",
     "ModelRegistry": "model_registry",
     "OpenTelemetry": "open_telemetry",
@@ -76,6 +77,7 @@ REQUIRED: dict[str, dict[str, Any]] = {
         "schedule": {"name": "cosine_decay_schedule", "init_value": 0.1, "decay_steps": 9}
     },
     "MaxTime": {"max_time": "00:00:10:00"},
+    "MLflowLogger": {"tracking_uri": "sqlite:///mlflow.db"},
     "ModelRegistry": {"name": "digits", "tracking_uri": "sqlite:///mlflow.db"},
     "ParquetLogger": {"path": "metrics"},
     "Uploader": {"url": "s3://bucket/prefix"},

@@ -30,10 +30,9 @@ SECRET = "s3cr3t-passw0rd"
 NAMES = (f"model-{number}" for number in count(1))
 
 
-@pytest.fixture(scope="module")
-def uri(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """Of a registry in a file; making its tables takes seconds, so all tests share it."""
-    return f"sqlite:///{tmp_path_factory.mktemp('mlflow') / 'mlflow.db'}"
+@pytest.fixture
+def uri(mlflow_uri: str) -> str:
+    return mlflow_uri
 
 
 @pytest.fixture

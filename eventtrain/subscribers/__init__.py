@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from eventtrain.subscribers.checkpointer import Checkpointer, restore_state
     from eventtrain.subscribers.device_stats import DeviceStats
     from eventtrain.subscribers.download import download_checkpoint
+    from eventtrain.subscribers.mlflow_logger import MLflowLogger
     from eventtrain.subscribers.model_registry import ModelRegistry
     from eventtrain.subscribers.open_telemetry import OpenTelemetry
     from eventtrain.subscribers.parquet_logger import ParquetLogger
@@ -53,6 +54,7 @@ __all__ = [
     "LRFinder",
     "Lambda",
     "LearningRateScheduler",
+    "MLflowLogger",
     "MaxTime",
     "ModelRegistry",
     "OpenTelemetry",
@@ -75,6 +77,7 @@ __all__ = [
 _LAZY = {
     "Checkpointer": "checkpointer",
     "DeviceStats": "device_stats",
+    "MLflowLogger": "mlflow_logger",
     "ModelRegistry": "model_registry",
     "OpenTelemetry": "open_telemetry",
     "ParquetLogger": "parquet_logger",
