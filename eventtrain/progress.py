@@ -137,6 +137,8 @@ class ProgressBar(Subscriber):
     async def on_epoch_completed(self, event: EpochCompleted) -> None:
         """Leave a line with the epoch's means."""
         self._summary.note_epoch(event)
+        if self._display is not None and self._run is not None and self._run.epochs is not None:
+            self._display.expect(self._run.epochs * event.steps)
         if not event.is_multiple_of(self._every_epochs):
             return
         metrics, rates = texts(event.metrics, self._metrics), self._rates(event.hyperparams)

@@ -107,8 +107,8 @@ class RunDisplay(Progress):
             columns.append(BarColumn(bar_width=None, table_column=Column(ratio=1)))
         columns += [MofNCompleteColumn(table_column=_column()), _Rate(table_column=_column())]
         if console.width >= NARROW:
-            columns += [TimeElapsedColumn(table_column=_column()), TextColumn("left", table_column=_column())]
-        columns.append(TimeRemainingColumn(compact=True, elapsed_when_finished=True, table_column=_column()))
+            columns.append(TimeElapsedColumn(table_column=_column()))
+        columns.append(_Left(compact=True, elapsed_when_finished=True, table_column=_column()))
         super().__init__(*columns, console=console, transient=True, expand=True, disable=not live)
         self._run = self.add_task("starting", total=total)
 
@@ -120,10 +120,10 @@ class RunDisplay(Progress):
         """So many steps of this run are complete."""
         self.update(self._run, completed=steps)
 
-    @property
-    def rate(self) -> float | None:
-        """Steps a second, lately."""
-        return self.tasks[0].speed
+    def expect(self, steps: int) -> None:
+        """The whole run has so many steps, where nobody knew."""
+        if self.tasks[0].total is None:
+            self.update(self._run, total=steps)
 
     def get_renderables(self) -> Iterable[RenderableType]:
         """The bar and the lines below it, each no wider than the console is now."""
@@ -132,6 +132,15 @@ class RunDisplay(Progress):
         for parts, style in ((texts(shown.metrics), "none"), (shown.state, "dim")):
             if parts:
                 yield Text("  " + fitted(parts, width), style=style, no_wrap=True, overflow="crop")
+
+
+class _Left(TimeRemainingColumn):
+    """The time left, where it is known."""
+
+    def render(self, task: Task) -> Text:
+        if task.total is None or task.speed is None:
+            return Text("")
+        return Text.assemble(super().render(task), " left")
 
 
 class _Rate(ProgressColumn):

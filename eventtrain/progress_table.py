@@ -71,7 +71,11 @@ class Summary:
         facts = Table(box=None, show_header=False, padding=(0, 2, 0, 0))
         facts.add_column(style="dim", no_wrap=True)
         facts.add_column(overflow="fold")
-        rate = f", {compact(loop.steps / loop.duration_s)} steps/s" if loop.steps and loop.duration_s else ""
+        rate = (
+            f", {compact(loop.steps / loop.duration_s)} steps/s in all"
+            if loop.steps and loop.duration_s
+            else ""
+        )
         facts.add_row("ended", Text(printable(self.ended), style="red" if self.failed else "green"))
         facts.add_row(
             "steps", f"{loop.step}" + (f" ({loop.steps} of them now)" if loop.steps < loop.step else "")

@@ -149,6 +149,13 @@ def test_parts_are_whole_fit_and_are_counted(parts: list[str], width: int) -> No
             break
 
 
+async def test_where_the_data_has_no_length_its_first_epoch_tells_how_long_the_run_is(tmp_path: Path) -> None:
+    bar = subs.ProgressBar(console=printed(force_terminal=True)[1])
+    await make_trainer(tmp_path, bar).fit_async(lambda epoch: iter([np.float32(1)] * 7), epochs=3)
+    assert bar._display is not None
+    assert bar._display.tasks[0].total == 21
+
+
 def test_names_move_no_cursor() -> None:
     assert texts({"a\n\x1b[2Jb": 1.0}) == ["a??[2Jb=1"]
     text, console = printed(force_terminal=True)
@@ -246,5 +253,5 @@ def test_the_table_tells_the_last_the_lowest_and_the_highest_of_each_metric() ->
     loss = next(line for line in text.getvalue().splitlines() if line.split()[:1] == ["loss"])
     assert loss.split() == ["loss", "2", "1", "epoch", "3", "3", "epoch", "1"]
     assert "90 (40 of them now)" in text.getvalue()
-    assert "1:06:40, 0.01 steps/s" in text.getvalue()
+    assert "1:06:40, 0.01 steps/s in all" in text.getvalue()
     assert "11 more" in text.getvalue()
