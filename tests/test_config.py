@@ -418,7 +418,7 @@ def test_a_file_gives_subscribers_in_its_order(tmp_path: Path) -> None:
     assert isinstance(first, subs.EarlyStopping)
     assert first.lag == {et.EpochCompleted: 2}
     assert isinstance(second, subs.Alerts)
-    assert second.events == (et.StepCompleted, et.EpochCompleted)
+    assert second.events[:2] == (et.StepsCompleted, et.EpochCompleted)
     assert isinstance(third, subs.JSONLLogger)
     assert third.events == (et.EpochCompleted, et.RunCompleted)
     assert isinstance(fourth, subs.Checkpointer)
@@ -474,6 +474,30 @@ RULE = {"metric": "loss", "above": 1}
         (
             tomlish(type="alerts", rules=[{**RULE, "event": "run_failed"}]),
             ALERTS + "rules[0].event: needs an event such as 'eval_completed'",
+        ),
+        (
+            tomlish(type="alerts", rules=[{"type": "spik", "metric": "loss"}]),
+            ALERTS + "rules[0]: no such type of rule; did you mean 'spike'?",
+        ),
+        (
+            tomlish(type="alerts", rules=[{"type": "xyzzy"}]),
+            ALERTS + "rules[0]: no such type of rule; there are threshold, spike, ",
+        ),
+        (
+            tomlish(type="alerts", rules=[{"type": "stall", "window": 3}]),
+            ALERTS + "unknown key 'rules[0].window'; there are after_s, cooldown_s, for_s, for_steps, ",
+        ),
+        (
+            tomlish(type="alerts", rules=[{"type": "stall", "afterr_s": 3}]),
+            ALERTS + "unknown key 'rules[0].afterr_s'; did you mean 'after_s'?",
+        ),
+        (
+            tomlish(type="alerts", rules=[{"type": "deadline", "at": "2030-01-31T08:00:00"}]),
+            ALERTS + "rules[0]: DeadlineRule(at='2030-01-31T08:00:00'): has no time zone",
+        ),
+        (
+            tomlish(type="alerts", rules=[{"type": "deadline", "at": "soon"}]),
+            ALERTS + "rules[0].at: needs a time such as 2030-01-31T08:00:00+01:00",
         ),
         (
             table(type="jsonl_logger", path="x", events=["epoch_complete"]),
@@ -789,6 +813,10 @@ URL = f"https://hooks.example/{TOKEN}"
         (tomlish(type="alerts", rules=[RULE], timeout_s=URL), (), "run.toml"),
         (tomlish(type="alerts", rules=[RULE], retries=[URL]), (), "run.toml"),
         (tomlish(type="alerts", rules=[{**RULE, "event": URL}]), (), "run.toml"),
+        (tomlish(type="alerts", rules=[{**RULE, "type": URL}]), (), "run.toml"),
+        (tomlish(type="alerts", rules=[RULE], targets=[{"url": URL, "ke": TOKEN}]), (), "run.toml"),
+        (tomlish(type="alerts", rules=[RULE], targets=[{"url": URL[8:], "key": TOKEN}]), (), "run.toml"),
+        (tomlish(type="alerts", rules=[RULE], targets=[{"url": URL, "key": [TOKEN]}]), (), "run.toml"),
         (tomlish(type="alrts", rules=[RULE], url=URL), (), "run.toml"),
         (tomlish(rules=[RULE], url=URL), (), "run.toml"),
         (tomlish(type="alerts", rules=[RULE]), (f"alerts.ulr={URL}",), "run.toml"),
@@ -814,10 +842,11 @@ def test_no_message_repr_or_traceback_shows_a_secret(
 
 
 def test_a_secret_reaches_the_subscriber_and_nothing_that_is_shown(tmp_path: Path, capsys: Any) -> None:
-    path = write(tmp_path, tomlish(type="alerts", rules=[RULE], url=URL))
+    more = [{"label": "more", "url": f"{URL}/2", "key": TOKEN}]
+    path = write(tmp_path, tomlish(type="alerts", rules=[RULE], url=URL, targets=more))
     (alerts,) = et.load_subscribers(path)
     assert TOKEN not in repr(vars(alerts))
-    assert alerts._make_webhook()._url.get_secret_value() == URL  # pyright: ignore
+    assert [target._url.get_secret_value() for _, target in alerts._targets] == [f"{URL}/2", URL]  # type: ignore[attr-defined]
 
 
 # --- schema ---------------------------------------------------------------------------------------------------
@@ -825,7 +854,11 @@ def test_a_secret_reaches_the_subscriber_and_nothing_that_is_shown(tmp_path: Pat
 
 def test_the_schema_of_a_file_accepts_what_is_right_and_refuses_what_is_wrong() -> None:
     schema = run_json_schema()
-    rules = [{"metric": "loss", "above": 1, "event": "step_completed"}]
+    rules = [
+        {"metric": "loss", "above": 1, "event": "step_completed"},
+        {"type": "spike", "metric": "loss"},
+        {"type": "deadline", "at": "2030-01-31T08:00:00Z"},
+    ]
     right = {
         "fit": {"epochs": 3},
         "subscribers": [
@@ -840,6 +873,8 @@ def test_the_schema_of_a_file_accepts_what_is_right_and_refuses_what_is_wrong() 
         {"subscribers": [{"type": "early_stoping"}]},
         {"subscribers": [{"type": "early_stopping", "patince": 3}]},
         {"subscribers": [{"type": "alerts", "rules": [{**RULE, "event": "run_failed"}]}]},
+        {"subscribers": [{"type": "alerts", "rules": [{"type": "spik", "metric": "loss"}]}]},
+        {"subscribers": [{"type": "alerts", "rules": [{"metric": "loss", "window": 3}]}]},
     ):
         with pytest.raises(jsonschema.ValidationError):
             jsonschema.validate(wrong, schema)

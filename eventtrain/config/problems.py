@@ -45,7 +45,7 @@ def _told(model: type[BaseModel], table: Table, found: list[ErrorDetails]) -> It
     told: dict[KeyPath, list[str]] = {}
     for error in found:
         path = _key_path(table.values, error)
-        text = _text(error, path, schema)
+        text = _text(error, path, schema, table.values)
         if text not in told.setdefault(path, []):
             told[path].append(text)
     for path, texts in told.items():
@@ -59,11 +59,11 @@ def _told(model: type[BaseModel], table: Table, found: list[ErrorDetails]) -> It
         yield f"{text} ({by})" if by else text
 
 
-def _text(error: ErrorDetails, path: KeyPath, schema: dict[str, Any]) -> str:
+def _text(error: ErrorDetails, path: KeyPath, schema: dict[str, Any], values: Any) -> str:
     if error["type"] in MISSING:
         return f"the key {_written(path)!r} is missing"
     if error["type"] in UNKNOWN:
-        keys = sorted(_keys(schema, path[:-1]))
+        keys = sorted(_keys(schema, values, path[:-1]))
         nearest = difflib.get_close_matches(str(path[-1]), keys, n=1)
         hint = f"did you mean {nearest[0]!r}?" if nearest else f"there are {', '.join(keys)}"
         return f"unknown key {_written(path)!r}; {hint}"
@@ -104,8 +104,8 @@ def _shown(value: Any) -> str:
     return text if len(text) <= SHOWN else f"{text[:SHOWN]}..."
 
 
-def _keys(schema: dict[str, Any], path: KeyPath) -> set[str]:
-    """The keys that a schema knows at a path."""
+def _keys(schema: dict[str, Any], values: Any, path: KeyPath) -> set[str]:
+    """The keys that a schema knows at a path; where tables of several types may stand there, those of the one given."""
     nodes = list(_expanded(schema, schema))
     for part in path:
         below = [
@@ -114,6 +114,9 @@ def _keys(schema: dict[str, Any], path: KeyPath) -> set[str]:
             if (isinstance(part, int) and "items" in node) or part in node.get("properties", {})
         ]
         nodes = [node for child in below for node in _expanded(child, schema)]
+    kind = table.get("type") if isinstance(table := _at(values, path), dict) else None
+    of_type = [node for node in nodes if node.get("properties", {}).get("type", {}).get("const") == kind]
+    nodes = of_type if kind is not None and of_type else nodes
     return {key for node in nodes for key in node.get("properties", {})}
 
 

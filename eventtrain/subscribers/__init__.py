@@ -9,7 +9,17 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 from eventtrain.progress import ProgressBar
-from eventtrain.subscribers.alerts import Alerts, Rule
+from eventtrain.subscribers.alert_metric_rules import ForecastRule, NoImprovementRule, Rule, SpikeRule
+from eventtrain.subscribers.alert_run_rules import (
+    CheckpointFailedRule,
+    DeadlineRule,
+    LowDiskRule,
+    RunCompletedRule,
+    RunFailedRule,
+    SlowSubscriberRule,
+    StallRule,
+)
+from eventtrain.subscribers.alert_target import AlertTarget
 from eventtrain.subscribers.csv_logger import CSVLogger
 from eventtrain.subscribers.early_stopping import EarlyStopping
 from eventtrain.subscribers.evaluate_every import EvaluateEvery
@@ -28,6 +38,7 @@ from eventtrain.subscribers.step_timer import StepTimer
 from eventtrain.subscribers.terminate_on_nan import TerminateOnNaN
 
 if TYPE_CHECKING:
+    from eventtrain.subscribers.alerts import Alerts
     from eventtrain.subscribers.checkpointer import Checkpointer, restore_state
     from eventtrain.subscribers.device_stats import DeviceStats
     from eventtrain.subscribers.download import download_checkpoint
@@ -41,12 +52,16 @@ if TYPE_CHECKING:
     from eventtrain.subscribers.uploader import Uploader
 
 __all__ = [
+    "AlertTarget",
     "Alerts",
     "CSVLogger",
+    "CheckpointFailedRule",
     "Checkpointer",
+    "DeadlineRule",
     "DeviceStats",
     "EarlyStopping",
     "EvaluateEvery",
+    "ForecastRule",
     "GradientSpike",
     "History",
     "HyperparamScheduler",
@@ -54,9 +69,11 @@ __all__ = [
     "LRFinder",
     "Lambda",
     "LearningRateScheduler",
+    "LowDiskRule",
     "MLflowLogger",
     "MaxTime",
     "ModelRegistry",
+    "NoImprovementRule",
     "OpenTelemetry",
     "OverheadMeter",
     "ParquetLogger",
@@ -67,6 +84,11 @@ __all__ = [
     "ReduceLROnPlateau",
     "Report",
     "Rule",
+    "RunCompletedRule",
+    "RunFailedRule",
+    "SlowSubscriberRule",
+    "SpikeRule",
+    "StallRule",
     "StepTimer",
     "TerminateOnNaN",
     "Uploader",
@@ -75,6 +97,7 @@ __all__ = [
 ]
 
 _LAZY = {
+    "Alerts": "alerts",
     "Checkpointer": "checkpointer",
     "DeviceStats": "device_stats",
     "MLflowLogger": "mlflow_logger",

@@ -1,150 +1,175 @@
-"""HTTP POSTs of JSON from a thread of their own: bounded in time and number, and silent about their URL."""
+"""``Webhook``: alerts as signed JSON over HTTP, sent to the address that was checked and nowhere else. Needs httpx."""
 
 from __future__ import annotations
 
 import base64
-import http.client
-import queue
-import threading
-import urllib.error
-import urllib.parse
-import urllib.request
-from collections.abc import Callable
-from email.message import Message
-from time import monotonic
-from typing import IO
+import hashlib
+import hmac
+import json
+import time
+from ipaddress import ip_address
+from ssl import SSLContext
+from urllib.parse import SplitResult, unquote, urlsplit
 
+import httpx
 from pydantic import SecretStr
 
 from eventtrain.errors import ConfigurationError
-from eventtrain.events import Event
+from eventtrain.subscribers.alert_message import Message, NotDelivered
+from eventtrain.subscribers.public_address import (
+    AddressRefused,
+    Resolve,
+    checked_addresses,
+    is_public,
+    resolve,
+)
+from eventtrain.subscribers.quiet_libraries import quiet_libraries
 
 RETRYABLE = frozenset({408, 425, 429, 500, 502, 503, 504})
 """HTTP statuses that may be different the next time."""
+MOST_ADDRESSES = 4
+SIGNATURE, TIMESTAMP = "X-Eventtrain-Signature", "X-Eventtrain-Timestamp"
+WORDS: dict[type[Exception], str] = {
+    httpx.ConnectTimeout: "no connection in time",
+    httpx.ReadTimeout: "no answer in time",
+    httpx.WriteTimeout: "it did not read in time",
+    httpx.ConnectError: "no connection",
+    httpx.RemoteProtocolError: "it does not speak HTTP, or hung up",
+}
 
 
-class Webhook(threading.Thread):
-    """Posts events to one URL, in order, one at a time.
+class Webhook:
+    """One URL that is sent a JSON body for each message.
 
-    The URL may hold secrets (in its userinfo, host, path or query): it is in no message, log or repr; ``label`` is.
+    With a key the request says ``X-Eventtrain-Timestamp``, seconds since 1970, and ``X-Eventtrain-Signature``,
+    ``sha256=`` and the HMAC-SHA256 of timestamp, a dot and the body, in hex. Redirects are not followed, and no proxy
+    is used. The name of the host is resolved once for each try, every address is checked, and the connection goes to
+    one of those, with the name in TLS and in ``Host``.
 
     Args:
-        url: http or https; ``user:password@`` becomes basic authentication. Redirects are not followed.
-        label: what to call the target.
-        timeout_s: for connecting and for each wait for the answer.
-        retries, retry_delay_s: so many more tries, the first after ``retry_delay_s`` seconds, then twice as long each.
-        failed: called on this thread with (event, reason) when an event is given up.
+        url: http or https; ``user:password@`` becomes basic authentication. It is in no message, log or repr.
+        key: to sign with.
+        allow_private: the target may be in the own network.
+        timeout_s: for connecting, and for each wait for the answer.
+        ask: what resolves names.
 
     Raises:
-        ConfigurationError: the URL is none.
+        ConfigurationError: the URL is none, or its host is an address that is not allowed; it is not quoted.
     """
 
     def __init__(
         self,
-        url: str | SecretStr,
+        url: SecretStr,
         *,
-        label: str,
-        timeout_s: float,
-        retries: int,
-        retry_delay_s: float,
-        failed: Callable[[Event, str], None],
+        key: SecretStr | None = None,
+        allow_private: bool = False,
+        timeout_s: float = 5.0,
+        ask: Resolve = resolve,
     ) -> None:
-        super().__init__(name=f"eventtrain webhook {label}", daemon=True)
-        self._url, self._headers = _split(url.get_secret_value() if isinstance(url, SecretStr) else url)
-        self._label = label
-        self._timeout_s = timeout_s
-        self._retries = retries
-        self._retry_delay_s = retry_delay_s
-        self._failed = failed
-        self._events: queue.SimpleQueue[Event | None] = queue.SimpleQueue()
-        self._stopping = threading.Event()
-        self._opener = urllib.request.build_opener(_NoRedirects)
-        self._posted = 0  # written by those who post only, and _done by this thread only: no lock
-        self._done = 0
+        parts = _split(url.get_secret_value())
+        host, _ = _place(parts)
+        self._url = url  # and no part of it beside it, which would be shown in a list of attributes
+        self._key, self._allow_private, self._timeout_s, self._ask = key, allow_private, timeout_s, ask
+        self._context: SSLContext | None = None
+        if not allow_private and _is_address(host) and not is_public(host):
+            raise ConfigurationError(
+                "Alerts(url=...): its host is a private, loopback or link-local address. Pass allow_private=True if "
+                "that is meant."
+            )
 
-    def post(self, event: Event) -> None:
-        """Have ``event`` delivered. Never blocks."""
-        self._posted += 1
-        self._events.put(event)
-
-    def finish(self, timeout_s: float) -> int:
-        """Wait for what is waiting to be delivered, at most ``timeout_s`` seconds; returns how much was not."""
-        self._events.put(None)
-        self.join(timeout_s)
-        self._stopping.set()  # no further try
-        return self._posted - self._done
-
-    def run(self) -> None:
-        """Deliver until ``finish``."""
-        while (event := self._events.get()) is not None:
-            _wait_until_stamped(event)
-            reason = self._deliver(event.model_dump_json().encode())
-            self._done += 1
-            if reason is not None:
-                self._failed(event, reason)
-
-    def _deliver(self, body: bytes) -> str | None:
-        """Try; returns why it was given up, None if it arrived."""
-        delay_s = self._retry_delay_s
-        for attempt in range(1, self._retries + 2):
-            reason, again = self._try(body)
-            if reason is None:
-                return None
-            if not again or attempt > self._retries or self._stopping.wait(delay_s):
-                return f"{reason}, at attempt {attempt}"
-            delay_s *= 2
-        raise AssertionError("unreachable")
-
-    def _try(self, body: bytes) -> tuple[str | None, bool]:
-        """One attempt: why it failed, in words that cannot quote the URL, or None; and whether another makes sense."""
+    def send(self, message: Message) -> None:
+        """POST it. Blocks; one thread at a time. Raises NotDelivered."""
+        body = json.dumps(message.to_json()).encode()
+        host, port = _place(_split(self._url.get_secret_value()))
         try:
-            request = urllib.request.Request(self._url.get_secret_value(), body, self._headers, method="POST")
-            self._opener.open(request, timeout=self._timeout_s).close()
-        except urllib.error.HTTPError as error:
-            error.close()
-            hint = "; redirects are not followed" if 300 <= error.code < 400 else ""
-            return f"HTTP status {error.code}{hint}", error.code in RETRYABLE
-        except urllib.error.URLError as error:
-            return type(error.reason).__name__ if isinstance(
-                error.reason, Exception
-            ) else "no connection", True
-        except (OSError, http.client.HTTPException) as error:
-            return type(error).__name__, not isinstance(error, http.client.InvalidURL)
-        except ValueError as error:
-            return type(error).__name__, False
-        return None, False
+            addresses = checked_addresses(host, port, allow_private=self._allow_private, ask=self._ask)
+        except AddressRefused as error:
+            raise NotDelivered(str(error), may_pass=False) from None
+        except (OSError, UnicodeError):
+            raise NotDelivered("the name of its host is not known", may_pass=True) from None
+        reason = "no connection"
+        with quiet_libraries():
+            for address in addresses[:MOST_ADDRESSES]:
+                try:
+                    status = self._post(address, body)
+                except (httpx.ConnectError, httpx.ConnectTimeout) as error:
+                    reason = WORDS[type(error)]
+                except httpx.HTTPError as error:
+                    raise NotDelivered(WORDS.get(type(error), type(error).__name__), may_pass=True) from None
+                else:
+                    break
+            else:
+                raise NotDelivered(reason, may_pass=True) from None
+        if not 200 <= status < 300:
+            hint = "; redirects are not followed" if 300 <= status < 400 else ""
+            raise NotDelivered(f"HTTP status {status}{hint}", may_pass=status in RETRYABLE)
+
+    def _post(self, address: str, body: bytes) -> int:
+        """The status of the answer, whose body is not read."""
+        parts = _split(self._url.get_secret_value())
+        userinfo, _, place = parts.netloc.rpartition("@")
+        host, port = _place(parts)
+        headers = {
+            "Host": place,
+            "Content-Type": "application/json",
+            "User-Agent": "eventtrain",
+            "Connection": "close",
+        }
+        if userinfo:
+            headers["Authorization"] = "Basic " + base64.b64encode(unquote(userinfo).encode()).decode()
+        if self._key is not None:
+            now = str(int(time.time()))
+            headers |= {TIMESTAMP: now, SIGNATURE: signature(self._key, now, body)}
+        wait_s = self._timeout_s
+        request = httpx.Request(
+            "POST",
+            httpx.URL(parts._replace(netloc=place, fragment="").geturl()).copy_with(host=address, port=port),
+            headers=headers,
+            content=body,
+            extensions={"timeout": {"connect": wait_s, "read": wait_s, "write": wait_s, "pool": wait_s}}
+            | ({} if _is_address(host) else {"sni_hostname": host}),
+        )
+        if self._context is None:
+            self._context = httpx.create_ssl_context()
+        # The transport and not a client: a client logs the URL, and would use a proxy that resolves the name again.
+        with httpx.HTTPTransport(verify=self._context, retries=0) as transport:
+            response = transport.handle_request(request)
+            response.close()
+            return response.status_code
 
 
-class _NoRedirects(urllib.request.HTTPRedirectHandler):
-    def redirect_request(
-        self, req: urllib.request.Request, fp: IO[bytes], code: int, msg: str, headers: Message, newurl: str
-    ) -> None:
-        return None
+def signature(key: SecretStr, timestamp: str, body: bytes) -> str:
+    """What ``X-Eventtrain-Signature`` says."""
+    digest = hmac.new(key.get_secret_value().encode(), timestamp.encode() + b"." + body, hashlib.sha256)
+    return f"sha256={digest.hexdigest()}"
 
 
-def _split(url: str) -> tuple[SecretStr, dict[str, str]]:
-    headers = {"Content-Type": "application/json", "User-Agent": "eventtrain"}
+def _split(url: str) -> SplitResult:
     try:
-        parts = urllib.parse.urlsplit(url)
-        good = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
+        parts = urlsplit(url)
+        good = (
+            parts.scheme in ("http", "https")
+            and bool(parts.hostname)
+            and parts.port != 0
+            and url.isprintable()
+        )
+        if good:
+            httpx.URL(url)
+            return parts
+    except (ValueError, httpx.InvalidURL):
+        pass
+    raise ConfigurationError(
+        "Alerts(url=...): needs a URL such as https://host/path. The one given is not shown: it may hold secrets."
+    )
+
+
+def _place(parts: SplitResult) -> tuple[str, int]:
+    return parts.hostname or "", parts.port or {"http": 80, "https": 443}[parts.scheme]
+
+
+def _is_address(host: str) -> bool:
+    try:
+        ip_address(host)
     except ValueError:
-        good = False
-        parts = urllib.parse.urlsplit("")
-    if not good:
-        raise ConfigurationError(
-            "Alerts(url=...): needs a URL such as https://host/path. The one given is not shown: it may hold secrets."
-        )
-    userinfo, at, host = parts.netloc.rpartition("@")
-    if at:
-        headers["Authorization"] = (
-            "Basic " + base64.b64encode(urllib.parse.unquote(userinfo).encode()).decode()
-        )
-    return SecretStr(urllib.parse.urlunsplit(parts._replace(netloc=host, fragment=""))), headers
-
-
-def _wait_until_stamped(event: Event) -> None:
-    """The bus stamps an event when it routes it, a moment after ``publish`` has returned."""
-    deadline_s = monotonic() + 1.0
-    pause = threading.Event()
-    while event.seq < 1 and monotonic() < deadline_s:
-        pause.wait(0.002)
+        return False
+    return True

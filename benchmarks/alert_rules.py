@@ -1,0 +1,162 @@
+"""What twenty alert rules that look at every step cost the training loop.
+
+Every figure is a ratio of two loops run one after the other in this process, in alternating order; the median of all
+pairs is quoted, with the quartiles. "bare" is the jitted loop with the same donation, the same batches on the device,
+no sync per step and one block at the end; "trainer" is a session without subscribers. The rules judge each of the
+three metrics at each step: thresholds, spikes, no improvement, forecasts, and those that go by the clock. None of them
+is met, as in a run that goes well.
+
+    python -m benchmarks.alert_rules [--pairs 21] [--seconds 1] [--json PATH]
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from time import perf_counter
+from typing import Annotated, Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import typer
+from rich.console import Console
+from rich.table import Table
+
+import eventtrain as et
+from benchmarks.machine import write_json
+from benchmarks.workloads import Workload, calibrated
+from eventtrain import subscribers as subs
+
+SIZES = (("70 us", 70e-6), ("0.7 ms", 0.7e-3))
+
+Loop = Callable[[int], float]
+"""Seconds for so many steps."""
+
+
+def rules() -> list[Any]:
+    """Twenty, each on every step where it is about a metric."""
+    step = et.StepCompleted
+    thresholds = [
+        subs.Rule(metric, above=1e9, name=f"{metric} high {number}", event=step)
+        for metric in ("loss", "grad_norm")
+        for number in range(3)
+    ]
+    return [
+        *thresholds,
+        *(subs.Rule(metric, non_finite=True, event=step) for metric in ("loss", "grad_norm")),
+        subs.Rule("examples", below=1, event=step),
+        *(subs.SpikeRule(metric, window=200, times=1e6, event=step) for metric in ("loss", "grad_norm")),
+        subs.SpikeRule("loss", window=1000, times=1e6, name="spike of a thousand", event=step),
+        subs.NoImprovementRule("loss", patience=10**9, event=step),
+        subs.NoImprovementRule("grad_norm", patience=10**9, mode="min", event=step),
+        subs.ForecastRule("loss", above=1e9, within=1000, window=100, event=step),
+        subs.ForecastRule("grad_norm", above=1e9, within=1000, window=100, event=step),
+        subs.StallRule(after_s=600),
+        subs.SlowSubscriberRule(backlog=10**9),
+        subs.LowDiskRule(below_bytes=1, every_s=1.0),
+        subs.StallRule(after_s=3600, name="long stall"),
+    ]
+
+
+def bare(workload: Workload) -> Loop:
+    """The jitted loop."""
+    jitted = jax.jit(workload.step_fn, donate_argnums=0)
+
+    def run(steps: int) -> float:
+        state, batches = jax.tree.map(jnp.copy, workload.state), workload.batches
+        state, metrics = jitted(state, batches[0])
+        jax.block_until_ready((state, metrics))
+        began_s = perf_counter()
+        for index in range(steps):
+            state, metrics = jitted(state, batches[index % len(batches)])
+        jax.block_until_ready((state, metrics))
+        return perf_counter() - began_s
+
+    return run
+
+
+def trained(workload: Workload, run_dir: str, subscribers: list[et.Subscriber], seen: list[et.Event]) -> Loop:
+    """A session of a trainer; alerts go to ``seen``."""
+    trainer = et.Trainer(workload.step_fn, workload.state, subscribers=subscribers, run_dir=run_dir)
+
+    @trainer.on(et.AlertRaised)
+    async def see(event: et.AlertRaised) -> None:
+        seen.append(event)
+
+    def run(steps: int) -> float:
+        batches = workload.batches
+        with trainer.session() as session:
+            session.prepare(batches[0])
+            session.step(batches[0])
+            session.block_until_ready()
+            began_s = perf_counter()
+            for index in range(steps):
+                session.step(batches[index % len(batches)])
+            session.block_until_ready()
+            return perf_counter() - began_s
+
+    return run
+
+
+def compared(loops: dict[str, Loop], pairs: int, seconds: float) -> dict[str, Any]:
+    """Runs all in turn, in alternating order; ratios of "alerts" to the others."""
+    for loop in loops.values():
+        loop(50)  # compiles
+    steps = max(200, int(seconds / (loops["bare"](200) / 200)))
+    took: dict[str, list[float]] = {name: [] for name in loops}
+    for pair in range(pairs):
+        for name in list(loops) if pair % 2 else reversed(loops):
+            took[name].append(loops[name](steps) / steps)
+    found: dict[str, Any] = {"steps": steps, "pairs": pairs}
+    for other in ("bare", "trainer"):
+        ratios = [a / b for a, b in zip(took["alerts"], took[other], strict=True)]
+        low, middle, high = np.quantile(ratios, [0.25, 0.5, 0.75])
+        found[f"ratio_to_{other}"] = round(float(middle), 4)
+        found[f"quartiles_to_{other}"] = [round(float(low), 4), round(float(high), 4)]
+        found[f"ratios_to_{other}"] = [round(ratio, 4) for ratio in ratios]
+    return found | {f"{name}_step_us": round(1e6 * float(np.median(each)), 1) for name, each in took.items()}
+
+
+def main(
+    pairs: Annotated[int, typer.Option(help="Rounds; each loop runs once in each.")] = 21,
+    seconds: Annotated[float, typer.Option(help="Length of each run.")] = 1.0,
+    json: Annotated[Path | None, typer.Option(help="Where to write the figures.")] = None,
+) -> None:
+    """Measure and print the table."""
+    table = Table(title="20 alert rules on every step / without, median of paired runs")
+    for heading in ("step", "bare", "with rules", "to bare", "quartiles", "to trainer", "quartiles"):
+        table.add_column(heading, no_wrap=True, justify="right")
+    figures: list[dict[str, Any]] = []
+    for name, target_s in SIZES:
+        workload = calibrated(name, target_s)
+        seen: list[et.Event] = []
+        with tempfile.TemporaryDirectory() as run_dir:
+            loops = {
+                "bare": bare(workload),
+                "trainer": trained(workload, run_dir, [], seen),
+                "alerts": trained(workload, run_dir, [subs.Alerts(rules())], seen),
+            }
+            found = {"step": name, "rules": len(rules())} | compared(loops, pairs, seconds)
+        if seen:
+            raise SystemExit(
+                f"{len(seen)} alerts were raised: the figures are not those of a run that goes well"
+            )
+        figures.append(found)
+        table.add_row(
+            name,
+            f"{found['bare_step_us']:.0f} us",
+            f"{found['alerts_step_us']:.0f} us",
+            f"{found['ratio_to_bare']:.3f}",
+            " to ".join(f"{share:.3f}" for share in found["quartiles_to_bare"]),
+            f"{found['ratio_to_trainer']:.3f}",
+            " to ".join(f"{share:.3f}" for share in found["quartiles_to_trainer"]),
+        )
+    Console(width=120).print(table)
+    if json is not None:
+        write_json(json, "alert_rules", figures)
+
+
+if __name__ == "__main__":
+    typer.run(main)
