@@ -54,6 +54,7 @@ docs: $(VENV)/.installed-docs
 bench: $(VENV)/.installed-bench
 	$(BIN)/python -m benchmarks.loop_overhead --json benchmarks/results/loop_overhead-$(DEVICE).json
 	$(BIN)/python -m benchmarks.bus_throughput --json benchmarks/results/bus_throughput-$(DEVICE).json
+	$(BIN)/python -m benchmarks.sinks --json benchmarks/results/sinks-$(DEVICE).json
 	$(BIN)/python -m benchmarks.step_extensions --json benchmarks/results/step_extensions-$(DEVICE).json
 	$(BIN)/python -m benchmarks.checkpoint_stall --json benchmarks/results/checkpoint_stall_120MB-$(DEVICE).json
 	$(BIN)/python -m benchmarks.checkpoint_stall --megabytes 1000 --steps 30 --pairs 3 \

@@ -6,14 +6,17 @@ import logging
 import os
 import shutil
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from itertools import count
 from pathlib import Path
 from typing import Generic, TypeVar
 
-from eventtrain.subscribers.waiting_rows import WaitingRows
+from eventtrain.subscribers.waiting_rows import Entry, WaitingRows
 
 logger = logging.getLogger("eventtrain")
+
+GROUP_ROWS = 4096
+"""At least so many rows are written at once where they wait; more would only need more memory."""
 
 Item = TypeVar("Item")
 
@@ -95,29 +98,30 @@ class RowFile(Generic[Item]):
             os.fsync(file.fileno())
 
     def commit(self) -> None:
-        """Write every waiting row, whole or not at all.
+        """Write every waiting row, in groups, each of them whole or not at all.
 
         Raises:
-            OSError: it failed; the file ends where it ended before, and the rows still wait.
+            OSError: it failed; the file ends where the last group ended, and the other rows still wait.
         """
         with self._lock:
             if self._torn_at is not None:
                 os.truncate(self.path, self._torn_at)
                 self._torn_at = None
-            entries = self.rows.take()
-            if not entries:
-                return
+            entries, done = self.rows.take(), 0
             try:
-                data = self._render([entry.item for entry in entries]) + b"\n"
-                descriptor = os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, 0o644)
-                try:
-                    self._append(descriptor, data)
-                finally:
-                    os.close(descriptor)
+                while done < len(entries):
+                    group = _some(entries, done)
+                    data = self._render([entry.item for entry in group]) + b"\n"
+                    descriptor = os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, 0o644)
+                    try:
+                        self._append(descriptor, data)
+                    finally:
+                        os.close(descriptor)
+                    self.row_count += self.rows.written(group)
+                    done += len(group)
             except BaseException:
-                self.rows.give_back(entries)
+                self.rows.give_back(entries[done:])
                 raise
-            self.row_count += self.rows.written(entries)
 
     def _append(self, descriptor: int, data: bytes) -> None:
         self._torn_at = begin = os.lseek(descriptor, 0, os.SEEK_END)
@@ -133,6 +137,14 @@ class RowFile(Generic[Item]):
             raise
         self._torn_at = None
         self.size_bytes = begin + len(data)
+
+
+def _some(entries: Sequence[Entry[Item]], begin: int) -> Sequence[Entry[Item]]:
+    rows, end = 0, begin
+    while end < len(entries) and rows < GROUP_ROWS:
+        rows += entries[end].rows
+        end += 1
+    return entries[begin:end]
 
 
 def free_name(path: Path, purpose: str) -> Path:
