@@ -58,8 +58,10 @@ TYPES = {
     "ReduceLROnPlateau": "reduce_lr_on_plateau",
     "StepTimer": "step_timer",
     "Report": "report",
+    "TensorBoardLogger": "tensor_board_logger",
     "TerminateOnNaN": "terminate_on_nan",
     "Uploader": "uploader",
+    "WandbLogger": "wandb_logger",
 }
 """Class -> its name in a file."""
 
@@ -81,6 +83,7 @@ REQUIRED: dict[str, dict[str, Any]] = {
     "ModelRegistry": {"name": "digits", "tracking_uri": "sqlite:///mlflow.db"},
     "ParquetLogger": {"path": "metrics"},
     "Uploader": {"url": "s3://bucket/prefix"},
+    "WandbLogger": {"project": "digits"},
 }
 """What a table has to say besides its type."""
 

@@ -49,7 +49,9 @@ if TYPE_CHECKING:
     from eventtrain.subscribers.plot_curves import PlotCurves
     from eventtrain.subscribers.prometheus_exporter import PrometheusExporter
     from eventtrain.subscribers.report import Report
+    from eventtrain.subscribers.tensorboard_logger import TensorBoardLogger
     from eventtrain.subscribers.uploader import Uploader
+    from eventtrain.subscribers.wandb_logger import WandbLogger
 
 __all__ = [
     "AlertTarget",
@@ -90,8 +92,10 @@ __all__ = [
     "SpikeRule",
     "StallRule",
     "StepTimer",
+    "TensorBoardLogger",
     "TerminateOnNaN",
     "Uploader",
+    "WandbLogger",
     "download_checkpoint",
     "restore_state",
 ]
@@ -107,7 +111,9 @@ _LAZY = {
     "PlotCurves": "plot_curves",
     "PrometheusExporter": "prometheus_exporter",
     "Report": "report",
+    "TensorBoardLogger": "tensorboard_logger",
     "Uploader": "uploader",
+    "WandbLogger": "wandb_logger",
     "download_checkpoint": "download",
     "restore_state": "checkpointer",
 }

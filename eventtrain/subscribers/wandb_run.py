@@ -1,0 +1,227 @@
+"""``WandbRun``: one run of W&B's, spoken to by one thread. Everything blocks.
+
+W&B's messages may quote the API key or parts of a URL, so only the kind of a failure is passed on.
+"""
+
+from __future__ import annotations
+
+import html
+import inspect
+import io
+from collections.abc import Callable, Generator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import wandb
+from pydantic import SecretStr
+
+from eventtrain.errors import ConfigurationError, StorageError
+from eventtrain.subscribers.tracked_values import Array, Tracked, bin_edges
+from eventtrain.subscribers.wandb_files import last_step
+
+try:
+    from PIL import Image
+except ModuleNotFoundError:
+    Image = None
+
+TEMPORARY = (
+    "CommError",
+    "HTTPError",
+    "ConnectionError",
+    "ServiceStartTimeoutError",
+    "Timeout",
+    "TimeoutError",
+)
+"""Kinds of failures after which another try may work."""
+
+
+@dataclass(frozen=True)
+class WandbOptions:
+    """What ``wandb.init`` is told; ``run_id`` is W&B's."""
+
+    run_id: str
+    folder: Path
+    mode: Literal["online", "offline"]
+    project: str
+    entity: str | None
+    name: str
+    group: str | None
+    tags: tuple[str, ...]
+    config: Mapping[str, Any]
+    api_key: SecretStr | None
+    base_url: str | None
+    init_timeout_s: float
+    resumes: bool
+
+
+class WandbRun:
+    """Opened by the first job that works; a step that was written before is not written again.
+
+    Args:
+        options: of the run.
+    """
+
+    def __init__(self, options: WandbOptions) -> None:
+        self._options = options
+        self._run: Any = None
+        self._step = -1
+        self._present = -1
+        self.skipped = 0
+        """Rows left out, since an attempt before wrote them."""
+
+    def open(self) -> None:
+        """Begin, or go on with, the run. Raises StorageError."""
+        options = self._options
+        with _told():
+            options.folder.mkdir(parents=True, exist_ok=True)
+            if options.resumes:
+                self._present = last_step(options.folder, options.run_id)
+            self._run = wandb.init(
+                project=options.project,
+                entity=options.entity,
+                name=options.name,
+                id=options.run_id,
+                group=options.group,
+                tags=options.tags,
+                config=dict(options.config),
+                dir=str(options.folder),
+                mode=options.mode,
+                resume="allow" if options.mode == "online" else None,
+                reinit="create_new",  # the program may have a run of its own
+                settings=_settings(options),
+            )
+            if options.resumes and options.mode == "online":
+                self._present = max(self._present, int(self._run.step) - 1)
+            self._run.define_metric("histograms/*", step_metric="histograms/step")
+
+    def log(self, rows: Mapping[int, Mapping[str, Any]]) -> None:
+        """Rows by step, in order; what belongs to the step before it is added to it. Raises StorageError."""
+        with _told(self._run):
+            for step, values in rows.items():
+                if step <= self._present:
+                    self.skipped += 1
+                elif values:
+                    self._log(values, step)
+
+    def log_histograms(self, step: int, arrays: Mapping[str, Array]) -> None:
+        """Of the state after ``step``, which may be some steps ago: they have an axis of their own."""
+        with _told(self._run):
+            if step > self._present:
+                made = {
+                    f"histograms/{name}": value
+                    for name, array in arrays.items()
+                    for value in _histogram(array)
+                }
+                self._log({**made, "histograms/step": step}, step)
+
+    def log_tracked(self, step: int, values: Tracked) -> None:
+        """What functions of the user's gave. Raises StorageError."""
+        with _told(self._run):
+            if step <= self._present:
+                self.skipped += 1
+                return
+            made: dict[str, Any] = dict(values.numbers)
+            made |= {
+                name: wandb.Html(f"<pre>{html.escape(text)}</pre>") for name, text in values.texts.items()
+            }
+            made |= {name: _image(picture) for name, picture in values.images.items()}
+            made |= {name: value for name, array in values.arrays.items() for value in _histogram(array)}
+            self._log(made, step)
+
+    def configure(self, values: Mapping[str, Any]) -> None:
+        """Add to the run's config."""
+        with _told(self._run):
+            self._run.config.update(
+                {_key(name): value for name, value in values.items()}, allow_val_change=True
+            )
+
+    def save_text(self, name: str, make: Callable[[], str]) -> None:
+        """A file of the run's."""
+        with _told(self._run):
+            path = Path(self._run.dir) / name
+            path.write_text(make(), encoding="utf-8")
+            self._run.save(str(path), base_path=self._run.dir, policy="now")
+
+    def finish(self, exit_code: int) -> None:
+        """The run has ended; W&B sends what it has not sent yet. Raises StorageError."""
+        if self._run is not None:
+            with _told(self._run):
+                self._run.finish(exit_code=exit_code)
+
+    def _log(self, values: Mapping[str, Any], step: int) -> None:
+        self._step = max(self._step, step)  # W&B takes no step that is behind its last one
+        self._run.log({_key(name): value for name, value in values.items()}, step=self._step)
+
+
+def require_key(base_url: str | None) -> None:
+    """Make sure that W&B can be logged in to without asking anybody. Blocks.
+
+    Raises:
+        ConfigurationError: nothing says a key.
+    """
+    if "prompt" not in inspect.signature(wandb.login).parameters:
+        return  # an older version could only be asked by having it ask the user
+    with _told():
+        known = wandb.login(host=base_url, prompt=False, verify=False)
+    if not known:
+        raise ConfigurationError(
+            "WandbLogger has no API key. Give api_key=..., set WANDB_API_KEY, run `wandb login`, or use "
+            'mode="offline".'
+        )
+
+
+def _settings(options: WandbOptions) -> wandb.Settings:
+    given: dict[str, Any] = {
+        "console": "off",  # what the program prints is the program's
+        "silent": True,
+        "disable_git": True,
+        "disable_code": True,
+        "disable_job_creation": True,
+        "x_disable_stats": True,
+        "x_save_requirements": False,
+        "x_transaction_log_flush_interval": 1.0,
+        "init_timeout": options.init_timeout_s,
+    }
+    if options.api_key is not None:
+        given["api_key"] = options.api_key.get_secret_value()
+    if options.base_url is not None:
+        given["base_url"] = options.base_url
+    known = wandb.Settings.model_fields
+    return wandb.Settings(**{name: value for name, value in given.items() if name in known})
+
+
+def _histogram(array: Array) -> Generator[Any]:
+    values = np.asarray(array, np.float64).ravel()
+    finite = values[np.isfinite(values)]
+    if finite.size:
+        edges = bin_edges(finite)
+        yield wandb.Histogram(np_histogram=(np.histogram(finite, edges)[0].tolist(), edges.tolist()))
+
+
+def _image(picture: Array | bytes) -> Any:
+    if Image is None:
+        raise StorageError("images need Pillow; install it: pip install pillow")
+    if isinstance(picture, bytes):
+        return wandb.Image(Image.open(io.BytesIO(picture)))
+    return wandb.Image(Image.fromarray(picture[:, :, 0] if picture.shape[2] == 1 else picture))
+
+
+def _key(name: str) -> str:
+    return name.encode("utf-8", "backslashreplace").decode() or "_"
+
+
+@contextmanager
+def _told(run: Any = True) -> Generator[None]:
+    """Turns what W&B raises into a StorageError that quotes nothing of it."""
+    if run is None:
+        raise StorageError("no run of W&B's could be opened")
+    try:
+        yield
+    except StorageError:
+        raise
+    except Exception as error:
+        kind = type(error).__name__
+        raise StorageError(f"W&B failed: {kind}", may_pass=kind in TEMPORARY) from None
