@@ -121,4 +121,4 @@ async def test_a_handler_that_turns_slow_gives_way_after_few_events(anyio_backen
         for _ in range(1_100):
             bus.publish(Ping())
         await bus.drain()
-        assert bus.subscriptions[0].statistics().longest_slice_s < 0.1
+        assert bus.subscriptions[0].statistics().longest_slice_s < 0.3

@@ -137,6 +137,7 @@ class ModelledRun:
         self.start_step = 0
         self.steps = self.epochs = self.steps_per_epoch = None
         self.can_evaluate = False  # the metrics of each epoch are all there
+        self.ended = None
         self.snapshots: dict[str, Any] = {}
         self._kept: dict[str, float] = {}
         self._final_restores: list[tuple[str, Callable[[], bool]]] = []
