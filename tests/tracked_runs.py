@@ -114,7 +114,7 @@ from tracked_runs import Lowering, data, scripted_run
 
 tracker = {tracker}
 die_at = {die_at}
-trainer = scripted_run(Path("run"), subs.Checkpointer("checkpoints", every=7, max_to_keep=None), tracker)
+trainer = scripted_run(Path("run"), subs.Checkpointer("checkpoints", every=7, max_to_keep=None, at_end=False), tracker)
 
 @trainer.on(et.StepsCompleted | et.CheckpointCommitted)
 async def die(event):
