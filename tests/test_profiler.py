@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -27,17 +28,19 @@ def xplane(path: str | Path) -> Path:
 
 def marked_steps(path: str | Path) -> list[int]:
     """The steps that the trace names, as TensorBoard reads them."""
-    data = jax.profiler.ProfileData.from_file(str(xplane(path)))
     found: list[int] = []
-    for plane in data.planes:
-        for line in plane.lines:
-            found += [
-                int(value)
-                for event in line.events
-                if event.name == "train"
-                for name, value in event.stats
-                if name == "step_num"
-            ]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of how jaxlib makes its types: as an error it would end the process
+        data = jax.profiler.ProfileData.from_file(str(xplane(path)))
+        for plane in data.planes:
+            for line in plane.lines:
+                found += [
+                    int(value)
+                    for event in line.events
+                    if event.name == "train"
+                    for name, value in event.stats
+                    if name == "step_num"
+                ]
     return sorted(found)
 
 
