@@ -10,12 +10,12 @@ from typing import TYPE_CHECKING as _TYPE_CHECKING
 from typing import Any as _Any
 
 from eventtrain import errors
+from eventtrain.array_loader import ArrayLoader
 from eventtrain.bus.bus import EventBus
 from eventtrain.bus.queues import DropNewest, DropOldest, KeepLatest, Lossless, Queue
 from eventtrain.bus.subscription import Subscription, SubscriptionStatistics
 from eventtrain.commands import Cause, Command
 from eventtrain.control import Control, KeptSnapshot
-from eventtrain.data import ArrayLoader
 from eventtrain.device.averaging import EMA, SWA
 from eventtrain.device.extensions import StepExtension
 from eventtrain.device.nonfinite import nonfinite_metrics

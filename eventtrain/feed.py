@@ -7,8 +7,9 @@ from typing import Any
 
 import jax
 
-from eventtrain.data import BatchGroup, Peeked, Prefetcher, batches_from, on_device
+from eventtrain.data import Peeked, batches_from, on_device
 from eventtrain.errors import DataError
+from eventtrain.prefetch import BatchGroup, Prefetcher
 
 Wait = Callable[[Callable[[], object]], bool]
 """Waits until its argument is true; False if the run has to end first."""

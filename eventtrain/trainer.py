@@ -23,9 +23,9 @@ from eventtrain.bus.options import EventTypes
 from eventtrain.bus.subscription import Subscription
 from eventtrain.control import Control
 from eventtrain.control_room import ControlRoom
-from eventtrain.data import sixty_four_bit
 from eventtrain.device.extensions import StepExtension
 from eventtrain.device.state import PyTree, place, split_state
+from eventtrain.device.x64 import sixty_four_bit
 from eventtrain.errors import AlreadyRunning, ConfigurationError, SnapshotError, StateInUse
 from eventtrain.events import (
     EpochCompleted,
