@@ -7,6 +7,9 @@ import queue
 import threading
 from collections.abc import Callable
 
+import anyio
+import anyio.to_thread
+
 from eventtrain.errors import BusClosed, QueueFull
 from eventtrain.events import Event
 
@@ -42,6 +45,26 @@ class JobThread(threading.Thread):
         self.join(timeout_s)
         self.stopping.set()
         return not self.is_alive()
+
+    async def finish_within(self, timeout_s: float, give_up: Callable[[], None] | None = None) -> bool:
+        """As ``finish``, from the event loop, which goes on.
+
+        Args:
+            timeout_s: seconds.
+            give_up: called where that was not enough, or where this is cancelled: the trainer's ``drain_timeout_s`` may
+                be shorter. It says what is left.
+        """
+        in_time = False
+        try:
+            # Not anyio's limiter: forty blocked handlers of a service would be waited for.
+            in_time = await anyio.to_thread.run_sync(
+                self.finish, timeout_s, abandon_on_cancel=True, limiter=anyio.CapacityLimiter(1)
+            )
+        finally:
+            self.stopping.set()
+            if not in_time and give_up is not None:
+                give_up()
+        return in_time
 
     def run(self) -> None:
         """Work until ``finish``."""

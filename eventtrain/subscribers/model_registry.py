@@ -9,8 +9,6 @@ from functools import partial
 from pathlib import Path
 from typing import Literal
 
-import anyio
-import anyio.to_thread
 from pydantic import SecretStr
 
 from eventtrain.errors import ConfigurationError, SubscriberError
@@ -154,18 +152,11 @@ class ModelRegistry(Subscriber):
         if thread is None:
             return
         thread.end(self._status)
-        in_time = False
-        try:
-            in_time = await anyio.to_thread.run_sync(
-                thread.finish,
-                self._finish_timeout_s,
-                abandon_on_cancel=True,
-                limiter=anyio.CapacityLimiter(1),
-            )
-        finally:  # also where the trainer's drain_timeout_s was shorter, and this is cancelled
-            if not in_time:
-                thread.stopping.set()
-                logger.error("The time for the end of the run is over; not registered: %s", thread.listing)
+
+        def give_up() -> None:
+            logger.error("The time for the end of the run is over; not registered: %s", thread.listing)
+
+        in_time = await thread.finish_within(self._finish_timeout_s, give_up)
         if not in_time:
             raise SubscriberError(
                 f"Not everything was registered within {self._finish_timeout_s:g} s after the run: {thread.listing}."

@@ -7,9 +7,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
-import anyio
-import anyio.to_thread
-
 from eventtrain.errors import ConfigurationError, SubscriberError
 from eventtrain.events import (
     EpochCompleted,
@@ -144,16 +141,7 @@ class PlotCurves(Subscriber):
         self._due.clear()
         failures: list[Exception] = []
         thread.put(partial(self._draw_last, self._series.copy(), failures))
-        in_time = False
-        try:
-            in_time = await anyio.to_thread.run_sync(
-                thread.finish,
-                self._finish_timeout_s,
-                abandon_on_cancel=True,
-                limiter=anyio.CapacityLimiter(1),
-            )
-        finally:
-            thread.stopping.set()
+        in_time = await thread.finish_within(self._finish_timeout_s)
         if failures:
             raise failures[0]
         if not in_time:

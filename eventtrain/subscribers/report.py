@@ -8,9 +8,6 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal
 
-import anyio
-import anyio.to_thread
-
 from eventtrain.errors import ConfigurationError, SubscriberError
 from eventtrain.events import Event, StepsCompleted
 from eventtrain.subscriber import RunContext, Subscriber
@@ -133,16 +130,7 @@ class Report(Subscriber):
         failures: list[Exception] = []
         thread.put(partial(self._write, run, statistics, failures))
         thread.start()
-        in_time = False
-        try:
-            in_time = await anyio.to_thread.run_sync(
-                thread.finish,
-                self._finish_timeout_s,
-                abandon_on_cancel=True,
-                limiter=anyio.CapacityLimiter(1),
-            )
-        finally:
-            thread.stopping.set()
+        in_time = await thread.finish_within(self._finish_timeout_s)
         if failures:
             raise failures[0]
         if not in_time:

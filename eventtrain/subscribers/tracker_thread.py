@@ -102,7 +102,6 @@ class TrackerThread(JobThread):
         self._ending = threading.Event()
         self._given_up = False
         self._last = _Job(lambda: None, 0, "run_started", 0)
-        self._limiter: anyio.CapacityLimiter | None = None
 
     # --- any thread; never blocks -----------------------------------------------------------------------------
 
@@ -156,7 +155,7 @@ class TrackerThread(JobThread):
         done = threading.Event()
         self.put(partial(self._settle, done))
         in_time = await anyio.to_thread.run_sync(
-            done.wait, timeout_s, abandon_on_cancel=True, limiter=self._own_limiter()
+            done.wait, timeout_s, abandon_on_cancel=True, limiter=anyio.CapacityLimiter(1)
         )
         return in_time and self._outage is None
 
@@ -166,16 +165,11 @@ class TrackerThread(JobThread):
         Raises:
             SubscriberError: that was too short; the message counts the rows.
         """
-        in_time = False
-        try:
-            in_time = await anyio.to_thread.run_sync(
-                self.finish, timeout_s, abandon_on_cancel=True, limiter=self._own_limiter()
-            )
-        finally:  # also where the trainer's drain_timeout_s was shorter, and this is cancelled
-            if not in_time:
-                self.stopping.set()
-                logger.error("The time for the end of the run is over; %s lacks %s", self._target, self._left)
-        if not in_time:
+
+        def give_up() -> None:
+            logger.error("The time for the end of the run is over; %s lacks %s", self._target, self._left)
+
+        if not await self.finish_within(timeout_s, give_up):
             raise SubscriberError(
                 f"{self._target} did not take everything within {timeout_s:g} s after the run; it lacks {self._left}."
             )
@@ -292,12 +286,6 @@ class TrackerThread(JobThread):
         self._statistics = TrackerStatistics(
             now.written + written, now.waiting + waiting, now.lost + lost, now.outages + outages
         )
-
-    def _own_limiter(self) -> anyio.CapacityLimiter:
-        # Not anyio's: forty blocked handlers of a service would be waited for. Made here, on the event loop.
-        if self._limiter is None:
-            self._limiter = anyio.CapacityLimiter(2)
-        return self._limiter
 
 
 def _attempted(work: Callable[[], None]) -> StorageError | None:

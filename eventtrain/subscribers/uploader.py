@@ -6,9 +6,6 @@ import logging
 from functools import partial
 from pathlib import Path, PurePath
 
-import anyio
-import anyio.to_thread
-
 from eventtrain.errors import ConfigurationError, EventTrainError, SubscriberError
 from eventtrain.events import CheckpointCommitted, CheckpointUploadFailed, RunResumed
 from eventtrain.subscriber import RunContext, Subscriber
@@ -115,18 +112,7 @@ class Uploader(Subscriber):
         if run is None or thread is None:
             return
         thread.add_logs(self._step)
-        in_time = False
-        try:
-            in_time = await anyio.to_thread.run_sync(
-                thread.finish,
-                self._finish_timeout_s,
-                abandon_on_cancel=True,
-                limiter=anyio.CapacityLimiter(1),
-            )
-        finally:  # also where the trainer's drain_timeout_s was shorter, and this is cancelled
-            if not in_time:
-                thread.stopping.set()
-                _tell_left(thread, run)
+        in_time = await thread.finish_within(self._finish_timeout_s, partial(_tell_left, thread, run))
         if not in_time:
             raise SubscriberError(
                 f"Not everything was copied to {thread.url} within {self._finish_timeout_s:g} s after the run."
