@@ -59,6 +59,7 @@ bench: $(VENV)/.installed-bench
 	$(BIN)/python -m benchmarks.checkpoint_stall --json benchmarks/results/checkpoint_stall_120MB-$(DEVICE).json
 	$(BIN)/python -m benchmarks.checkpoint_stall --megabytes 1000 --steps 30 --pairs 3 \
 		--json benchmarks/results/checkpoint_stall_1000MB-$(DEVICE).json
+	$(BIN)/python -m benchmarks.live_sinks --json benchmarks/results/live_sinks-$(DEVICE).json
 	$(BIN)/python -m benchmarks.alert_rules --json benchmarks/results/alert_rules-$(DEVICE).json
 	$(BIN)/python -m benchmarks.memory
 	$(BIN)/python -m benchmarks.readme

@@ -12,27 +12,21 @@ is met, as in a run that goes well.
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable
 from pathlib import Path
-from time import perf_counter
+from statistics import median
 from typing import Annotated, Any
 
-import jax
-import jax.numpy as jnp
-import numpy as np
 import typer
 from rich.console import Console
 from rich.table import Table
 
 import eventtrain as et
 from benchmarks.machine import write_json
+from benchmarks.paired import Loop, in_turn, ratios, session_loop
 from benchmarks.workloads import Workload, calibrated
 from eventtrain import subscribers as subs
 
 SIZES = (("70 us", 70e-6), ("0.7 ms", 0.7e-3))
-
-Loop = Callable[[int], float]
-"""Seconds for so many steps."""
 
 
 def rules() -> list[Any]:
@@ -60,23 +54,6 @@ def rules() -> list[Any]:
     ]
 
 
-def bare(workload: Workload) -> Loop:
-    """The jitted loop."""
-    jitted = jax.jit(workload.step_fn, donate_argnums=0)
-
-    def run(steps: int) -> float:
-        state, batches = jax.tree.map(jnp.copy, workload.state), workload.batches
-        state, metrics = jitted(state, batches[0])
-        jax.block_until_ready((state, metrics))
-        began_s = perf_counter()
-        for index in range(steps):
-            state, metrics = jitted(state, batches[index % len(batches)])
-        jax.block_until_ready((state, metrics))
-        return perf_counter() - began_s
-
-    return run
-
-
 def trained(workload: Workload, run_dir: str, subscribers: list[et.Subscriber], seen: list[et.Event]) -> Loop:
     """A session of a trainer; alerts go to ``seen``."""
     trainer = et.Trainer(workload.step_fn, workload.state, subscribers=subscribers, run_dir=run_dir)
@@ -85,19 +62,7 @@ def trained(workload: Workload, run_dir: str, subscribers: list[et.Subscriber], 
     async def see(event: et.AlertRaised) -> None:
         seen.append(event)
 
-    def run(steps: int) -> float:
-        batches = workload.batches
-        with trainer.session() as session:
-            session.prepare(batches[0])
-            session.step(batches[0])
-            session.block_until_ready()
-            began_s = perf_counter()
-            for index in range(steps):
-                session.step(batches[index % len(batches)])
-            session.block_until_ready()
-            return perf_counter() - began_s
-
-    return run
+    return session_loop(trainer, workload.batches)
 
 
 def compared(loops: dict[str, Loop], pairs: int, seconds: float) -> dict[str, Any]:
@@ -105,18 +70,12 @@ def compared(loops: dict[str, Loop], pairs: int, seconds: float) -> dict[str, An
     for loop in loops.values():
         loop(50)  # compiles
     steps = max(200, int(seconds / (loops["bare"](200) / 200)))
-    took: dict[str, list[float]] = {name: [] for name in loops}
-    for pair in range(pairs):
-        for name in list(loops) if pair % 2 else reversed(loops):
-            took[name].append(loops[name](steps) / steps)
+    took = in_turn(loops, pairs, steps)
     found: dict[str, Any] = {"steps": steps, "pairs": pairs}
     for other in ("bare", "trainer"):
-        ratios = [a / b for a, b in zip(took["alerts"], took[other], strict=True)]
-        low, middle, high = np.quantile(ratios, [0.25, 0.5, 0.75])
-        found[f"ratio_to_{other}"] = round(float(middle), 4)
-        found[f"quartiles_to_{other}"] = [round(float(low), 4), round(float(high), 4)]
-        found[f"ratios_to_{other}"] = [round(ratio, 4) for ratio in ratios]
-    return found | {f"{name}_step_us": round(1e6 * float(np.median(each)), 1) for name, each in took.items()}
+        middle, quartiles, each = ratios(took["alerts"], took[other])
+        found |= {f"ratio_to_{other}": middle, f"quartiles_to_{other}": quartiles, f"ratios_to_{other}": each}
+    return found | {f"{name}_step_us": round(1e6 * median(each), 1) for name, each in took.items()}
 
 
 def main(
@@ -134,7 +93,7 @@ def main(
         seen: list[et.Event] = []
         with tempfile.TemporaryDirectory() as run_dir:
             loops = {
-                "bare": bare(workload),
+                "bare": workload.bare_loop,
                 "trainer": trained(workload, run_dir, [], seen),
                 "alerts": trained(workload, run_dir, [subs.Alerts(rules())], seen),
             }

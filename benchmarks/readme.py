@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +17,14 @@ SUBSCRIBERS = {"none": "none"}
 
 
 def tables() -> str:
-    """Both tables with their machines; for what was not measured yet, how to do it."""
+    """All tables with their machines; for what was not measured yet, how to do it."""
     parts = [
         section(name, render)
         for name, render in (
             ("loop_overhead", loop_overhead),
+            ("live_sinks", partial(live, "every file sink, TensorBoard, Prometheus, report and curves")),
+            ("alert_rules", partial(live, "twenty alert rules on every step")),
+            ("sinks", sinks),
             ("bus_throughput", bus_throughput),
             ("checkpoint_stall_120MB", checkpoint_stall),
             ("checkpoint_stall_1000MB", checkpoint_stall),
@@ -61,6 +65,28 @@ def loop_overhead(figures: list[dict[str, Any]]) -> str:
             f"{figure['steps_per_call']} | **{figure['ratio_median']:.3f}** ({lowest:.3f} to {highest:.3f}) | "
             f"{figure['pairs']} |"
         )
+    return "\n".join(lines)
+
+
+def live(what: str, figures: list[dict[str, Any]]) -> str:
+    """A run with these subscribers over the bare loop, for each size of step."""
+    lines = ["| bare step | live | observed / bare loop | pairs |", "|---|---|---|---|"]
+    for figure in figures:
+        each = figure.get("ratios") or figure["ratios_to_bare"]
+        middle = figure.get("ratio_median") or figure["ratio_to_bare"]
+        lines.append(
+            f"| {_duration(figure['bare_step_us'])} | {what} | **{middle:.3f}** ({min(each):.3f} to {max(each):.3f}) | "
+            f"{figure['pairs']} |"
+        )
+    return "\n".join(lines)
+
+
+def sinks(figures: dict[str, dict[str, float]]) -> str:
+    """Rows a second of the file loggers."""
+    lines = ["| rows of 3 metrics | rows/s | over writing them row by row |", "|---|---|---|"]
+    for logger, figure in figures.items():
+        ratio = f"**{figure['ratio']:.1f}**" if "ratio" in figure else ""
+        lines.append(f"| {logger} | {figure['rows/s']:,.0f} | {ratio} |")
     return "\n".join(lines)
 
 

@@ -13,20 +13,20 @@ dispatch of that call is in it.
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable
 from pathlib import Path
+from statistics import median
 from time import perf_counter
 from typing import Annotated, Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import typer
 from rich.console import Console
 from rich.table import Table
 
 import eventtrain as et
 from benchmarks.machine import write_json
+from benchmarks.paired import Loop, in_turn, ratios, session_loop
 from benchmarks.workloads import Workload, network
 from eventtrain.device.extensions import StepExtension
 
@@ -34,9 +34,6 @@ NETWORKS = ((512, 64, 3), (256, 128, 2), (16, 256, 3))
 """Batch size, width and layers. The first two take 0.5 to 0.7 ms here. The last is dominated by its parameters: 16
 examples for 200,000 of them are the worst a step could do."""
 EXTENSIONS: tuple[StepExtension, ...] = (et.EMA(0.999), et.SWA(1, 100))
-
-Loop = Callable[[int], float]
-"""Seconds for so many steps."""
 
 
 def bare(workload: Workload, extension: StepExtension | None) -> Loop:
@@ -72,19 +69,7 @@ def trained(workload: Workload, extension: StepExtension | None, run_dir: str) -
     extensions = () if extension is None else (extension,)
     trainer = et.Trainer(workload.step_fn, workload.state, step_extensions=extensions, run_dir=run_dir)
 
-    def run(steps: int) -> float:
-        batches = workload.batches
-        with trainer.session() as session:
-            session.prepare(batches[0])
-            session.step(batches[0])
-            session.block_until_ready()
-            began_s = perf_counter()
-            for index in range(steps):
-                session.step(batches[index % len(batches)])
-            session.block_until_ready()
-            return perf_counter() - began_s
-
-    return run
+    return session_loop(trainer, workload.batches)
 
 
 def alone_s(workload: Workload, extension: StepExtension, repeats: int = 200) -> float:
@@ -106,22 +91,18 @@ def paired(with_extension: Loop, without: Loop, pairs: int, seconds: float) -> d
     for loop in (without, with_extension):
         loop(20)  # compiles
     steps = max(50, int(seconds / (without(100) / 100)))
-    plain: list[float] = []
-    extended: list[float] = []
-    for pair in range(pairs):
-        for extends in (True, False) if pair % 2 else (False, True):
-            (extended if extends else plain).append((with_extension if extends else without)(steps) / steps)
-    ratios = [a / b for a, b in zip(extended, plain, strict=True)]
-    low, middle, high = np.quantile(ratios, [0.25, 0.5, 0.75])
+    took = in_turn({"plain": without, "extended": with_extension}, pairs, steps)
+    plain, extended = took["plain"], took["extended"]
+    middle, quartiles, each = ratios(extended, plain)
     return {
-        "step_us": round(1e6 * float(np.median(plain)), 1),
+        "step_us": round(1e6 * median(plain), 1),
         "steps": steps,
         "pairs": pairs,
-        "ratio_median": round(float(middle), 4),
+        "ratio_median": middle,
         "ratio_of_fastest": round(min(extended) / min(plain), 4),
         "fastest_step_us": round(1e6 * min(plain), 1),
-        "ratio_quartiles": [round(float(low), 4), round(float(high), 4)],
-        "ratios": [round(ratio, 4) for ratio in ratios],
+        "ratio_quartiles": quartiles,
+        "ratios": each,
     }
 
 
