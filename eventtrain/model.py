@@ -13,11 +13,17 @@ from eventtrain.device.evaluate import CompiledEval, CompiledPredict
 from eventtrain.device.extensions import StepExtension, Use
 from eventtrain.device.hyperparams import Hyperparam
 from eventtrain.device.stand_in import StandIn, params_indices, stand_ins
-from eventtrain.device.state import PyTree, Skeleton
+from eventtrain.device.state import PyTree, Skeleton, place, split_state
 from eventtrain.device.step import CompiledStep
+from eventtrain.errors import ConfigurationError
 from eventtrain.loop import Pace
 
 CallOnCaller = Callable[[Callable[[], Any]], Any]
+
+
+def call_here(function: Callable[[], Any]) -> Any:
+    """The ``CallOnCaller`` of a run on the thread that called ``fit``."""
+    return function()
 
 
 @dataclass(frozen=True)
@@ -26,6 +32,8 @@ class RunOptions:
 
     run_id: str
     run_dir: Path
+    run_dir_is_new: bool
+    """Nobody said where it is to be, so that there can be nothing in it."""
     donate: bool
     steps_per_call: int
     pace: Pace
@@ -63,7 +71,7 @@ class Model:
     step: int = 0
     epoch: int = 0
     compiled: CompiledStep | None = None
-    compile_on_caller: CallOnCaller = field(default=lambda function: function())
+    compile_on_caller: CallOnCaller = call_here
     """Runs tracing and lowering on the thread that called fit, where the JAX settings meant hold."""
     _evaluation: CompiledEval | None = None
     _prediction: CompiledPredict | None = None
@@ -71,6 +79,38 @@ class Model:
 
     def __post_init__(self) -> None:
         self._stand_ins = stand_ins(self.extensions, self.params, self.skeleton, self.leaves, self._lower)
+
+    @classmethod
+    def of(
+        cls,
+        step_fn: Callable[[PyTree, PyTree], tuple[PyTree, Mapping[str, Any]]],
+        state: PyTree,
+        eval_fn: Callable[[PyTree, PyTree], Mapping[str, Any]] | None,
+        predict_fn: Callable[[PyTree, PyTree], PyTree] | None,
+        params: Callable[[PyTree], PyTree] | None,
+        extensions: Sequence[StepExtension],
+    ) -> Model:
+        """From the arguments of ``Trainer``, of the same names; ``state`` is copied.
+
+        Raises:
+            ConfigurationError, StateError: what cannot work.
+        """
+        _require_callable("step_fn", step_fn, "(state, batch) -> (state, metrics)")
+        for name, function in (("eval_fn", eval_fn), ("predict_fn", predict_fn), ("params", params)):
+            if function is not None:
+                _require_callable(
+                    name, function, "a function of (state, batch)" if name != "params" else "state -> weights"
+                )
+        leaves, skeleton = split_state(state)
+        return cls(
+            step_fn,
+            eval_fn,
+            predict_fn,
+            params or _default_params,
+            tuple(extensions),
+            skeleton,
+            place(leaves),
+        )
 
     def compile_step(self, hyperparams: Sequence[Hyperparam], options: RunOptions) -> CompiledStep:
         """The step for this state, not prepared yet; it also records the scheduled ones of ``hyperparams``."""
@@ -130,3 +170,14 @@ class Model:
         if stand_in is None or not ext_leaves or self.compiled is None:
             return leaves
         return stand_in(leaves, self.compiled.extension_states(ext_leaves)[stand_in.extension.name])
+
+
+def _require_callable(name: str, function: object, shape: str) -> None:
+    if not callable(function):
+        raise ConfigurationError(f"{name} must be a function ({shape}), not {type(function).__name__}.")
+
+
+def _default_params(state: PyTree) -> PyTree:
+    if isinstance(state, Mapping):
+        return state.get("params", state)  # pyright: ignore[reportUnknownVariableType, reportUnknownMemberType]
+    return getattr(state, "params", state)

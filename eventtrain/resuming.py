@@ -15,14 +15,13 @@ from eventtrain.bus.bus import EventBus
 from eventtrain.bus.cut import Redelivery, Share
 from eventtrain.bus.wake import Answer
 from eventtrain.control import Inbox, KeptSnapshot, Order
-from eventtrain.cut_facts import LoopFacts
 from eventtrain.device.extensions import StepExtension
 from eventtrain.device.snapshot import Snapshot
 from eventtrain.device.state import Skeleton, split_state
 from eventtrain.errors import SnapshotError, StateError
 from eventtrain.events import Event, RunResumed
 from eventtrain.gates import Gates
-from eventtrain.model import Aim, Model
+from eventtrain.model import Model
 from eventtrain.saved_run import Resumption, SavedRun, pack, unpack
 from eventtrain.subscriber import Subscriber
 
@@ -132,33 +131,6 @@ def take_over(
         inbox.snapshots[tag] = KeptSnapshot(Snapshot(step, _leaves_of(state), model.skeleton, tag=tag))
     facts = facts.model_copy(update={"loop": resumed_loop})
     return Resumption(saved, facts, before, shares, tuple(kept))
-
-
-def remaining(facts: LoopFacts, epochs: int | None, steps: int | None) -> tuple[int | None, int | None]:
-    """What is left of an aim that is that of the whole run."""
-    return (
-        None if epochs is None else max(0, facts.start_epoch + epochs - facts.epoch),
-        None if steps is None else max(0, facts.start_step + steps - facts.step),
-    )
-
-
-def why_ended(
-    facts: LoopFacts, aim: Aim, epochs: int | None, steps: int | None, *, named: bool
-) -> str | None:
-    """Why a run that would resume has reached its end already; None where there is something to do.
-
-    Args:
-        facts: of the checkpoint.
-        aim: of this call.
-        epochs, steps: what is left of it.
-        named: the checkpoint was chosen by name, to go on from there whatever had ended the run.
-    """
-    if not facts.in_epoch and (epochs == 0 or steps == 0):
-        return "completed"
-    if facts.ended is None or named:
-        return None
-    higher = (aim.epochs or 0) > (facts.epochs or 0) or (aim.steps or 0) > (facts.steps or 0)
-    return None if higher else facts.ended
 
 
 def take_over_extensions(

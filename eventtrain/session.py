@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Generator, Sequence
 from concurrent.futures import TimeoutError as FutureTimeout
+from contextlib import contextmanager
 from functools import partial
 from time import monotonic
 from typing import Any, Literal
@@ -324,11 +325,14 @@ class Session:
         leaves = self._loop.carry.leaves if self._loop is not None else self._model.leaves
         return replicated_sharding(leaves)
 
-    def claim_bus(self) -> None:
-        """Make sure that no other run uses the bus.
+    @contextmanager
+    def running(self) -> Generator[None]:
+        """Begin the run, and end it whatever happens. The bus is its own for the length of the block.
 
         Raises:
-            AlreadyRunning: one does.
+            AlreadyRunning: another run uses the bus.
+            SubscriberError, StepError, BusClosed: the run failed by a subscriber with ``on_error="fail"``, on the
+                device, or because the bus was stopped. Not where the block raised.
         """
         if self._bus.on_progress is not None:
             raise AlreadyRunning(
@@ -336,8 +340,19 @@ class Session:
                 "trainer a bus of its own."
             )
         self._bus.on_progress = self._on_progress
+        try:
+            try:
+                self._begin()
+                yield
+            except BaseException as error:
+                self._finish(error)
+                raise
+            self._finish()
+        finally:
+            self._bus.on_progress = None
+            self._bus.failure = None
 
-    def begin(self) -> None:
+    def _begin(self) -> None:
         """Start subscribers and threads, and say RunStarted. Blocks until every subscriber has started."""
         options = self._options
         if self._subscribers:
@@ -391,7 +406,7 @@ class Session:
         self._gates.note(RunStarted, self._model.step)
         self._fetcher.put(RunStarted(step=self._model.step))
 
-    def finish(self, raised: BaseException | None = None) -> None:
+    def _finish(self, raised: BaseException | None = None) -> None:
         """Settle everything: the state, what is due, the last events, the subscribers.
 
         Args:
@@ -451,11 +466,6 @@ class Session:
         error = error or self._bus.failure
         if error is not None and raised is None:
             raise error
-
-    def release_bus(self) -> None:
-        """Let other runs use the bus. The last call of a session, whatever happened before."""
-        self._bus.on_progress = None
-        self._bus.failure = None
 
     # --- inside ---------------------------------------------------------------------------------------------
 

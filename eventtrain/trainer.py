@@ -2,21 +2,13 @@
 
 from __future__ import annotations
 
-import logging
-import threading
 import uuid
 from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal
 
-import anyio
-import anyio.from_thread
-import anyio.to_thread
-import jax
-from anyio.from_thread import start_blocking_portal
-
+from eventtrain.activity import Activity
 from eventtrain.bus.bus import EventBus
 from eventtrain.bus.handlers import Handler
 from eventtrain.bus.options import EventTypes
@@ -24,50 +16,22 @@ from eventtrain.bus.subscription import Subscription
 from eventtrain.control import Control
 from eventtrain.control_room import ControlRoom
 from eventtrain.device.extensions import StepExtension
-from eventtrain.device.state import PyTree, place, split_state
-from eventtrain.device.x64 import sixty_four_bit
-from eventtrain.errors import AlreadyRunning, ConfigurationError, SnapshotError, StateInUse
-from eventtrain.events import (
-    EpochCompleted,
-)
+from eventtrain.device.state import PyTree
+from eventtrain.errors import AlreadyRunning, ConfigurationError, StateInUse
+from eventtrain.fit_result import FitResult
 from eventtrain.fitting import train
 from eventtrain.frozen import Number
 from eventtrain.inference import Inference
 from eventtrain.loop import Pace
-from eventtrain.model import Aim, CallOnCaller, Model, RunOptions
+from eventtrain.model import Aim, Model, RunOptions
 from eventtrain.progress import ProgressBar
 from eventtrain.progress_display import shows_progress
-from eventtrain.resuming import fingerprint, remaining, take_over, why_ended
-from eventtrain.saved_run import Resumption, SavedRun
+from eventtrain.resume_point import find_resumption
+from eventtrain.resuming import fingerprint
+from eventtrain.saved_run import Resumption
 from eventtrain.session import Session
 from eventtrain.signals import SignalGuard
 from eventtrain.subscriber import Subscriber, subscribe
-
-logger = logging.getLogger("eventtrain")
-
-T = TypeVar("T")
-
-
-@dataclass(frozen=True)
-class FitResult:
-    """What ``fit`` returns.
-
-    Attributes:
-        state: the state reached, on the device; valid until the caller gives it away. With a step extension whose
-            ``use_for`` has "final", its weights stand in it; ``trainer.state`` has those that training goes on with.
-        step: updates completed over the trainer's life.
-        epochs_completed: of this call.
-        stop_reason: "completed", or the reason given to ``control.stop``, "interrupted", "preempted", "cancelled".
-        history: the EpochCompleted events of this call.
-        undelivered: subscription name -> events not handled within ``drain_timeout_s``; empty if all were.
-    """
-
-    state: PyTree
-    step: int
-    epochs_completed: int
-    stop_reason: str
-    history: list[EpochCompleted]
-    undelivered: Mapping[str, int]
 
 
 class Trainer:
@@ -125,12 +89,6 @@ class Trainer:
         backend_options: dict[str, Any] | None = None,
         drain_timeout_s: float = 30.0,
     ) -> None:
-        _require_callable("step_fn", step_fn, "(state, batch) -> (state, metrics)")
-        for name, function in (("eval_fn", eval_fn), ("predict_fn", predict_fn), ("params", params)):
-            if function is not None:
-                _require_callable(
-                    name, function, "a function of (state, batch)" if name != "params" else "state -> weights"
-                )
         _require_positive("steps_per_call", steps_per_call)
         _require_positive("max_in_flight_steps", max_in_flight_steps)
         if not flush_interval_s > 0:
@@ -139,32 +97,22 @@ class Trainer:
             )
         if snapshot not in ("keep", "copy", "host"):
             raise ConfigurationError(f'snapshot={snapshot!r}: is none of "keep", "copy", "host".')
-        leaves, skeleton = split_state(state)
         self.run_id = run_id or uuid.uuid4().hex[:12]
-        self._run_dir_given = run_dir is not None or run_id is not None
         self.run_dir = (Path(run_dir) if run_dir is not None else Path("runs") / self.run_id).absolute()
         self.bus = bus if bus is not None else EventBus(run_id=self.run_id, drain_timeout_s=drain_timeout_s)
-        self._model = Model(
-            step_fn,
-            eval_fn,
-            predict_fn,
-            params or _default_params,
-            tuple(step_extensions),
-            skeleton,
-            place(leaves),
-        )
+        self._model = model = Model.of(step_fn, state, eval_fn, predict_fn, params, step_extensions)
         self._options = RunOptions(
             run_id=self.run_id,
             run_dir=self.run_dir,
+            run_dir_is_new=run_dir is None and run_id is None,
             donate=donate,
             steps_per_call=steps_per_call,
             pace=Pace(flush_interval_s, max(1, max_in_flight_steps // steps_per_call)),
             weight=weight,
             snapshot=snapshot,
             drain_timeout_s=drain_timeout_s,
-            fingerprint=fingerprint(skeleton, self._model.leaves, steps_per_call, step_extensions),
+            fingerprint=fingerprint(model.skeleton, model.leaves, steps_per_call, step_extensions),
         )
-        self._backend = (backend, backend_options)
         self._room = ControlRoom(self.bus)
         if not self.bus.has_control:
             self.bus.attach_control(self._room)
@@ -172,8 +120,7 @@ class Trainer:
         for subscriber in self._subscribers:
             subscribe(self.bus, subscriber)
         self._inference = Inference(self._model, self._options, self.bus)
-        self._busy = threading.Lock()
-        self._activity = ""
+        self._activity = Activity(self._model, self._room.inbox, self.bus, backend, backend_options)
         self._session: Session | None = None
 
     # --- looking ----------------------------------------------------------------------------------------------
@@ -187,7 +134,7 @@ class Trainer:
         """
         if not self._model.leaves:
             raise StateInUse(
-                f"trainer.state cannot be read while {self._activity or 'a run'} is in progress: the next step "
+                f"trainer.state cannot be read while {self._activity.name or 'a run'} is in progress: the next step "
                 "overwrites it. Use control.snapshot(tag) and await control.snapshots[tag].to_host()."
             )
         return self._model.skeleton.join(self._model.leaves)
@@ -195,7 +142,7 @@ class Trainer:
     @property
     def step(self) -> int:
         """Updates completed; during a run, those dispatched."""
-        return self._room.inbox.step if self._busy.locked() else self._model.step
+        return self._room.inbox.step if self._activity.busy else self._model.step
 
     @property
     def epoch(self) -> int:
@@ -224,9 +171,9 @@ class Trainer:
             AlreadyRunning: a run is in progress, so that it could not be started any more.
             ConfigurationError: it handles nothing, or its options cannot work.
         """
-        if self._busy.locked():
+        if self._activity.busy:
             raise AlreadyRunning(
-                f"subscribe({type(subscriber).__name__}) was called while {self._activity} is in progress, and a "
+                f"subscribe({type(subscriber).__name__}) was called while {self._activity.name} is in progress, and a "
                 "Subscriber starts with its run. Subscribe it before, or use trainer.on(...) for a function."
             )
         subscription = subscribe(self.bus, subscriber)
@@ -276,8 +223,9 @@ class Trainer:
         """
         self._check_fit(epochs, steps, eval_data)
         extra = [ProgressBar()] if (shows_progress() if progress is None else progress) else []
-        with self._claim("fit"), SignalGuard(self._room.inbox.ask_to_stop) as signals:
-            result = self._with_bus(lambda: self._fit(data, epochs, steps, eval_data, extra, resume))
+        activity, inbox = self._activity, self._room.inbox
+        with activity.claim("fit"), SignalGuard(inbox.ask_to_stop) as signals, activity.serving():
+            result = self._fit(data, epochs, steps, eval_data, extra, resume)
         signals.raise_received()
         return result
 
@@ -299,8 +247,10 @@ class Trainer:
         """
         self._check_fit(epochs, steps, eval_data)
         extra = [ProgressBar()] if progress else []
-        with self._claim("fit_async"):
-            return await self._beside_loop(lambda: self._fit(data, epochs, steps, eval_data, extra, resume))
+        with self._activity.claim("fit_async"):
+            return await self._activity.beside_loop(
+                lambda: self._fit(data, epochs, steps, eval_data, extra, resume)
+            )
 
     @contextmanager
     def session(self, *, eval_data: Any = None) -> Generator[Session]:
@@ -311,8 +261,9 @@ class Trainer:
         """
         if eval_data is not None:
             self._need_eval_fn()
-        with self._claim("session"), SignalGuard(self._room.inbox.ask_to_stop) as signals, self._serving():
-            session = self._open_session(Aim(), eval_data, ())
+        activity, inbox = self._activity, self._room.inbox
+        with activity.claim("session"), SignalGuard(inbox.ask_to_stop) as signals, activity.serving():
+            session = self._new_session(Aim(), eval_data)
             with self._settling(session):
                 yield session
         signals.raise_received()
@@ -329,42 +280,28 @@ class Trainer:
                 "fit(eval_data=...) needs an eval_fn: Trainer(..., eval_fn=(state, batch) -> metrics)."
             )
 
-    def _open_session(
+    def _new_session(
         self,
         aim: Aim,
         eval_data: Any,
-        extra: Sequence[Subscriber],
+        extra: Sequence[Subscriber] = (),
         resumption: Resumption | None = None,
         *,
         restarts: bool = False,
     ) -> Session:
+        subscribers = (*self._subscribers, *extra)
         return Session(
-            self._model,
-            self._options,
-            self.bus,
-            self._room,
-            (*self._subscribers, *extra),
-            aim=aim,
-            eval_data=eval_data,
-            resumption=resumption,
-            restarts=restarts,
-        )
+            self._model, self._options, self.bus, self._room, subscribers,
+            aim=aim, eval_data=eval_data, resumption=resumption, restarts=restarts,
+        )  # fmt: skip
 
     @contextmanager
     def _settling(self, session: Session) -> Generator[None]:
-        """Begin the run, and end it whatever happens."""
-        session.claim_bus()
         self._session = session
         try:
-            try:
-                session.begin()
+            with session.running():
                 yield
-            except BaseException as error:
-                session.finish(error)
-                raise
-            session.finish()
         finally:
-            session.release_bus()
             self._session = None
 
     def _fit(
@@ -376,20 +313,21 @@ class Trainer:
         extra: Sequence[Subscriber],
         resume: bool | str | int | Path,
     ) -> FitResult:
-        length = len(data) if hasattr(data, "__len__") else None
-        aim = Aim(epochs, steps, length)
-        resumption = self._find_resumption(resume)
-        if resumption is not None:
-            epochs, steps = remaining(resumption.facts.loop, epochs, steps)
-            resumption = self._said_if_ended(resumption, aim, epochs, steps, named=resume is not True)
-        session = self._open_session(
+        model = self._model
+        aim = Aim(epochs, steps, len(data) if hasattr(data, "__len__") else None)
+        resumption, left = None, aim
+        if resume is not False:
+            resumption, left = find_resumption(
+                resume, aim, model, self._options, self._room.inbox, self._subscribers
+            )
+        session = self._new_session(
             aim, eval_data, extra, resumption, restarts=resume is not False and resumption is None
         )
         temporary: list[Subscription] = [subscribe(self.bus, subscriber) for subscriber in extra]
-        first_epoch = self._model.epoch
+        first_epoch = model.epoch
         try:
             with self._settling(session):
-                train(session, data, epochs, steps, self._options.steps_per_call, resumption)
+                train(session, data, left.epochs, left.steps, self._options.steps_per_call, resumption)
         except BaseException:
             if resumption is not None and not session.prepared:
                 resumption.before.put_back()
@@ -397,61 +335,14 @@ class Trainer:
         finally:
             for subscription in temporary:
                 subscription.cancel()
-        model = self._model
         return FitResult(
             state=model.skeleton.join(model.leaves_for("final", model.leaves, model.ext_leaves)),
-            step=self._model.step,
-            epochs_completed=self._model.epoch - first_epoch,
+            step=model.step,
+            epochs_completed=model.epoch - first_epoch,
             stop_reason=session.ended_by,
             history=session.history,
             undelivered=session.undelivered,
         )
-
-    def _find_resumption(self, resume: bool | str | int | Path) -> Resumption | None:
-        """The checkpoint to go on from, after the model and the subscribers have taken it over."""
-        if resume is False:
-            return None
-        finders = [subscriber for subscriber in self._subscribers if subscriber.resumes_runs]
-        if not finders:
-            raise ConfigurationError(
-                f"fit(resume={resume!r}) needs somebody who keeps checkpoints: "
-                "Trainer(subscribers=[subs.Checkpointer(...)])."
-            )
-        found: list[SavedRun] = []
-        missing: list[SnapshotError] = []
-        for subscriber in finders:
-            try:
-                saved = subscriber.saved_run(self.run_dir, resume)
-            except SnapshotError as error:  # another one may have it
-                missing.append(error)
-            else:
-                found += [saved] if saved is not None else []
-        if not found and missing:
-            raise missing[0]
-        if not found:
-            hint = (
-                ""
-                if self._run_dir_given
-                else " Give Trainer(run_dir=...): without it each trainer has a new folder."
-            )
-            logger.warning("Nothing is saved in %s yet, so the run begins anew.%s", self.run_dir, hint)
-            return None
-        saved = max(found, key=lambda saved: (saved.facts is not None, saved.time, saved.step))
-        return take_over(saved, self._model, self._room.inbox, self._subscribers, self._options.fingerprint)
-
-    def _said_if_ended(
-        self, resumption: Resumption, aim: Aim, epochs: int | None, steps: int | None, *, named: bool
-    ) -> Resumption:
-        """``resumption``, with the reason why its run had reached its end if it had; that is said."""
-        ended = why_ended(resumption.facts.loop, aim, epochs, steps, named=named)
-        if ended is None:
-            return resumption
-        logger.warning(
-            "The run of %s has ended at step %d (%s), so nothing more is trained. Aim higher, or name a checkpoint to "
-            "go on from, as in fit(resume=%d).",
-            self.run_dir, resumption.facts.loop.step, ended, resumption.facts.loop.step,
-        )  # fmt: skip
-        return replace(resumption, ended=ended)
 
     # --- evaluation and prediction ------------------------------------------------------------------------------
 
@@ -464,14 +355,14 @@ class Trainer:
             ConfigurationError: there is no eval_fn. DataError: no batch.
         """
         self._need_eval_fn()
-        with self._claim("evaluate"):
-            return self._with_bus(lambda: self._inference.evaluate(data))
+        with self._activity.claim("evaluate"), self._activity.serving():
+            return self._inference.evaluate(data)
 
     async def evaluate_async(self, data: Any) -> dict[str, Number]:
         """Like ``evaluate``, in a thread, beside the running event loop. Cancellation waits for it to end."""
         self._need_eval_fn()
-        with self._claim("evaluate_async"):
-            return await self._beside_loop(lambda: self._inference.evaluate(data))
+        with self._activity.claim("evaluate_async"):
+            return await self._activity.beside_loop(lambda: self._inference.evaluate(data))
 
     def predict(self, data: Any) -> PyTree:
         """predict_fn over ``data``: its outputs as NumPy arrays, joined along the first axis; blocks.
@@ -482,14 +373,14 @@ class Trainer:
             ConfigurationError: there is no predict_fn. DataError: no batch.
         """
         self._need_predict_fn()
-        with self._claim("predict"):
-            return self._with_bus(lambda: self._inference.predict(data))
+        with self._activity.claim("predict"), self._activity.serving():
+            return self._inference.predict(data)
 
     async def predict_async(self, data: Any) -> PyTree:
         """Like ``predict``, in a thread, beside the running event loop. Cancellation waits for it to end."""
         self._need_predict_fn()
-        with self._claim("predict_async"):
-            return await self._beside_loop(lambda: self._inference.predict(data))
+        with self._activity.claim("predict_async"):
+            return await self._activity.beside_loop(lambda: self._inference.predict(data))
 
     def _need_eval_fn(self) -> None:
         if self._model.eval_fn is None:
@@ -502,109 +393,6 @@ class Trainer:
             raise ConfigurationError(
                 "predict() needs a predict_fn: Trainer(..., predict_fn=(state, batch) -> outputs)."
             )
-
-    # --- where things run -----------------------------------------------------------------------------------------
-
-    @contextmanager
-    def _claim(self, activity: str) -> Generator[None]:
-        if not self._busy.acquire(blocking=False):
-            raise AlreadyRunning(
-                f"{activity} was called while {self._activity} of the same trainer is in progress. Wait for it, "
-                "stop it with control.stop(), or use another Trainer."
-            )
-        self._activity = activity
-        self._room.inbox.arrived.clear()  # a stop that came too late for the last run is none for this one
-        try:
-            yield
-        finally:
-            self._activity = ""
-            self._model.compile_on_caller = _here
-            self._busy.release()
-
-    @contextmanager
-    def _serving(self) -> Generator[None]:
-        """Have the bus served: by its owner's event loop if that runs, else by one in a thread of our own."""
-        if self.bus.served_here:
-            raise ConfigurationError(
-                f"{self._activity}() blocks, and was called on the event loop that serves its bus: it would wait for "
-                f"itself. Await fit_async, evaluate_async or predict_async there, or call {self._activity} in a thread."
-            )
-        if self.bus.running:
-            yield
-            return
-        backend, options = self._backend
-        with (
-            start_blocking_portal(backend, options) as portal,
-            portal.wrap_async_context_manager(self.bus.serve()),
-        ):
-            yield
-
-    def _with_bus(self, work: Callable[[], T]) -> T:
-        with self._serving():
-            return work()
-
-    async def _beside_loop(self, work: Callable[[], T]) -> T:
-        """Run ``work`` in a thread while this event loop serves the bus, to the end even when cancelled."""
-        outcome: list[T] = []
-        failure: list[BaseException] = []
-        finished = anyio.Event()
-        on_caller: CallOnCaller = anyio.from_thread.run_sync
-        self._model.compile_on_caller = on_caller
-        x64 = bool(
-            jax.config.read("jax_enable_x64")
-        )  # a setting of each thread: handed on to the training thread
-
-        def work_in_thread() -> T:
-            with sixty_four_bit(x64):
-                return work()
-
-        async def run_thread() -> None:
-            try:
-                outcome.append(
-                    await anyio.to_thread.run_sync(work_in_thread, limiter=anyio.CapacityLimiter(1))
-                )
-            except BaseException as error:
-                failure.append(error)
-
-        async def serve_and_run() -> None:
-            try:
-                with anyio.CancelScope(shield=True):
-                    if self.bus.running:
-                        await run_thread()
-                    else:
-                        async with self.bus.serve():
-                            await run_thread()
-            except Exception as error:
-                failure.append(error)
-            finally:
-                finished.set()
-
-        async with anyio.create_task_group() as tasks:
-            tasks.start_soon(serve_and_run)
-            try:
-                await finished.wait()
-            except anyio.get_cancelled_exc_class():
-                self._room.inbox.ask_to_stop("cancelled")
-                self._room.inbox.ring()
-                raise
-        if failure:
-            raise failure[0]
-        return outcome[0]
-
-
-def _here(function: Callable[[], Any]) -> Any:
-    return function()
-
-
-def _default_params(state: PyTree) -> PyTree:
-    if isinstance(state, Mapping):
-        return state.get("params", state)  # pyright: ignore[reportUnknownVariableType, reportUnknownMemberType]
-    return getattr(state, "params", state)
-
-
-def _require_callable(name: str, function: object, shape: str) -> None:
-    if not callable(function):
-        raise ConfigurationError(f"{name} must be a function ({shape}), not {type(function).__name__}.")
 
 
 def _require_positive(name: str, value: object) -> None:

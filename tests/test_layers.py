@@ -33,6 +33,7 @@ FLOORS = {
     "control_room": "3 loop",
     "keeping": "3 loop",
     "resuming": "3 loop",
+    "resume_point": "3 loop",
     "saved_run": "3 loop",
     "stream": "3 loop",
     "gates": "3 loop",
@@ -56,6 +57,8 @@ FLOORS = {
     "progress_display": "3 loop",
     "progress_table": "3 loop",
     "fitting": "4 trainer",
+    "activity": "4 trainer",
+    "fit_result": "4 trainer",
     "inference": "4 trainer",
     "trainer": "4 trainer",
     "array_loader": "4 trainer",
@@ -80,7 +83,7 @@ MAY_IMPORT = {
     "3 loop": {"0 errors", "1 vocabulary", "2a bus", "2b device", "3 loop"},
     # These stand beside each other; only the facade may take others along.
     "4 trainer": {"0 errors", "1 vocabulary", "2a bus", "2b device", "3 loop"},
-    "trainer": {"fitting", "inference"},
+    "trainer": {"activity", "fit_result", "fitting", "inference"},
     # Subscribers see events and Control only; monitor and filenames are pure functions that several share, webhook a
     # part of one that knows nothing of runs. What a Checkpointer writes comes from the control room, as a saved run.
     "5 subscribers": {
