@@ -1,4 +1,4 @@
-"""``ScheduleFollower``: when the values of a schedule are asked for and sent. Shared by the schedulers."""
+"""``ScheduleFollower``: when the values of a schedule are asked for and sent. What the schedulers have in common."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from eventtrain.subscriber import RunContext, Subscriber
 from eventtrain.subscribers.arguments import require_choice, require_count
 from eventtrain.subscribers.checked_schedule import CheckedSchedule, takes_value
 from eventtrain.subscribers.saved_state import SavedState
-from eventtrain.subscribers.schedules import By
+from eventtrain.subscribers.schedules import By, Schedule
 
 
 class ScheduleState(SavedState):
@@ -25,8 +25,8 @@ class ScheduleState(SavedState):
     """By step, the value sent last."""
 
 
-class ScheduleFollower:
-    """Has one hyperparameter follow a schedule, exactly.
+class ScheduleFollower(Subscriber):
+    """Has one hyperparameter follow a schedule, exactly. Abstract: the schedulers say what their arguments mean.
 
     By epoch: on EpochStarted (``lag=0``), before the first step of it.
 
@@ -37,16 +37,16 @@ class ScheduleFollower:
     under way changes it or the block after r takes effect: a lag and a block later at most.
 
     Args:
-        owner: the class of the subscriber that follows, for messages.
-        hyperparam, schedule, by, path, lag: as that subscriber's.
+        hyperparam, schedule, by, path, lag: as those of ``LearningRateScheduler``.
 
     Raises:
         ConfigurationError: arguments that cannot work.
     """
 
-    def __init__(
-        self, owner: str, hyperparam: str, schedule: Any, by: By, path: str | None, lag: int
-    ) -> None:
+    on_error = "fail"
+
+    def __init__(self, hyperparam: str, schedule: Schedule, by: By, path: str | None, lag: int) -> None:
+        owner = type(self).__name__
         require_choice(owner, "by", by, ("epoch", "step"))
         require_count(owner, "lag", lag)
         self._takes_value = takes_value(owner, schedule, by)
@@ -60,19 +60,22 @@ class ScheduleFollower:
         self._sent: Number | None = None
         self._loaded = False
         self._end: int | None = None
-        self.every = max(1, lag // 2) if self._by_step else 1
-        self.events: tuple[type[Event], ...] = (EpochStarted,)
-        self.lag: dict[type[Event], int | None] = {EpochStarted: 0}
+        self._block = max(1, lag // 2) if self._by_step else 1
+        """Of how many boundaries the values are sent at once."""
+        self.every = self._block
+        self.events = (EpochStarted,)
+        self._lags: dict[type[Event], int | None] = {EpochStarted: 0}
         if self._by_step:
             self.events = (RunStarted, StepCompleted, CheckpointRestored)
-            self.lag = {RunStarted: 0, StepCompleted: lag, CheckpointRestored: None}
+            self._lags = {RunStarted: 0, StepCompleted: lag, CheckpointRestored: None}
+        self.lag = self._lags
 
-    async def start(self, run: RunContext, subscriber: Subscriber) -> None:
-        """Raises where the schedule cannot be followed in this run, or not by ``subscriber`` as it is subscribed."""
-        name = subscriber.name or type(subscriber).__name__
-        if self._by_step and (subscriber.every, subscriber.lag) != (self.every, self.lag):
+    async def start(self, run: RunContext) -> None:
+        """Raises where the hyperparameter cannot be set, or the schedule not be followed."""
+        name = self.name or type(self).__name__
+        if self._by_step and (self.every, self.lag) != (self._block, self._lags):
             raise ConfigurationError(
-                f'{name}(by="step") cannot have every={subscriber.every!r}, lag={subscriber.lag!r}: it would miss the '
+                f'{name}(by="step") cannot have every={self.every!r}, lag={self.lag!r}: it would miss the '
                 "events at which its values are due. Give lag= to the constructor, and leave every alone."
             )
         self._label = run.require_hyperparam(self._hyperparam, self._path)
@@ -80,7 +83,7 @@ class ScheduleFollower:
         if self._by_step and run.resumed and not self._loaded:
             raise StateError(
                 f"{name} was not there when the checkpoint was taken from which the run resumes, and the values of "
-                f"the first {self._lag + self.every} steps would have been sent before. Start a run from its state "
+                f"the first {self._lag + self._block} steps would have been sent before. Start a run from its state "
                 "instead: Trainer(state=et.load_state(path, like=state))."
             )
         steps = run.steps
@@ -89,17 +92,17 @@ class ScheduleFollower:
         self._end = None if steps is None else run.start_step + steps
 
     async def handle(self, event: Event, control: Control) -> None:
-        """Send what ``event`` makes due."""
+        """Send the values that are due."""
         step = event.step
         if isinstance(event, EpochStarted):
             await self._set_for_epoch(event, control)
         elif isinstance(event, RunStarted):
             self._sent = None
-            next_event = (step // self.every + 1) * self.every
+            next_event = (step // self._block + 1) * self._block
             await self._set_for_steps(step, range(step, next_event + self._lag), control)
         elif isinstance(event, StepCompleted):
             first = step + self._lag
-            await self._set_for_steps(step, range(first, first + self.every), control)
+            await self._set_for_steps(step, range(first, first + self._block), control)
         elif isinstance(event, CheckpointRestored) and event.part == "all":
             self._sent = None  # an older value was put back, so the next one is sent even if it is the same
 
@@ -134,14 +137,14 @@ class ScheduleFollower:
         )
 
     def state_dict(self) -> dict[str, Any]:
-        """The value sent last, as plain JSON data."""
+        """The value sent last, as plain JSON data; the epoch and the step say the rest."""
         return ScheduleState(sent=self._sent).to_json()
 
-    def load_state_dict(self, owner: str, state: dict[str, Any]) -> None:
-        """Take it over.
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take the value over; a resumed run goes on with it.
 
         Raises:
             StateError: another version, or broken.
         """
-        self._sent = ScheduleState.parse(owner, state).sent
+        self._sent = ScheduleState.parse(self.name or type(self).__name__, state).sent
         self._loaded = True
