@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import logging
+import subprocess
+import sys
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -395,6 +397,30 @@ def test_the_secret_is_shown_nowhere(
     if not reached or status != 200:
         assert "not delivered to target" in caplog.text
         assert len(letters(tmp_path)) == 1
+
+
+FIRST = """
+import logging, sys, httpx
+from pydantic import SecretStr
+from eventtrain import AlertRaised
+from eventtrain.subscribers.alert_message import Message
+from eventtrain.subscribers.webhook import Webhook
+
+logging.basicConfig(level=logging.DEBUG, stream=sys.stdout)
+alert = AlertRaised(run_id="r", seq=1, step=1, name="n", severity="info", message="m")
+Webhook(SecretStr(sys.argv[1]), allow_private=True).send(Message((alert,)))
+print("sent")
+"""
+
+
+def test_the_first_message_of_a_process_shows_no_secret_either(target: Target) -> None:
+    """httpx imports its transport, and so makes loggers, when it is first used."""
+    url = f"{target.url}/{SECRET}?key={SECRET}"
+    done = subprocess.run([sys.executable, "-c", FIRST, url], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert "sent" in done.stdout
+    assert len(target.bodies) == 1
+    assert SECRET not in done.stdout + done.stderr
 
 
 def test_the_positive_control_shows_what_the_libraries_would_have_logged(

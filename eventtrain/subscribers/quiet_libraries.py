@@ -29,7 +29,10 @@ _FILTER = _NotOfQuietThreads()  # one for the process, as the loggers are, which
 
 @contextmanager
 def quiet_libraries() -> Generator[None]:
-    """Within it this thread logs nothing by the loggers of ``PACKAGES``."""
+    """Within it this thread logs nothing by the loggers of ``PACKAGES``.
+
+    Those that there are: a package has to be imported before, also where another one would import it when needed.
+    """
     for name, found in list(logging.Logger.manager.loggerDict.items()):
         if isinstance(found, logging.Logger) and name.partition(".")[0] in PACKAGES:
             found.addFilter(_FILTER)

@@ -11,6 +11,7 @@ from ipaddress import ip_address
 from ssl import SSLContext
 from urllib.parse import SplitResult, unquote, urlsplit
 
+import httpcore  # noqa: F401  # pyright: ignore[reportUnusedImport]  # httpx does when it first sends; see quiet_libraries
 import httpx
 from pydantic import SecretStr
 
