@@ -5,9 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any, Literal
 
-import anyio
-import anyio.to_thread
-
 from eventtrain.bus.queues import Lossless
 from eventtrain.errors import ConfigurationError
 from eventtrain.events import EpochCompleted, Event, StepsCompleted
@@ -16,7 +13,7 @@ from eventtrain.subscribers.arguments import require_choice, require_number
 from eventtrain.subscribers.column_names import HYPERPARAMS, metric_column
 from eventtrain.subscribers.csv_file import CSVFile, CSVRows
 from eventtrain.subscribers.filenames import file_path
-from eventtrain.subscribers.group_commit import GroupCommit
+from eventtrain.subscribers.group_commit import GroupCommit, open_in_thread
 from eventtrain.subscribers.saved_state import SavedState
 from eventtrain.subscribers.step_table import StepTable
 from eventtrain.subscribers.waiting_rows import WaitingRows
@@ -121,13 +118,7 @@ class CSVLogger(Subscriber):
             if saved is not None and saved.path == str(self._path):
                 file.cut(saved.rows)
 
-        try:
-            await anyio.to_thread.run_sync(open_file, limiter=anyio.CapacityLimiter(1))
-        except OSError as error:
-            raise ConfigurationError(
-                f"{self.name or 'CSVLogger'} cannot write {path}: {error.strerror or error}. Give a path in a folder "
-                "in which this process may make files."
-            ) from error
+        await open_in_thread(self.name or "CSVLogger", path, open_file)
         self._file = file
         self._commits = GroupCommit(file, self._interval_s)
 

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Protocol
 
 import anyio
 import anyio.to_thread
 
+from eventtrain.errors import ConfigurationError
 from eventtrain.subscribers.waiting_rows import WaitingRows
 
 WAITING_LIMIT_BYTES = 32 << 20
@@ -104,6 +106,26 @@ class GroupCommit:
             f"cannot write {self._file.path}: {reason}; {self._file.rows.rows} rows are kept and "
             "will be written as soon as that works again",
         )
+
+
+async def open_in_thread(owner: str, path: Path, open_file: Callable[[], None]) -> None:
+    """Have a thread do ``open_file``, when a run starts.
+
+    Args:
+        owner: name of the subscriber.
+        path: what is opened.
+        open_file: blocks, and may raise OSError.
+
+    Raises:
+        ConfigurationError: it raised OSError.
+    """
+    try:
+        await anyio.to_thread.run_sync(open_file, limiter=anyio.CapacityLimiter(1))
+    except OSError as error:
+        raise ConfigurationError(
+            f"{owner} cannot write {path}: {error.strerror or error}. Give a path in a folder in which this process "
+            "may make files."
+        ) from error
 
 
 class Committer(threading.Thread):

@@ -5,9 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-import anyio
-import anyio.to_thread
-
 from eventtrain.bus.queues import Lossless
 from eventtrain.errors import ConfigurationError
 from eventtrain.event_names import EventClass
@@ -25,7 +22,7 @@ from eventtrain.events import (
 from eventtrain.subscriber import RunContext, Subscriber
 from eventtrain.subscribers.arguments import require_choice, require_number
 from eventtrain.subscribers.filenames import file_path
-from eventtrain.subscribers.group_commit import GroupCommit
+from eventtrain.subscribers.group_commit import GroupCommit, open_in_thread
 from eventtrain.subscribers.row_file import RowFile
 from eventtrain.subscribers.saved_state import SavedState
 from eventtrain.subscribers.step_table import StepTable, json_lines
@@ -114,15 +111,13 @@ class JSONLLogger(Subscriber):
         saved, self._saved = self._saved, None
         if run.restarts:
             saved = JSONLLoggerState(path=str(self._path), offset=0)
-        try:
-            await anyio.to_thread.run_sync(file.prepare, limiter=(limiter := anyio.CapacityLimiter(1)))
+
+        def open_file() -> None:
+            file.prepare()
             if saved is not None and saved.path == str(self._path):
-                await anyio.to_thread.run_sync(file.cut, saved.offset, limiter=limiter)
-        except OSError as error:
-            raise ConfigurationError(
-                f"{self.name or 'JSONLLogger'} cannot write {path}: {error.strerror or error}. Give a path in a "
-                "folder in which this process may make files."
-            ) from error
+                file.cut(saved.offset)
+
+        await open_in_thread(self.name or "JSONLLogger", path, open_file)
         self._file = file
         self._commits = GroupCommit(file, self._interval_s)
 

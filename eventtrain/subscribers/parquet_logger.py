@@ -6,16 +6,13 @@ from pathlib import Path
 from time import monotonic
 from typing import TYPE_CHECKING, Any, Literal
 
-import anyio
-import anyio.to_thread
-
 from eventtrain.bus.queues import Lossless
 from eventtrain.errors import ConfigurationError
 from eventtrain.events import EpochCompleted, Event, StepsCompleted
 from eventtrain.subscriber import RunContext, Subscriber
 from eventtrain.subscribers.arguments import require_count, require_number
 from eventtrain.subscribers.filenames import file_path
-from eventtrain.subscribers.group_commit import GroupCommit
+from eventtrain.subscribers.group_commit import GroupCommit, open_in_thread
 from eventtrain.subscribers.saved_state import SavedState
 from eventtrain.subscribers.step_table import StepTable
 from eventtrain.subscribers.waiting_rows import WaitingRows
@@ -112,13 +109,7 @@ class ParquetLogger(Subscriber):
             if saved is not None and saved.path == str(self._path):
                 parts.cut(saved.part, saved.rows)
 
-        try:
-            await anyio.to_thread.run_sync(open_folder, limiter=anyio.CapacityLimiter(1))
-        except OSError as error:
-            raise ConfigurationError(
-                f"{self.name or 'ParquetLogger'} cannot write {path}: {error.strerror or error}. Give a path in a "
-                "folder in which this process may make files."
-            ) from error
+        await open_in_thread(self.name or "ParquetLogger", path, open_folder)
         self._parts = parts
         self._commits = GroupCommit(parts, self._interval_s)
 
