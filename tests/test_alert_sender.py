@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 import eventtrain as et
-from eventtrain.subscribers import alert_sender
+from eventtrain.subscribers import alert_sender, appended_file
 from eventtrain.subscribers.alert_message import Message, NotDelivered
 from eventtrain.subscribers.alert_sender import Sender, SendOptions, finish, give_up
 from eventtrain.subscribers.dead_letters import DeadLetters
@@ -205,6 +205,16 @@ def test_a_full_disk_leaves_no_torn_row_and_a_torn_one_gets_a_line_of_its_own(
     broken = DeadLetters(tmp_path / "full")  # a folder of that name
     assert not broken.write("ops", "why", [alert(3)])
     assert os.strerror(errno.EISDIR) in caplog.text
+    write = os.write
+
+    def failing(descriptor: int, data: Any) -> int:
+        write(descriptor, data[:30])
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with monkeypatch.context() as full:
+        full.setattr(appended_file.os, "write", failing)
+        assert not letters.write("ops", "why", [alert(3)])
+    assert os.strerror(errno.ENOSPC) in caplog.text
     assert letters.path.read_bytes() == before
 
 

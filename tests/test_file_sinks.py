@@ -24,7 +24,7 @@ from test_step_table import make_window
 
 import eventtrain as et
 from eventtrain import subscribers as subs
-from eventtrain.subscribers import group_commit, parquet_parts, row_file
+from eventtrain.subscribers import appended_file, group_commit, parquet_parts, row_file
 
 
 def jsonl_steps(path: Path) -> list[int]:
@@ -167,7 +167,7 @@ def test_a_full_disk_is_said_and_the_run_goes_on_without_losing_a_row(
             raise OSError(errno.ENOSPC, "No space left on device")
         replace(old, new)
 
-    monkeypatch.setattr(row_file.os, "write", failing_write)
+    monkeypatch.setattr(appended_file.os, "write", failing_write)
     monkeypatch.setattr(parquet_parts.os, "replace", failing_replace)
     trainer = make_trainer(tmp_path, kind.make("log", flush_interval_s=0.01))
 
@@ -346,7 +346,7 @@ async def test_with_fsync_each_group_is_on_the_disk_before_it_counts_as_written(
         fsync(descriptor)
         synced.append(os.fstat(descriptor).st_size)
 
-    monkeypatch.setattr(row_file.os, "fsync", noting)
+    monkeypatch.setattr(appended_file.os, "fsync", noting)
     for wanted in (False, True):
         logger: Any = kind.make(f"log-{wanted}", fsync=wanted, flush_interval_s=1000.0)
         await logger.start(context(tmp_path))

@@ -21,7 +21,7 @@ import pytest
 
 import eventtrain as et
 from eventtrain import subscribers as subs
-from eventtrain.subscribers import group_commit, row_file
+from eventtrain.subscribers import appended_file, group_commit
 from eventtrain.subscribers.jsonl_logger import render
 from eventtrain.subscribers.row_file import RowFile
 from eventtrain.subscribers.waiting_rows import WaitingRows
@@ -204,7 +204,7 @@ def test_a_write_error_fails_the_subscriber_and_the_run_goes_on(
             raise OSError(errno.ENOSPC, "No space left on device")
         return write(descriptor, data)
 
-    monkeypatch.setattr(row_file.os, "write", failing)
+    monkeypatch.setattr(appended_file.os, "write", failing)
 
     @trainer.on(et.EpochStarted, lag=0)
     async def schedule(event: et.EpochStarted) -> None:

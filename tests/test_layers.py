@@ -120,6 +120,7 @@ MAY_IMPORT = {
         "subscribers.group_commit",
         "subscribers.parquet_parts",
         "subscribers.row_file",
+        "subscribers.appended_file",
         "subscribers.step_table",
         "subscribers.waiting_rows",
         "subscribers.environment",

@@ -11,6 +11,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 from eventtrain.events import Event
+from eventtrain.subscribers.appended_file import AppendedFile
 
 logger = logging.getLogger("eventtrain")
 
@@ -24,6 +25,7 @@ class DeadLetters:
 
     def __init__(self, path: Path) -> None:
         self.path = path
+        self._file = AppendedFile(path)
         self._lock = threading.Lock()
 
     def write(self, label: str, reason: str, events: Iterable[Event]) -> bool:
@@ -49,15 +51,8 @@ class DeadLetters:
 
     def _append(self, data: bytes) -> None:
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        with open(self.path, "ab+", buffering=0) as file:
-            end = file.seek(0, os.SEEK_END)
-            if end:
-                file.seek(end - 1)
-                data = data if file.read(1) == b"\n" else b"\n" + data
-            view = memoryview(data)
-            try:
-                while view:
-                    view = view[file.write(view) :]
-            except OSError:
-                file.truncate(end)
-                raise
+        self._file.mend()
+        with open(self.path, "ab+") as file:
+            file.seek(max(0, file.seek(0, os.SEEK_END) - 1))
+            torn = file.read(1) not in (b"", b"\n")
+        self._file.append(b"\n" + data if torn else data)

@@ -16,6 +16,8 @@ from itertools import count
 from pathlib import Path
 
 from eventtrain.errors import StorageError
+from eventtrain.subscribers.appended_file import AppendedFile
+from eventtrain.subscribers.disk import sync
 
 OWN_NAME = re.compile(r"events\.out\.tfevents\.(\d{10})\.(\d{6})\.eventtrain")
 """TensorBoard reads the files of a folder in the order of their names, each to its end before it opens the next."""
@@ -32,7 +34,7 @@ class EventFile:
         self.path = path
         with open(path, "xb"):
             self.size_bytes = 0
-        self._torn_at: int | None = None
+        self._file = AppendedFile(path)
 
     def append(self, records: Iterable[bytes]) -> None:
         """Write all of them, or none: the file then ends where it ended before.
@@ -40,41 +42,17 @@ class EventFile:
         Raises:
             StorageError: it did not work, and may the next time.
         """
-        data = b"".join(map(framed, records))
         try:
-            descriptor = os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, 0o644)
-            try:
-                self._append(descriptor, data)
-            finally:
-                os.close(descriptor)
+            self.size_bytes = self._file.append(b"".join(map(framed, records)))
         except OSError as error:
             raise self._failed(error) from None
 
     def sync(self) -> None:
         """Have the disk hold what was written. Raises StorageError."""
         try:
-            descriptor = os.open(self.path, os.O_RDONLY | os.O_CLOEXEC)
-            try:
-                os.fsync(descriptor)
-            finally:
-                os.close(descriptor)
+            sync(self.path)
         except OSError as error:
             raise self._failed(error) from None
-
-    def _append(self, descriptor: int, data: bytes) -> None:
-        if self._torn_at is not None:
-            os.ftruncate(descriptor, self._torn_at)
-        self._torn_at = begin = os.lseek(descriptor, 0, os.SEEK_END)
-        view = memoryview(data)
-        try:
-            while view:
-                view = view[os.write(descriptor, view) :]
-        except OSError:
-            os.ftruncate(descriptor, begin)
-            self._torn_at = None
-            raise
-        self._torn_at = None
-        self.size_bytes = begin + len(data)
 
     def _failed(self, error: OSError) -> StorageError:
         return StorageError(f"cannot write {self.path}: {error.strerror or error}", may_pass=True)

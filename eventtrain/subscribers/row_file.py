@@ -11,6 +11,7 @@ from itertools import count
 from pathlib import Path
 from typing import Generic, TypeVar
 
+from eventtrain.subscribers.appended_file import AppendedFile
 from eventtrain.subscribers.waiting_rows import Entry, WaitingRows
 
 logger = logging.getLogger("eventtrain")
@@ -46,8 +47,7 @@ class RowFile(Generic[Item]):
         self.row_count = 0
         """Rows written to it by this object."""
         self._render = render
-        self._fsync = fsync
-        self._torn_at: int | None = None
+        self._file = AppendedFile(path, fsync=fsync)
         self._lock = threading.Lock()
 
     def prepare(self) -> None:
@@ -104,39 +104,18 @@ class RowFile(Generic[Item]):
             OSError: it failed; the file ends where the last group ended, and the other rows still wait.
         """
         with self._lock:
-            if self._torn_at is not None:
-                os.truncate(self.path, self._torn_at)
-                self._torn_at = None
+            self._file.mend()  # what renders may read the file
             entries, done = self.rows.take(), 0
             try:
                 while done < len(entries):
                     group = _some(entries, done)
                     data = self._render([entry.item for entry in group]) + b"\n"
-                    descriptor = os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, 0o644)
-                    try:
-                        self._append(descriptor, data)
-                    finally:
-                        os.close(descriptor)
+                    self.size_bytes = self._file.append(data)
                     self.row_count += self.rows.written(group)
                     done += len(group)
             except BaseException:
                 self.rows.give_back(entries[done:])
                 raise
-
-    def _append(self, descriptor: int, data: bytes) -> None:
-        self._torn_at = begin = os.lseek(descriptor, 0, os.SEEK_END)
-        view = memoryview(data)
-        try:
-            while view:
-                view = view[os.write(descriptor, view) :]
-            if self._fsync:
-                os.fsync(descriptor)
-        except OSError:
-            os.ftruncate(descriptor, begin)
-            self._torn_at = None
-            raise
-        self._torn_at = None
-        self.size_bytes = begin + len(data)
 
 
 def _some(entries: Sequence[Entry[Item]], begin: int) -> Sequence[Entry[Item]]:
