@@ -252,7 +252,7 @@ def test_a_slow_target_delays_no_step(tmp_path: Path, target: Target) -> None:
     assert len(target.bodies) == 1
 
 
-def test_a_run_whose_drain_timeout_is_shorter_keeps_what_was_not_delivered(tmp_path: Path) -> None:
+async def test_a_run_whose_drain_timeout_is_shorter_keeps_what_was_not_delivered(tmp_path: Path) -> None:
     with silent_server() as port:
         alerts = subs.Alerts(
             [RULE], f"http://127.0.0.1:{port}/", allow_private=True, timeout_s=60, finish_timeout_s=60
@@ -261,7 +261,7 @@ def test_a_run_whose_drain_timeout_is_shorter_keeps_what_was_not_delivered(tmp_p
             step, {"w": jnp.zeros(1)}, subscribers=[alerts], run_dir=tmp_path, drain_timeout_s=0.5
         )
         began = monotonic()
-        trainer.fit([np.float32(2)], epochs=1)
+        await trainer.fit_async([np.float32(2)], epochs=1)
     assert monotonic() - began < 40
     assert len(letters(tmp_path)) == 1
 

@@ -121,6 +121,7 @@ MAY_IMPORT = {
         "subscribers.parquet_parts",
         "subscribers.row_file",
         "subscribers.appended_file",
+        "subscribers.own_thread",
         "subscribers.step_table",
         "subscribers.waiting_rows",
         "subscribers.environment",

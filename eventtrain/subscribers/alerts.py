@@ -54,6 +54,7 @@ from eventtrain.subscribers.arguments import require_count, require_number
 from eventtrain.subscribers.clock_alarms import ClockAlarms
 from eventtrain.subscribers.dead_letters import DeadLetters
 from eventtrain.subscribers.filenames import file_path, inside_run_dir
+from eventtrain.subscribers.own_thread import in_own_thread
 from eventtrain.subscribers.saved_state import SavedState
 
 logger = logging.getLogger("eventtrain")
@@ -214,20 +215,17 @@ class Alerts(Subscriber):
         run, senders, self._senders = self._run, self._senders, []
         if run is None or not senders:
             return
-        to_thread = partial(
-            anyio.to_thread.run_sync, abandon_on_cancel=True, limiter=anyio.CapacityLimiter(1)
-        )
-        files = await to_thread(self._files, run.run_dir) if self._held else []
+        files = await in_own_thread(partial(self._files, run.run_dir)) if self._held else []
         for sender in senders:
             sender.attach(files)
             for alert in self._held:
                 sender.post(alert)
         left = 0
         try:
-            await to_thread(finish, senders, self._finish_timeout_s)
+            await in_own_thread(partial(finish, senders, self._finish_timeout_s))
         finally:  # also where the trainer's drain_timeout_s was shorter, and this is cancelled
             with anyio.move_on_after(GIVING_UP_S, shield=True):
-                left = await to_thread(give_up, senders)
+                left = await in_own_thread(partial(give_up, senders))
         if left:
             raise SubscriberError(
                 f"{left} alerts did not arrive within {self._finish_timeout_s:g} s after the run."

@@ -4,12 +4,9 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
-from concurrent.futures import Future
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal
 
-import anyio
-import anyio.to_thread
 from pydantic import Field
 
 from eventtrain.control import Control
@@ -37,14 +34,13 @@ from eventtrain.subscribers.checkpoint_reader import find_checkpoint, load_state
 from eventtrain.subscribers.checkpoint_writer import CheckpointWriter, Job, WriterOptions
 from eventtrain.subscribers.metric_reader import MetricReader
 from eventtrain.subscribers.monitor import Mode
+from eventtrain.subscribers.own_thread import in_own_thread
 from eventtrain.subscribers.retention import Retention
 from eventtrain.subscribers.saved_state import SavedState
 
 __all__ = ["Checkpointer", "load_state", "restore_state"]
 
 logger = logging.getLogger("eventtrain")
-
-T = TypeVar("T")
 
 restore_state = load_state
 
@@ -224,7 +220,7 @@ class Checkpointer(Subscriber):
             )
         self._writer = CheckpointWriter(options, params, run.publish)
         try:
-            await _result(self._writer.open())
+            await in_own_thread(self._writer.open().result)
         except OSError as error:
             raise ConfigurationError(
                 f"{self._name} cannot keep checkpoints in {directory}: {error}."
@@ -253,7 +249,7 @@ class Checkpointer(Subscriber):
         if writer is None:
             return
         try:
-            await _result(writer.through())
+            await in_own_thread(writer.through().result)
         finally:
             steps = [job.step for job in writer.unfinished]
             if steps:
@@ -268,7 +264,7 @@ class Checkpointer(Subscriber):
         """Close Orbax. Raises what failed in it and was not told before."""
         writer, self._writer = self._writer, None
         if writer is not None:
-            await _result(writer.close())
+            await in_own_thread(writer.close().result)
 
     async def handle(self, event: Event, control: Control) -> None:
         """Returns at once: what takes time is done by the thread, so that a cut never waits for this subscriber."""
@@ -366,10 +362,3 @@ def _require_counts(**counts: int | None) -> None:
     for name, count in counts.items():
         if count is not None:
             require_count("Checkpointer", name, count, at_least=1)
-
-
-async def _result(future: Future[T]) -> T:
-    """What another thread has computed; cancelled, it is left to finish there."""
-    return await anyio.to_thread.run_sync(
-        future.result, abandon_on_cancel=True, limiter=anyio.CapacityLimiter(1)
-    )

@@ -6,13 +6,11 @@ import logging
 import threading
 from functools import partial
 
-import anyio
-import anyio.to_thread
-
 from eventtrain.errors import BusClosed, ConfigurationError, QueueFull
 from eventtrain.events import MachineMeasured, RunCompleted, RunFailed
 from eventtrain.subscriber import RunContext, Subscriber
 from eventtrain.subscribers.arguments import require_number
+from eventtrain.subscribers.own_thread import in_own_thread
 
 try:
     from eventtrain.subscribers import gpu_readings, host_readings
@@ -73,10 +71,7 @@ class DeviceStats(Subscriber):
         if thread is None:
             return
         thread.ending.set()
-        limiter = anyio.CapacityLimiter(1)
-        await anyio.to_thread.run_sync(
-            partial(thread.join, FINISH_S), abandon_on_cancel=True, limiter=limiter
-        )
+        await in_own_thread(partial(thread.join, FINISH_S))
         if thread.is_alive():
             thread.given_up.set()
             logger.warning("%s: the last measurement took too long and is left out", thread.source)

@@ -6,12 +6,11 @@ import logging
 import queue
 import threading
 from collections.abc import Callable
-
-import anyio
-import anyio.to_thread
+from functools import partial
 
 from eventtrain.errors import BusClosed, QueueFull
 from eventtrain.events import Event
+from eventtrain.subscribers.own_thread import in_own_thread
 
 logger = logging.getLogger("eventtrain")
 
@@ -56,10 +55,7 @@ class JobThread(threading.Thread):
         """
         in_time = False
         try:
-            # Not anyio's limiter: forty blocked handlers of a service would be waited for.
-            in_time = await anyio.to_thread.run_sync(
-                self.finish, timeout_s, abandon_on_cancel=True, limiter=anyio.CapacityLimiter(1)
-            )
+            in_time = await in_own_thread(partial(self.finish, timeout_s))
         finally:
             self.stopping.set()
             if not in_time and give_up is not None:

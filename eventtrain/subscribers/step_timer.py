@@ -4,9 +4,7 @@ from __future__ import annotations
 
 from collections import deque
 from datetime import datetime
-
-import anyio
-import anyio.to_thread
+from functools import partial
 
 from eventtrain.errors import ConfigurationError
 from eventtrain.events import (
@@ -22,6 +20,7 @@ from eventtrain.frozen import Number
 from eventtrain.loop_statistics import LoopStatistics
 from eventtrain.subscriber import RunContext, Subscriber
 from eventtrain.subscribers.arguments import require_count, require_number
+from eventtrain.subscribers.own_thread import in_own_thread
 from eventtrain.subscribers.weighted_quantiles import weighted_quantiles
 
 WINDOWS_KEPT = 10_000
@@ -131,8 +130,7 @@ class StepTimer(Subscriber):
             return
         if not self._asked_for_flops:
             self._asked_for_flops = True
-            limiter = anyio.CapacityLimiter(1)
-            self._flops = await anyio.to_thread.run_sync(_flops, run, abandon_on_cancel=True, limiter=limiter)
+            self._flops = await in_own_thread(partial(_flops, run))
         metrics = self._figures(run.loop_statistics())
         self._forget()
         source = self.name or "StepTimer"

@@ -14,12 +14,10 @@ from dataclasses import dataclass
 from functools import partial
 from time import monotonic
 
-import anyio
-import anyio.to_thread
-
 from eventtrain.errors import BusClosed, EventTrainError, QueueFull, StorageError, SubscriberError
 from eventtrain.events import Event, SubscriberFailed
 from eventtrain.subscribers.job_thread import JobThread
+from eventtrain.subscribers.own_thread import in_own_thread
 
 logger = logging.getLogger("eventtrain")
 
@@ -154,9 +152,7 @@ class TrackerThread(JobThread):
             return False
         done = threading.Event()
         self.put(partial(self._settle, done))
-        in_time = await anyio.to_thread.run_sync(
-            done.wait, timeout_s, abandon_on_cancel=True, limiter=anyio.CapacityLimiter(1)
-        )
+        in_time = await in_own_thread(partial(done.wait, timeout_s))
         return in_time and self._outage is None
 
     async def aclose(self, timeout_s: float) -> None:
