@@ -5,7 +5,9 @@ from __future__ import annotations
 from hypothesis import given
 from hypothesis import strategies as st
 
+from eventtrain import subscribers as subs
 from eventtrain.subscribers.alarm import Alarm
+from eventtrain.subscribers.alarms import Alarms
 
 LOOKS = st.lists(st.tuples(st.booleans(), st.integers(1, 3), st.integers(0, 3)), max_size=60)
 """Whether it is bad, and how many steps and seconds after the look before."""
@@ -63,3 +65,27 @@ def test_saved_and_loaded_it_goes_on_as_if_no_time_had_passed(
     for (bad, steps, seconds), (_, _, change) in zip(looks[cut:], expected[cut:], strict=True):
         step, now = step + steps, now + seconds
         assert second.judge(bad, step, now + pause) == change
+
+
+def test_each_subject_has_a_cooldown_of_its_own_however_often_it_is_looked_at() -> None:
+    alarms = Alarms(subs.SlowSubscriberRule(cooldown_s=10.0))
+    told = [
+        [
+            f"{alert.kind} {alert.name}"
+            for alert in alarms.update(dict.fromkeys(bad, "behind"), 1, float(now_s))
+        ]
+        for now_s, bad in enumerate(["a", "", "", "a", "ab", *[""] * 6, "a"])
+    ]
+    assert told == [
+        ["alert_raised slow subscriber: a"],
+        ["alert_resolved slow subscriber: a"],
+        [],
+        [],
+        ["alert_raised slow subscriber: b"],
+        ["alert_resolved slow subscriber: b"],
+        *[[]] * 5,
+        ["alert_raised slow subscriber: a"],
+    ]
+    assert set(alarms.save(11.0).alarms) == {"a", "b"}
+    alarms.update({"a": "behind"}, 1, 16.0)
+    assert set(alarms.save(16.0).alarms) == {"a"}

@@ -131,3 +131,12 @@ def test_columns_of_any_kind_are_judged_and_values_keep_their_type(dtype: Any) -
     assert type(raised.value) is type(column.tolist()[1])
     finite = MetricAlarms(subs.Rule("x", non_finite=True, event=et.StepCompleted))
     assert finite.look_along({"x": column}, {"x": column.tolist()}, 1, 0.0) == []
+
+
+@pytest.mark.parametrize("dtype", [np.float16, np.float32])
+@pytest.mark.parametrize("limit", [0.1, 1e39, 70_000])
+def test_a_limit_is_not_rounded_to_the_type_of_a_column(dtype: Any, limit: float) -> None:
+    column = np.array([0.1, 0.1], dtype)
+    by_step, by_window = (MetricAlarms(subs.Rule("x", above=limit, event=et.StepCompleted)) for _ in range(2))
+    expected = by_step.look({"x": column.tolist()[0]}, 1, 0.0)
+    assert by_window.look_along({"x": column}, {"x": column.tolist()}, 1, 0.0) == expected

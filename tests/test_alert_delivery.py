@@ -118,6 +118,19 @@ def test_a_report_that_is_not_there_is_told_and_the_message_sent_without_it(
     assert "there is no report.html in the folder of the run" in caplog.text
 
 
+def test_half_a_surrogate_pair_in_an_error_costs_no_alert(tmp_path: Path, target: Target) -> None:
+    def losses() -> Iterator[np.float32]:
+        yield np.float32(2)
+        raise ValueError("\udcff is no number")
+
+    alerts = subs.Alerts([subs.RunFailedRule()], f"{target.url}/hook", allow_private=True)
+    trainer = et.Trainer(step, {"w": jnp.zeros(1)}, subscribers=[alerts], run_dir=tmp_path)
+    with pytest.raises(ValueError, match="is no number"):
+        trainer.fit(lambda epoch: losses(), epochs=1)
+    (event,) = target.events
+    assert event["message"] == r"after step 1: ValueError: \udcff is no number"
+
+
 def test_apprise_speaks_http_to_a_service(tmp_path: Path, target: Target) -> None:
     alerts = subs.Alerts([RULE], f"json://127.0.0.1:{target.port}/x", label="team")
     target.__dict__["bodies"] = bodies = []

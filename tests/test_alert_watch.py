@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -14,6 +15,7 @@ import anyio.to_thread
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from alert_servers import Target, serving
 
 import eventtrain as et
 from eventtrain import subscribers as subs
@@ -103,16 +105,22 @@ def test_a_look_that_raises_does_not_end_the_thread(caplog: pytest.LogCaptureFix
     assert "a look raised ValueError: broken" in caplog.text
 
 
+@pytest.fixture
+def target() -> Iterator[Target]:
+    with serving(Target()) as found:
+        yield found
+
+
 class Watched:
     """A session with ``rule``, on the test's own thread, which is the training thread."""
 
-    def __init__(self, run_dir: Path, rule: Any) -> None:
+    def __init__(self, run_dir: Path, rule: Any, **options: Any) -> None:
         def step(state: Any, batch: Any) -> Any:
             return state, {"loss": batch}
 
         self.now_s = 0.0
         self.seen: list[et.Event] = []
-        alerts = subs.Alerts([rule], clock=lambda: self.now_s)
+        alerts = subs.Alerts([rule], clock=lambda: self.now_s, **options)
         self.trainer = et.Trainer(step, {"w": jnp.zeros(1)}, subscribers=[alerts], run_dir=run_dir)
         self._came = threading.Event()
 
@@ -153,9 +161,9 @@ def test_a_training_thread_that_hangs_is_noticed_while_it_hangs(tmp_path: Path) 
 
 @pytest.mark.allow_blocking
 def test_an_event_loop_that_hangs_does_not_keep_a_stall_from_being_told(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
+    tmp_path: Path, target: Target, caplog: pytest.LogCaptureFixture
 ) -> None:
-    watched = Watched(tmp_path, subs.StallRule(after_s=0.4))
+    watched = Watched(tmp_path, subs.StallRule(after_s=0.4), url=target.url, allow_private=True, group_s=0.0)
     blocked, told = threading.Event(), threading.Event()
 
     @watched.trainer.on(et.StepCompleted)
@@ -172,9 +180,13 @@ def test_an_event_loop_that_hangs_does_not_keep_a_stall_from_being_told(
             watched.now_s += 100.0
             assert monotonic() < deadline
             sleep(0.01)
+        target.wait_for(1)
         assert watched.seen == []
         told.set()
         watched.wait_until_told()
+    (event,) = target.bodies[0]["events"]
+    assert (event["run_id"], target.bodies[0]["run_id"]) == (watched.trainer.run_id,) * 2
+    assert datetime.fromisoformat(event["time"]).year > 2000
 
 
 def test_a_run_that_cannot_be_through_in_time_is_told(tmp_path: Path) -> None:
@@ -226,7 +238,10 @@ def test_a_deadline_says_that_it_says_nothing_where_the_length_is_not_known(
         (subs.DeadlineRule, {}, "give at= or within_s="),
         (subs.DeadlineRule, {"at": datetime(2030, 1, 1)}, "has no time zone"),
         (subs.CheckpointFailedRule, {"severity": "bad"}, "CheckpointFailedRule(severity='bad')"),
+        (subs.DeadlineRule, {"at": "2030-01-01T00:00:00+00:00"}, "needs a datetime"),
         (subs.RunFailedRule, {"for_s": -1}, "RunFailedRule(for_s=-1)"),
+        (subs.RunFailedRule, {"for_s": 1}, "RunFailedRule(for_s=1): can never be raised"),
+        (subs.RunCompletedRule, {"for_steps": 1}, "RunCompletedRule(for_steps=1): can never be raised"),
     ],
 )
 def test_rules_that_cannot_work_are_refused_by_name(rule: Any, options: dict[str, Any], said: str) -> None:

@@ -138,6 +138,28 @@ def test_the_end_of_a_run_is_told_by_its_reason_and_each_run_anew(tmp_path: Path
         assert completed.message == "after step 2: completed"
 
 
+def test_another_run_begins_anew_and_one_that_goes_on_does_not(tmp_path: Path) -> None:
+    rules = [
+        subs.Rule("loss", non_finite=True, event=et.StepCompleted),
+        subs.NoImprovementRule("loss", patience=2, event=et.StepCompleted),
+    ]
+    alerts = subs.Alerts(rules)
+    assert brief(fit(tmp_path, alerts, [0.1, math.nan])) == [("alert_raised", 2)]
+    assert brief(fit(tmp_path, alerts, [3.0, 2.0, math.nan])) == [("alert_raised", 3)]
+
+    alerts = subs.Alerts(rules[:1])
+    trainer = et.Trainer(step, {"w": jnp.zeros(1)}, subscribers=[alerts], run_dir=tmp_path)
+    seen: list[et.Event] = []
+
+    @trainer.on(et.AlertRaised | et.AlertResolved)
+    async def see(event: et.Event) -> None:
+        seen.append(event)
+
+    for losses in ([1.0, math.nan], [math.nan, 1.0]):
+        trainer.fit([np.float32(loss) for loss in losses], epochs=1)
+    assert brief(seen) == [("alert_raised", 2), ("alert_resolved", 4)]
+
+
 def test_a_run_that_fails_is_told_with_its_error(tmp_path: Path) -> None:
     alerts = subs.Alerts([subs.RunCompletedRule(), subs.RunFailedRule()])
     seen: list[et.Event] = []

@@ -44,6 +44,10 @@ class Alarm:
         """Whether ``judge(False, ...)`` would change nothing."""
         return not self._raised and self._bad_since is None
 
+    def is_as_new(self, now_s: float) -> bool:
+        """Whether another alarm of the same conditions would do what this one does."""
+        return self.idle and now_s >= self._quiet_until_s
+
     def judge(self, bad: bool, step: int, now_s: float) -> Change | None:
         """Take one observation in, in their order; what has changed, if anything."""
         if not bad:

@@ -43,7 +43,7 @@ class Alarms:
             change = alarm.judge(subject in problems, step, now_s)
             if change is not None:
                 events.append(self._event(change, subject, problems.get(subject, "it is over"), step))
-            elif alarm.idle and subject:
+            elif subject and alarm.is_as_new(now_s):
                 del self._alarms[subject]
         return events
 
@@ -61,15 +61,21 @@ class Alarms:
         metric: str | None = None,
         value: Number | None = None,
     ) -> AlertEvent:
-        name = f"{self.rule.label}: {subject}" if subject else self.rule.label
+        name = _utf8(f"{self.rule.label}: {subject}" if subject else self.rule.label)
+        message = _utf8(message)
         if change == "resolved":
             return AlertResolved(step=step, name=name, message=message)
         return AlertRaised(
-            step=step, name=name, severity=self.rule.severity, message=message, metric=metric, value=value
+            step=step,
+            name=name,
+            severity=self.rule.severity,
+            message=message,
+            metric=None if metric is None else _utf8(metric),
+            value=value,
         )
 
     def reset(self) -> None:
-        """Forget what is raised, without a word."""
+        """Begin anew: forget what is raised, without a word."""
         self._alarms.clear()
 
     def save(self, now_s: float) -> RuleState:
@@ -150,6 +156,12 @@ class MetricAlarms(Alarms):
         if not self._seen:
             self.looked_at = tuple(metrics)
 
+    def reset(self) -> None:
+        """With the values that the condition remembers."""
+        super().reset()
+        self._condition = condition_of(self.rule)
+        self._seen, self.looked_at = False, None
+
     def save(self, now_s: float) -> RuleState:
         """With the values that the condition remembers."""
         return super().save(now_s).model_copy(update={"condition": self._condition.state})
@@ -159,3 +171,8 @@ class MetricAlarms(Alarms):
         super().load(state, now_s)
         if state.condition is not None and state.type == type(self.rule).__name__:
             self._condition.load(state.condition)
+
+
+def _utf8(text: str) -> str:
+    """``text`` as every target can have it: half a surrogate pair, in the text of an error say, is escaped."""
+    return text.encode("utf-8", "backslashreplace").decode()

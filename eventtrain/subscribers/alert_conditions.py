@@ -92,6 +92,8 @@ class Threshold(Condition):
     ) -> int:
         """Up to the first bad one; NaN, of which nothing can be told, is skipped too."""
         rest = column[begin:]
+        if rest.dtype.kind == "f":  # or NumPy would round the limit to the column's type
+            rest = rest.astype(np.float64, copy=False)
         places = [
             np.flatnonzero(bad)
             for bad in (

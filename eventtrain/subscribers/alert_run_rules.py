@@ -26,6 +26,16 @@ def _moment(given: Any) -> Any:
 Moment = Annotated[datetime, BeforeValidator(_moment)]
 
 
+def _require_moment(rule: CommonRule) -> None:
+    """Refuse waiting for what happens once, at the end of a run."""
+    for name, value in (("for_s", rule.for_s), ("for_steps", rule.for_steps)):
+        if value:
+            raise ConfigurationError(
+                f"{type(rule).__name__}({name}={value!r}): can never be raised, since a run ends at one moment. "
+                f"Leave {name} out."
+            )
+
+
 @dataclass(frozen=True)
 class StallRule(CommonRule):
     """No step was made for ``after_s`` seconds, whatever the reason: compiling, evaluating and pauses count too."""
@@ -109,6 +119,10 @@ class RunFailedRule(CommonRule):
     severity: Severity = field(default="critical", kw_only=True)
     type: Literal["run_failed"] = field(default="run_failed", kw_only=True, repr=False)
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _require_moment(self)
+
     @property
     def _default_label(self) -> str:
         return "run failed"
@@ -121,6 +135,10 @@ class RunCompletedRule(CommonRule):
     severity: Severity = field(default="info", kw_only=True)
     type: Literal["run_completed"] = field(default="run_completed", kw_only=True, repr=False)
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _require_moment(self)
+
     @property
     def _default_label(self) -> str:
         return "run completed"
@@ -131,7 +149,7 @@ class DeadlineRule(CommonRule):
     """At the pace of the last minutes the run will not be through in time.
 
     Attributes:
-        at: the deadline, with a time zone, such as ``"2030-01-31T08:00:00+01:00"``.
+        at: the deadline, with a time zone; in a file text such as ``"2030-01-31T08:00:00+01:00"``.
         within_s: or so many seconds after the run first began; one of the two.
         pace_s: the pace is that of the last so many seconds.
 
@@ -147,6 +165,11 @@ class DeadlineRule(CommonRule):
         super().__post_init__()
         if (self.at is None) == (self.within_s is None):
             raise ConfigurationError("DeadlineRule: give at= or within_s=, one of them.")
+        if self.at is not None and not isinstance(self.at, datetime):  # pyright: ignore[reportUnnecessaryIsInstance]
+            raise ConfigurationError(
+                f"DeadlineRule(at={self.at!r}): needs a datetime, such as "
+                'datetime.fromisoformat("2030-01-31T08:00:00+01:00").'
+            )
         if self.at is not None and self.at.tzinfo is None:
             raise ConfigurationError(
                 f"DeadlineRule(at={self.at.isoformat()!r}): has no time zone. Append one, such as +00:00."

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Iterable, Sequence
+from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
 from time import monotonic
@@ -156,7 +157,7 @@ class Alerts(Subscriber):
     # --- the life of a run ----------------------------------------------------------------------------------
 
     async def start(self, run: RunContext) -> None:
-        """Start the threads. What was raised and not resolved stays raised."""
+        """Start the threads. In a run that goes on, what was raised and not resolved stays raised."""
         if self.every != 1 or self.every_s is not None:
             raise ConfigurationError(
                 f"Alerts(every={self.every!r}, every_s={self.every_s!r}): looks at everything, or an alert could be "
@@ -164,6 +165,9 @@ class Alerts(Subscriber):
             )
         if not self._loaded:
             self._began_s = time.time()
+            if run.restarts or (self._run is not None and self._run.run_id != run.run_id):
+                for alarms in self._alarms.values():
+                    alarms.reset()
         self._run, self._loaded, self._held = run, False, []
         self._step = run.start_step
         for rule in (RunFailedRule, RunCompletedRule):
@@ -193,6 +197,7 @@ class Alerts(Subscriber):
             self._step = event.last_step
         found = sorted(self._judge(event), key=lambda alert: alert.step)
         if found:
+            found = [self._with_run(alert) for alert in found]
             for alert in found:
                 self._tell(alert, hold=isinstance(event, (RunCompleted, RunFailed)) and bool(self._attach))
             assert self._run is not None
@@ -288,6 +293,7 @@ class Alerts(Subscriber):
 
     def _tell_from_thread(self, alert: AlertEvent) -> None:
         """Not on the event loop: it may hang, and then the alert goes out all the same."""
+        alert = self._with_run(alert)
         self._tell(alert)
         assert self._run is not None
         assert self._by_clock is not None
@@ -299,6 +305,11 @@ class Alerts(Subscriber):
                     return None
             except BusClosed:
                 return None
+
+    def _with_run(self, alert: AlertEvent) -> AlertEvent:
+        """Saying whose it is and when: the bus does so on its event loop, for which a message may not wait."""
+        assert self._run is not None
+        return alert.model_copy(update={"run_id": self._run.run_id, "time": datetime.now(UTC)})
 
     def _tell(self, alert: AlertEvent, *, hold: bool = False) -> None:
         """Log it and have it sent. Any thread."""
