@@ -1,4 +1,4 @@
-"""Where a run is, said so that another can go on from it, and that other's first moments. Training thread only."""
+"""The first moments of a run that goes on from a checkpoint. Training thread only."""
 
 from __future__ import annotations
 
@@ -22,39 +22,12 @@ from eventtrain.errors import SnapshotError, StateError
 from eventtrain.events import Event, RunResumed
 from eventtrain.gates import Gates
 from eventtrain.model import Model
-from eventtrain.saved_run import Resumption, SavedRun, pack, unpack
+from eventtrain.saved_run import Resumption, SavedRun, unpack
 from eventtrain.subscriber import Subscriber
 
 logger = logging.getLogger("eventtrain")
 
 JAXLIB = version("jaxlib")
-
-
-class DataPosition:
-    """The state of the data's iterator after each batch trained on, though others are prefetched already."""
-
-    def __init__(self, batch: int = 0, state: Any = None) -> None:
-        self._first = batch
-        self._states: Sequence[Any] = ()
-        self._before = state
-
-    def begin_group(self, batch: int, states: Sequence[Any]) -> None:
-        """The batches from number ``batch`` of the epoch on come next; ``states``: after each of them."""
-        self._before = self.after(batch)
-        self._first, self._states = batch, states
-
-    def begin_epoch(self) -> None:
-        """Nothing of the epoch was trained on."""
-        self._first, self._states, self._before = 0, (), None
-
-    def after(self, batch: int) -> Any:
-        """The state after ``batch`` batches of the epoch; None where the iterator has none."""
-        count = batch - self._first
-        return self._states[count - 1] if 0 < count <= len(self._states) else self._before
-
-    def packed(self, batch: int) -> Any:
-        """As JSON data. Raises TypeError where that cannot be."""
-        return pack(self.after(batch))
 
 
 def resume_stream(

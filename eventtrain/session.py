@@ -4,36 +4,34 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Generator, Sequence
-from concurrent.futures import TimeoutError as FutureTimeout
 from contextlib import contextmanager
-from functools import partial
 from time import monotonic
-from typing import Any, Literal
+from typing import Any
 
-import anyio
 import jax
 
 from eventtrain.bus.bus import Activation, EventBus
 from eventtrain.control import POLL_S, Control
 from eventtrain.control_room import ControlRoom
-from eventtrain.cut_facts import LoopFacts
 from eventtrain.device.fetch import Fetcher
 from eventtrain.device.host_memory import to_pinned_host
 from eventtrain.device.hyperparams import find_hyperparams, values_of
 from eventtrain.device.program import StepProgram
 from eventtrain.device.state import replicated_sharding
 from eventtrain.effects import Effects
-from eventtrain.errors import AlreadyRunning, BusClosed, ConfigurationError, EventTrainError, StepError
-from eventtrain.events import EpochCompleted, RunCompleted, RunFailed, RunStarted, SubscriberFailed
+from eventtrain.errors import AlreadyRunning, BusClosed, ConfigurationError, StepError
+from eventtrain.events import EpochCompleted, RunCompleted, RunFailed, RunStarted
 from eventtrain.feed import EpochFeed
 from eventtrain.gates import Gates
 from eventtrain.loop import TrainingLoop
 from eventtrain.loop_statistics import LoopClock, LoopStatistics
 from eventtrain.model import Aim, Model, RunOptions
-from eventtrain.resuming import DataPosition, resume_stream, take_over_extensions
+from eventtrain.participants import Participants
+from eventtrain.resuming import resume_stream, take_over_extensions
 from eventtrain.saved_run import Resumption
 from eventtrain.stream import Narrator
 from eventtrain.subscriber import RunContext, Subscriber
+from eventtrain.whereabouts import Whereabouts
 from eventtrain.windows import Position, Windows
 
 logger = logging.getLogger("eventtrain")
@@ -68,17 +66,13 @@ class Session:
         self._room = room
         self._inbox = room.inbox
         self._subscribers = subscribers
-        self._started: list[Subscriber] = []
+        self._participants = Participants(bus, subscribers)
         self._aim = aim
         self._eval_data = eval_data
         self._resumption = resumption
         self._restarts = restarts
-        self._start = (model.step, model.epoch)
-        self._data = DataPosition()
-        if resumption is not None:
-            facts = resumption.facts.loop
-            self._start = (facts.start_step, facts.start_epoch)
-            self._data = DataPosition(facts.batch, facts.data)
+        self._whereabouts = Whereabouts(model, aim, options.fingerprint, resumption)
+        self._data = self._whereabouts.data
         self._loop: TrainingLoop | None = None
         self._gates = Gates(bus)
         self.clock = LoopClock()
@@ -231,7 +225,7 @@ class Session:
         windows = Windows(
             compiled, carry, self._fetcher, self._gates, position, self.clock, options.pace.flush_interval_s
         )
-        self._loop = TrainingLoop(
+        self._loop = loop = TrainingLoop(
             compiled,
             carry,
             position=position,
@@ -244,7 +238,7 @@ class Session:
             fetcher=self._fetcher,
             pace=options.pace,
             evaluate=self._evaluate,
-            describe=self._describe,
+            describe=lambda: self._whereabouts.facts(loop, self._gates),
         )
         # The loop owns the state: a reference would keep its memory.
         model.leaves, model.ext_leaves = [], None
@@ -257,30 +251,6 @@ class Session:
             if facts.in_epoch:
                 windows.flush()
                 self._loop.resume_epoch(facts)
-
-    def _describe(self) -> LoopFacts:
-        """Where the run is. Raises TypeError where the data's iterator has a state that no checkpoint can hold."""
-        loop = self._loop
-        assert loop is not None
-        position, (start_step, start_epoch) = loop.position, self._start
-        return LoopFacts(
-            step=position.step,
-            epoch=position.epoch,
-            batch=position.batch,
-            in_epoch=position.in_epoch,
-            step_started=loop.step_started,
-            evaluation=loop.evaluation_here,
-            evaluated_batches=loop.evaluated_batches,
-            epoch_first_step=loop.epoch_first_step,
-            start_step=start_step,
-            start_epoch=start_epoch,
-            epochs=self._aim.epochs,
-            steps=self._aim.steps,
-            ended=loop.effects.ended,
-            data=self._data.packed(position.batch),
-            deterministic=loop.effects.deterministic and not self._gates.timed_out(),
-            fingerprint=dict(self._options.fingerprint),
-        )
 
     def advance(self, batches: tuple[Any, ...], count: int, positions: Sequence[Any] = ()) -> int:
         """Run the first ``count`` steps of a group; returns how many were dispatched before the run had to end.
@@ -369,11 +339,11 @@ class Session:
             options.run_dir,
             self.control,
             self._bus.publish,
-            self._start[0],
+            self._whereabouts.start_step,
             self._aim.epochs,
             self._aim.steps,
             self._aim.steps_per_epoch,
-            self._start[1],
+            self._whereabouts.start_epoch,
             self._can_evaluate(),
             self._resumption is not None,
             self._restarts,
@@ -385,14 +355,7 @@ class Session:
             self.statistics,
             self.program,
         )
-        for subscriber in self._subscribers:
-            self._started.append(subscriber)
-            try:
-                self._bus.submit(subscriber.start, context).result()
-            except EventTrainError as error:
-                name = subscriber.name or type(subscriber).__name__
-                error.add_note(f"It was raised by the subscriber {name} when the run started.")
-                raise
+        self._participants.start(context)
         self._fetcher.start()
         self._inbox.open()
         for newcomer in self._gates.refresh(self._model.step):
@@ -428,7 +391,7 @@ class Session:
             if loop is not None and error is None and not loop.effects.cut_short:
                 loop.restore_finally()
             if loop is not None and self._fetcher.failure is None and self._bus.running:
-                loop.keeper.take_final(unchanged=self._is_as_it_was(loop))
+                loop.keeper.take_final(unchanged=self._whereabouts.unchanged(loop))
         except (
             Exception
         ) as failed:  # an evaluation or a snapshot at the last boundary, or the bus was stopped
@@ -444,9 +407,8 @@ class Session:
             reason_given = f"the run ended ({reason}) before it was due"
             self._inbox.reject(order, reason_given, self._narrator.tell, logging.INFO)
         try:
-            self._drain(
-                deadline_s
-            )  # a handler that may fail the run has to have its say before the last event
+            # A handler that may fail the run has to have its say before the last event.
+            self._participants.drain(deadline_s)
         except BusClosed as closed:
             error = error or closed
         error = error or self._bus.failure or self._device_failure()
@@ -459,7 +421,13 @@ class Session:
             )
         else:
             self._narrator.tell(RunFailed(step=self.step_count, error=f"{type(error).__name__}: {error}"))
-        self._settle_bus(deadline_s)
+        self.undelivered = self._participants.settle(deadline_s, self.step_count)
+        if self.undelivered:
+            listing = ", ".join(f"{name}: {count}" for name, count in self.undelivered.items())
+            logger.warning(
+                "Not everything published was handled within %.1f s; left over: %s",
+                self._options.drain_timeout_s, listing,
+            )  # fmt: skip
         if loop is not None:
             loop.compiled.close()
         self._room.release_all()  # not before: a Checkpointer may claim until its queue is empty
@@ -474,15 +442,6 @@ class Session:
             raise ConfigurationError(
                 f"This session has ended ({self.ended_by}), and its state belongs to the trainer again. Open another."
             )
-
-    def _is_as_it_was(self, loop: TrainingLoop) -> bool:
-        """Whether the checkpoint from which the run resumed is still the last one that there can be of it."""
-        if self._resumption is None or loop.effects.cut_short:
-            return False
-        facts, position = self._resumption.facts.loop, loop.position
-        return (position.step, position.in_epoch, loop.effects.ended, loop.effects.changes) == (
-            facts.step, facts.in_epoch, facts.ended, 0,
-        )  # fmt: skip
 
     def _can_evaluate(self) -> bool:
         return self._model.eval_fn is not None and self._eval_data is not None
@@ -542,53 +501,3 @@ class Session:
         if loop is not None:
             model.leaves, model.ext_leaves = loop.carry.leaves, loop.carry.ext_leaves
             model.step, model.epoch = loop.position.step, loop.position.epoch
-
-    def _settle_bus(self, deadline_s: float) -> None:
-        """Let every handler finish, then stop the subscribers; list what was not handled in time."""
-        try:
-            self._drain(deadline_s)
-            for subscriber in self._started:
-                self._end(subscriber, "finish", deadline_s)
-            self._drain(deadline_s)
-            for subscriber in self._started:
-                self._end(subscriber, "stop", deadline_s)
-            left = self._drain(max(deadline_s, monotonic() + 1.0))
-        except BusClosed:
-            left = self._bus.undelivered()
-        self.undelivered = left
-        if left:
-            listing = ", ".join(f"{name}: {count}" for name, count in left.items())
-            logger.warning(
-                "Not everything published was handled within %.1f s; left over: %s",
-                self._options.drain_timeout_s,
-                listing,
-            )
-
-    def _drain(self, deadline_s: float) -> dict[str, int]:
-        return self._bus.submit(
-            partial(self._bus.wait_until_quiet, max(0.0, deadline_s - monotonic()))
-        ).result()
-
-    def _end(self, subscriber: Subscriber, how: Literal["finish", "stop"], deadline_s: float) -> None:
-        """Call ``finish`` or ``stop``; cancel it when the time is over, and do not wait much longer even then."""
-        name = subscriber.name or type(subscriber).__name__
-        timeout_s = max(1.0, deadline_s - monotonic())
-
-        async def in_time() -> None:
-            with anyio.fail_after(timeout_s):
-                await getattr(subscriber, how)()
-
-        try:
-            self._bus.submit(in_time).result(timeout=timeout_s + 1.0)
-        except BusClosed:
-            raise
-        except Exception as error:
-            text = (
-                "did not finish in time"
-                if isinstance(error, FutureTimeout)
-                else f"{type(error).__name__}: {error}"
-            )
-            logger.error("Subscriber %s failed in %s(): %s", name, how, text)
-            self._bus.notify(
-                SubscriberFailed(step=self.step_count, subscriber=name, event_kind=how, error=text)
-            )

@@ -50,6 +50,8 @@ FLOORS = {
     "prefetch": "3 loop",
     "feed": "3 loop",
     "model": "3 loop",
+    "participants": "3 loop",
+    "whereabouts": "3 loop",
     "session": "3 loop",
     "signals": "3 loop",
     "subscriber": "3 loop",
