@@ -27,6 +27,7 @@ __all__ = ["FusedStep", "LoweredStep", "abstract"]
 
 # What the fused function returns: state leaves, extension leaves, ring, cursor.
 Outputs = tuple[list[jax.Array], list[jax.Array], jax.Array, jax.Array]
+Fused = Callable[..., Outputs]
 
 
 class LoweredStep(NamedTuple):
@@ -130,40 +131,12 @@ class FusedStep:
         traced_once.trace(self.leaf_types, self.ext_types, first)
         rings = RingSource(layouts[0], self._capacity, self._sharding)
 
-        def call(
-            leaves: list[jax.Array],
-            ext_leaves: list[jax.Array],
-            ring: jax.Array,
-            cursor: jax.Array,
-            batch: PyTree,
-        ) -> Outputs:
-            leaves, ext_leaves, row = traced_once(leaves, ext_leaves, batch)
-            return leaves, ext_leaves, *write_row(ring, cursor, row)
-
-        def group(
-            leaves: list[jax.Array],
-            ext_leaves: list[jax.Array],
-            ring: jax.Array,
-            cursor: jax.Array,
-            batches: tuple[PyTree, ...],
-            start: jax.Array,
-            stop: jax.Array,
-        ) -> Outputs:
-            stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *batches)
-
-            def body(index: jax.Array, carried: Outputs) -> Outputs:
-                batch = jax.tree.map(
-                    lambda leaf: lax.dynamic_index_in_dim(leaf, index, keepdims=False), stacked
-                )
-                return call(*carried, batch)
-
-            return lax.fori_loop(start, stop, body, (leaves, ext_leaves, ring, cursor))
-
         arguments = [self.leaf_types, self.ext_types, rings.ring_type, rings.cursor_type, batch]
         if self._steps_per_call > 1:
             count = jax.ShapeDtypeStruct((), np.int32, sharding=self._sharding)
             arguments += [count, count]
-        fused = call if self._steps_per_call == 1 else group
+        call = _with_ring(traced_once)
+        fused = call if self._steps_per_call == 1 else _grouped(call)
         shardings = (
             [leaf.sharding for leaf in self.leaf_types],
             [leaf.sharding for leaf in self.ext_types],
@@ -201,3 +174,42 @@ class FusedStep:
 
     def _params_of(self, state: PyTree) -> PyTree:
         return call_user("params", self._params, state)
+
+
+def _with_ring(one_step: Callable[..., tuple[list[jax.Array], list[jax.Array], jax.Array]]) -> Fused:
+    """One step, which writes its row into the ring."""
+
+    def call(
+        leaves: list[jax.Array],
+        ext_leaves: list[jax.Array],
+        ring: jax.Array,
+        cursor: jax.Array,
+        batch: PyTree,
+    ) -> Outputs:
+        leaves, ext_leaves, row = one_step(leaves, ext_leaves, batch)
+        return leaves, ext_leaves, *write_row(ring, cursor, row)
+
+    return call
+
+
+def _grouped(call: Fused) -> Fused:
+    """The steps from ``start`` to ``stop`` of a group of batches."""
+
+    def group(
+        leaves: list[jax.Array],
+        ext_leaves: list[jax.Array],
+        ring: jax.Array,
+        cursor: jax.Array,
+        batches: tuple[PyTree, ...],
+        start: jax.Array,
+        stop: jax.Array,
+    ) -> Outputs:
+        stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *batches)
+
+        def body(index: jax.Array, carried: Outputs) -> Outputs:
+            batch = jax.tree.map(lambda leaf: lax.dynamic_index_in_dim(leaf, index, keepdims=False), stacked)
+            return call(*carried, batch)
+
+        return lax.fori_loop(start, stop, body, (leaves, ext_leaves, ring, cursor))
+
+    return group
