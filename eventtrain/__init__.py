@@ -15,7 +15,7 @@ from eventtrain.bus.bus import EventBus
 from eventtrain.bus.queues import DropNewest, DropOldest, KeepLatest, Lossless, Queue
 from eventtrain.bus.subscription import Subscription, SubscriptionStatistics
 from eventtrain.commands import Cause, Command
-from eventtrain.control import Control, KeptSnapshot
+from eventtrain.control import Control
 from eventtrain.device.averaging import EMA, SWA
 from eventtrain.device.extensions import StepExtension
 from eventtrain.device.nonfinite import nonfinite_metrics
@@ -84,6 +84,7 @@ from eventtrain.events import (
     events_json_schema,
     parse_event,
 )
+from eventtrain.kept_snapshot import KeptSnapshot
 from eventtrain.loop_statistics import LoopStatistics
 from eventtrain.session import Session
 from eventtrain.subscriber import RunContext, Subscriber

@@ -14,7 +14,7 @@ import jax
 from anyio.from_thread import start_blocking_portal
 
 from eventtrain.bus.bus import EventBus
-from eventtrain.control import Inbox
+from eventtrain.command_inbox import Inbox
 from eventtrain.device.x64 import sixty_four_bit
 from eventtrain.errors import AlreadyRunning, ConfigurationError
 from eventtrain.model import CallOnCaller, Model, call_here

@@ -9,7 +9,7 @@ from typing import Any
 
 import jax
 
-from eventtrain.control import Inbox
+from eventtrain.command_inbox import Inbox
 from eventtrain.model import Model
 from eventtrain.subscriber import Subscriber
 

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from time import monotonic, perf_counter
 
 from eventtrain.bus.bus import Activation, EventBus
-from eventtrain.control import POLL_S, Inbox
+from eventtrain.command_inbox import POLL_S, Inbox
 from eventtrain.effects import Effects
 from eventtrain.errors import BusClosed
 from eventtrain.gates import NEVER, Gates

@@ -12,10 +12,12 @@ from typing import Literal
 from eventtrain.bus.bus import EventBus
 from eventtrain.bus.cut import Cut
 from eventtrain.bus.subscription import Subscription
-from eventtrain.control import Control, Inbox, KeptSnapshot
+from eventtrain.command_inbox import Inbox
+from eventtrain.control import Control
 from eventtrain.device.snapshot import Snapshot
 from eventtrain.errors import SnapshotError
 from eventtrain.events import Event
+from eventtrain.kept_snapshot import KeptSnapshot
 
 WhenFull = Literal["skip", "wait", "fail"]
 """What becomes of a checkpoint while as many as allowed are still being written."""

@@ -8,6 +8,7 @@ from typing import Literal
 import jax
 
 from eventtrain.bus.subscription import Subscription
+from eventtrain.command_inbox import Order
 from eventtrain.commands import (
     Evaluate,
     Pause,
@@ -20,7 +21,6 @@ from eventtrain.commands import (
     Stop,
     TakeSnapshot,
 )
-from eventtrain.control import KeptSnapshot, Order
 from eventtrain.control_room import ControlRoom
 from eventtrain.device.hyperparams import Hyperparam, labels, read, resolve, write
 from eventtrain.device.snapshot import Snapshot
@@ -38,6 +38,7 @@ from eventtrain.events import (
     SnapshotTaken,
 )
 from eventtrain.frozen import Number
+from eventtrain.kept_snapshot import KeptSnapshot
 
 
 class Effects:

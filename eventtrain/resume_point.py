@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from eventtrain.control import Inbox
+from eventtrain.command_inbox import Inbox
 from eventtrain.cut_facts import LoopFacts
 from eventtrain.errors import ConfigurationError, SnapshotError
 from eventtrain.model import Aim, Model, RunOptions

@@ -14,13 +14,14 @@ from eventtrain.before import Before
 from eventtrain.bus.bus import EventBus
 from eventtrain.bus.cut import Redelivery, Share
 from eventtrain.bus.wake import Answer
-from eventtrain.control import Inbox, KeptSnapshot, Order
+from eventtrain.command_inbox import Inbox, Order
 from eventtrain.device.extensions import StepExtension
 from eventtrain.device.snapshot import Snapshot
 from eventtrain.device.state import Skeleton, split_state
 from eventtrain.errors import SnapshotError, StateError
 from eventtrain.events import Event, RunResumed
 from eventtrain.gates import Gates
+from eventtrain.kept_snapshot import KeptSnapshot
 from eventtrain.model import Model
 from eventtrain.saved_run import Resumption, SavedRun, unpack
 from eventtrain.subscriber import Subscriber

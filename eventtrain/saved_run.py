@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, Literal, Protocol
 
 from eventtrain.bus.cut import Cut, Share
-from eventtrain.control import Order
+from eventtrain.command_inbox import Order
 from eventtrain.cut_facts import LoopFacts, SavedOrder, StreamFacts
 from eventtrain.events import parse_event
 from eventtrain.frozen import Frozen

@@ -11,7 +11,8 @@ from typing import Any
 import jax
 
 from eventtrain.bus.bus import Activation, EventBus
-from eventtrain.control import POLL_S, Control
+from eventtrain.command_inbox import POLL_S
+from eventtrain.control import Control
 from eventtrain.control_room import ControlRoom
 from eventtrain.device.fetch import Fetcher
 from eventtrain.device.host_memory import to_pinned_host

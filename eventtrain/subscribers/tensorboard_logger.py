@@ -11,7 +11,6 @@ import anyio
 import anyio.to_thread
 from pydantic import Field
 
-from eventtrain.control import KeptSnapshot
 from eventtrain.errors import ConfigurationError
 from eventtrain.events import (
     CommandRejected,
@@ -25,6 +24,7 @@ from eventtrain.events import (
     SnapshotTaken,
     StepsCompleted,
 )
+from eventtrain.kept_snapshot import KeptSnapshot
 from eventtrain.subscriber import RunContext, Subscriber
 from eventtrain.subscribers import event_file
 from eventtrain.subscribers.arguments import require_count, require_number

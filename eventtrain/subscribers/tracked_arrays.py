@@ -14,9 +14,9 @@ from typing import Any
 
 import numpy as np
 
-from eventtrain.control import KeptSnapshot
 from eventtrain.errors import ConfigurationError, SnapshotError, StorageError
 from eventtrain.events import CommandRejected, EpochCompleted, SnapshotTaken, StepsCompleted
+from eventtrain.kept_snapshot import KeptSnapshot
 from eventtrain.subscriber import RunContext
 from eventtrain.subscribers.arguments import require_count
 

@@ -12,7 +12,6 @@ import anyio
 import anyio.to_thread
 from pydantic import SecretStr
 
-from eventtrain.control import KeptSnapshot
 from eventtrain.errors import ConfigurationError, StateError
 from eventtrain.events import (
     CommandRejected,
@@ -27,6 +26,7 @@ from eventtrain.events import (
     SnapshotTaken,
     StepsCompleted,
 )
+from eventtrain.kept_snapshot import KeptSnapshot
 from eventtrain.subscriber import RunContext, StepProgram, Subscriber
 from eventtrain.subscribers.arguments import require_choice, require_count, require_number
 from eventtrain.subscribers.filenames import file_path
