@@ -25,15 +25,15 @@ from eventtrain.bus.handlers import Attempt, Handler, takes_control
 from eventtrain.bus.inbox import Inbox
 from eventtrain.bus.options import EventTypes, Lag, OnError, Options, event_classes
 from eventtrain.bus.queues import Lossless, Queue
-from eventtrain.bus.reader import Reader
+from eventtrain.bus.reader import Reader, require_no_wait_for_itself
 from eventtrain.bus.roster import Roster
 from eventtrain.bus.serving import Serving
 from eventtrain.bus.subscription import Subscription, SubscriptionStatistics
 from eventtrain.bus.training_stream import Activation, EventSeries, StreamItem, TrainingStream
 from eventtrain.bus.wake import Signal
 from eventtrain.bus.watchdog import Watchdog
-from eventtrain.errors import BusClosed, ConfigurationError, QueueFull, SubscriberError, WaitsForItself
-from eventtrain.events import CheckpointCommitted, CheckpointFailed, Event
+from eventtrain.errors import BusClosed, ConfigurationError, QueueFull, SubscriberError
+from eventtrain.events import Event
 
 __all__ = ["Activation", "ControlSource", "EventBus", "EventSeries"]
 
@@ -230,7 +230,7 @@ class EventBus:
         options = Options(
             every=every, where=where, queue=queue if queue is not None else Lossless(), name=name
         )
-        self._require_no_wait_for_itself(event_type)
+        require_no_wait_for_itself(event_type, self._roster.active)
         async with self._reading(event_type, options) as events:
             yield events
 
@@ -257,7 +257,7 @@ class EventBus:
             WaitsForItself: a handler whose subscription takes part in checkpoints waits for CheckpointCommitted or
                 CheckpointFailed. A checkpoint needs its state at the end of the handler, so that both would wait.
         """
-        self._require_no_wait_for_itself(event_type)
+        require_no_wait_for_itself(event_type, self._roster.active)
         options = Options(
             where=where, once=True, name=f"wait_for-{getattr(event_type, '__name__', event_type)}"
         )
@@ -267,20 +267,6 @@ class EventBus:
                     return event
             raise BusClosed(f"The bus was closed before a {event_type.__name__} came.")
         raise TimeoutError(f"No {event_type.__name__} came within timeout_s={timeout_s} s.")
-
-    def _require_no_wait_for_itself(self, event_type: EventTypes) -> None:
-        if not all(
-            issubclass(kind, (CheckpointCommitted, CheckpointFailed)) for kind in event_classes(event_type)
-        ):
-            return  # something else may come first
-        task = anyio.get_current_task().id
-        for subscription in self._roster.active:
-            if subscription.takes_part and subscription.worker.task == task:
-                raise WaitsForItself(
-                    f"{subscription.name} waits in its handler for the outcome of a checkpoint, and checkpoints wait "
-                    "for the end of that handler, since it has state or a finite lag. Handle CheckpointCommitted in a "
-                    "method or subscription of its own, or wait in a task that the handler does not wait for."
-                )
 
     def _take_index(self) -> int:
         if self._inbox.closed:

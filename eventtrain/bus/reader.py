@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any, Self
 
+import anyio
 from anyio.lowlevel import cancel_shielded_checkpoint, checkpoint_if_cancelled
 
+from eventtrain.bus.options import EventTypes, event_classes
 from eventtrain.bus.subscription import Subscription
 from eventtrain.bus.wake import Doorbell, LoopThread
+from eventtrain.errors import WaitsForItself
+from eventtrain.events import CheckpointCommitted, CheckpointFailed
 
 
 class Reader:
@@ -47,3 +51,19 @@ class Reader:
             subscription.settle()  # there is room again
             await cancel_shielded_checkpoint()
             return event
+
+
+def require_no_wait_for_itself(event_type: EventTypes, active: Iterable[Subscription]) -> None:
+    """Raise WaitsForItself if this task is a handler of one of ``active`` that a checkpoint waits for."""
+    if not all(
+        issubclass(kind, (CheckpointCommitted, CheckpointFailed)) for kind in event_classes(event_type)
+    ):
+        return  # something else may come first
+    task = anyio.get_current_task().id
+    for subscription in active:
+        if subscription.takes_part and subscription.worker.task == task:
+            raise WaitsForItself(
+                f"{subscription.name} waits in its handler for the outcome of a checkpoint, and checkpoints wait "
+                "for the end of that handler, since it has state or a finite lag. Handle CheckpointCommitted in a "
+                "method or subscription of its own, or wait in a task that the handler does not wait for."
+            )
