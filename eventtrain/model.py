@@ -112,8 +112,20 @@ class Model:
             place(leaves),
         )
 
-    def compile_step(self, hyperparams: Sequence[Hyperparam], options: RunOptions) -> CompiledStep:
-        """The step for this state, not prepared yet; it also records the scheduled ones of ``hyperparams``."""
+    def compiled_for(
+        self, batch: PyTree, hyperparams: Sequence[Hyperparam], options: RunOptions
+    ) -> CompiledStep:
+        """The step for this state, prepared for ``batch``; it also records the scheduled ones of ``hyperparams``.
+
+        Made once; of a later run ``batch`` is not looked at.
+        """
+        if self.compiled is None:
+            compiled = self._compile_step(hyperparams, options)
+            compiled.prepare(batch)
+            self.compiled = compiled
+        return self.compiled
+
+    def _compile_step(self, hyperparams: Sequence[Hyperparam], options: RunOptions) -> CompiledStep:
         return CompiledStep(
             self.step_fn,
             self.skeleton,

@@ -22,8 +22,10 @@ from eventtrain.errors import SnapshotError, StateError
 from eventtrain.events import Event, RunResumed
 from eventtrain.gates import Gates
 from eventtrain.kept_snapshot import KeptSnapshot
+from eventtrain.loop import TrainingLoop
 from eventtrain.model import Model
 from eventtrain.saved_run import Resumption, SavedRun, unpack
+from eventtrain.stream import Narrator
 from eventtrain.subscriber import Subscriber
 
 logger = logging.getLogger("eventtrain")
@@ -31,14 +33,33 @@ logger = logging.getLogger("eventtrain")
 JAXLIB = version("jaxlib")
 
 
+def resume_loop(resumption: Resumption, loop: TrainingLoop) -> None:
+    """Put a loop that was just made where that of the checkpoint was. From here on there is no way back."""
+    facts = resumption.facts.loop
+    resumption.before.forget()
+    loop.effects.deterministic = facts.deterministic
+    if resumption.ended is not None:
+        loop.effects.stop_reason = loop.effects.ended = facts.ended
+    if facts.in_epoch:
+        loop.windows.flush()
+        loop.resume_epoch(facts)
+
+
 def resume_stream(
-    resumption: Resumption, bus: EventBus, gates: Gates, inbox: Inbox, put: Callable[[Any], None]
+    resumption: Resumption,
+    bus: EventBus,
+    gates: Gates,
+    inbox: Inbox,
+    narrator: Narrator,
+    put: Callable[[Any], None],
 ) -> None:
     """Put back what was on its way at the cut: unhandled events, what the loop owes them, commands not due yet.
 
     After the deciders were activated, before the first step.
     """
     facts, shares = resumption.facts, resumption.shares
+    bus.continue_stream(facts.stream.seq)
+    narrator.resume(facts.stream)
     names = {subscription.name: subscription for subscription in bus.subscriptions}
     for name, share in shares.items():
         subscription = names.get(name)

@@ -16,7 +16,7 @@ from eventtrain.control import Control
 from eventtrain.control_room import ControlRoom
 from eventtrain.device.fetch import Fetcher
 from eventtrain.device.host_memory import to_pinned_host
-from eventtrain.device.hyperparams import find_hyperparams, values_of
+from eventtrain.device.hyperparams import Hyperparam, find_hyperparams, values_of
 from eventtrain.device.program import StepProgram
 from eventtrain.device.state import replicated_sharding
 from eventtrain.effects import Effects
@@ -28,7 +28,7 @@ from eventtrain.loop import TrainingLoop
 from eventtrain.loop_statistics import LoopClock, LoopStatistics
 from eventtrain.model import Aim, Model, RunOptions
 from eventtrain.participants import Participants
-from eventtrain.resuming import resume_stream, take_over_extensions
+from eventtrain.resuming import resume_loop, resume_stream, take_over_extensions
 from eventtrain.saved_run import Resumption
 from eventtrain.stream import Narrator
 from eventtrain.subscriber import RunContext, Subscriber
@@ -200,14 +200,11 @@ class Session:
             return
         model, options = self._model, self._options
         hyperparams = find_hyperparams(model.skeleton.join(model.leaves))
-        if model.compiled is None:
-            compiled = model.compile_step(hyperparams, options)
-            compiled.prepare(batch)
-            model.compiled = compiled
-        compiled = model.compiled
+        compiled = model.compiled_for(batch, hyperparams, options)
         params = model.params_indices()
-        if self._resumption is not None:
-            model.ext_leaves = take_over_extensions(self._resumption, compiled.extension_types, self._inbox)
+        resumption = self._resumption
+        if resumption is not None:
+            model.ext_leaves = take_over_extensions(resumption, compiled.extension_types, self._inbox)
         carry = compiled.initial(model.leaves, model.ext_leaves, step=model.step)
         effects = Effects(
             carry,
@@ -221,8 +218,9 @@ class Session:
             tuple(compiled.extension_types),
         )
         self._narrator.watch(effects.watched)
-        facts = self._resumption.facts.loop if self._resumption is not None else None
-        position = Position(model.step, model.epoch, facts.batch if facts is not None else 0)
+        position = Position(
+            model.step, model.epoch, resumption.facts.loop.batch if resumption is not None else 0
+        )
         windows = Windows(
             compiled, carry, self._fetcher, self._gates, position, self.clock, options.pace.flush_interval_s
         )
@@ -243,15 +241,8 @@ class Session:
         )
         # The loop owns the state: a reference would keep its memory.
         model.leaves, model.ext_leaves = [], None
-        if self._resumption is not None:
-            self._resumption.before.forget()
-        if facts is not None:
-            effects.deterministic = facts.deterministic
-            if self._resumption is not None and self._resumption.ended is not None:
-                effects.stop_reason = effects.ended = facts.ended
-            if facts.in_epoch:
-                windows.flush()
-                self._loop.resume_epoch(facts)
+        if resumption is not None:
+            resume_loop(resumption, loop)
 
     def advance(self, batches: tuple[Any, ...], count: int, positions: Sequence[Any] = ()) -> int:
         """Run the first ``count`` steps of a group; returns how many were dispatched before the run had to end.
@@ -335,9 +326,24 @@ class Session:
         self._inbox.scheduled = lambda: self._narrator.watched
         hyperparams = find_hyperparams(self._model.skeleton.join(self._model.leaves))
         self._inbox.show(values_of(hyperparams, self._model.leaves))
-        context = RunContext(
-            options.run_id,
-            options.run_dir,
+        self._participants.start(self._context(tuple(hyperparams)))
+        self._fetcher.start()
+        self._inbox.open()
+        for newcomer in self._gates.refresh(self._model.step):
+            self._fetcher.put(Activation(newcomer))
+        if self._resumption is not None:
+            resume_stream(
+                self._resumption, self._bus, self._gates, self._inbox, self._narrator, self._fetcher.put
+            )
+        else:
+            self._gates.note(RunStarted, self._model.step)
+            self._fetcher.put(RunStarted(step=self._model.step))
+
+    def _context(self, hyperparams: tuple[Hyperparam, ...]) -> RunContext:
+        """What subscribers are told when they start."""
+        return RunContext(
+            self._options.run_id,
+            self._options.run_dir,
             self.control,
             self._bus.publish,
             self._whereabouts.start_step,
@@ -350,25 +356,12 @@ class Session:
             self._restarts,
             self._resumption.ended if self._resumption is not None else None,
             self._model.params_paths() if self._subscribers else {},
-            tuple(hyperparams),
+            hyperparams,
             self._room,
             self._bus.statistics,
             self.statistics,
             self.program,
         )
-        self._participants.start(context)
-        self._fetcher.start()
-        self._inbox.open()
-        for newcomer in self._gates.refresh(self._model.step):
-            self._fetcher.put(Activation(newcomer))
-        if self._resumption is not None:
-            stream = self._resumption.facts.stream
-            self._bus.continue_stream(stream.seq)
-            self._narrator.resume(stream)
-            resume_stream(self._resumption, self._bus, self._gates, self._inbox, self._fetcher.put)
-            return
-        self._gates.note(RunStarted, self._model.step)
-        self._fetcher.put(RunStarted(step=self._model.step))
 
     def _finish(self, raised: BaseException | None = None) -> None:
         """Settle everything: the state, what is due, the last events, the subscribers.
@@ -382,31 +375,21 @@ class Session:
         """
         deadline_s = monotonic() + self._options.drain_timeout_s
         loop, error = self._loop, raised
-        try:
-            if loop is not None:
-                loop.tracer.close()
-            if loop is not None and error is None and self._healthy():
-                loop.finish(deadline_s)
-            if loop is not None and loop.windows.open:
-                loop.windows.flush()
-            if loop is not None and error is None and not loop.effects.cut_short:
-                loop.restore_finally()
-            if loop is not None and self._fetcher.failure is None and self._bus.running:
-                loop.keeper.take_final(unchanged=self._whereabouts.unchanged(loop))
-        except (
-            Exception
-        ) as failed:  # an evaluation or a snapshot at the last boundary, or the bus was stopped
-            error = error or failed
+        if loop is not None:
+            try:
+                self._leave_loop(loop, deadline_s, raised)
+            except Exception as failed:  # an evaluation or a snapshot there, or the bus was stopped
+                error = error or failed
         self.clock.stop()
         self._give_state_back()
         reason = (loop.effects.stop_reason if loop is not None else self._early_stop()) or "completed"
         self.ended_by = reason
-        left = self._inbox.close(f"the run ended ({reason}) before it was due")
+        never_due = f"the run ended ({reason}) before it was due"
+        left = self._inbox.close(never_due)
         self._fetcher.close()
         # The fetch thread has ended: from here on this thread is the one that feeds the stream.
         for order in left:  # no fault of anybody's: a lag may reach beyond the last step
-            reason_given = f"the run ended ({reason}) before it was due"
-            self._inbox.reject(order, reason_given, self._narrator.tell, logging.INFO)
+            self._inbox.reject(order, never_due, self._narrator.tell, logging.INFO)
         try:
             # A handler that may fail the run has to have its say before the last event.
             self._participants.drain(deadline_s)
@@ -435,6 +418,18 @@ class Session:
         error = error or self._bus.failure
         if error is not None and raised is None:
             raise error
+
+    def _leave_loop(self, loop: TrainingLoop, deadline_s: float, raised: BaseException | None) -> None:
+        """What is due at the last boundary, the last window, and the state for those who save the last one."""
+        loop.tracer.close()
+        if raised is None and self._healthy():
+            loop.finish(deadline_s)
+        if loop.windows.open:
+            loop.windows.flush()
+        if raised is None and not loop.effects.cut_short:
+            loop.restore_finally()
+        if self._fetcher.failure is None and self._bus.running:
+            loop.keeper.take_final(unchanged=self._whereabouts.unchanged(loop))
 
     # --- inside ---------------------------------------------------------------------------------------------
 
