@@ -5,6 +5,7 @@ from __future__ import annotations
 from functools import partial
 from typing import Any
 
+from eventtrain.cut_facts import LoopFacts
 from eventtrain.data import place_of, rewound
 from eventtrain.feed import EpochFeed
 from eventtrain.saved_run import Resumption
@@ -41,18 +42,8 @@ def train(
     while (facts is not None and facts.in_epoch) or (
         (epochs_left is None or epochs_left > 0) and (left is None or left > 0)
     ):
-        open_feed = partial(
-            EpochFeed,
-            data,
-            session.epoch,
-            steps_per_call=steps_per_call,
-            sharding=session.sharding,
-            wait=session.wait,
-            on_ready=session.ring,
-            start=facts.batch if facts is not None and facts.in_epoch else 0,
-            data_state=facts.data if facts is not None else None,
-        )
-        feed = clock.for_data(open_feed)  # it fetches the first batch
+        # It fetches the first batch.
+        feed = clock.for_data(partial(_opened, session, data, steps_per_call, facts))
         try:
             group = clock.for_data(feed.next)
             if group is not None:
@@ -88,14 +79,7 @@ def _prepare_without_a_step(session: Session, data: Any, steps_per_call: int, op
         session.prepare(None)
         return True
     with rewound(data, opening):
-        feed = EpochFeed(
-            data,
-            session.epoch,
-            steps_per_call=steps_per_call,
-            sharding=session.sharding,
-            wait=session.wait,
-            on_ready=session.ring,
-        )
+        feed = _opened(session, data, steps_per_call)
         try:
             example = feed.next()
         finally:
@@ -103,3 +87,17 @@ def _prepare_without_a_step(session: Session, data: Any, steps_per_call: int, op
     if example is not None:
         session.prepare(example.batches if steps_per_call > 1 else example.batches[0])
     return example is not None
+
+
+def _opened(session: Session, data: Any, steps_per_call: int, facts: LoopFacts | None = None) -> EpochFeed:
+    """The batches of the session's epoch, from where ``facts`` say on."""
+    return EpochFeed(
+        data,
+        session.epoch,
+        steps_per_call=steps_per_call,
+        sharding=session.sharding,
+        wait=session.wait,
+        on_ready=session.ring,
+        start=facts.batch if facts is not None and facts.in_epoch else 0,
+        data_state=facts.data if facts is not None else None,
+    )
