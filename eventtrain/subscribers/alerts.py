@@ -26,8 +26,6 @@ from eventtrain.events import (
     LoopStalled,
     RunCompleted,
     RunFailed,
-    RunResumed,
-    RunStarted,
     StepCompleted,
     StepsCompleted,
     SubscriberDisabled,
@@ -61,7 +59,6 @@ from eventtrain.subscribers.saved_state import SavedState
 logger = logging.getLogger("eventtrain")
 
 LEVELS = {"info": logging.INFO, "warning": logging.WARNING, "critical": logging.CRITICAL}
-RUN_EVENTS = (RunStarted, RunResumed, RunCompleted, RunFailed)
 BEHIND = (LoopStalled, SubscriberLagged, SubscriberDisabled)
 QUEUE_FULL_S = 0.01
 GIVING_UP_S = 2.0
@@ -384,4 +381,4 @@ def _events_for(
             kinds += [CheckpointFailed, CheckpointCommitted]
         elif isinstance(rule, SlowSubscriberRule):
             kinds += BEHIND
-    return tuple(dict.fromkeys([*kinds, *RUN_EVENTS]))
+    return tuple(dict.fromkeys([*kinds, RunCompleted, RunFailed]))

@@ -26,6 +26,16 @@ def require_count(owner: str, name: str, value: Any, *, at_least: int = 0) -> No
         raise ConfigurationError(f"{owner}({name}={value!r}): needs a whole number of at least {at_least}.")
 
 
+def require_factor(owner: str, value: Any) -> None:
+    """Raise ConfigurationError unless ``factor=value`` makes a hyperparameter smaller, and not 0."""
+    require_number(owner, "factor", value)
+    if not 0 < value < 1:
+        raise ConfigurationError(
+            f"{owner}(factor={value!r}): the hyperparameter is multiplied by it, so it has to lie between 0 and 1, "
+            "both excluded."
+        )
+
+
 def require_choice(owner: str, name: str, value: Any, choices: tuple[str, ...]) -> None:
     """Raise ConfigurationError unless ``value`` is one of ``choices``."""
     if value not in choices:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -168,18 +169,17 @@ class Checkpointer(Subscriber):
             "max_in_flight": max_in_flight,
             "when_full": when_full,
         }
-        self._writing: dict[str, Any] = {
-            "retention": Retention(
-                max_to_keep, keep_best, keep_every, goal.mode if goal is not None else "min"
-            ),
-            "marker_timeout_s": marker_timeout_s,
-            "fsync": fsync,
-            "retries": retries,
-            "retry_delay_s": retry_delay_s,
-            "weights_only": save_weights_only,
-            "monitor": monitor,
-            "stage": stage,
-        }
+        self._options = partial(
+            WriterOptions,
+            retention=Retention(max_to_keep, keep_best, keep_every, goal.mode if goal is not None else "min"),
+            marker_timeout_s=marker_timeout_s,
+            fsync=fsync,
+            retries=retries,
+            retry_delay_s=retry_delay_s,
+            weights_only=save_weights_only,
+            monitor=monitor,
+            stage=stage,
+        )
         measured = EpochCompleted if monitor_unit == "epochs" else EvalCompleted
         self.events = (SnapshotTaken, CheckpointFailed, CheckpointSkipped)
         if monitor is not None or self._shown:
@@ -209,9 +209,7 @@ class Checkpointer(Subscriber):
             self._reader = MetricReader(self._name, self._monitor, evaluates=self._may_lack_evaluations)
         self._runs = (*(one for one in self._runs if one != run.run_id), run.run_id)
         directory = (run.run_dir / self._directory).absolute()
-        options = WriterOptions(
-            owner=self._name, directory=directory, runs=frozenset(self._runs), **self._writing
-        )
+        options = self._options(owner=self._name, directory=directory, runs=frozenset(self._runs))
         params = {path: place for path, place in run.params.items() if place is not None}
         if options.weights_only and len(params) < len(run.params):
             raise ConfigurationError(

@@ -11,7 +11,7 @@ from eventtrain.control import Control
 from eventtrain.errors import ConfigurationError
 from eventtrain.events import StepCompleted
 from eventtrain.subscriber import RunContext, Subscriber
-from eventtrain.subscribers.arguments import require_count, require_number
+from eventtrain.subscribers.arguments import require_count, require_factor, require_number
 from eventtrain.subscribers.metric_reader import MetricReader
 from eventtrain.subscribers.rolling_quantile import RollingQuantile
 from eventtrain.subscribers.saved_state import SavedState
@@ -80,16 +80,11 @@ class GradientSpike(Subscriber):
         require_count("GradientSpike", "warmup", warmup, at_least=1)
         require_number("GradientSpike", "quantile", quantile, at_least=0)
         require_number("GradientSpike", "threshold", threshold, at_least=1)
-        require_number("GradientSpike", "factor", factor)
+        require_factor("GradientSpike", factor)
         require_number("GradientSpike", "min_lr", min_lr, at_least=0)
         if quantile > 1:
             raise ConfigurationError(
                 f"GradientSpike(quantile={quantile!r}): needs a number between 0 and 1, say 0.95."
-            )
-        if not 0 < factor < 1:
-            raise ConfigurationError(
-                f"GradientSpike(factor={factor!r}): the hyperparameter is multiplied by it, so it has to lie between 0 "
-                "and 1, both excluded."
             )
         if warmup > window:
             raise ConfigurationError(

@@ -204,9 +204,7 @@ class PlotCurves(Subscriber):
             if len(metrics) > PANELS_DRAWN:
                 note += f"; {len(metrics) - PANELS_DRAWN} more metrics are not drawn, name those you want"
             panels = metrics[:PANELS_DRAWN] + [panel for panel in panels if panel.hyperparam is not None]
-        changes = [change for change in series.changes if change.name in self._hyperparams]
-        if series.changed > len(series.changes):
-            changes = []  # more than can be marked
+        changes = [change for change in series.marked if change.name in self._hyperparams]
         title = run.run_id if self._title is None else self._title
         data = self._render(panels, changes, title=title, note=note)
         write_whole(inside_run_dir(run.run_dir, self._path, "PlotCurves"), data)

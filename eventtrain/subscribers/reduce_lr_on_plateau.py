@@ -9,10 +9,9 @@ from typing import Any, Literal
 import numpy as np
 
 from eventtrain.control import Control
-from eventtrain.errors import ConfigurationError
 from eventtrain.events import TO_BE_CONTINUED, EpochCompleted, EvalCompleted, RunCompleted, StepCompleted
 from eventtrain.subscriber import RunContext, Subscriber
-from eventtrain.subscribers.arguments import require_choice, require_count, require_number
+from eventtrain.subscribers.arguments import require_choice, require_count, require_factor, require_number
 from eventtrain.subscribers.metric_reader import MetricReader
 from eventtrain.subscribers.monitor import Mode, Monitor, MonitorState, NaNPolicy, Unit, make_goal
 from eventtrain.subscribers.saved_state import SavedState
@@ -73,12 +72,7 @@ class ReduceLROnPlateau(Subscriber):
         strict: bool = False,
     ) -> None:
         goal = make_goal("ReduceLROnPlateau", monitor, mode, min_delta, relative=min_delta_relative)
-        require_number("ReduceLROnPlateau", "factor", factor)
-        if not 0 < factor < 1:
-            raise ConfigurationError(
-                f"ReduceLROnPlateau(factor={factor!r}): the hyperparameter is multiplied by it, so it has to lie "
-                "between 0 and 1, both excluded."
-            )
+        require_factor("ReduceLROnPlateau", factor)
         require_count("ReduceLROnPlateau", "patience", patience)
         require_count("ReduceLROnPlateau", "cooldown", cooldown)
         require_number("ReduceLROnPlateau", "min_lr", min_lr, at_least=0)

@@ -184,9 +184,8 @@ class Report(Subscriber):
         panels = series.panels(changing)
         metrics = [panel for panel in panels if panel.hyperparam is None]
         panels = [*metrics[:CURVES_DRAWN], *panels[len(metrics) : len(metrics) + CURVES_DRAWN]]
-        changes = series.changes if series.changed == len(series.changes) else []
         drawn = [
-            Curve(panel.name, curves.fragment(panel, changes), bars(next(iter(panel.curves))))
+            Curve(panel.name, curves.fragment(panel, series.marked), bars(next(iter(panel.curves))))
             for panel in panels
         ]
         return Content(

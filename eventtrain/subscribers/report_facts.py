@@ -10,6 +10,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from eventtrain.commands import Command
 from eventtrain.events import (
+    TO_BE_CONTINUED,
     AlertRaised,
     AlertResolved,
     CheckpointCommitted,
@@ -215,7 +216,7 @@ class ReportFacts(SavedState):
                 self.resumed.add(step, file_name(event.path))
             case RunCompleted():
                 self.reason, self.deterministic = event.reason, event.deterministic
-                ended = {"completed": "completed", **dict.fromkeys(INTERRUPTED, "interrupted")}
+                ended = {"completed": "completed", **dict.fromkeys(TO_BE_CONTINUED, "interrupted")}
                 self.outcome = ended.get(event.reason, "stopped")
             case RunFailed():
                 self.reason, self.outcome = _short(event.error), "failed"
@@ -260,9 +261,6 @@ class ReportFacts(SavedState):
             elif len(measured) < NAMES_KEPT:
                 measured[name] = Extremes(last=math.nan, last_step=step)
                 measured[name].take(float(value), step)
-
-
-INTERRUPTED = ("interrupted", "preempted", "cancelled", "failed")
 
 
 def told(command: Command) -> str:

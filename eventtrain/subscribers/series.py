@@ -169,6 +169,11 @@ class RunSeries:
         rates = self.hyperparams if hyperparams is None else [n for n in hyperparams if n in self.hyperparams]
         return [*panels, *(Panel(name, hyperparam=self.hyperparams[name]) for name in rates)]
 
+    @property
+    def marked(self) -> list[Change]:
+        """The changes that can be marked: all, or none where there were more than are kept."""
+        return self.changes if self.changed == len(self.changes) else []
+
     def copy(self) -> RunSeries:
         """As it is now; for another thread to draw."""
         return RunSeries(
