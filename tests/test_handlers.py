@@ -215,7 +215,7 @@ async def test_forty_blocked_plain_handlers_leave_a_services_own_threads_free(an
             bus.subscribe(Ping, block)
         bus.publish(Ping())
         try:
-            with anyio.fail_after(5):
+            with anyio.fail_after(30):
                 assert await anyio.to_thread.run_sync(lambda: 1) == 1
         finally:
             release.set()
