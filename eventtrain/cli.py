@@ -72,13 +72,13 @@ def run(
     script: Annotated[
         Path, typer.Argument(help="Python file that defines make_trainer(), and data or make_data().")
     ],
-    config: Annotated[Path, typer.Option(help="TOML or YAML file with [fit] and [[subscribers]].")],
+    config: Annotated[Path, typer.Option(help="TOML or YAML file with the sections fit and subscribers.")],
     overrides: Annotated[
         list[str] | None,
         typer.Option("--set", metavar="SECTION.KEY=VALUE", help="Over what the file says; may be repeated."),
     ] = None,
-    epochs: Annotated[int | None, typer.Option(min=1, help="Instead of what [fit] says.")] = None,
-    steps: Annotated[int | None, typer.Option(min=1, help="Instead of what [fit] says.")] = None,
+    epochs: Annotated[int | None, typer.Option(min=1, help="Instead of what the file says.")] = None,
+    steps: Annotated[int | None, typer.Option(min=1, help="Instead of what the file says.")] = None,
     resume: Annotated[
         bool,
         typer.Option(
@@ -99,7 +99,7 @@ def run(
             )
         with imported(script) as module:
             job = prepare(module, settings.subscribers)
-            typer.echo(_summary(_train(job, fit, resume)))
+            typer.echo(_summary(_train(job, fit, resume), job.trainer.epoch))
     except eventtrain.EventTrainError as error:
         if isinstance(error, eventtrain.StepError) or passed_through(error, script):
             raise
@@ -125,7 +125,8 @@ def _train(job: Job, fit: FitConfig, resume: bool) -> eventtrain.FitResult:
         raise
 
 
-def _summary(result: eventtrain.FitResult) -> str:
+def _summary(result: eventtrain.FitResult, epochs: int) -> str:
     metrics = result.history[-1].metrics if result.history else {}
     values = " ".join(f"{name}={value:.6g}" for name, value in metrics.items())
-    return f"step {result.step} after {result.epochs_completed} epochs ({result.stop_reason}): {values or 'no metrics'}"
+    after = f"{epochs} epoch{'s' * (epochs != 1)}"
+    return f"step {result.step} after {after} ({result.stop_reason}): {values or 'no metrics'}"

@@ -228,6 +228,22 @@ def test_errors_of_the_script_itself_keep_their_traceback(
     assert "train_it" not in sys.modules
 
 
+def test_a_resumed_run_counts_the_epochs_that_its_steps_are_of(tmp_path: Path) -> None:
+    table = '[[subscribers]]\ntype = "checkpointer"\ndirectory = "checkpoints"\nevery_epochs = 1\n'
+    arguments = in_folder(tmp_path, config=CONFIG + table)
+    once = runner.invoke(cli.app, [*arguments, "--epochs", "1"])
+    assert once.stdout.startswith("step 4 after 1 epoch (completed): ")
+    more = runner.invoke(cli.app, [*arguments, "--epochs", "3", "--resume"])
+    assert more.stdout.startswith("step 12 after 3 epochs (completed): ")
+
+
+def test_the_help_of_run_is_whole() -> None:
+    # Rich would take what stands in square brackets for markup, and show nothing of it.
+    shown = " ".join(re.findall(r"\w+", runner.invoke(cli.app, ["run", "--help"]).stdout))
+    assert "file with the sections fit and subscribers" in shown
+    assert shown.count("Instead of what the file says") == 2
+
+
 def eventtrain(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
     """The installed program, in a process of its own."""
     program = Path(sysconfig.get_path("scripts")) / "eventtrain"
