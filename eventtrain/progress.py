@@ -31,6 +31,8 @@ BEHIND_S = 1.0
 """A subscriber whose oldest unhandled event is older is behind."""
 LOOK_S = 0.5
 """How often the subscribers are looked at."""
+LINES = 3
+"""How many lines of a terminal the metrics of an epoch may take."""
 
 
 class ProgressBar(Subscriber):
@@ -96,13 +98,15 @@ class ProgressBar(Subscriber):
         await self._in_thread(self._display.stop)
         if self._summary.ended and (not self._display.disable if self._table is None else self._table):
             loop, subscribers = self._run.loop_statistics(), self._run.statistics().values()
-            table = self._summary.table(loop, subscribers, self._metrics)
-            await self._in_thread(partial(self._display.console.print, table))
+            console = self._display.console
+            table = self._summary.table(loop, subscribers, self._metrics, width=console.width)
+            await self._in_thread(partial(console.print, table))
 
     async def on_epoch_started(self, event: EpochStarted) -> None:
         """Name the epoch."""
         if self._display is not None and self._run is not None:
-            self._display.epoch(event.epoch + 1, self._run.epochs)
+            run = self._run
+            self._display.epoch(event.epoch + 1, None if run.epochs is None else run.start_epoch + run.epochs)
 
     async def on_steps_completed(self, event: StepsCompleted) -> None:
         """Advance the bar and show the newest values."""
@@ -177,11 +181,12 @@ class ProgressBar(Subscriber):
         if display is None:
             return
         if not display.disable:  # else a line is a line, as long as it may be: nobody looks at its end
-            width = display.console.width - sum(cell_len(text) + 1 for text in (line, *last))
+            width = LINES * display.console.width - sum(cell_len(text) + 1 for text in (line, *last))
             parts = [fitted(parts, width, gap=" ")]
         line = printable(line) + " ".join([*parts, *last])
         # soft_wrap: a line is a line also where the console is a pipe of 80 columns.
-        write = partial(display.console.print, line, markup=False, highlight=False, soft_wrap=True)
+        whole = display.disable
+        write = partial(display.console.print, line, markup=False, highlight=False, soft_wrap=whole)
         await self._in_thread(write)
 
     async def _in_thread(self, write: Callable[[], None]) -> None:

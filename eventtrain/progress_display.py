@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import importlib.util
+import logging
 import os
 import sys
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 from rich.cells import cell_len, set_cell_size
 from rich.console import Console, RenderableType
+from rich.file_proxy import FileProxy
 from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
@@ -108,9 +111,27 @@ class RunDisplay(Progress):
         columns += [MofNCompleteColumn(table_column=_column()), _Rate(table_column=_column())]
         if console.width >= NARROW:
             columns.append(TimeElapsedColumn(table_column=_column()))
-        columns.append(_Left(compact=True, elapsed_when_finished=True, table_column=_column()))
+        columns.append(_Left(compact=True, table_column=_column()))
         super().__init__(*columns, console=console, transient=True, expand=True, disable=not live)
         self._run = self.add_task("starting", total=total)
+        self._proxies: list[FileProxy] = []
+
+    def start(self) -> None:
+        """Draw, and have what is printed or logged meanwhile stand above the bar."""
+        real = (sys.stdout, sys.stderr)
+        super().start()  # puts a proxy before each of the two, which prints above the bar
+        proxies = (stream for stream in (sys.stdout, sys.stderr) if isinstance(stream, FileProxy))
+        self._proxies = [proxy for proxy in proxies if proxy.rich_proxied_file in real]
+        # Who has the stream itself would write into the bar, and the bar would be drawn over it.
+        for proxy in self._proxies:
+            _hand_over(proxy.rich_proxied_file, proxy)
+
+    def stop(self) -> None:
+        """Take the bar away, and give the streams back."""
+        super().stop()
+        for proxy in self._proxies:
+            _hand_over(proxy, proxy.rich_proxied_file)
+        self._proxies = []
 
     def epoch(self, number: int, of: int | None) -> None:
         """The ``number``-th epoch is in progress."""
@@ -138,7 +159,7 @@ class _Left(TimeRemainingColumn):
     """The time left, where it is known."""
 
     def render(self, task: Task) -> Text:
-        if task.total is None or task.speed is None:
+        if task.total is None or task.speed is None or task.finished:
             return Text("")
         return Text.assemble(super().render(task), " left")
 
@@ -149,6 +170,14 @@ class _Rate(ProgressColumn):
     def render(self, task: Task) -> Text:
         speed = task.finished_speed or task.speed
         return Text("" if speed is None else f"{compact(speed)} steps/s", style="cyan")
+
+
+def _hand_over(old: object, new: Any) -> None:  # Any: a FileProxy is a stream in all but its type
+    """Have the log handlers that write to ``old`` write to ``new``."""
+    for logger in [logging.root, *logging.Logger.manager.loggerDict.values()]:
+        for handler in logger.handlers if isinstance(logger, logging.Logger) else ():
+            if isinstance(handler, logging.StreamHandler) and handler.stream is old:
+                handler.setStream(new)
 
 
 def compact(value: float) -> str:

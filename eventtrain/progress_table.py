@@ -19,6 +19,8 @@ from eventtrain.progress_display import compact, printable
 
 MOST_METRICS = 20
 """Rows of the table of metrics; more are counted."""
+NARROW = 60
+"""Consoles with fewer columns are not told in which epoch a value was the lowest or highest."""
 
 
 @dataclass
@@ -66,8 +68,10 @@ class Summary:
         loop: LoopStatistics,
         subscribers: Iterable[SubscriptionStatistics],
         names: Iterable[str] | None = None,
+        *,
+        width: int,
     ) -> RenderableType:
-        """The whole of it, with the metrics ``names`` or all, for a console of any width."""
+        """The whole of it, with the metrics ``names`` or all, for a console of so many columns."""
         facts = Table(box=None, show_header=False, padding=(0, 2, 0, 0))
         facts.add_column(style="dim", no_wrap=True)
         facts.add_column(overflow="fold")
@@ -89,7 +93,7 @@ class Summary:
             if trouble:
                 facts.add_row("subscriber", Text(f"{printable(figures.name)}: {trouble}", style="yellow"))
         shown = [name for name in (self._metrics if names is None else names) if name in self._metrics]
-        return Group(facts, self._metrics_table(shown)) if shown else facts
+        return Group(facts, self._metrics_table(shown, epochs=width >= NARROW)) if shown else facts
 
     def _checkpoints(self) -> Text:
         text = Text(f"{self.committed} committed")
@@ -99,16 +103,15 @@ class Summary:
             text.append(f", {self.failed_checkpoints} failed", style="red")
         return text
 
-    def _metrics_table(self, names: list[str]) -> Table:
+    def _metrics_table(self, names: list[str], *, epochs: bool) -> Table:
         table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
-        table.add_column("metric", overflow="fold")
+        table.add_column("metric", overflow="fold", min_width=8)  # else long values leave no room for it
         for heading in ("last", "lowest", "highest"):
             table.add_column(heading, justify="right", no_wrap=True)
         for name in names[:MOST_METRICS]:
             metric = self._metrics[name]
-            table.add_row(
-                Text(printable(name)), f"{metric.last:.4g}", _at(*metric.lowest), _at(*metric.highest)
-            )
+            best = [_at(*found) if epochs else f"{found[0]:.4g}" for found in (metric.lowest, metric.highest)]
+            table.add_row(Text(printable(name)), f"{metric.last:.4g}", *best)
         more = len(names) - MOST_METRICS
         if more > 0:
             table.add_row(Text(f"{more} more", style="dim"))

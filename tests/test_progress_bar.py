@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import importlib.util
 import io
+import logging
 import sys
 import threading
 from pathlib import Path
@@ -156,11 +157,95 @@ async def test_where_the_data_has_no_length_its_first_epoch_tells_how_long_the_r
     assert bar._display.tasks[0].total == 21
 
 
+async def test_another_fit_counts_its_epochs_after_those_that_were(tmp_path: Path) -> None:
+    text, console = printed(force_terminal=True, color_system=None)
+    trainer = make_trainer(tmp_path, subs.ProgressBar(console=console))
+    await trainer.fit_async([np.float32(1)] * 3, epochs=2)
+    assert "epoch 2/2" in text.getvalue()
+    await trainer.fit_async([np.float32(1)] * 3, epochs=2)
+    assert "epoch 4/4" in text.getvalue()
+    assert "epoch 4/2" not in text.getvalue()
+
+
+def test_what_is_over_has_no_time_left() -> None:
+    console = Console(file=io.StringIO(), width=100, force_terminal=True, color_system=None)
+    display = RunDisplay(console, 20, live=True)
+    clock = iter(range(100))
+    display.get_time = lambda: float(next(clock))
+    for steps in (5, 10, 15):
+        display.advance_to(steps)
+    assert "left" in drawn(display, console)[0]
+    display.advance_to(20)
+    assert "20/20" in drawn(display, console)[0]
+    assert "left" not in drawn(display, console)[0]
+
+
+@pytest.mark.parametrize("width", [40, 80])
+async def test_an_epochs_line_goes_on_below_where_the_terminal_is_narrow(tmp_path: Path, width: int) -> None:
+    text = io.StringIO()
+    console = Console(file=text, width=width, force_terminal=True, color_system=None)
+
+    def step(state: Any, batch: Any) -> Any:
+        return state, {"accuracy": batch, "gradient_norm": batch, "loss": batch}
+
+    trainer = et.Trainer(
+        step,
+        {"w": jnp.zeros(2)},
+        eval_fn=lambda state, batch: {"accuracy": batch, "loss": 3 * batch},
+        subscribers=[subs.ProgressBar(console=console)],
+        run_dir=tmp_path,
+    )
+    await trainer.fit_async([np.float32(1)] * 2, epochs=1, eval_data=[np.float32(1)])
+    shown = text.getvalue()
+    values = ["accuracy=1", "gradient_norm=1", "loss=1", "val_accuracy=1", "val_loss=3"]
+    assert shown[shown.index("epoch 1: ") :].split()[2:7] == values
+
+
+@pytest.mark.parametrize("width", [40, 50, 60, 80])
+def test_the_table_names_its_metrics_on_any_console(width: int) -> None:
+    text = io.StringIO()
+    summary = Summary(ended="completed")
+    metrics = {"accuracy": 0.91234, "val_loss": 0.0123456}
+    summary.note_epoch(et.EpochCompleted(step=9, epoch=0, metrics=metrics, steps=9, duration_s=1.0))
+    table = summary.table(et.LoopStatistics(), (), width=width)
+    Console(file=text, width=width).print(table)
+    lines = [line.split() for line in text.getvalue().splitlines()]
+    epoch = ["epoch", "1"] if width >= 60 else []
+    assert ["val_loss", "0.01235", "0.01235", *epoch, "0.01235", *epoch] in lines
+    assert ["accuracy", "0.9123", "0.9123", *epoch, "0.9123", *epoch] in lines
+
+
+def test_what_is_logged_stands_above_the_bar(monkeypatch: pytest.MonkeyPatch) -> None:
+    terminal = io.StringIO()
+    monkeypatch.setattr(sys, "stderr", terminal)
+    console = Console(stderr=True, width=80, force_terminal=True, color_system=None)
+    display = RunDisplay(console, 20, live=True)
+    logger = logging.getLogger("somebody's own")
+    handler, elsewhere = logging.StreamHandler(terminal), logging.StreamHandler(io.StringIO())
+    monkeypatch.setattr(logger, "handlers", [handler, elsewhere])
+
+    display.start()
+    late = logging.StreamHandler()  # made while the bar is drawn, as by basicConfig
+    monkeypatch.setattr(logging.getLogger("of a library"), "handlers", [late])
+    display.advance_to(5)
+    display.refresh()
+    before = len(terminal.getvalue())
+    logger.warning("mind this")
+    shown = terminal.getvalue()[before:]
+    display.stop()
+
+    above, _, below = shown.partition("mind this\n")
+    assert above == "\r\x1b[2K"  # the bar is taken away
+    assert "5/20" in below
+    assert handler.stream is late.stream is sys.stderr is terminal
+    assert elsewhere.stream.getvalue() == "mind this\n"
+
+
 def test_names_move_no_cursor() -> None:
     assert texts({"a\n\x1b[2Jb": 1.0}) == ["a??[2Jb=1"]
     text, console = printed(force_terminal=True)
     summary = Summary(ended="boom\x1b[2J")
-    console.print(summary.table(et.LoopStatistics(), ()))
+    console.print(summary.table(et.LoopStatistics(), (), width=80))
     assert "\x1b[2J" not in text.getvalue()
 
 
@@ -249,7 +334,7 @@ def test_the_table_tells_the_last_the_lowest_and_the_highest_of_each_metric() ->
         summary.note_epoch(
             et.EpochCompleted(step=epoch, epoch=epoch, metrics=metrics, steps=1, duration_s=1.0)
         )
-    console.print(summary.table(et.LoopStatistics(step=90, steps=40, duration_s=4000.0), ()))
+    console.print(summary.table(et.LoopStatistics(step=90, steps=40, duration_s=4000.0), (), width=80))
     loss = next(line for line in text.getvalue().splitlines() if line.split()[:1] == ["loss"])
     assert loss.split() == ["loss", "2", "1", "epoch", "3", "3", "epoch", "1"]
     assert "90 (40 of them now)" in text.getvalue()
