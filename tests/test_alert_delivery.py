@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import html
 import json
 import logging
+import re
 import subprocess
 import sys
 import threading
@@ -17,10 +19,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from alert_servers import MailServer, Target, free_port, serving, silent_server
+from pydantic import SecretStr
 
 import eventtrain as et
 from eventtrain import subscribers as subs
 from eventtrain.subscribers import alert_targets
+from eventtrain.subscribers.alert_message import Message
+from eventtrain.subscribers.apprise_target import AppriseTarget
 
 # Apprise's mail plugin looks for it on Python below 3.13.
 pytestmark = pytest.mark.filterwarnings("ignore:'imghdr' is deprecated:DeprecationWarning")
@@ -116,6 +121,31 @@ def test_a_report_that_is_not_there_is_told_and_the_message_sent_without_it(
     (only,) = mail.mails
     assert list(only.iter_attachments()) == []
     assert "there is no report.html in the folder of the run" in caplog.text
+
+
+def test_a_mail_has_the_lines_and_angle_brackets_of_what_happened(mail: MailServer) -> None:
+    alert = et.AlertRaised(name="x", message="TypeError: '<' and <class 'int'> & more\nsecond line")
+    AppriseTarget(SecretStr(mailto(mail.port))).send(Message((alert,)))
+    (only,) = mail.mails
+    for part in [part for part in only.walk() if not part.is_multipart()]:
+        shown = part.get_content()
+        if part.get_content_subtype() == "html":
+            shown = html.unescape(re.sub("<br ?/?>", "\n", shown))
+            assert re.search(r"more\s+second line", shown)
+            assert "&lt;class" in part.get_content()
+            assert "<br" in part.get_content()
+        else:
+            assert "<class 'int'> & more" in shown
+
+
+def test_more_than_a_service_takes_goes_in_several_messages(monkeypatch: pytest.MonkeyPatch) -> None:
+    hook = AppriseTarget(SecretStr("discord://4174216298/abcdefghijklmnopqrst"))
+    sent: list[str] = []
+    monkeypatch.setattr(hook._plugin, "send", lambda body, **others: sent.append(body) or True)
+    hook.send(Message([et.AlertRaised(name=str(n), message="m" * 900) for n in range(5)]))
+    assert len(sent) > 1
+    assert max(map(len, sent)) <= 2000
+    assert "".join(sent).count("m" * 900) + sum(text.count("m") for text in sent) >= 5 * 900
 
 
 def test_half_a_surrogate_pair_in_an_error_costs_no_alert(tmp_path: Path, target: Target) -> None:
@@ -310,6 +340,9 @@ def test_a_url_that_cannot_work_is_refused_without_quoting_it(
     [
         ({"url": "json://h", "key": SECRET}, "key= and allow_private= are for webhooks"),
         ({"targets": [subs.AlertTarget("json://h"), subs.AlertTarget("json://g")]}, "the same label"),
+        ({"url": "https://h", "key": b"s3cr3t-t0ken"}, "key= needs text"),
+        ({"url": "https://h", "key": ""}, "key= is empty"),
+        ({"url": ["https://h/s3cr3t-t0ken"]}, "url= needs text"),
         ({"attach": ["../report.html"]}, "leads out of run_dir"),
         ({"dead_letters": "../x"}, "leads out of run_dir"),
         ({"timeout_s": 0}, "timeout_s=0"),

@@ -178,6 +178,28 @@ def test_so_many_may_wait_and_what_is_lost_is_counted_and_said(
     assert made.failed == [("0", "not delivered to ops: 4 alerts were lost, since 3 were waiting")]
 
 
+def test_what_was_lost_is_said_also_where_the_target_hangs_to_the_end(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, held: threading.Event
+) -> None:
+    monkeypatch.setattr(alert_sender, "MOST_WAITING", 1)
+    target = Fake(held)
+    made = Made(tmp_path, target)
+    made.sender.start()
+    made.sender.post(alert(0))
+    assert target.called.acquire(timeout=60)
+    for number in range(1, 4):
+        made.sender.post(alert(number))
+    finish([made.sender], 0.01)
+    assert give_up([made.sender]) == 2
+    assert [letter["reason"] for letter in made.letters] == [
+        *[alert_sender.ENDED] * 2,
+        "2 alerts were lost, since 1 were waiting",
+    ]
+    held.set()
+    made.sender.join(60)
+    assert len(made.letters) == 3
+
+
 def test_what_is_posted_after_files_goes_with_them(tmp_path: Path) -> None:
     target = Fake()
     made = Made(tmp_path, target)
@@ -226,3 +248,11 @@ def test_titles_and_texts_say_how_much_there_is() -> None:
     assert (both.title, both.severity) == ("2 alerts, 1 alert over (critical)", "critical")
     assert both.text == "[warning] 1: m\n[over] 2: fine\n[critical] 1: m"
     assert Message((over,)).severity is None
+
+
+def test_a_long_text_is_cut_in_the_message_and_whole_in_its_events() -> None:
+    long = alert(1).model_copy(update={"message": "m" * 5000})
+    message = Message((long, alert(2)))
+    assert message.text == f"[warning] 1: {'m' * 1000} ... (5000 characters)\n[warning] 2: m"
+    assert message.to_json()["events"][0]["message"] == "m" * 5000
+    assert Message((alert(3).model_copy(update={"message": "m" * 1000}),)).text == "m" * 1000

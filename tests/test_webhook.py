@@ -134,6 +134,22 @@ def test_a_name_is_resolved_once_and_the_connection_goes_to_that_address() -> No
         assert target.headers[0]["Host"] == f"hooks.example:{target.port}"
 
 
+def test_a_name_of_other_letters_is_resolved_and_said_in_its_ascii_form() -> None:
+    asked: list[str] = []
+
+    def ask(host: str, port: int) -> list[str]:
+        asked.append(host)
+        return ["127.0.0.1"]
+
+    with serving(Target()) as target:
+        webhook(f"http://me@b\u00fccher.example:{target.port}/\u00e9", ask=ask).send(MESSAGE)
+    assert asked == ["xn--bcher-kva.example"]
+    assert target.headers[0]["Host"] == f"xn--bcher-kva.example:{target.port}"
+    assert target.paths == ["/%C3%A9"]
+    with pytest.raises(et.ConfigurationError, match="private"):
+        webhook("http://127\u30020\u30020\u30021/", allow_private=False)
+
+
 def test_a_name_that_is_rebound_to_a_private_address_is_refused() -> None:
     with serving(Target()) as target:
         ask = Rebinding(["192.0.2.0"], ["1.1.1.1", "127.0.0.1"], ["::ffff:127.0.0.1"])

@@ -14,6 +14,9 @@ from eventtrain.subscribers.alert_rule import SEVERITIES, Severity
 
 AlertEvent = AlertRaised | AlertResolved
 
+LONGEST = 1000
+"""So many characters of what one alert says are told; its event has all of them."""
+
 
 class NotDelivered(Exception):
     """A target did not take a message. Its text never quotes a URL, a key or what a server said.
@@ -61,9 +64,9 @@ class Message:
 
     @property
     def text(self) -> str:
-        """A line for each alert, and one for the run."""
+        """A line for each alert, and one for the run. What an error says at length is cut: services refuse that."""
         lines = [
-            f"{_headline(event)}: {event.message}" if len(self.events) > 1 else event.message
+            f"{_headline(event)}: {_short(event.message)}" if len(self.events) > 1 else _short(event.message)
             for event in self.events
         ]
         return "\n".join([*lines, f"Run {self.events[0].run_id}" if self.events[0].run_id else ""]).rstrip()
@@ -83,3 +86,7 @@ class Message:
 
 def _headline(event: AlertEvent) -> str:
     return f"[{event.severity}] {event.name}" if isinstance(event, AlertRaised) else f"[over] {event.name}"
+
+
+def _short(text: str) -> str:
+    return text if len(text) <= LONGEST else f"{text[:LONGEST]} ... ({len(text)} characters)"

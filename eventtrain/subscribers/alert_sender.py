@@ -109,8 +109,11 @@ class Sender(threading.Thread):
             left = [*self._under_way, *self._waiting]
             self._under_way.clear()
             self._waiting.clear()
+            lost, self._lost = self._lost, 0
         if left:
             self._bury(left, ENDED)
+        if left and lost:
+            self._say_lost(left[-1], lost)
         return len(left)
 
     def run(self) -> None:

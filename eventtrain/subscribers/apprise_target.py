@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import html
 from typing import Any
 
 import apprise
@@ -47,6 +48,8 @@ class AppriseTarget:
             raise ConfigurationError(_problem(url.get_secret_value()))
         plugin.redirects = False  # also where the URL itself asks for them
         plugin.socket_connect_timeout = plugin.socket_read_timeout = timeout_s
+        if plugin.overflow_mode == apprise.OverflowMode.UPSTREAM:  # what is too long would be refused
+            plugin.overflow_mode = apprise.OverflowMode.SPLIT
         self._plugin = plugin
 
     def __repr__(self) -> str:
@@ -58,15 +61,25 @@ class AppriseTarget:
         with quiet_libraries():
             for path in message.attach:
                 files.add(AttachFile(path=str(path)))
+            title, body = self._in_its_format(message.title, message.text)
             taken = self._plugin.notify(
-                title=message.title,
-                body=message.text,
+                title=title,
+                body=body,
                 notify_type=KINDS[message.severity],
                 body_format=apprise.NotifyFormat.TEXT,
                 attach=files if message.attach else None,
             )
         if not taken:
             raise NotDelivered("Apprise says that it was not sent", may_pass=True)
+
+    def _in_its_format(self, title: str, body: str) -> tuple[str, str]:
+        """Before Apprise 2 a plugin that is called directly takes text for HTML, if that is what it sends."""
+        plugin = self._plugin
+        if hasattr(plugin, "resolve_format") or plugin.notify_format != apprise.NotifyFormat.HTML:
+            return title, body
+        if plugin.title_maxlen <= 0:  # it becomes part of the body
+            title = html.escape(title, quote=False)
+        return title, html.escape(body, quote=False).replace("\n", "<br />\n")
 
 
 def _problem(url: str) -> str:

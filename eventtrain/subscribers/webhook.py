@@ -110,6 +110,8 @@ class Webhook:
         parts = _split(self._url.get_secret_value())
         userinfo, _, place = parts.netloc.rpartition("@")
         host, port = _place(parts)
+        if not place.isascii():
+            place = f"{host}:{parts.port}" if parts.port else host
         headers = {
             "Host": place,
             "Content-Type": "application/json",
@@ -156,6 +158,7 @@ def _split(url: str) -> SplitResult:
         )
         if good:
             httpx.URL(url)
+            _place(parts)
             return parts
     except (ValueError, httpx.InvalidURL):
         pass
@@ -165,7 +168,11 @@ def _split(url: str) -> SplitResult:
 
 
 def _place(parts: SplitResult) -> tuple[str, int]:
-    return parts.hostname or "", parts.port or {"http": 80, "https": 443}[parts.scheme]
+    """Host, in the ASCII form of a name of other letters, and port."""
+    host = parts.hostname or ""
+    if not host.isascii():
+        host = httpx.URL(f"http://{host}").raw_host.decode("ascii")
+    return host, parts.port or {"http": 80, "https": 443}[parts.scheme]
 
 
 def _is_address(host: str) -> bool:
