@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from eventtrain.device.state import PyTree
 from eventtrain.events import EpochCompleted
@@ -11,7 +11,7 @@ from eventtrain.events import EpochCompleted
 
 @dataclass(frozen=True)
 class FitResult:
-    """What ``fit`` returns.
+    """What ``fit`` returns. Its repr leaves out the state and the history, which may fill many screens.
 
     Attributes:
         state: the state reached, on the device; valid until the caller gives it away. With a step extension whose
@@ -23,9 +23,9 @@ class FitResult:
         undelivered: subscription name -> events not handled within ``drain_timeout_s``; empty if all were.
     """
 
-    state: PyTree
+    state: PyTree = field(repr=False)
     step: int
     epochs_completed: int
     stop_reason: str
-    history: list[EpochCompleted]
+    history: list[EpochCompleted] = field(repr=False)
     undelivered: Mapping[str, int]

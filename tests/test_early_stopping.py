@@ -188,6 +188,24 @@ def test_it_ends_a_real_run_before_the_next_epoch_begins(tmp_path: Path) -> None
     assert again.epochs_completed == 3
 
 
+@pytest.mark.parametrize(
+    ("options", "told"),
+    [
+        ({}, "patience 2"),
+        ({"min_delta": 0.5}, "patience 2, min_delta 0.5"),
+        ({"min_delta": 0.1, "min_delta_relative": True}, "patience 2, min_delta 0.1 of the best"),
+    ],
+)
+def test_the_reason_names_the_margin_without_which_it_would_be_a_riddle(
+    tmp_path: Path, options: dict[str, Any], told: str
+) -> None:
+    policies = [subs.EarlyStopping("loss", patience=2, **options)]
+    losses = [1.0, 1.0, 1.0] if told == "patience 2" else [1.0, 0.95, 0.94]
+    trainer, run = climbing(losses, subscribers=policies, run_dir=tmp_path)
+    reason = trainer.fit(**run).stop_reason
+    assert reason == f"early stopping: loss has not improved for 2 epochs (best 1 in epoch 1, {told})"
+
+
 def climbing(losses: Sequence[float], **options: Any) -> tuple[et.Trainer, dict[str, Any]]:
     """A trainer whose weight is the number of steps taken; its loss of epoch e is ``losses[e]``, two steps an epoch."""
 

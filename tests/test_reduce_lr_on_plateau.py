@@ -173,6 +173,13 @@ async def test_a_real_run_takes_the_cut_with_the_next_epochs_first_step(tmp_path
     assert (rates[12], rates[13]) == (0.5, 0.25)
 
 
+def test_the_reason_names_the_margin_that_a_lower_value_missed(tmp_path: Path) -> None:
+    trainer, seen = make_trainer(tmp_path, subs.ReduceLROnPlateau("loss", patience=1, min_delta=0.5))
+    trainer.fit(lambda epoch: [np.float32(1.0 - epoch / 4)], epochs=2)
+    (change,) = [event for event in seen if isinstance(event, et.HyperparamChanged)]
+    assert change.reason == "plateau: loss 0.75 is no improvement on 1 (patience 1, min_delta 0.5)"
+
+
 @pytest.mark.parametrize("backend", ["asyncio", "trio"])
 def test_a_run_whose_optimiser_lacks_the_hyperparameter_fails_at_its_start(
     tmp_path: Path, backend: str

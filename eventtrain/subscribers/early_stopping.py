@@ -211,7 +211,7 @@ class EarlyStopping(Subscriber):
         count = epoch - best_epoch if unit == "epochs" else monitor.wait
         return (
             f"{self._metric} has not improved for {count:.6g} {unit} "
-            f"(best {self.best:.6g} in epoch {best_epoch + 1}, patience {monitor.patience:g})"
+            f"(best {self.best:.6g} in epoch {best_epoch + 1}, {monitor.rule})"
         )
 
     @property

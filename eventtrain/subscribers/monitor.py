@@ -136,6 +136,14 @@ class Monitor:
         self.load(MonitorState())
 
     @property
+    def rule(self) -> str:
+        """Patience and margin, for messages: without the margin a lower value may stand beside "no improvement"."""
+        goal = self.goal
+        share = " of the best" if goal.relative else ""
+        margin = f", min_delta {goal.min_delta:g}{share}" if goal.min_delta else ""
+        return f"patience {self.patience:g}{margin}"
+
+    @property
     def best(self) -> float | None:
         """The best value so far; None before the first."""
         return self._best

@@ -148,7 +148,7 @@ class ReduceLROnPlateau(Subscriber):
                 minimum=self._min_lr,
                 path=self._path,
                 reason=f"plateau: {self._metric} {value:.6g} is no improvement on {best} "
-                f"(patience {self._monitor.patience:g})",
+                f"({self._monitor.rule})",
             )
             self._monitor.begin_cooldown()
 
