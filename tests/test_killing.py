@@ -1,6 +1,6 @@
 """Runs in processes of their own that are killed or terminated, and go on as if nothing had happened.
 
-A slice of the campaigns ``sigkill`` and ``sigterm`` (``make faults``), with seeds of its own.
+A slice of the campaigns ``sigkill``, ``sigkill_files`` and ``sigterm`` (``make faults``), with seeds of its own.
 """
 
 from __future__ import annotations
@@ -9,7 +9,8 @@ from collections import Counter
 
 import pytest
 
-from benchmarks.campaigns import sigkill, sigterm
+from benchmarks.campaigns import sigkill, sigkill_files, sigterm
+from benchmarks.killing.files import LOGS
 
 pytestmark = [pytest.mark.faults, pytest.mark.slow, pytest.mark.allow_blocking]
 
@@ -23,6 +24,14 @@ def test_a_run_killed_at_random_moments_ends_as_the_undisturbed_one_with_one_row
     assert counts["kills"] >= 20
     assert counts["in_save"] >= counts["kills"] / 5
     assert counts["tails_kept"] > 0
+
+
+def test_every_log_of_a_killed_run_has_each_step_once_and_what_was_cut_off_beside() -> None:
+    counts: Counter[str] = Counter()
+    for seed in range(FIRST_SEED, FIRST_SEED + 4):
+        counts.update(sigkill_files.trial(seed))
+    assert counts["kills"] >= 4
+    assert all(counts[f"tails_kept {log}"] > 0 for log in LOGS)
 
 
 @pytest.mark.parametrize("phase", range(len(sigterm.PHASES)), ids=sigterm.PHASES)

@@ -10,12 +10,19 @@ import signal
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any, TypeAlias
 
 from benchmarks.campaign import Campaign
 from benchmarks.killing.job import RESULT
 from benchmarks.killing.jobs import compare, error_of, jobs, require, undisturbed
+
+Look: TypeAlias = Callable[[Path, list[Any]], Any]
+Aims: TypeAlias = tuple[str | None, ...]
+SAVING = "checkpoints/.tmp-*"
+AIMS: Aims = (SAVING, None)
+"""Every other kill is to hit a save."""
 
 
 def trial(seed: int) -> Mapping[str, int]:
@@ -24,45 +31,62 @@ def trial(seed: int) -> Mapping[str, int]:
     Raises:
         AssertionError: it did not end, or not as the undisturbed one.
     """
-    took_s = undisturbed()[2]
-    rng = random.Random(seed)
     counts: Counter[str] = Counter()
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        for _ in range(rng.choice([1, 1, 2, 3])):
-            while (
-                phase := kill(folder, rng, took_s)
-            ) == "too_late":  # it had ended: begin anew, and kill sooner
-                counts["too_late"] += 1
-                took_s *= 0.7
-                shutil.rmtree(folder)
-                folder.mkdir()
-            counts[phase] += 1
+        kill_some(folder, random.Random(seed), counts)
         compare(folder)
         counts["tails_kept"] = len(list(folder.glob("events.jsonl.cut-*")))
         counts["torn_rows"] = len(list(folder.glob("events.jsonl.torn")))
-    counts["kills"] = counts["in_save"] + counts["between_saves"] + counts["before_first_save"]
     return counts
 
 
-def kill(folder: Path, rng: random.Random, took_s: float) -> str:
-    """Start the job, kill it at a random moment, every other time inside a save; the phase that was hit."""
-    process, began_s = jobs().start(folder), time.monotonic()
+def kill_some(
+    folder: Path,
+    rng: random.Random,
+    counts: Counter[str],
+    how: str = "fit",
+    look: Look | None = None,
+    aims: Aims = AIMS,
+) -> list[Any]:
+    """Start the job and kill it, one to three times. Counts the phases that were hit.
+
+    Returns:
+        What ``look`` gave after each kill; it is called with the folder, and what it gave before.
+    """
+    took_s, seen = undisturbed(how).took_s, list[Any]()
+    for _ in range(rng.choice([1, 1, 2, 3])):
+        while (phase := kill(folder, rng, took_s, how, aims)) == "too_late":  # begin anew, and kill sooner
+            counts["too_late"] += 1
+            took_s *= 0.7
+            shutil.rmtree(folder)
+            folder.mkdir()
+            seen.clear()
+        counts[phase] += 1
+        counts["kills"] += 1
+        if look is not None:
+            seen.append(look(folder, seen))
+    return seen
+
+
+def kill(folder: Path, rng: random.Random, took_s: float, how: str = "fit", aims: Aims = AIMS) -> str:
+    """Start the job, kill it at a random moment, or once a file of an aim is there; the phase that was hit."""
+    process, began_s = jobs().start(folder, how), time.monotonic()
     wanted_s = rng.uniform(0.2, 1.0) * took_s
-    in_save = rng.random() < 0.5
+    aim = aims[int(rng.random() * len(aims))]
     while time.monotonic() - began_s < 3 * took_s:
-        saving = any((folder / "checkpoints").glob(".tmp-*"))
-        if (folder / RESULT).exists() or (time.monotonic() - began_s >= wanted_s and (saving or not in_save)):
+        hit = aim is None or any(folder.glob(aim))
+        if (folder / RESULT).exists() or (time.monotonic() - began_s >= wanted_s and hit):
             break
         time.sleep(0.0005)
-    time.sleep(rng.uniform(0, 0.003))
+    time.sleep(rng.uniform(0, 0.003) if aim in AIMS else 0)
     with contextlib.suppress(ProcessLookupError):
         os.kill(process, signal.SIGKILL)
     status = jobs().wait()
     if status == 0:
         return "too_late"
     require(status == -signal.SIGKILL, f"the job failed before it was killed: {error_of(folder)}")
-    if any((folder / "checkpoints").glob(".tmp-*")):
+    if any(folder.glob(SAVING)):
         return "in_save"
     return "between_saves" if any((folder / "checkpoints").glob("step-*")) else "before_first_save"
 

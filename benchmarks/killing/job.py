@@ -32,6 +32,8 @@ from eventtrain import subscribers as subs
 
 EPOCHS, STEPS = 5, 12
 RESULT = "result.json"
+OFTEN_S = 0.01
+"""Between two groups of rows, so that many a kill hits one that is being written."""
 optimiser = optax.inject_hyperparams(optax.adam)(learning_rate=0.05)
 
 
@@ -102,7 +104,7 @@ class Stage:
 def run_job(folder: Path, how: str = "fit", every: int = 4) -> None:
     """Train, from the newest checkpoint if there is one; leaves what was reached in ``result.json``.
 
-    ``how``: "fit", or "service": beside a web server, until that is told to end.
+    ``how``: "fit"; "service": beside a web server, until that is told to end; "files": with every logger of files.
     """
     stage = Stage(folder)
     rng = np.random.default_rng(0)
@@ -117,6 +119,7 @@ def run_job(folder: Path, how: str = "fit", every: int = 4) -> None:
         eval_fn=lambda state, batch: {"loss": loss_fn(state["params"], batch)},
         subscribers=[
             subs.JSONLLogger("events.jsonl"),
+            *(file_loggers() if how == "files" else ()),
             stopping,
             plateau,
             subs.GradientSpike("loss", window=8, warmup=4, threshold=1.0, cooldown=4, lag=3),
@@ -152,6 +155,17 @@ def run_job(folder: Path, how: str = "fit", every: int = 4) -> None:
     temporary.rename(folder / RESULT)
 
 
+def file_loggers() -> list[et.Subscriber]:
+    """Those besides ``events.jsonl``; ``benchmarks.killing.files`` reads what they write."""
+    return [
+        subs.JSONLLogger("windows.jsonl", by="window", flush_interval_s=OFTEN_S),
+        subs.CSVLogger("steps.csv", flush_interval_s=OFTEN_S),
+        subs.CSVLogger("epochs.csv", per="epoch", flush_interval_s=OFTEN_S),
+        subs.ParquetLogger("metrics", rows_per_part=25, flush_interval_s=OFTEN_S),
+        subs.TensorBoardLogger("tensorboard", flush_interval_s=OFTEN_S),
+    ]
+
+
 def serve(trainer: et.Trainer, data: Any, aim: dict[str, Any]) -> et.FitResult:
     """Train in the lifespan of a service, as docs/in-a-service.md shows; uvicorn has its own signal handlers."""
     results: list[et.FitResult] = []
@@ -176,6 +190,7 @@ def serve(trainer: et.Trainer, data: Any, aim: dict[str, Any]) -> et.FitResult:
 def fork_jobs() -> None:
     """Fork a job for each line on standard input."""
     warnings.simplefilter("ignore")  # JAX warns of every fork; no backend runs in this process
+    file_loggers()  # imports pyarrow and tensorboardX once, and not in each job
     for line in sys.stdin:
         how, name = line.strip().split(" ", 1)
         folder = Path(name)

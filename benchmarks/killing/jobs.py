@@ -11,7 +11,7 @@ import sys
 import tempfile
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from benchmarks.killing.job import EPOCHS, RESULT, STEPS
 
@@ -70,30 +70,42 @@ def jobs() -> Jobs:
     return made
 
 
+class Undisturbed(NamedTuple):
+    """What a run ends with that nobody kills."""
+
+    result: dict[str, Any]
+    rows: list[dict[str, Any]]
+    took_s: float
+    folder: Path
+    """What it wrote; removed at the end of this process."""
+
+
 @functools.cache
-def undisturbed() -> tuple[dict[str, Any], list[dict[str, Any]], float]:
-    """What a run ends with that nobody kills, its log, and how long it took."""
-    with tempfile.TemporaryDirectory() as name:
-        folder, began_s = Path(name), time.monotonic()
-        jobs().start(folder)
-        require(jobs().wait() == 0, f"the undisturbed run failed: {error_of(folder)}")
-        return json.loads((folder / RESULT).read_text()), rows(folder), time.monotonic() - began_s
+def undisturbed(how: str = "fit") -> Undisturbed:
+    """The run that others are compared with."""
+    made = tempfile.TemporaryDirectory()
+    atexit.register(made.cleanup)
+    folder, began_s = Path(made.name), time.monotonic()
+    jobs().start(folder, how)
+    require(jobs().wait() == 0, f"the undisturbed run failed: {error_of(folder)}")
+    took_s = time.monotonic() - began_s
+    return Undisturbed(json.loads((folder / RESULT).read_text()), rows(folder), took_s, folder)
 
 
-def compare(folder: Path) -> None:
+def compare(folder: Path, how: str = "fit") -> None:
     """Let the job in ``folder`` go on to its end, and compare it with the undisturbed one.
 
     Raises:
         AssertionError: it did not end, or not as that one.
     """
-    expected, expected_rows, _ = undisturbed()
-    jobs().start(folder)
+    expected = undisturbed(how)
+    jobs().start(folder, how)
     require(jobs().wait() == 0, f"the resumed run failed: {error_of(folder)}")
     reached, found = json.loads((folder / RESULT).read_text()), rows(folder)
-    require(reached == expected, f"it reached {reached}, and the undisturbed run {expected}")
+    require(reached == expected.result, f"it reached {reached}, and the undisturbed run {expected.result}")
     steps = [row["step"] for row in found if row["kind"] == "step_completed"]
     require(steps == list(range(1, EPOCHS * STEPS + 1)), f"rows of the steps are {steps}")
-    require(found == expected_rows, "the log differs from the undisturbed run's")
+    require(found == expected.rows, "the log differs from the undisturbed run's")
 
 
 def rows(folder: Path) -> list[dict[str, Any]]:

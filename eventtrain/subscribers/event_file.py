@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import os
 import re
-import shutil
 import struct
 import time
 from collections.abc import Iterable
@@ -18,6 +17,7 @@ from pathlib import Path
 from eventtrain.errors import StorageError
 from eventtrain.subscribers.appended_file import AppendedFile
 from eventtrain.subscribers.disk import sync
+from eventtrain.subscribers.whole_file import cut_tail
 
 OWN_NAME = re.compile(r"events\.out\.tfevents\.(\d{10})\.(\d{6})\.eventtrain")
 """TensorBoard reads the files of a folder in the order of their names, each to its end before it opens the next."""
@@ -98,12 +98,7 @@ def cut(folder: Path, name: str, offset: int | None) -> list[Path]:
             kept.append(beside)
     path = folder / name
     if name and offset is not None and path.exists() and path.stat().st_size > offset:
-        with open(path, "rb+") as file, open(beside := _beside(path), "xb") as tail:
-            file.seek(offset)
-            shutil.copyfileobj(file, tail)
-            tail.flush()
-            os.fsync(tail.fileno())
-            file.truncate(offset)
+        cut_tail(path, offset, beside := _beside(path))
         kept.append(beside)
     return kept
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import os
-import shutil
 import threading
 from collections.abc import Callable, Sequence
 from itertools import count
@@ -13,6 +12,7 @@ from typing import Generic, TypeVar
 
 from eventtrain.subscribers.appended_file import AppendedFile
 from eventtrain.subscribers.waiting_rows import Entry, WaitingRows
+from eventtrain.subscribers.whole_file import cut_tail
 
 logger = logging.getLogger("eventtrain")
 
@@ -83,13 +83,7 @@ class RowFile(Generic[Item]):
             )  # fmt: skip
         if self.size_bytes <= offset:
             return
-        with open(self.path, "rb+") as file, open(free_name(self.path, "cut"), "xb") as beside:
-            beside.write(heading)
-            file.seek(offset)
-            shutil.copyfileobj(file, beside)
-            beside.flush()
-            os.fsync(beside.fileno())
-            file.truncate(offset)
+        cut_tail(self.path, offset, free_name(self.path, "cut"), heading)
         self.size_bytes = offset
 
     def sync(self) -> None:

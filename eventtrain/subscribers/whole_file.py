@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 from contextlib import suppress
 from pathlib import Path
 
@@ -30,3 +31,28 @@ def write_whole(path: Path, data: bytes) -> None:
             raise
     except OSError as error:
         raise OSError(error.errno, f"cannot write {path}: {error.strerror or error}") from error
+
+
+def cut_tail(path: Path, offset: int, beside: Path, heading: bytes = b"") -> None:
+    """Move what lies behind ``offset`` bytes of ``path`` to a file ``beside``, below ``heading``; synced first.
+
+    A process that is killed meanwhile leaves the tail in ``path``, whole, or beside it, whole, or in both.
+
+    Raises:
+        OSError: it failed; nothing was lost.
+    """
+    unfinished = beside.with_name(f".{beside.name}.cutting")
+    with open(path, "rb+") as file:
+        try:
+            with open(unfinished, "wb") as tail:
+                tail.write(heading)
+                file.seek(offset)
+                shutil.copyfileobj(file, tail)
+                tail.flush()
+                os.fsync(tail.fileno())
+            os.rename(unfinished, beside)
+        except OSError:
+            with suppress(OSError):
+                unfinished.unlink()
+            raise
+        file.truncate(offset)
