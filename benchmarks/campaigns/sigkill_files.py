@@ -13,8 +13,9 @@ from benchmarks.campaigns.sigkill import SAVING, kill_some
 from benchmarks.killing.files import LOGS, PART, UNFINISHED, Kept, check_logs, tails
 from benchmarks.killing.jobs import compare
 
-AIMS = (SAVING, PART, None)
-"""A third of the kills is to hit a save, and a third the writing of a part."""
+SAVED = "checkpoints/step-*"
+AIMS = ((SAVING,), (SAVED, PART), (SAVED,), ())
+"""What has to be there at a kill: a quarter is to hit a save, and a quarter the writing of a part after one."""
 
 
 def trial(seed: int) -> Mapping[str, int]:

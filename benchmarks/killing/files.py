@@ -151,7 +151,7 @@ def check_curves(folder: Path, whole: Path) -> None:
 
 def curves(folder: Path) -> dict[str, list[tuple[int, float]]]:
     """Tag -> step and value of each point."""
-    found = EventAccumulator(str(folder), size_guidance={"scalars": 0})
+    found: Any = EventAccumulator(str(folder), size_guidance={"scalars": 0})
     found.Reload()
     return {
         tag: [(point.step, point.value) for point in found.Scalars(tag)] for tag in found.Tags()["scalars"]
