@@ -10,6 +10,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Iterator
+from contextlib import nullcontext
 from pathlib import Path
 from time import monotonic
 from typing import Any
@@ -113,14 +114,46 @@ def test_a_mail_says_what_happened_and_carries_the_report(tmp_path: Path, mail: 
     assert letters(tmp_path) == []
 
 
-def test_a_report_that_is_not_there_is_told_and_the_message_sent_without_it(
+@pytest.mark.parametrize("fails", [False, True])
+def test_the_mail_about_the_end_carries_the_report_that_the_run_wrote(
+    tmp_path: Path, mail: MailServer, fails: bool
+) -> None:
+    rules = [subs.RunCompletedRule(), subs.RunFailedRule()]
+    alerts = subs.Alerts(rules, mailto(mail.port), attach=["report.html"])
+    losses = [np.float32(2.0), *([np.zeros(2, np.float32)] if fails else [])]  # of another shape
+    trainer = et.Trainer(
+        step,
+        {"w": jnp.zeros(1)},
+        subscribers=[subs.Report(), alerts],
+        run_dir=tmp_path,
+        run_id="run-of-today",
+    )
+    with pytest.raises(et.EventTrainError) if fails else nullcontext():
+        trainer.fit(losses, epochs=1)
+    (only,) = mail.mails
+    assert ("run failed" if fails else "run completed") in only["subject"]
+    (attachment,) = only.iter_attachments()
+    assert (attachment.get_filename(), attachment.get_content_type()) == ("report.html", "text/html")
+    content = attachment.get_payload(decode=True)
+    assert isinstance(content, bytes)
+    assert content.split() == (tmp_path / "report.html").read_bytes().split()  # mail has line ends of its own
+    assert b"run-of-today" in content
+
+
+def test_alerts_in_front_of_the_report_say_that_it_is_missing_or_of_an_earlier_run(
     tmp_path: Path, mail: MailServer, caplog: pytest.LogCaptureFixture
 ) -> None:
-    alerts = subs.Alerts([subs.RunCompletedRule()], mailto(mail.port), attach=["report.html"])
-    fit(tmp_path, alerts, [2.0])
-    (only,) = mail.mails
-    assert list(only.iter_attachments()) == []
-    assert "there is no report.html in the folder of the run" in caplog.text
+    sent: list[int] = []
+    for said in ("there is no report.html in the folder", "report.html is as it was before the run"):
+        alerts = subs.Alerts([subs.RunCompletedRule()], mailto(mail.port), attach=["report.html"])
+        caplog.clear()
+        et.Trainer(step, {"w": jnp.zeros(1)}, subscribers=[alerts, subs.Report()], run_dir=tmp_path).fit(
+            [np.float32(2.0)], epochs=1
+        )
+        assert said in caplog.text
+        assert "List Alerts behind the subscriber that writes it." in caplog.text
+        sent.append(len(list(mail.mails[-1].iter_attachments())))
+    assert sent == [0, 1]
 
 
 def test_a_mail_has_the_lines_and_angle_brackets_of_what_happened(mail: MailServer) -> None:

@@ -267,7 +267,8 @@ def test_a_disk_that_is_slow_delays_no_step(
             commit(self)
 
         monkeypatch.setattr(cls, "commit", slow)
-    trainer = make_trainer(tmp_path, kind.make("log", flush_interval_s=0.01))
+    # The run's end waits for the rows of its last epoch, but not longer than the trainer's drain_timeout_s.
+    trainer = make_trainer(tmp_path, kind.make("log", flush_interval_s=0.01), drain_timeout_s=4.0)
 
     @trainer.on(et.RunCompleted)
     async def see(event: et.RunCompleted) -> None:

@@ -138,6 +138,7 @@ MAY_IMPORT = {
         "subscribers.alarm",
         "subscribers.alarms",
         "subscribers.alert_conditions",
+        "subscribers.alert_attachments",
         "subscribers.alert_message",
         "subscribers.alert_metric_rules",
         "subscribers.alert_rule",

@@ -315,7 +315,7 @@ def test_a_registry_that_cannot_be_reached_costs_no_run_and_its_password_is_show
         port = server.getsockname()[1]
     (tmp_path / "file").write_text("")
     uri = {
-        "server": f"http://me:{SECRET}@127.0.0.1:{port}",
+        "server": f"http://me:{SECRET}@127.0.0.1:{port}/{SECRET}?token={SECRET}",
         "driver": f"mssql+pymssql://me:{SECRET}@127.0.0.1:{port}/x",
         "sqlite": f"sqlite:///{tmp_path}/file/x.db?password={SECRET}",
         "scheme": f"nonsense://{SECRET}",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import threading
 from collections.abc import Iterator, Sequence
 from datetime import UTC, datetime
@@ -27,6 +28,8 @@ from opentelemetry.sdk.metrics.export import InMemoryMetricReader
 from opentelemetry.sdk.trace import ReadableSpan, TracerProvider
 from opentelemetry.sdk.trace.export import SimpleSpanProcessor, SpanExportResult
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
+
+SECRET = "s3cr3t-t0ken"
 
 
 class Telemetry:
@@ -292,15 +295,30 @@ def test_an_exporter_that_hangs_delays_neither_training_nor_by_much_its_end(
 class Broken:
     """An exporter that raises."""
 
+    def __init__(self, endpoint: str) -> None:
+        self.endpoint = endpoint
+
     def export(self, spans: Any) -> Any:
-        raise RuntimeError("no")
+        raise RuntimeError(f"no answer from {self.endpoint}")
 
     def shutdown(self) -> None: ...
 
 
-def test_an_exporter_that_raises_costs_nothing(tmp_path: Path) -> None:
-    telemetry = Telemetry(Broken())
-    assert trainer(tmp_path, telemetry.subscriber()).fit(data, epochs=2).step == 4
+def test_an_exporter_that_raises_costs_nothing_and_its_endpoint_is_shown_nowhere(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    telemetry = Telemetry(Broken(f"http://me:{SECRET}@{SECRET}.invalid/{SECRET}?key={SECRET}"))
+    caplog.set_level(logging.DEBUG, "eventtrain")
+    subscriber = telemetry.subscriber()
+    run = trainer(tmp_path, subscriber, subs.JSONLLogger("all.jsonl", et.Event), subs.Report())
+    assert run.fit(data, epochs=2).step == 4
+    said = [record for record in caplog.records if record.name == "eventtrain"]
+    shown = [repr(subscriber), str(vars(subscriber)), *(record.getMessage() for record in said)]
+    shown += [record.exc_text or "" for record in said]
+    shown += [path.read_text() for path in tmp_path.rglob("*") if path.is_file()]
+    assert (tmp_path / "all.jsonl").stat().st_size
+    assert not [text for text in shown if SECRET in text]
+    assert SECRET in caplog.text  # the SDK logs what its exporter raised: that is the program's own
 
 
 async def test_events_that_nobody_announced_are_spans_all_the_same(telemetry: Telemetry) -> None:
@@ -355,8 +373,11 @@ def test_the_end_of_one_thing_ends_what_was_left_open(telemetry: Telemetry) -> N
 @pytest.mark.parametrize(
     ("wrong", "said"),
     [
-        ({"tracer_provider": "global"}, "tracer_provider='global'): it has no get_tracer"),
-        ({"meter_provider": 1}, "meter_provider=1): it has no get_meter"),
+        (
+            {"tracer_provider": f"http://me:{SECRET}@host"},
+            "tracer_provider=...): the str that was given has no get_tracer",
+        ),
+        ({"meter_provider": 1}, "meter_provider=...): the int that was given has no get_meter"),
         ({"finish_timeout_s": -1}, "finish_timeout_s=-1"),
     ],
 )
@@ -364,6 +385,7 @@ def test_arguments_that_cannot_work_are_refused(wrong: dict[str, Any], said: str
     with pytest.raises(et.ConfigurationError) as caught:
         subs.OpenTelemetry(**wrong)
     assert said in str(caught.value)
+    assert SECRET not in str(caught.value)
 
 
 def test_without_the_api_the_remedy_is_named(monkeypatch: pytest.MonkeyPatch) -> None:

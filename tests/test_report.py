@@ -13,6 +13,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime
 from html.parser import HTMLParser
 from pathlib import Path
@@ -484,9 +485,9 @@ def test_a_killed_run_that_goes_on_ends_with_the_history_and_curves_of_an_undist
         command = [sys.executable, str(script), str(tmp_path / folder), str(kill_at)]
         return subprocess.run(command, env=env, capture_output=True, text=True, timeout=240)
 
-    undisturbed = run("whole", -1)
+    with ThreadPoolExecutor() as pool:
+        undisturbed, killed = pool.map(run, ("whole", "killed"), (-1, 13))
     assert undisturbed.returncode == 0, undisturbed.stderr
-    killed = run("killed", 13)
     assert killed.returncode == -signal.SIGKILL, killed.stderr
     assert not (tmp_path / "killed/report.html").exists()
     resumed = run("killed", -1)

@@ -409,6 +409,25 @@ def test_arguments_that_cannot_work_are_refused_by_name(options: dict[str, Any],
         subs.WandbLogger(**{"project": "project", "mode": "offline", **options})
 
 
+@pytest.mark.parametrize(
+    "url",
+    [
+        f"https://me:{KEY}@host",
+        f"https://{KEY}@host/",
+        f"https://host?key={KEY}",
+        f"https://host#{KEY}",
+        f"https://[{KEY}",
+        f"{KEY}://host",
+        f"{KEY}",
+    ],
+)
+def test_a_url_with_a_secret_in_it_is_refused_without_quoting_it(url: str) -> None:
+    with pytest.raises(et.ConfigurationError, match="base_url") as caught:
+        logger(base_url=url)
+    assert KEY not in str(caught.value)
+    assert caught.value.__cause__ is None
+
+
 async def test_without_a_key_the_error_says_what_to_do(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -34,6 +34,7 @@ from eventtrain.events import (
 )
 from eventtrain.subscriber import RunContext, Subscriber
 from eventtrain.subscribers.alarms import Alarms, MetricAlarms, RuleState
+from eventtrain.subscribers.alert_attachments import Attachments
 from eventtrain.subscribers.alert_message import AlertEvent
 from eventtrain.subscribers.alert_metric_rules import MetricRule
 from eventtrain.subscribers.alert_rules import AnyRule
@@ -85,7 +86,8 @@ class Alerts(Subscriber):
         allow_private: a webhook may lead into the own network.
         targets: more of them.
         attach: files of ``run_dir``, such as ``"report.html"``, that go with the message about the end of the run. A
-            webhook takes none. List ``Alerts`` behind who writes them.
+            webhook takes none. List ``Alerts`` behind who writes them; what is not there, or older than the run, is
+            said.
         dead_letters: a file in ``run_dir`` for alerts that reached nobody, one JSON object a line.
         group_s: so long after an alert is waited for others, which then go in the same message.
         timeout_s: for connecting, and for each wait for the answer.
@@ -130,7 +132,7 @@ class Alerts(Subscriber):
         _require_labels(targets)
         self._targets = [(target.label, connect(target, timeout_s)) for target in targets]
         self._options = SendOptions(retries, retry_delay_s, group_s)
-        self._attach = [file_path(name, "Alerts") for name in attach]
+        self._attached = Attachments([file_path(name, "Alerts") for name in attach])
         self._dead_letters = file_path(dead_letters, "Alerts")
         self._finish_timeout_s = finish_timeout_s
         self._clock = clock
@@ -170,6 +172,7 @@ class Alerts(Subscriber):
         for rule in (RunFailedRule, RunCompletedRule):
             for alarms in self._of(rule):
                 alarms.reset()
+        await anyio.to_thread.run_sync(self._attached.begin, run.run_dir)
         letters = DeadLetters(inside_run_dir(run.run_dir, self._dead_letters, "Alerts"))
         self._senders = [
             Sender(label, target, self._options, letters, self._not_delivered)
@@ -196,7 +199,7 @@ class Alerts(Subscriber):
         if found:
             found = [self._with_run(alert) for alert in found]
             for alert in found:
-                self._tell(alert, hold=isinstance(event, (RunCompleted, RunFailed)) and bool(self._attach))
+                self._tell(alert, hold=isinstance(event, (RunCompleted, RunFailed)) and bool(self._attached))
             assert self._run is not None
             for alert in found:
                 await self._run.publish_async(alert)
@@ -217,7 +220,7 @@ class Alerts(Subscriber):
         run, senders, self._senders = self._run, self._senders, []
         if run is None or not senders:
             return
-        files = await in_own_thread(partial(self._files, run.run_dir)) if self._held else []
+        files = await in_own_thread(self._attached.files) if self._held else []
         for sender in senders:
             sender.attach(files)
             for alert in self._held:
@@ -232,13 +235,6 @@ class Alerts(Subscriber):
             raise SubscriberError(
                 f"{left} alerts did not arrive within {self._finish_timeout_s:g} s after the run."
             )
-
-    def _files(self, run_dir: Path) -> list[Path]:
-        there = [run_dir / path for path in self._attach if (run_dir / path).is_file()]
-        for path in self._attach:
-            if run_dir / path not in there:
-                logger.warning("Alerts(attach=...): there is no %s in the folder of the run.", path)
-        return there
 
     # --- by events ------------------------------------------------------------------------------------------
 

@@ -6,7 +6,6 @@ a time.
 
 from __future__ import annotations
 
-import os
 import re
 import struct
 import time

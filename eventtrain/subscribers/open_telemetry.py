@@ -113,7 +113,11 @@ class OpenTelemetry(Subscriber):
         )
         for name, given, method in wanted:
             if given is not None and not callable(getattr(given, method, None)):
-                raise ConfigurationError(f"OpenTelemetry({name}={given!r}): it has no {method}().")
+                # Not quoted: it may be an endpoint, with a token in it.
+                kind = type(given).__name__
+                raise ConfigurationError(
+                    f"OpenTelemetry({name}=...): the {kind} that was given has no {method}()."
+                )
         self._surroundings = otel_recorder.surroundings
         self._new_recorder = partial(
             otel_recorder.Recorder, tracer_provider, meter_provider, attributes=dict(attributes or {})

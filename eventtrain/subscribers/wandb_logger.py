@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
+from urllib.parse import urlsplit
 
 import anyio
 import anyio.to_thread
@@ -78,7 +79,7 @@ class WandbLogger(Subscriber):
         mode: "online", or "offline": nothing leaves the machine.
         directory: in which W&B makes its folder ``wandb``, relative to ``run_dir``; None: ``run_dir``.
         api_key: None: what ``wandb login`` saved, or WANDB_API_KEY. Never shown.
-        base_url: of a server of one's own; None: W&B's settings.
+        base_url: of a server of one's own, which W&B prints and writes to its files; None: W&B's settings.
         every: only steps that are a multiple of it have a row; a row costs some 0.2 ms of Python's time.
         hparams: of the run's config, besides the hyperparameters of the optimiser.
         histogram_every, histogram_every_epochs, arrays, record: as of ``TensorBoardLogger``.
@@ -127,6 +128,7 @@ class WandbLogger(Subscriber):
             raise ConfigurationError(
                 f"WandbLogger(project={project!r}): W&B takes names without / \\ # ? % and :."
             )
+        _require_open_url(base_url)
         require_choice("WandbLogger", "mode", mode, ("online", "offline"))
         require_count("WandbLogger", "every", every, at_least=1)
         require_number("WandbLogger", "init_timeout_s", init_timeout_s, above=0)
@@ -314,6 +316,21 @@ class WandbLogger(Subscriber):
         if self._thread is None:
             return False
         return self._thread.add(work, step=event.step, event_kind=event.kind, rows=rows)
+
+
+def _require_open_url(base_url: str | None) -> None:
+    """Refuse one with a secret in it: W&B prints it, and writes it to its files."""
+    try:
+        parts = urlsplit(base_url or "http://host")
+        fits = parts.scheme in ("http", "https") and bool(parts.hostname)
+        fits = fits and not (parts.username or parts.password or parts.query or parts.fragment)
+    except ValueError:
+        fits = False
+    if not fits:
+        raise ConfigurationError(
+            "WandbLogger(base_url=...): needs http:// or https://, a host, and neither user, password, query nor "
+            "fragment, since W&B prints it and writes it to its files. Give the key as api_key=... or in WANDB_API_KEY."
+        ) from None
 
 
 # --- in the thread ----------------------------------------------------------------------------------------------
