@@ -20,8 +20,17 @@ import anyio
 import anyio.to_thread
 import numpy as np
 import pytest
-from conftest import python_path
-from tracked_runs import ODD, context, data, failures, run_and_kill, scripted_run, wait_for_snapshots, window
+from tracked_runs import (
+    ODD,
+    context,
+    data,
+    failures,
+    own_environment,
+    run_and_kill,
+    scripted_run,
+    wait_for_snapshots,
+    window,
+)
 
 import eventtrain as et
 from eventtrain import subscribers as subs
@@ -117,6 +126,7 @@ def rich(
                 "grey": np.linspace(0, 1, 12).reshape(3, 4), "colours": np.zeros((2, 5, 4)), "vector": np.arange(9.0)
             },
             Sample: lambda event: {"words": event.note, "number": event.step},
+            et.StepCompleted: lambda event: {"twice": 2 * event.metrics["loss"]},  # told before its window
         },
     )  # fmt: skip
     trainer = scripted_run(folder, tracker)
@@ -137,6 +147,7 @@ def test_curves_of_steps_epochs_evaluations_and_hyperparams_are_read_back(rich: 
     found = written.curves
     assert failed == []
     assert found["step/loss"] == {k: pytest.approx(1 / k) for k in range(1, 16)}
+    assert found["twice"] == {k: pytest.approx(2 / k) for k in range(1, 16)}
     assert found["epoch/loss"][5] == pytest.approx(np.mean([1 / k for k in range(1, 6)]))
     assert found["epoch/val_loss"] == {5: 2.0, 10: 3.0, 15: 4.0} == found["eval/loss"]
     rates = {1: 0.5, 5: 0.5, 6: 0.25, 10: 0.25, 11: 0.5 / 3, 15: 0.5 / 3}
@@ -209,7 +220,7 @@ def test_after_kill_and_resume_every_step_is_in_the_files_exactly_once(tmp_path:
     # W&B's own process writes every second, and goes on for a moment when ours is killed.
     run_and_kill(tmp_path, tracker, 12, "import anyio; await anyio.sleep(3)")
     time.sleep(2)
-    run_and_kill(tmp_path, tracker, None)
+    said = run_and_kill(tmp_path, tracker, None)
     end = time.monotonic() + 60
     while True:
         written = read_now(tmp_path / "run")
@@ -218,8 +229,22 @@ def test_after_kill_and_resume_every_step_is_in_the_files_exactly_once(tmp_path:
             break
         time.sleep(0.05)
     assert len(written.ids) == 1
-    assert steps == dict.fromkeys(range(1, 31), 1)
+    assert steps == dict.fromkeys(range(1, 31), 1), said
     assert len(list((tmp_path / "run").glob("wandb/offline-run-*"))) == 2
+
+
+@pytest.mark.slow
+@pytest.mark.faults
+@pytest.mark.allow_blocking
+def test_every_row_is_there_when_the_kill_came_right_after_the_last_checkpoint(tmp_path: Path) -> None:
+    tracker = 'subs.WandbLogger("project", mode="offline")'
+    # W&B's own process has what it was told within the last second in memory only, and so the whole of the last row.
+    run_and_kill(tmp_path, tracker, 30, "if newest < 30: return", every=6)
+    said = run_and_kill(tmp_path, tracker, None, every=6)
+    written = read(tmp_path / "run")
+    steps = Counter(step for step, row in written.rows if "step/loss" in row)
+    assert steps == dict.fromkeys(range(1, 31), 1), said
+    assert written.curves["hyperparams/learning_rate"].keys() >= {1, 5, 6, 10, 11, 15, 16, 20, 21, 25, 26}
 
 
 def test_a_second_fit_goes_on_with_the_same_run_and_another_trainers_is_another(tmp_path: Path) -> None:
@@ -259,6 +284,12 @@ class Fake:
 
     def log(self, rows: Any) -> None:
         self._do("log", rows)
+
+    def complete(self, step: int) -> None:
+        self._do("complete", step)
+
+    def volatile(self) -> dict[int, dict[str, float]]:
+        return {}
 
     def configure(self, values: Any) -> None:
         self._do("configure", values)
@@ -376,8 +407,7 @@ def test_a_server_that_never_answers_delays_the_end_by_the_timeout_and_shows_no_
         done = subprocess.run(
             [sys.executable, "script.py"],
             cwd=tmp_path,
-            env=os.environ
-            | {"PYTHONPATH": python_path(), "JAX_PLATFORMS": "cpu", "WANDB_ERROR_REPORTING": "false"},
+            env=own_environment() | {"WANDB_ERROR_REPORTING": "false"},
             capture_output=True,
             text=True,
             timeout=240,

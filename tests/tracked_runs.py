@@ -114,12 +114,13 @@ from tracked_runs import Lowering, data, scripted_run
 
 tracker = {tracker}
 die_at = {die_at}
-trainer = scripted_run(Path("run"), subs.Checkpointer("checkpoints", every=7, max_to_keep=None, at_end=False), tracker)
+checkpointer = subs.Checkpointer("checkpoints", every={every}, max_to_keep=None, at_end=False)
+trainer = scripted_run(Path("run"), checkpointer, tracker)
 
 @trainer.on(et.StepsCompleted | et.CheckpointCommitted)
 async def die(event):
     newest = max((int(path.name[-8:]) for path in Path("run/checkpoints").glob("step-*")), default=0)
-    if die_at is not None and trainer.control.step >= die_at and newest >= die_at - 7:
+    if die_at is not None and trainer.control.step >= die_at and newest >= die_at - {every}:
         {before}
         os.kill(os.getpid(), signal.SIGKILL)
 
@@ -128,22 +129,36 @@ trainer.fit(data(), epochs=6, eval_data=data(1), resume=True)
 """
 
 
-def run_and_kill(folder: Path, tracker: str, die_at: int | None, before: str = "pass") -> None:
+def own_environment() -> dict[str, str]:
+    """For a process that stands for a program of its own: it does not share this one's process of W&B."""
+    shared = {name: value for name, value in os.environ.items() if name != "WANDB_SERVICE"}
+    return shared | {"PYTHONPATH": python_path(), "JAX_PLATFORMS": "cpu"}
+
+
+def run_and_kill(
+    folder: Path, tracker: str, die_at: int | None, before: str = "pass", *, every: int = 7
+) -> str:
     """Runs thirty steps in a process of its own, or goes on with them, and kills it at about step ``die_at``.
+
+    Returns what it said.
 
     Args:
         folder: it runs in; the run lies in ``run``.
         tracker: source text of the subscriber.
         die_at: None to let it end.
         before: a statement before the end, such as a wait for what has to be on disk.
+        every: steps between two checkpoints.
     """
-    script = PROGRAM.format(tests=str(ROOT / "tests"), tracker=tracker, die_at=die_at, before=before)
+    script = PROGRAM.format(
+        tests=str(ROOT / "tests"), tracker=tracker, die_at=die_at, before=before, every=every
+    )
     done = subprocess.run(
         [sys.executable, "-c", textwrap.dedent(script)],
         cwd=folder,
-        env=os.environ | {"PYTHONPATH": python_path(), "JAX_PLATFORMS": "cpu"},
+        env=own_environment(),
         capture_output=True,
         text=True,
         timeout=240,
     )
     assert done.returncode == (0 if die_at is None else -signal.SIGKILL), done.stdout + done.stderr
+    return done.stdout + done.stderr

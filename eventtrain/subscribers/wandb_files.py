@@ -23,6 +23,28 @@ HEADER = struct.Struct("<IHB")
 IDENTIFIER_BYTES = 7
 
 
+class WrittenSteps:
+    """How far W&B's process is with the file of a run under way, of which each call reads what is new.
+
+    Args:
+        path: of the file; it may not be there yet.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._at = IDENTIFIER_BYTES
+        self._last = -1
+
+    def last(self) -> int:
+        """The last step in it; -1 where there is none."""
+        if self._path.exists():
+            for end, record in records_from(self._path, self._at):
+                self._at = end
+                if record.WhichOneof("record_type") == "history":
+                    self._last = max(self._last, record.history.step.num)
+        return self._last
+
+
 def last_step(folder: Path, run_id: str) -> int:
     """The last step in the files of all attempts of a run below ``folder``; -1 where there is none."""
     found = -1
@@ -35,18 +57,26 @@ def last_step(folder: Path, run_id: str) -> int:
 
 def records(path: Path) -> Iterator[Any]:
     """All that is whole; a tail that was torn off is left out."""
-    data = path.read_bytes()
-    at = IDENTIFIER_BYTES
+    return (record for _, record in records_from(path, IDENTIFIER_BYTES))
+
+
+def records_from(path: Path, start: int) -> Iterator[tuple[int, Any]]:
+    """The same from the byte on where a record begins, each with the byte where it ends."""
+    with path.open("rb") as file:
+        file.seek(start)
+        data = file.read()
+    at, end = start, start + len(data)
     message = b""
-    while at + HEADER.size <= len(data):
+    while at + HEADER.size <= end:
         if BLOCK - at % BLOCK < HEADER.size:
             at += BLOCK - at % BLOCK  # the rest of a block, too small for a header
             continue
-        _, length, kind = HEADER.unpack_from(data, at)
+        _, length, kind = HEADER.unpack_from(data, at - start)
         at += HEADER.size
-        if at + length > len(data) or not kind:
+        if at + length > end or not kind:
             return
-        message = data[at : at + length] if kind in (1, 2) else message + data[at : at + length]
+        piece = data[at - start : at - start + length]
+        message = piece if kind in (1, 2) else message + piece
         at += length
         if kind in (1, 4):
             record = Record()
@@ -54,7 +84,7 @@ def records(path: Path) -> Iterator[Any]:
                 record.ParseFromString(message)
             except Exception:  # torn in a place that only Protobuf notices
                 return
-            yield record
+            yield at, record
 
 
 def is_id(text: str) -> bool:

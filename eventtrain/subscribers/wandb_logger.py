@@ -11,7 +11,7 @@ from urllib.parse import urlsplit
 
 import anyio
 import anyio.to_thread
-from pydantic import SecretStr
+from pydantic import Field, SecretStr
 
 from eventtrain.errors import ConfigurationError, StateError
 from eventtrain.events import (
@@ -27,6 +27,7 @@ from eventtrain.events import (
     SnapshotTaken,
     StepsCompleted,
 )
+from eventtrain.frozen import Number
 from eventtrain.kept_snapshot import KeptSnapshot
 from eventtrain.subscriber import RunContext, StepProgram, Subscriber
 from eventtrain.subscribers.arguments import require_choice, require_count, require_number
@@ -58,6 +59,8 @@ WATCHED = (
 )
 SETTLE_S = 10.0
 """How long a checkpoint waits for rows to be handed over."""
+RowsByStep = dict[int, dict[str, Number]]
+"""Step -> name -> value."""
 
 
 class WandbLoggerState(SavedState):
@@ -69,6 +72,8 @@ class WandbLoggerState(SavedState):
     evaluated_at: int
     configured: bool
     program_written: bool
+    volatile: RowsByStep = Field(default_factory=RowsByStep)
+    """Rows by step that W&B had in memory only."""
 
 
 class WandbLogger(Subscriber):
@@ -161,6 +166,11 @@ class WandbLogger(Subscriber):
         self._configured = False
         self._program = program
         self._program_written = False
+        self._newest_step = -1
+        self._ahead = False
+        """Something was added of a step that is later than ``_newest_step``."""
+        self._volatile: RowsByStep = {}
+        self._saved_rows: RowsByStep = {}
         self._exit_code = 0
         self._run: RunContext | None = None
         self._thread: TrackerThread | None = None
@@ -201,7 +211,14 @@ class WandbLogger(Subscriber):
         self._exit_code = 0
         self._arrays.start(run, name)
         self._thread.start()
+        self._newest_step, self._ahead = -1, False
         self._thread.add(self._wandb.open, step=run.start_step, event_kind="start", rows=0)
+        rows, self._saved_rows = self._saved_rows, {}
+        if goes_on and rows:
+            self._ahead = True
+            self._thread.add(
+                partial(self._wandb.log, rows), step=run.start_step, event_kind="start", rows=len(rows)
+            )
 
     async def handle(self, event: Event) -> None:
         """Have it logged; returns at once."""
@@ -245,8 +262,13 @@ class WandbLogger(Subscriber):
 
     async def flush(self) -> None:
         """Have W&B be told everything so far; a server that is away holds no checkpoint up."""
-        if self._thread is not None:
-            await self._thread.settle(SETTLE_S)
+        self._volatile = {}
+        if self._thread is not None and self._wandb is not None:
+            read: list[RowsByStep] = []
+            run = self._wandb
+            self._thread.add(lambda: read.append(run.volatile()), step=0, event_kind="flush", rows=0)
+            if await self._thread.settle(SETTLE_S) and read:
+                self._volatile = read[-1]
 
     def state_dict(self) -> dict[str, Any]:
         """Which run of W&B's it is, as plain JSON data."""
@@ -256,6 +278,7 @@ class WandbLogger(Subscriber):
             evaluated_at=self._evaluated_at,
             configured=self._configured,
             program_written=self._program_written,
+            volatile=self._volatile,
         ).to_json()
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -272,6 +295,7 @@ class WandbLogger(Subscriber):
         self._curve.restore(saved.curve)
         self._evaluated_at = saved.evaluated_at
         self._configured, self._program_written = saved.configured, saved.program_written
+        self._saved_rows = saved.volatile
 
     # --- of each kind of event ----------------------------------------------------------------------------------
 
@@ -284,8 +308,10 @@ class WandbLogger(Subscriber):
     def _on_steps(self, event: StepsCompleted) -> None:
         values = self._curve.due(event.last_step)
         rows = len(due_steps(event, self._every))
-        if (rows or values) and self._wandb is not None:
-            self._add(event, partial(_log_steps, self._wandb, event, self._every, values), rows=max(rows, 1))
+        if (rows or values or self._ahead) and self._wandb is not None:
+            work = partial(_log_steps, self._wandb, event, self._every, values)
+            self._add(event, work, rows=max(rows, len(values) > 0))
+        self._newest_step, self._ahead = event.last_step, False
         self._arrays.steps(event)
         if self._program and not self._program_written and self._run is not None:
             program = self._run.program()
@@ -315,6 +341,7 @@ class WandbLogger(Subscriber):
     def _add(self, event: Event, work: Callable[[], None], *, rows: int = 1) -> bool:
         if self._thread is None:
             return False
+        self._ahead = self._ahead or event.step > self._newest_step
         return self._thread.add(work, step=event.step, event_kind=event.kind, rows=rows)
 
 
@@ -342,7 +369,8 @@ def _log_steps(run: WandbRun, event: StepsCompleted, every: int, values: list[Va
         rows.setdefault(step, {})[f"hyperparams/{name}"] = value
     for step, metrics in step_rows(event, every):
         rows.setdefault(step, {}).update({f"step/{name}": value for name, value in metrics.items()})
-    run.log(dict(sorted(rows.items())))
+    run.log(rows)
+    run.complete(event.last_step)
 
 
 def _log_recorded(run: WandbRun, record: Record, event: Event) -> None:

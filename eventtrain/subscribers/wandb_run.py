@@ -19,14 +19,21 @@ import wandb
 from pydantic import SecretStr
 
 from eventtrain.errors import ConfigurationError, StorageError
+from eventtrain.frozen import Number
 from eventtrain.subscribers.tracked_values import Array, Tracked, bin_edges
-from eventtrain.subscribers.wandb_files import last_step
+from eventtrain.subscribers.wandb_files import WrittenSteps, last_step
 
 try:
     from PIL import Image
 except ModuleNotFoundError:
     Image = None
 
+Row = dict[str, Any]
+"""Values by name, as W&B takes them."""
+TOLD_LIMIT = 10_000
+"""Rows that are remembered until W&B's process has written them, which it does once a second."""
+HISTOGRAM_STEP = "histograms/step"
+"""The axis of the histograms."""
 TEMPORARY = (
     "CommError",
     "HTTPError",
@@ -60,6 +67,9 @@ class WandbOptions:
 class WandbRun:
     """Opened by the first job that works; a step that was written before is not written again.
 
+    W&B takes nothing for a step behind the newest one that it was told of. So what is of a step waits here until
+    ``complete`` says that no earlier step is still to come.
+
     Args:
         options: of the run.
     """
@@ -68,6 +78,11 @@ class WandbRun:
         self._options = options
         self._run: Any = None
         self._step = -1
+        self._told: dict[int, dict[str, Number]] = {}
+        """Numbers of the newest steps, which W&B may have in memory only: all of the last one, some of those before."""
+        self._written: WrittenSteps | None = None
+        self._complete = -1
+        self._early: dict[int, Row] = {}
         self._present = -1
         self.skipped = 0
         """Rows left out, since an attempt before wrote them."""
@@ -95,16 +110,39 @@ class WandbRun:
             )
             if options.resumes and options.mode == "online":
                 self._present = max(self._present, int(self._run.step) - 1)
-            self._run.define_metric("histograms/*", step_metric="histograms/step")
+            self._written = WrittenSteps(Path(self._run.dir).parent / f"run-{options.run_id}.wandb")
+            self._run.define_metric("histograms/*", step_metric=HISTOGRAM_STEP)
 
     def log(self, rows: Mapping[int, Mapping[str, Any]]) -> None:
-        """Rows by step, in order; what belongs to the step before it is added to it. Raises StorageError."""
+        """Rows by step; what belongs to one step becomes one row. Raises StorageError."""
         with _told(self._run):
             for step, values in rows.items():
                 if step <= self._present:
                     self.skipped += 1
                 elif values:
                     self._log(values, step)
+
+    def complete(self, step: int) -> None:
+        """What is still to come of steps up to ``step`` cannot have a row before theirs. Raises StorageError."""
+        due = sorted(early for early in self._early if early <= step)
+        try:
+            with _told(self._run):
+                for early in due:
+                    self._write(self._early[early], early)
+                    del self._early[early]
+                self._complete = max(self._complete, step)
+        except StorageError as error:
+            for early in due if not error.may_pass else ():
+                self._early.pop(early, None)
+            raise
+
+    def volatile(self) -> dict[int, dict[str, Number]]:
+        """The numbers, by step, that are in no file yet."""
+        self._forget_written()
+        rows = {step: dict(row) for step, row in self._told.items()}
+        for step, row in self._early.items():
+            rows.setdefault(step, {}).update(_numbers(row))
+        return {step: row for step, row in rows.items() if row}
 
     def log_histograms(self, step: int, arrays: Mapping[str, Array]) -> None:
         """Of the state after ``step``, which may be some steps ago: they have an axis of their own."""
@@ -115,7 +153,7 @@ class WandbRun:
                     for name, array in arrays.items()
                     for value in _histogram(array)
                 }
-                self._log({**made, "histograms/step": step}, step)
+                self._log({**made, HISTOGRAM_STEP: step}, step)
 
     def log_tracked(self, step: int, values: Tracked) -> None:
         """What functions of the user's gave. Raises StorageError."""
@@ -148,12 +186,31 @@ class WandbRun:
     def finish(self, exit_code: int) -> None:
         """The run has ended; W&B sends what it has not sent yet. Raises StorageError."""
         if self._run is not None:
-            with _told(self._run):
-                self._run.finish(exit_code=exit_code)
+            try:
+                self.complete(max(self._early, default=-1))
+            finally:
+                with _told(self._run):
+                    self._run.finish(exit_code=exit_code)
 
     def _log(self, values: Mapping[str, Any], step: int) -> None:
-        self._step = max(self._step, step)  # W&B takes no step that is behind its last one
-        self._run.log({_key(name): value for name, value in values.items()}, step=self._step)
+        row = {_key(name): value for name, value in values.items()}
+        if step > self._complete:
+            self._early.setdefault(step, {}).update(row)
+        else:
+            self._write(row, step)
+
+    def _write(self, row: Row, step: int) -> None:
+        self._step = max(self._step, step)
+        self._run.log(row, step=self._step)
+        self._told.setdefault(self._step, {}).update(_numbers(row))
+        if len(self._told) > TOLD_LIMIT:
+            self._forget_written()
+            for old in list(self._told)[: -(TOLD_LIMIT // 2)]:
+                del self._told[old]
+
+    def _forget_written(self) -> None:
+        last = self._written.last() if self._written is not None else -1
+        self._told = {step: row for step, row in self._told.items() if step > last}
 
 
 def require_key(base_url: str | None) -> None:
@@ -207,6 +264,14 @@ def _image(picture: Array | bytes) -> Any:
     if isinstance(picture, bytes):
         return wandb.Image(Image.open(io.BytesIO(picture)))
     return wandb.Image(Image.fromarray(picture[:, :, 0] if picture.shape[2] == 1 else picture))
+
+
+def _numbers(row: Row) -> dict[str, Number]:
+    return {
+        name: value
+        for name, value in row.items()
+        if isinstance(value, (bool, int, float)) and name != HISTOGRAM_STEP
+    }
 
 
 def _key(name: str) -> str:
