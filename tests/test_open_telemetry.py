@@ -156,6 +156,36 @@ def test_what_a_run_says_is_measured(tmp_path: Path, telemetry: Telemetry) -> No
     assert sizes.attributes == {"team": "vision"}
 
 
+def test_half_a_surrogate_pair_in_a_name_or_an_error_costs_no_batch_of_an_exporter(
+    telemetry: Telemetry,
+) -> None:
+    now = datetime.now(UTC)
+    recorder = open_telemetry.otel_recorder.Recorder(
+        telemetry.tracer_provider,
+        telemetry.meter_provider,
+        attributes={},
+        context=open_telemetry.otel_recorder.surroundings(),
+        run_id="run",
+        step=0,
+        time=now,
+    )
+    recorder.open()
+    recorder.take(et.EpochStarted(epoch=0, time=now))
+    metrics = {"\udc80": 1.0}
+    recorder.take(et.EpochCompleted(epoch=0, metrics=metrics, steps=1, duration_s=1.0, time=now))
+    recorder.take(et.CheckpointFailed(path="\udc80", error="OSError: \udc80", time=now))
+    recorder.take(et.RunFailed(error="ValueError: \udc80", time=now))
+    recorder.close()
+    spans = [*telemetry.spans("epoch"), *telemetry.spans("checkpoint"), *telemetry.spans("run")]
+    assert len(spans) == 3
+    for span in spans:
+        events = [value for event in span.events for value in event.attributes.values()]
+        said = [*span.attributes, *span.attributes.values(), span.status.description or "", *events]
+        assert any(r"\udc80" in str(text) for text in said)
+        assert not any("\udc80" in str(text) for text in said)
+    assert list(telemetry.points("epoch.metric")) == [r"\udc80"]
+
+
 def test_nan_and_infinities_are_counted_and_stand_in_spans(
     tmp_path: Path, telemetry: Telemetry, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -220,6 +220,26 @@ async def test_alerts_and_what_became_of_checkpoints_are_counted(tmp_path: Path)
     await exporter.stop()
 
 
+def test_a_run_that_resumes_shows_the_alerts_that_stay_raised(tmp_path: Path) -> None:
+    def alerts() -> subs.Alerts:
+        return subs.Alerts([subs.Rule("loss", above=0.0, name="high", event=et.StepCompleted)])
+
+    checkpointer, exporter = MemoryCheckpointer(every=3), subs.PrometheusExporter(0)
+    trainer = new_trainer(tmp_path, alerts(), exporter, checkpointer)
+
+    @trainer.on(et.EpochCompleted, once=True, lag=0)
+    def wait(event: et.EpochCompleted) -> None:
+        scrape_until(exporter, lambda found: at(found, "alert", name="high", severity="warning") == 1)
+
+    trainer.fit(data, epochs=2)
+    exporter = subs.PrometheusExporter(None)
+    resumed, raised = new_trainer(tmp_path, alerts(), exporter, checkpointer), []
+    resumed.on(et.AlertRaised)(raised.append)
+    resumed.fit(data, epochs=2, resume=3)
+    assert raised == []
+    assert at(of_registry(exporter), "alert", name="high", severity="warning") == 1
+
+
 def test_a_run_that_resumes_shows_the_step_it_is_at(tmp_path: Path) -> None:
     checkpointer = MemoryCheckpointer(every=3)
     new_trainer(tmp_path, checkpointer).fit(data, epochs=2)
@@ -421,6 +441,8 @@ async def test_in_a_starlette_app_it_answers_without_a_server(tmp_path: Path, wa
         {"labels": {"__a": "x"}},
         {"labels": {"": "x"}},
         {"labels": {"name": "x"}},
+        {"labels": {"fold": 3}},
+        {"labels": ["fold"]},
     ],
 )
 def test_arguments_that_cannot_work_are_refused(wrong: dict[str, Any]) -> None:

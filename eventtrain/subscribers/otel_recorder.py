@@ -130,9 +130,9 @@ class Recorder:
         self._run.set_attributes(_own({"step": event.step}))
         kind, _, message = event.error.partition(": ")
         self._run.add_event(
-            "exception", {"exception.type": kind, "exception.message": message}, _ns(event.time)
+            "exception", {"exception.type": kind, "exception.message": _utf8(message)}, _ns(event.time)
         )
-        self._run.set_status(Status(StatusCode.ERROR, event.error))
+        self._run.set_status(Status(StatusCode.ERROR, _utf8(event.error)))
 
     def _close_open(self, error: str | None) -> None:
         for span in (self._evaluation, self._epoch):
@@ -215,7 +215,7 @@ class Recorder:
 
     def _end(self, span: Span, end_ns: int, error: str | None = None) -> None:
         if error is not None:
-            span.set_status(Status(StatusCode.ERROR, error))
+            span.set_status(Status(StatusCode.ERROR, _utf8(error)))
         span.end(end_ns)
 
 
@@ -255,7 +255,7 @@ class _Instruments:
     def show(self, gauge: str, values: Mapping[str, Number]) -> None:
         """Set one gauge for each name; count what is not finite, which the SDK takes for no value of a gauge."""
         for name, value in values.items():
-            attributes = {**self._attributes, "name": name}
+            attributes = {**self._attributes, "name": _utf8(name)}
             if isfinite(value):
                 self._gauges[gauge].set(float(value), attributes)
             else:
@@ -263,11 +263,19 @@ class _Instruments:
 
 
 def _own(attributes: Attributes) -> dict[str, str | bool | int | float]:
-    return {f"eventtrain.{name}": value for name, value in attributes.items()}
+    return {
+        f"eventtrain.{name}": _utf8(value) if isinstance(value, str) else value
+        for name, value in attributes.items()
+    }
 
 
 def _metrics(values: Mapping[str, Number]) -> dict[str, float]:
-    return {f"metric.{name}": float(value) for name, value in values.items()}
+    return {f"metric.{_utf8(name)}": float(value) for name, value in values.items()}
+
+
+def _utf8(text: str) -> str:
+    """``text`` with half a surrogate pair escaped, which would cost an exporter the whole batch."""
+    return text.encode("utf-8", "backslashreplace").decode()
 
 
 def _ns(time: datetime) -> int:

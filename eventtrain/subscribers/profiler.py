@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 from itertools import pairwise
 from pathlib import Path
 
@@ -41,7 +42,12 @@ class Profiler(Subscriber):
         directory: str | Path = "profile",
         python: bool = False,
     ) -> None:
-        for first, last in steps:
+        for pair in steps:
+            if not isinstance(pair, Sequence) or len(pair) != 2:  # pyright: ignore[reportUnnecessaryIsInstance]
+                raise ConfigurationError(
+                    f"Profiler(steps={steps!r}): needs pairs of a first and a last step, such as ((20, 22),)."
+                )
+            first, last = pair
             require_count("Profiler", "steps", first, at_least=1)
             require_count("Profiler", "steps", last, at_least=first)
         for (_, last), (first, end) in pairwise(sorted(steps)):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import re
 from collections.abc import Iterator, Mapping
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, Literal
 
 import anyio
 import anyio.to_thread
@@ -27,6 +27,7 @@ from eventtrain.events import (
 from eventtrain.subscriber import RunContext, Subscriber
 from eventtrain.subscribers.arguments import require_count
 from eventtrain.subscribers.prometheus_values import Figures, Seen
+from eventtrain.subscribers.saved_state import SavedState
 
 try:
     from eventtrain.subscribers import prometheus_families, prometheus_http
@@ -43,6 +44,13 @@ logger = logging.getLogger("eventtrain")
 
 OWN_LABELS = frozenset({"name", "part", "result", "run_id", "severity", "subscriber"})
 """Labels that one of the user's would clash with."""
+
+
+class RaisedAlerts(SavedState):
+    """What survives a restart: name and severity of each alert that is raised."""
+
+    version: Literal[1] = 1
+    raised: list[tuple[str, str]]
 
 
 class PrometheusExporter(Subscriber):
@@ -80,8 +88,14 @@ class PrometheusExporter(Subscriber):
             require_count("PrometheusExporter", "port", port)
             if port > 65_535:
                 raise ConfigurationError(f"PrometheusExporter(port={port!r}): there are ports up to 65535.")
+        if labels is not None and not isinstance(labels, Mapping):  # pyright: ignore[reportUnnecessaryIsInstance]
+            raise ConfigurationError(f"PrometheusExporter(labels={labels!r}): needs names and values.")
         self._labels = dict(labels or {})
-        for name in self._labels:
+        for name, value in self._labels.items():
+            if not isinstance(value, str):  # pyright: ignore[reportUnnecessaryIsInstance]
+                raise ConfigurationError(
+                    f"PrometheusExporter(labels=...): {name!r} is {value!r}, and values of labels are text."
+                )
             if not re.fullmatch(r"(?!__)[a-zA-Z_][a-zA-Z0-9_]*", name) or name in OWN_LABELS:
                 raise ConfigurationError(
                     f"PrometheusExporter(labels=...): {name!r} is no name for a label, which is made of letters, "
@@ -91,6 +105,7 @@ class PrometheusExporter(Subscriber):
         self._host = host
         self._require_port = require_port
         self._seen = Seen()
+        self._loaded: RaisedAlerts | None = None
         self._server: MetricsServer | None = None
         self._families = prometheus_families.families
         self._exposition = prometheus_http.Exposition(self._collect)
@@ -115,8 +130,11 @@ class PrometheusExporter(Subscriber):
 
     async def start(self, run: RunContext) -> None:
         """Listen. Raises OSError where the port cannot be had and ``require_port`` is set."""
-        before = self._seen
-        self._seen = Seen(run.run_id, run, before.step, checkpoints=before.checkpoints)
+        before, loaded, self._loaded = self._seen, self._loaded, None
+        alerts = before.alerts if before.run_id == run.run_id else {}
+        if loaded is not None:
+            alerts = dict.fromkeys(loaded.raised, 1)
+        self._seen = Seen(run.run_id, run, before.step, checkpoints=before.checkpoints, alerts=alerts)
         if self._wanted_port is None:
             return
         try:
@@ -192,6 +210,14 @@ class PrometheusExporter(Subscriber):
         server, self._server = self._server, None
         if server is not None:
             await anyio.to_thread.run_sync(server.close, limiter=anyio.CapacityLimiter(1))
+
+    def state_dict(self) -> dict[str, Any]:
+        """The alerts that are raised, which a run that resumes does not raise again, as plain JSON data."""
+        return RaisedAlerts(raised=[key for key, raised in self._seen.alerts.items() if raised]).to_json()
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Show them from ``start`` on. Raises StateError where that is another version, or broken."""
+        self._loaded = RaisedAlerts.parse(self.name or "PrometheusExporter", state)
 
     def _count(self, result: str) -> None:
         counts = self._seen.checkpoints
