@@ -194,6 +194,27 @@ def test_any_values_can_be_drawn(values: list[float]) -> None:
         assert said == []
 
 
+@pytest.mark.parametrize("values", [[1e13, 3e13], [1e-26, 2e-26], [1e7 + 1, 1e7 + 2]])
+def test_the_power_of_ten_of_an_axis_is_seen_and_covers_nothing(
+    values: list[float], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    figures: list[Any] = []
+    saved = vars(curves)["_saved"]
+    monkeypatch.setattr(curves, "_saved", lambda figure, kind: figures.append(figure) or saved(figure, kind))
+    series = RunSeries()
+    series.take(window(1, **{"the name of the metric": values}))
+    curves.picture(series.panels(), [], "png")
+    curves.fragment(series.panels()[0], [])
+    for figure in figures:
+        figure.canvas.draw()
+        (place,) = figure.axes
+        power = place.yaxis.get_offset_text()
+        assert "1e" in power.get_text()
+        box = power.get_window_extent()
+        assert box.y1 <= figure.bbox.y1
+        assert not any(box.overlaps(text.get_window_extent()) for text in figure.texts if text.get_text())
+
+
 def test_each_suffix_gives_a_file_that_its_readers_accept(tmp_path: Path) -> None:
     for name in ("deep/er/a.png", "a.SVG", "a.pdf"):
         fit(tmp_path, subs.PlotCurves(name))

@@ -110,7 +110,7 @@ def fragment(panel: Panel, changes: Sequence[Change], *, scale: Scale = "auto") 
     """
     figure = Figure(figsize=(5.6, 2.5), dpi=72)
     FigureCanvasAgg(figure)
-    _draw(figure.add_axes((0.1, 0.17, 0.88, 0.79)), panel, changes, LIGHT, scale)
+    _draw(figure.add_axes((0.1, 0.17, 0.88, 0.76)), panel, changes, LIGHT, scale)
     figure.patch.set_visible(False)
     svg = _saved(figure, "svg").decode()
     svg = svg[svg.index("<svg") :]
@@ -242,6 +242,7 @@ def _label(place: Axes, colours: Colours) -> None:
         place.yaxis.set_major_locator(MaxNLocator(nbins=5))
         place.yaxis.set_major_formatter(ScalarFormatter(useMathText=False))
     place.yaxis.get_offset_text().set_fontsize(8)
+    place.yaxis.set_offset_position("right")  # "1e13"; the name of the panel stands on the left
 
 
 def _short(value: float) -> str:
