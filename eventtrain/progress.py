@@ -83,12 +83,9 @@ class ProgressBar(Subscriber):
         self._run = run
         self._limiter = anyio.CapacityLimiter(1)  # one line at a time, and none of anybody else's threads
         self._summary, self._newest, self._checkpoint, self._behind = Summary(), {}, "", ""
-        total = run.steps
-        if total is None and run.epochs is not None and run.steps_per_epoch is not None:
-            total = run.epochs * run.steps_per_epoch
         console = self._console or Console(stderr=True)
         live = can_redraw(console, given=self._console is not None)
-        self._display = RunDisplay(console, total, live=live)
+        self._display = RunDisplay(console, run.total_steps, live=live)
         await self._in_thread(self._display.start)
 
     async def stop(self) -> None:

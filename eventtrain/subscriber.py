@@ -67,6 +67,13 @@ class RunContext:
     _loop_statistics: Callable[[], LoopStatistics] = LoopStatistics
     _program: Callable[[], StepProgram | None] = lambda: None
 
+    @property
+    def total_steps(self) -> int | None:
+        """Steps that this call of ``fit`` aims at, also where it counts epochs; None where that is not known."""
+        if self.epochs is None or self.steps_per_epoch is None:
+            return self.steps
+        return self.epochs * self.steps_per_epoch
+
     def statistics(self) -> dict[str, SubscriptionStatistics]:
         """The figures of every subscription of the bus, by name. Any thread; never blocks."""
         return self._statistics()

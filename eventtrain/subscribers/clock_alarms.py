@@ -89,8 +89,7 @@ class ClockAlarms:
                 self._slow.append(SlowSubscriber(rule, run.statistics))
                 return self._slow[-1]
             case DeadlineRule() as rule:
-                target = _last_step(run)
-                if target is None:
+                if run.total_steps is None:
                     logger.warning(
                         "The rule %r of Alerts says nothing: how many steps there will be is not known. Give "
                         "fit(steps=...), or data with a length.", rule.label,
@@ -99,7 +98,9 @@ class ClockAlarms:
                 until_s = (
                     rule.at.timestamp() if rule.at is not None else self._began_s + (rule.within_s or 0.0)
                 )
-                return Deadline(rule, self._steps, target, now_s + until_s - time.time())
+                return Deadline(
+                    rule, self._steps, run.start_step + run.total_steps, now_s + until_s - time.time()
+                )
             case _:
                 return None
 
@@ -109,15 +110,6 @@ class ClockAlarms:
             return
         for alert in alarms.update(problems, self._steps(), self._clock()):
             self._tell(alert)
-
-
-def _last_step(run: RunContext) -> int | None:
-    """How many steps the run is to have completed at its end, where that is known."""
-    if run.steps is not None:
-        return run.start_step + run.steps
-    if run.epochs is None or run.steps_per_epoch is None:
-        return None
-    return run.start_step + run.epochs * run.steps_per_epoch
 
 
 def _how(event: Behind) -> str:

@@ -232,9 +232,7 @@ class LRFinder(Subscriber):
         return suggestion
 
     def _check_length(self, run: RunContext) -> None:
-        steps = run.steps
-        if run.epochs is not None and run.steps_per_epoch is not None:
-            steps = run.epochs * run.steps_per_epoch
+        steps = run.total_steps
         needed = self._num_steps if self._then == "stop" else self._num_steps + self._lag + 1
         if steps is not None and steps < needed:
             raise ConfigurationError(

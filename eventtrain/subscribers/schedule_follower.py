@@ -86,10 +86,7 @@ class ScheduleFollower(Subscriber):
                 f"the first {self._lag + self._block} steps would have been sent before. Start a run from its state "
                 "instead: Trainer(state=et.load_state(path, like=state))."
             )
-        steps = run.steps
-        if run.epochs is not None and run.steps_per_epoch is not None:
-            steps = run.epochs * run.steps_per_epoch
-        self._end = None if steps is None else run.start_step + steps
+        self._end = None if run.total_steps is None else run.start_step + run.total_steps
 
     async def handle(self, event: Event, control: Control) -> None:
         """Send the values that are due."""

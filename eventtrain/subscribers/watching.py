@@ -5,8 +5,6 @@ from __future__ import annotations
 from eventtrain.events import EpochCompleted, EvalCompleted, StepCompleted
 from eventtrain.subscribers.monitor import Unit
 
-Watched = EpochCompleted | EvalCompleted | StepCompleted
-
 WATCHED: dict[Unit, type[EpochCompleted] | type[EvalCompleted] | type[StepCompleted]] = {
     "epochs": EpochCompleted,
     "steps": StepCompleted,
