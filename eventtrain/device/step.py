@@ -219,10 +219,6 @@ class CompiledStep:
         """The ring, perhaps not computed yet, and its rows in use; `carry` gets a fresh one."""
         return self._ring_source().take(carry)
 
-    def fresh_ring(self) -> jax.Array:
-        """A ring of zeros, uint32[capacity, layout.words]; one dispatch, never blocks."""
-        return self._ring_source().fresh()
-
     def extension_states(self, ext_leaves: Sequence[jax.Array]) -> dict[str, PyTree]:
         """The extensions' states by name, from a carry's or a snapshot's leaves."""
         if not self._fused.extensions:
