@@ -56,6 +56,18 @@ def test_a_deadline_is_missed_at_the_pace_of_the_last_seconds() -> None:
     assert judge.judge(101.0) == {}
 
 
+def test_compiling_before_the_first_step_is_no_pace() -> None:
+    steps = [5]
+    rule = subs.DeadlineRule(within_s=600)
+    judge = Deadline(rule, lambda: steps[-1], target=1005, deadline_s=600.0)
+    assert [judge.judge(float(second)) for second in range(61)] == [None] * 61
+    steps.append(15)
+    assert judge.judge(61.0) == {}
+    steps.append(16)
+    (late,) = (judge.judge(71.0) or {}).values()
+    assert late.startswith("989 steps are left")
+
+
 def test_a_subscriber_is_behind_by_backlog_by_lag_or_by_what_events_say_and_fine_when_it_is_quiet() -> None:
     figures = {"slow": Figures(), "fine": Figures(pending=3)}
     judge = SlowSubscriber(subs.SlowSubscriberRule(backlog=10, lag_s=5.0, quiet_s=2.0), lambda: figures)

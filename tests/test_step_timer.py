@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import time
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import anyio
 import jax
@@ -19,6 +20,7 @@ from models import batches, make_trainer, record
 
 import eventtrain as et
 from eventtrain import subscribers as subs
+from eventtrain.loop_statistics import LoopStatistics
 from eventtrain.subscribers.weighted_quantiles import weighted_quantiles
 
 
@@ -165,6 +167,29 @@ def test_a_slow_decider_exceeds_the_budget_and_is_named(
     assert max(metrics["handler_wall_s/ponders"] for metrics in measured) > 0.03
     assert sum(metrics["observer_wait_s"] for metrics in measured) >= 0.4
     assert {event.name for event in seen if isinstance(event, et.AlertResolved)} == {"overhead"}
+
+
+async def test_what_is_raised_is_resolved_by_the_run_that_resumes(tmp_path: Path) -> None:
+    said: list[Any] = []
+    loops = [LoopStatistics(), LoopStatistics(1, 1, 1.0), LoopStatistics(2, 2, 2.0, observing_s=1.0)]
+
+    def run(*loops: LoopStatistics) -> et.RunContext:
+        left = list(loops)
+        return et.RunContext(
+            "run", tmp_path, cast(Any, None), said.append, _loop_statistics=lambda: left.pop(0)
+        )
+
+    first, second, other = (subs.OverheadMeter(every_s=0.5) for _ in range(3))
+    await first.start(run(loops[2]))
+    await first.on_run_completed(et.RunCompleted(step=2, reason="x"))
+    second.load_state_dict(json.loads(json.dumps(first.state_dict())))
+    for meter in (second, other):
+        await meter.start(run(loops[1]))
+        await meter.on_run_completed(et.RunCompleted(step=1, reason="x"))
+    assert [event.kind for event in said if event.kind != "machine_measured"] == [
+        "alert_raised",
+        "alert_resolved",
+    ]
 
 
 def test_a_slow_observer_is_measured_and_costs_the_loop_nothing(tmp_path: Path) -> None:

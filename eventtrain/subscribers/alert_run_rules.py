@@ -151,7 +151,7 @@ class DeadlineRule(CommonRule):
     Attributes:
         at: the deadline, with a time zone; in a file text such as ``"2030-01-31T08:00:00+01:00"``.
         within_s: or so many seconds after the run first began; one of the two.
-        pace_s: the pace is that of the last so many seconds.
+        pace_s: the pace is that of the last so many seconds, since the first step at most.
 
     Silent where the run does not know how many steps it has.
     """

@@ -80,10 +80,13 @@ class Deadline(Judge):
     def __init__(self, rule: DeadlineRule, steps: Callable[[], int], target: int, deadline_s: float) -> None:
         self._pace_s, self._steps, self._target, self._deadline_s = rule.pace_s, steps, target, deadline_s
         self._samples: deque[tuple[float, int]] = deque()
+        self._began = steps()
 
     def judge(self, now_s: float) -> Mapping[str, str] | None:
         """Whether what is left takes longer than there is time, at the pace of the last seconds."""
         steps, samples = self._steps(), self._samples
+        if steps == self._began:
+            samples.clear()  # compiling is no pace
         samples.append((now_s, steps))
         while len(samples) > 2 and samples[1][0] <= now_s - self._pace_s:
             samples.popleft()

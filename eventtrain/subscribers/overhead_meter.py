@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
+from typing import Any, Literal
 
 from eventtrain.bus.subscription import SubscriptionStatistics
 from eventtrain.events import (
@@ -18,11 +19,19 @@ from eventtrain.frozen import Number
 from eventtrain.loop_statistics import LoopStatistics
 from eventtrain.subscriber import RunContext, Subscriber
 from eventtrain.subscribers.arguments import require_number
+from eventtrain.subscribers.saved_state import SavedState
 
 logger = logging.getLogger("eventtrain")
 
 NAMED = 3
 """So many subscribers stand in a warning: those whose handlers took most time."""
+
+
+class OverheadState(SavedState):
+    """What survives a restart."""
+
+    version: Literal[1] = 1
+    alarmed: bool
 
 
 class OverheadMeter(Subscriber):
@@ -51,10 +60,12 @@ class OverheadMeter(Subscriber):
         self._loop = LoopStatistics()
         self._subscribers: Mapping[str, SubscriptionStatistics] = {}
         self._alarmed = False
+        self._loaded: OverheadState | None = None
 
     async def start(self, run: RunContext) -> None:
         """Begin to count."""
-        self._run, self._alarmed = run, False
+        self._run, loaded, self._loaded = run, self._loaded, None
+        self._alarmed = loaded is not None and loaded.alarmed
         self._loop, self._subscribers = LoopStatistics(), run.statistics()
 
     async def on_steps_completed(self, event: StepsCompleted) -> None:
@@ -68,6 +79,14 @@ class OverheadMeter(Subscriber):
     async def on_run_completed(self, event: RunCompleted) -> None:
         """Measure once more."""
         await self._measure(event.step, 0.0)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Whether the alert is raised, as plain JSON data."""
+        return OverheadState(alarmed=self._alarmed).to_json()
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Resolve the alert that the run raised before, in time. Raises StateError for another version."""
+        self._loaded = OverheadState.parse(self.name or "OverheadMeter", state)
 
     async def _measure(self, step: int, at_least_s: float) -> None:
         run = self._run

@@ -131,9 +131,7 @@ class PrometheusExporter(Subscriber):
     async def start(self, run: RunContext) -> None:
         """Listen. Raises OSError where the port cannot be had and ``require_port`` is set."""
         before, loaded, self._loaded = self._seen, self._loaded, None
-        alerts = before.alerts if before.run_id == run.run_id else {}
-        if loaded is not None:
-            alerts = dict.fromkeys(loaded.raised, 1)
+        alerts = dict.fromkeys(loaded.raised, 1) if loaded is not None else {}
         self._seen = Seen(run.run_id, run, before.step, checkpoints=before.checkpoints, alerts=alerts)
         if self._wanted_port is None:
             return
