@@ -153,6 +153,7 @@ MAY_IMPORT = {
         "subscribers.dead_letters",
         "subscribers.public_address",
         "subscribers.quiet_libraries",
+        "subscribers.quiet_orbax",
         "subscribers.theil_sen",
         "subscribers.transfers",
         "subscribers.local_file",

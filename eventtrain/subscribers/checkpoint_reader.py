@@ -12,7 +12,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-import orbax.checkpoint as ocp
 
 from eventtrain.errors import SnapshotError, StateError
 from eventtrain.saved_run import RunFacts
@@ -33,6 +32,7 @@ from eventtrain.subscribers.checkpoint_layout import (
     part_of,
     read_manifest,
 )
+from eventtrain.subscribers.quiet_orbax import ocp
 
 logger = logging.getLogger("eventtrain")
 

@@ -9,8 +9,6 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-import orbax.checkpoint as ocp
-
 from eventtrain.subscribers import disk
 from eventtrain.subscribers.checkpoint_folder import (
     Committed,
@@ -23,6 +21,7 @@ from eventtrain.subscribers.checkpoint_folder import (
     try_to_remove,
 )
 from eventtrain.subscribers.checkpoint_layout import ARRAYS, MANIFEST, Manifest, SavedArray, nested
+from eventtrain.subscribers.quiet_orbax import ocp
 
 logger = logging.getLogger("eventtrain")
 
