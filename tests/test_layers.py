@@ -163,6 +163,7 @@ MAY_IMPORT = {
         "subscribers.job_thread",
         "subscribers.tracker_thread",
         "subscribers.hyperparam_curve",
+        "subscribers.tracked_curves",
         "subscribers.step_rows",
         "subscribers.event_file",
         "subscribers.tensorboard_events",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import uuid
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from functools import partial
 from time import monotonic
 from typing import Any, Literal
@@ -15,21 +15,18 @@ from eventtrain.errors import ConfigurationError
 from eventtrain.events import (
     TO_BE_CONTINUED,
     EpochCompleted,
-    EpochStarted,
-    EvalCompleted,
     Event,
-    HyperparamChanged,
     RunCompleted,
     RunFailed,
     RunStarted,
     StepsCompleted,
 )
-from eventtrain.frozen import Number
 from eventtrain.subscriber import RunContext, Subscriber
 from eventtrain.subscribers.arguments import require_count, require_number
-from eventtrain.subscribers.hyperparam_curve import HyperparamCurve, HyperparamCurveState, Value
+from eventtrain.subscribers.hyperparam_curve import HyperparamCurveState
 from eventtrain.subscribers.saved_state import SavedState
 from eventtrain.subscribers.step_rows import due_steps, step_rows
+from eventtrain.subscribers.tracked_curves import Points, TrackedCurves
 from eventtrain.subscribers.tracker_thread import TrackerStatistics, TrackerThread
 
 try:
@@ -85,16 +82,7 @@ class MLflowLogger(Subscriber):
         ConfigurationError: MLflow is missing, or an argument cannot work.
     """
 
-    events = (
-        RunStarted,
-        StepsCompleted,
-        EpochStarted,
-        EpochCompleted,
-        EvalCompleted,
-        HyperparamChanged,
-        RunCompleted,
-        RunFailed,
-    )
+    events = (*TrackedCurves.events, RunCompleted, RunFailed)
     disable_after = None
 
     def __init__(
@@ -126,8 +114,7 @@ class MLflowLogger(Subscriber):
         self._finish_timeout_s = finish_timeout_s
         self._run_id: str | None = None
         self._token = uuid.uuid4().hex
-        self._curve = HyperparamCurve()
-        self._evaluated_at = -1
+        self._curves = TrackedCurves()
         self._newest: Event = RunStarted()
         self._collected: list[StepsCompleted | list[Row]] = []
         self._collected_rows = 0
@@ -164,23 +151,9 @@ class MLflowLogger(Subscriber):
     async def handle(self, event: Event) -> None:
         """Collect its values; returns at once."""
         self._newest = event
+        self._collect_points(self._curves.points(event))
         if isinstance(event, StepsCompleted):
-            self._collect_values(self._curve.due(event.last_step))
             self._collect_steps(event)
-        elif isinstance(event, RunStarted):  # perhaps another trainer's, from the first step on
-            self._curve.begin(event.step)
-            self._evaluated_at = min(self._evaluated_at, event.step)
-        elif isinstance(event, EpochStarted):
-            self._curve.started(event)
-        elif isinstance(event, HyperparamChanged):
-            self._collect_values(self._curve.changed(event))
-        elif isinstance(event, EvalCompleted):
-            if event.step > self._evaluated_at:  # not again what a command had evaluated at the same boundary
-                self._evaluated_at = event.step
-                self._collect_numbers("eval", event.metrics)
-        elif isinstance(event, EpochCompleted):
-            self._collect_values(self._curve.completed(event))
-            self._collect_numbers("epoch", event.metrics)
         elif isinstance(event, RunCompleted):
             self._end("KILLED" if event.reason in TO_BE_CONTINUED else "FINISHED", event.reason)
         elif isinstance(event, RunFailed):
@@ -209,8 +182,8 @@ class MLflowLogger(Subscriber):
         return MLflowLoggerState(
             run_id=self._run_id,
             token=self._token,
-            curve=self._curve.state,
-            evaluated_at=self._evaluated_at,
+            curve=self._curves.state,
+            evaluated_at=self._curves.evaluated_at,
         ).to_json()
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -221,8 +194,7 @@ class MLflowLogger(Subscriber):
         """
         saved = MLflowLoggerState.parse(self.name or "MLflowLogger", state)
         self._run_id, self._token = saved.run_id, saved.token
-        self._curve.restore(saved.curve)
-        self._evaluated_at = saved.evaluated_at
+        self._curves.restore(saved.curve, saved.evaluated_at)
 
     # --- on the event loop ------------------------------------------------------------------------------------
 
@@ -231,17 +203,17 @@ class MLflowLogger(Subscriber):
         if rows:
             self._collect(event, rows, rows * len(event.metrics))
 
-    def _collect_values(self, values: Iterable[Value]) -> None:
+    def _collect_points(self, points: list[Points]) -> None:
+        if not points:
+            return
         time_ms = _ms(self._newest)
-        rows = [(f"hyperparams/{name}", value, step, time_ms) for step, name, value in values]
-        if rows:
-            self._collect(rows, 1, len(rows))
-
-    def _collect_numbers(self, group: str, numbers: Mapping[str, Number]) -> None:
-        step, time_ms = self._newest.step, _ms(self._newest)
-        rows = [(f"{group}/{name}", float(value), step, time_ms) for name, value in numbers.items()]
-        if rows:
-            self._collect(rows, 1, len(rows))
+        rows = [
+            (name, float(value), point.step, time_ms)
+            for point in points
+            for name, value in point.named().items()
+        ]
+        # The hyperparameters are one row together.
+        self._collect(rows, len({point.group for point in points}), len(rows))
 
     def _collect(self, piece: StepsCompleted | list[Row], rows: int, values: int) -> None:
         if not self._collected:
@@ -260,7 +232,7 @@ class MLflowLogger(Subscriber):
             )
 
     def _end(self, status: str, reason: str) -> None:
-        self._collect_values(self._curve.due(self._newest.step))
+        self._collect_points(self._curves.due(self._newest.step))
         self._send()
         if self._thread is not None:
             self._thread.add(

@@ -16,9 +16,7 @@ from eventtrain.events import (
     CommandRejected,
     EpochCompleted,
     EpochStarted,
-    EvalCompleted,
     Event,
-    HyperparamChanged,
     RunResumed,
     RunStarted,
     SnapshotTaken,
@@ -30,10 +28,11 @@ from eventtrain.subscribers import event_file
 from eventtrain.subscribers.arguments import require_count, require_number
 from eventtrain.subscribers.event_file import OWN_NAME, EventFile
 from eventtrain.subscribers.filenames import file_path
-from eventtrain.subscribers.hyperparam_curve import HyperparamCurve, HyperparamCurveState, Value
+from eventtrain.subscribers.hyperparam_curve import HyperparamCurveState
 from eventtrain.subscribers.saved_state import SavedState
 from eventtrain.subscribers.step_rows import due_steps
 from eventtrain.subscribers.tracked_arrays import TrackedArrays
+from eventtrain.subscribers.tracked_curves import TrackedCurves
 from eventtrain.subscribers.tracked_values import Record, check_record
 from eventtrain.subscribers.tracker_thread import TrackerStatistics, TrackerThread
 
@@ -42,17 +41,7 @@ try:
 except ModuleNotFoundError:
     tensorboard_events = None
 
-WATCHED = (
-    RunStarted,
-    RunResumed,
-    EpochStarted,
-    EpochCompleted,
-    StepsCompleted,
-    EvalCompleted,
-    HyperparamChanged,
-    SnapshotTaken,
-    CommandRejected,
-)
+WATCHED = (*TrackedCurves.events, RunResumed, SnapshotTaken, CommandRejected)
 SETTLE_S = 10.0
 """How long a checkpoint waits for rows to be written."""
 
@@ -142,9 +131,8 @@ class TensorBoardLogger(Subscriber):
         self._flush_interval_s = flush_interval_s
         self._finish_timeout_s = finish_timeout_s
         self.events = (*WATCHED, *self._record)
-        self._curve = HyperparamCurve()
+        self._curves = TrackedCurves()
         self._started_with: dict[str, float] = {}
-        self._evaluated_at = -1
         self._hparams_written = False
         self._program_written = not program
         self._run: RunContext | None = None
@@ -181,21 +169,17 @@ class TensorBoardLogger(Subscriber):
 
     async def handle(self, event: Event) -> None:
         """Have it written; returns at once."""
+        for point in self._curves.points(event):
+            self._add(event, partial(self._make.numbers, event, point.step, point.named()))
         if isinstance(event, StepsCompleted):
             self._on_steps(event)
         elif isinstance(event, EpochStarted):
             self._started_with = self._started_with or dict(event.hyperparams)
-            self._curve.started(event)
         elif isinstance(event, EpochCompleted):
             self._on_epoch(event)
-        elif isinstance(event, EvalCompleted):
-            if event.step > self._evaluated_at:  # not again what a command had evaluated at the same boundary
-                self._evaluated_at = event.step
-                self._add_numbers(event, "eval", event.metrics)
-        elif isinstance(event, HyperparamChanged):
-            self._add_values(event, self._curve.changed(event))
         elif isinstance(event, (RunStarted, RunResumed)):
-            self._on_beginning(event)
+            self._arrays.done()  # of an attempt before
+            self._add(event, partial(self._make.beginning, event), rows=0)
         elif isinstance(event, SnapshotTaken):
             self._on_snapshot(event)
         elif isinstance(event, CommandRejected):
@@ -224,8 +208,8 @@ class TensorBoardLogger(Subscriber):
             directory=str(self._directory),
             file=self._file.path.name if self._file is not None else "",
             offset=self._offset,
-            curve=self._curve.state,
-            evaluated_at=self._evaluated_at,
+            curve=self._curves.state,
+            evaluated_at=self._curves.evaluated_at,
             hparams_written=self._hparams_written,
             program_written=self._program_written,
         ).to_json()
@@ -237,21 +221,12 @@ class TensorBoardLogger(Subscriber):
             StateError: another version, or broken.
         """
         self._saved = saved = TensorBoardLoggerState.parse(self.name or "TensorBoardLogger", state)
-        self._curve.restore(saved.curve)
-        self._evaluated_at = saved.evaluated_at
+        self._curves.restore(saved.curve, saved.evaluated_at)
         self._hparams_written, self._program_written = saved.hparams_written, saved.program_written
 
     # --- of each kind of event ----------------------------------------------------------------------------------
 
-    def _on_beginning(self, event: RunStarted | RunResumed) -> None:
-        self._arrays.done()  # of an attempt before
-        if isinstance(event, RunStarted):  # perhaps another trainer's, from the first step on
-            self._curve.begin(event.step)
-            self._evaluated_at = min(self._evaluated_at, event.step)
-        self._add(event, partial(self._make.beginning, event), rows=0)
-
     def _on_steps(self, event: StepsCompleted) -> None:
-        self._add_values(event, self._curve.due(event.last_step))
         if rows := len(due_steps(event, self._every)):
             self._add(event, partial(self._make.steps, event, self._every), rows=rows)
         self._arrays.steps(event)
@@ -261,8 +236,6 @@ class TensorBoardLogger(Subscriber):
             self._add(event, partial(self._make.program, event, program))
 
     def _on_epoch(self, event: EpochCompleted) -> None:
-        self._add_values(event, self._curve.completed(event))
-        self._add_numbers(event, "epoch", event.metrics)
         if not self._hparams_written:
             self._hparams_written = True
             values = {**(self._started_with or event.hyperparams), **self._hparams}
@@ -279,19 +252,6 @@ class TensorBoardLogger(Subscriber):
         return self._make.histograms(event, step, self._arrays.read(snapshot))
 
     # --- into the thread ----------------------------------------------------------------------------------------
-
-    def _add_numbers(self, event: Event, group: str, values: Mapping[str, float]) -> None:
-        if values:
-            self._add(
-                event,
-                partial(
-                    self._make.numbers, event, event.step, {f"{group}/{n}": v for n, v in values.items()}
-                ),
-            )
-
-    def _add_values(self, event: Event, values: list[Value]) -> None:
-        for step, name, value in values:
-            self._add(event, partial(self._make.numbers, event, step, {f"hyperparams/{name}": value}))
 
     def _add(self, event: Event, made: Callable[[], Iterable[bytes]], *, rows: int = 1) -> bool:
         thread, file = self._thread, self._file

@@ -18,9 +18,7 @@ from eventtrain.events import (
     CommandRejected,
     EpochCompleted,
     EpochStarted,
-    EvalCompleted,
     Event,
-    HyperparamChanged,
     RunFailed,
     RunResumed,
     RunStarted,
@@ -32,10 +30,11 @@ from eventtrain.kept_snapshot import KeptSnapshot
 from eventtrain.subscriber import RunContext, StepProgram, Subscriber
 from eventtrain.subscribers.arguments import require_choice, require_count, require_number
 from eventtrain.subscribers.filenames import file_path
-from eventtrain.subscribers.hyperparam_curve import HyperparamCurve, HyperparamCurveState, Value
+from eventtrain.subscribers.hyperparam_curve import HyperparamCurveState
 from eventtrain.subscribers.saved_state import SavedState
 from eventtrain.subscribers.step_rows import due_steps, step_rows
 from eventtrain.subscribers.tracked_arrays import TrackedArrays
+from eventtrain.subscribers.tracked_curves import Points, TrackedCurves
 from eventtrain.subscribers.tracked_values import Record, check_record, recorded
 from eventtrain.subscribers.tracker_thread import TrackerStatistics, TrackerThread
 
@@ -45,18 +44,7 @@ try:
 except ModuleNotFoundError:
     wandb_files = wandb_run = None
 
-WATCHED = (
-    RunStarted,
-    RunResumed,
-    RunFailed,
-    EpochStarted,
-    EpochCompleted,
-    StepsCompleted,
-    EvalCompleted,
-    HyperparamChanged,
-    SnapshotTaken,
-    CommandRejected,
-)
+WATCHED = (*TrackedCurves.events, RunResumed, RunFailed, SnapshotTaken, CommandRejected)
 SETTLE_S = 10.0
 """How long a checkpoint waits for rows to be handed over."""
 RowsByStep = dict[int, dict[str, Number]]
@@ -161,8 +149,7 @@ class WandbLogger(Subscriber):
         self._finish_timeout_s = finish_timeout_s
         self.events = (*WATCHED, *self._record)
         self._id = ""
-        self._curve = HyperparamCurve()
-        self._evaluated_at = -1
+        self._curves = TrackedCurves()
         self._configured = False
         self._program = program
         self._program_written = False
@@ -222,25 +209,20 @@ class WandbLogger(Subscriber):
 
     async def handle(self, event: Event) -> None:
         """Have it logged; returns at once."""
+        points = self._curves.points(event)
         if isinstance(event, StepsCompleted):
-            self._on_steps(event)
-        elif isinstance(event, EpochStarted):
-            self._curve.started(event)
+            self._on_steps(event, points)
+        elif self._wandb is not None:
+            for point in points:
+                self._add(event, partial(self._wandb.log, {point.step: point.named()}))
+        if isinstance(event, EpochStarted):
             if not self._configured and self._wandb is not None:
                 self._configured = True
                 self._add(event, partial(self._wandb.configure, dict(event.hyperparams)))
         elif isinstance(event, EpochCompleted):
-            self._add_values(event, self._curve.completed(event))
-            self._add_row(event, "epoch", event.metrics)
             self._arrays.epoch(event)
-        elif isinstance(event, EvalCompleted):
-            if event.step > self._evaluated_at:  # not again what a command had evaluated at the same boundary
-                self._evaluated_at = event.step
-                self._add_row(event, "eval", event.metrics)
-        elif isinstance(event, HyperparamChanged):
-            self._add_values(event, self._curve.changed(event))
         elif isinstance(event, (RunStarted, RunResumed)):
-            self._on_beginning(event)
+            self._arrays.done()  # of an attempt before
         elif isinstance(event, RunFailed):
             self._exit_code = 1
         elif isinstance(event, SnapshotTaken):
@@ -274,8 +256,8 @@ class WandbLogger(Subscriber):
         """Which run of W&B's it is, as plain JSON data."""
         return WandbLoggerState(
             wandb_id=self._id,
-            curve=self._curve.state,
-            evaluated_at=self._evaluated_at,
+            curve=self._curves.state,
+            evaluated_at=self._curves.evaluated_at,
             configured=self._configured,
             program_written=self._program_written,
             volatile=self._volatile,
@@ -292,25 +274,17 @@ class WandbLogger(Subscriber):
         if saved.wandb_id and wandb_files is not None and not wandb_files.is_id(saved.wandb_id):
             raise StateError(f"{name} cannot take over its state: {saved.wandb_id!r} is no id of W&B's.")
         self._id = saved.wandb_id
-        self._curve.restore(saved.curve)
-        self._evaluated_at = saved.evaluated_at
+        self._curves.restore(saved.curve, saved.evaluated_at)
         self._configured, self._program_written = saved.configured, saved.program_written
         self._saved_rows = saved.volatile
 
     # --- of each kind of event ----------------------------------------------------------------------------------
 
-    def _on_beginning(self, event: RunStarted | RunResumed) -> None:
-        self._arrays.done()  # of an attempt before
-        if isinstance(event, RunStarted):  # perhaps another trainer's, from the first step on
-            self._curve.begin(event.step)
-            self._evaluated_at = min(self._evaluated_at, event.step)
-
-    def _on_steps(self, event: StepsCompleted) -> None:
-        values = self._curve.due(event.last_step)
+    def _on_steps(self, event: StepsCompleted, points: list[Points]) -> None:
         rows = len(due_steps(event, self._every))
-        if (rows or values or self._ahead) and self._wandb is not None:
-            work = partial(_log_steps, self._wandb, event, self._every, values)
-            self._add(event, work, rows=max(rows, len(values) > 0))
+        if (rows or points or self._ahead) and self._wandb is not None:
+            work = partial(_log_steps, self._wandb, event, self._every, points)
+            self._add(event, work, rows=max(rows, len(points) > 0))
         self._newest_step, self._ahead = event.last_step, False
         self._arrays.steps(event)
         if self._program and not self._program_written and self._run is not None:
@@ -327,16 +301,6 @@ class WandbLogger(Subscriber):
             self._arrays.done(snapshot)
 
     # --- into the thread ----------------------------------------------------------------------------------------
-
-    def _add_row(self, event: Event, group: str, values: Mapping[str, Any]) -> None:
-        if values and self._wandb is not None:
-            row = {f"{group}/{name}": value for name, value in values.items()}
-            self._add(event, partial(self._wandb.log, {event.step: row}))
-
-    def _add_values(self, event: Event, values: list[Value]) -> None:
-        if self._wandb is not None:
-            for step, name, value in values:
-                self._add(event, partial(self._wandb.log, {step: {f"hyperparams/{name}": value}}))
 
     def _add(self, event: Event, work: Callable[[], None], *, rows: int = 1) -> bool:
         if self._thread is None:
@@ -363,10 +327,10 @@ def _require_open_url(base_url: str | None) -> None:
 # --- in the thread ----------------------------------------------------------------------------------------------
 
 
-def _log_steps(run: WandbRun, event: StepsCompleted, every: int, values: list[Value]) -> None:
+def _log_steps(run: WandbRun, event: StepsCompleted, every: int, points: list[Points]) -> None:
     rows: dict[int, dict[str, Any]] = {}
-    for step, name, value in values:
-        rows.setdefault(step, {})[f"hyperparams/{name}"] = value
+    for point in points:
+        rows.setdefault(point.step, {}).update(point.named())
     for step, metrics in step_rows(event, every):
         rows.setdefault(step, {}).update({f"step/{name}": value for name, value in metrics.items()})
     run.log(rows)

@@ -260,7 +260,7 @@ def _histogram(array: Array) -> Generator[Any]:
 
 def _image(picture: Array | bytes) -> Any:
     if Image is None:
-        raise StorageError("images need Pillow; install it: pip install pillow")
+        raise StorageError("images need Pillow; install it: pip install 'eventtrain[wandb]'")
     if isinstance(picture, bytes):
         return wandb.Image(Image.open(io.BytesIO(picture)))
     return wandb.Image(Image.fromarray(picture[:, :, 0] if picture.shape[2] == 1 else picture))
