@@ -116,9 +116,9 @@ class Trainer:
         self._room = ControlRoom(self.bus)
         if not self.bus.has_control:
             self.bus.attach_control(self._room)
-        self._subscribers = tuple(subscribers)
-        for subscriber in self._subscribers:
-            subscribe(self.bus, subscriber)
+        self._subscribers: tuple[Subscriber, ...] = ()
+        for subscriber in subscribers:
+            self._add(subscriber)
         self._inference = Inference(self._model, self._options, self.bus)
         self._activity = Activity(self._model, self._room.inbox, self.bus, backend, backend_options)
         self._session: Session | None = None
@@ -169,12 +169,20 @@ class Trainer:
 
         Raises:
             AlreadyRunning: a run is in progress, so that it could not be started any more.
-            ConfigurationError: it handles nothing, or its options cannot work.
+            ConfigurationError: it handles nothing, is there already, or its options cannot work.
         """
         if self._activity.busy:
             raise AlreadyRunning(
                 f"subscribe({type(subscriber).__name__}) was called while {self._activity.name} is in progress, and a "
                 "Subscriber starts with its run. Subscribe it before, or use trainer.on(...) for a function."
+            )
+        return self._add(subscriber)
+
+    def _add(self, subscriber: Subscriber) -> Subscription:
+        if any(other is subscriber for other in self._subscribers):
+            raise ConfigurationError(
+                f"This {type(subscriber).__name__} is a subscriber already, and would get every event twice. Make "
+                "another one if two are meant."
             )
         subscription = subscribe(self.bus, subscriber)
         self._subscribers = (*self._subscribers, subscriber)

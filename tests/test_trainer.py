@@ -436,6 +436,16 @@ def test_subscribers_added_afterwards_start_behind_those_that_are_there(tmp_path
     assert set(order[2:]) == {"first 0", "second 0"}
 
 
+def test_one_subscriber_cannot_be_given_twice(tmp_path):
+    only = Started("only", [])
+    with pytest.raises(et.ConfigurationError, match="This Started is a subscriber already"):
+        make_trainer(tmp_path, subscribers=[only, only])
+    trainer = make_trainer(tmp_path, subscribers=[only])
+    with pytest.raises(et.ConfigurationError, match="would get every event twice"):
+        trainer.subscribe(only)
+    assert trainer.subscribers == (only,)
+
+
 def test_a_subscriber_cannot_be_added_while_a_run_is_in_progress(tmp_path):
     trainer = make_trainer(tmp_path)
     late = Started("late", [])
