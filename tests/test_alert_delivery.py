@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from contextlib import nullcontext
 from pathlib import Path
 from time import monotonic
+from types import SimpleNamespace
 from typing import Any
 
 import anyio
@@ -169,6 +170,25 @@ def test_a_mail_has_the_lines_and_angle_brackets_of_what_happened(mail: MailServ
             assert "<br" in part.get_content()
         else:
             assert "<class 'int'> & more" in shown
+
+
+def test_angle_brackets_reach_a_service_that_sends_html(monkeypatch: pytest.MonkeyPatch) -> None:
+    telegram = AppriseTarget(SecretStr("tgram://123456789:abcdefg_hijklmnop/12315544/"))
+    posted: list[str] = []
+
+    def post(url: str, data: str, **others: Any) -> Any:
+        posted.append(json.loads(data)["text"])
+        return SimpleNamespace(status_code=200, content=b"{}")
+
+    monkeypatch.setattr("requests.post", post)
+    monkeypatch.setattr(
+        "requests.Session.post", lambda self, url, **others: post(url, **others), raising=False
+    )
+    text = "'<' and <class 'int'> & more\nsecond line"
+    telegram.send(Message((et.AlertRaised(name="x", message=text),)))
+    (shown,) = posted
+    assert shown.split() == f"<b>[warning] x</b> {html.escape(text, quote=False)}".split()
+    assert "more\r\nsecond" in shown
 
 
 def test_more_than_a_service_takes_goes_in_several_messages(monkeypatch: pytest.MonkeyPatch) -> None:

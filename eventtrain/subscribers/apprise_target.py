@@ -61,25 +61,30 @@ class AppriseTarget:
         with quiet_libraries():
             for path in message.attach:
                 files.add(AttachFile(path=str(path)))
-            title, body = self._in_its_format(message.title, message.text)
+            title, body, written_as = self._in_its_format(message.title, message.text)
             taken = self._plugin.notify(
                 title=title,
                 body=body,
                 notify_type=KINDS[message.severity],
-                body_format=apprise.NotifyFormat.TEXT,
+                body_format=written_as,
                 attach=files if message.attach else None,
             )
         if not taken:
             raise NotDelivered("Apprise says that it was not sent", may_pass=True)
 
-    def _in_its_format(self, title: str, body: str) -> tuple[str, str]:
-        """Before Apprise 2 a plugin that is called directly takes text for HTML, if that is what it sends."""
-        plugin = self._plugin
-        if hasattr(plugin, "resolve_format") or plugin.notify_format != apprise.NotifyFormat.HTML:
-            return title, body
+    def _in_its_format(self, title: str, body: str) -> tuple[str, str, Any]:
+        """Title and body, as HTML where the service sends that, and how Apprise is to take them.
+
+        A plugin that is called directly would send text as it is, or lose what looks like a tag.
+        """
+        plugin, text, markup = self._plugin, apprise.NotifyFormat.TEXT, apprise.NotifyFormat.HTML
+        resolve: Any = getattr(plugin, "resolve_format", None)  # from Apprise 2 on
+        if (plugin.notify_format if resolve is None else resolve(text)) != markup:
+            return title, body, text
         if plugin.title_maxlen <= 0:  # it becomes part of the body
             title = html.escape(title, quote=False)
-        return title, html.escape(body, quote=False).replace("\n", "<br />\n")
+        body = html.escape(body, quote=False).replace("\n", "<br />\n")
+        return title, body, text if resolve is None else markup
 
 
 def _problem(url: str) -> str:
