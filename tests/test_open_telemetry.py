@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from saved_in_memory import MemoryCheckpointer
+from tracked_runs import ODD
 
 import eventtrain as et
 from eventtrain import subscribers as subs
@@ -194,6 +195,31 @@ def test_nan_and_infinities_are_counted_and_stand_in_spans(
     assert caplog.text == ""
     (epoch,) = telemetry.spans("epoch")
     assert np.isnan(epoch.attributes["eventtrain.metric.loss"])
+
+
+def test_odd_names_and_errors_reach_an_exporter_that_writes_utf_8(
+    tmp_path: Path, telemetry: Telemetry
+) -> None:
+    def odd(state: Any, batch: Any) -> Any:
+        return {"w": state["w"] + batch}, dict.fromkeys(ODD, batch)
+
+    run = et.Trainer(odd, {"w": jnp.zeros(2)}, subscribers=[telemetry.subscriber()], run_dir=tmp_path)
+
+    @run.on(et.EpochCompleted, on_error="fail")
+    async def fail(event: et.EpochCompleted) -> None:
+        raise RuntimeError("half of a pair: \ud800")
+
+    with pytest.raises(et.SubscriberError):
+        run.fit(data, epochs=1)
+    names = [name.replace("\ud800", "\\ud800") for name in ODD]
+    assert telemetry.points("metric").keys() == set(names)
+    (epoch,) = telemetry.spans("epoch")
+    assert {f"eventtrain.metric.{name}" for name in names} <= {*(epoch.attributes or ())}
+    assert "half of a pair: \\ud800" in str(telemetry.spans("run")[0].status.description)
+    for span in telemetry.spans():
+        attributes = [span.attributes or {}, *(event.attributes or {} for event in span.events)]
+        texts = [f"{key}={value}" for found in attributes for key, value in found.items()]
+        assert all(text.encode() for text in (*texts, span.status.description or "-"))
 
 
 def test_hyperparameters_are_measured(tmp_path: Path, telemetry: Telemetry) -> None:

@@ -47,8 +47,8 @@ def trial(seed: int) -> Mapping[str, int]:
 CAMPAIGN = Campaign(
     name="sigkill_files",
     trial=trial,
-    trials=100,
-    slice=3,
+    trials=60,
+    slice=2,
     batch=10,
     least={"in_save": 0.2, "in_write": 0.2},
     packages=("orbax-checkpoint", "pyarrow", "tensorboard", "tensorboardX"),
