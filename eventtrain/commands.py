@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Literal, Protocol
 from pydantic import Field, FiniteFloat, PrivateAttr
 
 from eventtrain.errors import CommandRejected
-from eventtrain.frozen import Frozen
+from eventtrain.frozen import Frozen, Text
 
 if TYPE_CHECKING:
     from eventtrain.events import CommandApplied
@@ -37,7 +37,7 @@ class Reply(Protocol):
 class Command(Frozen):
     """What all commands carry: why (``reason``) and from which event and subscriber (``cause``)."""
 
-    reason: str = ""
+    reason: Text = ""
     cause: Cause | None = None
     due: int | None = None
     """The boundary at which it takes effect; None: as soon as it arrives."""

@@ -15,7 +15,7 @@ from pydantic import Field, TypeAdapter, ValidationError
 
 from eventtrain.commands import AnyCommand, Cause
 from eventtrain.errors import EventParseError
-from eventtrain.frozen import Columns, Frozen, FrozenDict, Number, Numbers
+from eventtrain.frozen import Columns, Frozen, FrozenDict, Number, Numbers, Text
 
 UNPUBLISHED = datetime.fromtimestamp(0, UTC)
 """The ``time`` of an event that no bus has stamped yet."""
@@ -88,7 +88,7 @@ class RunResumed(RunEvent):
 class RunCompleted(RunEvent):
     """``reason``: "completed", the reason given to ``stop``, "interrupted", "preempted", "cancelled"."""
 
-    reason: str
+    reason: Text
     deterministic: bool = True
     """False when something that depends on timing took effect: a command without a finite lag that changed
     the run, or a decider that exceeded its ``timeout_s``."""
@@ -97,7 +97,7 @@ class RunCompleted(RunEvent):
 class RunFailed(RunEvent):
     """The run ended with ``error`` ("Type: message"); nothing of its training sequence follows."""
 
-    error: str
+    error: Text
 
 
 # --- epochs and steps ----------------------------------------------------------------------------------
@@ -205,7 +205,7 @@ class HyperparamChanged(Event):
     path: str
     old: Number
     new: Number
-    reason: str = ""
+    reason: Text = ""
     cause: Cause | None = None
 
 
@@ -219,7 +219,7 @@ class CommandRejected(Event):
     """``command`` was not carried out, and why."""
 
     command: AnyCommand
-    reason: str
+    reason: Text
 
 
 class CommandConflict(Event):
@@ -269,7 +269,7 @@ class CheckpointFailed(Event):
     path: str
     """Empty where nothing was begun."""
     tag: str | None = None
-    error: str
+    error: Text
     requested_by: str | None = None
     """The Checkpointer concerned; None where a command asked all of them."""
 
@@ -301,7 +301,7 @@ class CheckpointUploadFailed(Event):
     path: str
     url: str
     tag: str | None = None
-    error: str
+    error: Text
 
 
 class CheckpointRestored(Event):
@@ -327,7 +327,7 @@ class SubscriberFailed(Event):
 
     subscriber: str
     event_kind: str
-    error: str
+    error: Text
     attempt: int = 1
 
 
@@ -342,7 +342,7 @@ class SubscriberDisabled(Event):
     """A subscription was switched off after failures: it receives nothing more."""
 
     subscriber: str
-    reason: str
+    reason: Text
 
 
 class AlertRaised(Event):
@@ -351,7 +351,7 @@ class AlertRaised(Event):
     lifecycle: ClassVar[bool] = True
     name: str
     severity: Literal["info", "warning", "critical"] = "warning"
-    message: str = ""
+    message: Text = ""
     metric: str | None = None
     value: Number | None = None
 
@@ -361,7 +361,7 @@ class AlertResolved(Event):
 
     lifecycle: ClassVar[bool] = True
     name: str
-    message: str = ""
+    message: Text = ""
 
 
 class LoopStalled(Event):

@@ -36,6 +36,14 @@ Numbers = Annotated[dict[str, Number], AfterValidator(FrozenDict)]
 """Name to scalar, read-only."""
 
 
+def _encodable(text: str) -> str:
+    return text.encode("utf-8", "backslashreplace").decode()
+
+
+Text = Annotated[str, AfterValidator(_encodable)]
+"""Text that is made by others, of an error say: half a surrogate pair, which JSON cannot have, becomes an escape."""
+
+
 def _column(value: Any) -> np.ndarray:
     if isinstance(value, dict):  # as JSON has it
         value = np.array(value["values"], dtype=value["dtype"])

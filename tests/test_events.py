@@ -206,6 +206,24 @@ def test_the_json_schema_accepts_what_events_are_written_as() -> None:
     assert not validator.is_valid({"kind": "run_completed"})
 
 
+@pytest.mark.parametrize(
+    ("kind", "field"),
+    [
+        (et.RunFailed, "error"),
+        (et.SubscriberFailed, "error"),
+        (et.AlertRaised, "message"),
+        (commands.Stop, "reason"),
+    ],
+)
+def test_half_a_surrogate_pair_in_the_text_of_an_error_costs_no_row(kind: Any, field: str) -> None:
+    needed = {"subscriber": "s", "event_kind": "k"} if kind is et.SubscriberFailed else {}
+    event = kind(
+        **needed, **({"name": "n"} if kind is et.AlertRaised else {}), **{field: "no file caf\udce9"}
+    )
+    assert getattr(event, field) == "no file caf\\udce9"
+    assert kind.model_validate_json(event.model_dump_json()) == event
+
+
 def test_an_event_is_read_only_all_the_way_down() -> None:
     metrics = {"loss": 0.5}
     column = np.array([1.0, 2.0])
