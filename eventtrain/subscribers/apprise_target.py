@@ -26,7 +26,7 @@ class AppriseTarget:
     """One Apprise URL.
 
     Its plugin is called directly and not through ``Apprise.notify``, which would hand it to threads of its own, whose
-    log lines could not be held back. Redirects are not followed (with Apprise 1.11 or later).
+    log lines could not be held back. Redirects are not followed.
 
     Args:
         url: as Apprise takes it. It is in no message, log or repr.
