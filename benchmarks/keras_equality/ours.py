@@ -135,7 +135,7 @@ class ModelledRun:
         self.control = self
         self.step = 0
         self.start_step = 0
-        self.steps = self.epochs = self.steps_per_epoch = None
+        self.steps = self.epochs = self.steps_per_epoch = self.total_steps = None
         self.can_evaluate = False  # the metrics of each epoch are all there
         self.ended = None
         self.snapshots: dict[str, Any] = {}
