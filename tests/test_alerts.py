@@ -284,6 +284,7 @@ def test_rules_that_cannot_work_are_refused(rule: Any, options: dict[str, Any]) 
         (subs.NoImprovementRule, {"mode": "up"}, "mode='up'"),
         (subs.ForecastRule, {"above": math.inf}, "above=inf"),
         (subs.ForecastRule, {"above": 1, "window": 2}, "window=2"),
+        (subs.ForecastRule, {"above": 1, "window": 1001}, "window=1001"),
         (subs.ForecastRule, {"above": 1, "every": 0}, "every=0"),
     ],
 )

@@ -14,6 +14,8 @@ from eventtrain.subscribers.arguments import require_count, require_number
 from eventtrain.subscribers.monitor import Mode, make_goal
 
 WATCHABLE = (EpochCompleted, StepCompleted, EvalCompleted)
+MOST_COMPARED = 1000
+"""Values in the window of a ForecastRule: half a million pairs."""
 Watched = Annotated[type[EpochCompleted] | type[StepCompleted] | type[EvalCompleted], by_name(*WATCHABLE)]
 
 
@@ -153,7 +155,7 @@ class ForecastRule(MetricRule):
     Attributes:
         above, below: the limit; one of them.
         within: steps.
-        window: how many values; at least 3. The rule is silent until there are as many.
+        window: how many values; 3 to 1,000. The rule is silent until there are as many.
         every: look at every so many values; a quarter of the window if None, since each look compares all pairs.
     """
 
@@ -171,6 +173,11 @@ class ForecastRule(MetricRule):
         require_number("ForecastRule", "above" if self.below is None else "below", self.limit)
         require_count("ForecastRule", "within", self.within, at_least=1)
         require_count("ForecastRule", "window", self.window, at_least=3)
+        if self.window > MOST_COMPARED:
+            raise ConfigurationError(
+                f"ForecastRule(window={self.window}): all pairs of its values are compared, which takes memory and "
+                f"time with the square of it. Use {MOST_COMPARED} at most; for a longer trend watch EpochCompleted."
+            )
         if self.every is not None:
             require_count("ForecastRule", "every", self.every, at_least=1)
 

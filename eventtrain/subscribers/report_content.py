@@ -101,7 +101,12 @@ def sections(
                 else "",
             ),
             _subscribers(subscribers),
-            _listed("Failures of subscribers", facts.failures, ("step", "subscriber", "what"), ""),
+            _listed(
+                "Subscribers that failed, or held training up",
+                facts.failures,
+                ("step", "subscriber", "what"),
+                "",
+            ),
             Section("Environment", facts=list(environment.items())),
         )
         if section is not None
