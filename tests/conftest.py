@@ -10,7 +10,7 @@ import subprocess
 import sys
 import textwrap
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Protocol
@@ -41,6 +41,23 @@ BACKENDS = [
 # A shell that runs the tests in the background has them ignore SIGINT, which several of them send to themselves.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_report_to_serializable() -> Generator[None, Any, Any]:
+    """Half a surrogate pair in what a test logged would end pytest-xdist's worker, and with it the whole run."""
+    return encodable((yield))
+
+
+def encodable(value: Any) -> Any:
+    """``value``, plain JSON data, with what UTF-8 cannot have as escapes."""
+    if isinstance(value, str):
+        return value.encode("utf-8", "backslashreplace").decode()
+    if isinstance(value, (list, tuple)):
+        return type(value)(map(encodable, value))
+    if isinstance(value, dict):
+        return {encodable(key): encodable(item) for key, item in value.items()}
+    return value
 
 
 @pytest.fixture(params=BACKENDS)

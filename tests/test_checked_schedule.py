@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from importlib.metadata import version
 from typing import Any
 
 import jax
@@ -36,6 +37,8 @@ def in_the_optimiser(schedule: Any, steps: int) -> list[np.float32]:
 
 @pytest.mark.parametrize("name", SCHEDULES)
 async def test_a_schedule_gives_the_bits_that_it_gives_in_the_optimiser(name: str) -> None:
+    if name == "one cycle" and version("optax") < "0.2.8":
+        pytest.skip("the last bit differs, as the docstring says")
     checked = CheckedSchedule("Scheduler", "learning_rate", SCHEDULES[name][0])
     rates = in_the_optimiser(SCHEDULES[name][0], 200)
     numbers = [step for step, rate in enumerate(rates) if not np.isnan(rate)]

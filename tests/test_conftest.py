@@ -9,7 +9,7 @@ from pathlib import Path
 import anyio
 import pytest
 import sniffio
-from conftest import RunOnDevices, recorded_blocking_calls
+from conftest import RunOnDevices, encodable, recorded_blocking_calls
 
 import eventtrain
 
@@ -31,6 +31,18 @@ async def test_blocking_call_in_a_handler_is_recorded_though_its_exception_is_is
         await asyncio.to_thread(isolate, lambda: time.sleep(0))  # no event loop in that thread
     assert len(calls) == 1
     assert calls[0].startswith("time.sleep was called at")
+
+
+def test_half_a_surrogate_pair_in_a_log_line_reaches_pytest_xdist_as_an_escape() -> None:
+    report = {
+        "sections": [("Captured log", "a \ud800 b")],
+        "longrepr": None,
+        "duration": 0.5,
+        "\udc80": ["\ud800"],
+    }
+    assert encodable(report) == {
+        "sections": [("Captured log", "a \\ud800 b")], "longrepr": None, "duration": 0.5, "\\udc80": ["\\ud800"],
+    }  # fmt: skip
 
 
 async def test_coroutine_tests_run_on_the_event_loop_they_are_named_after(

@@ -41,6 +41,7 @@ class Telemetry:
         self.tracer_provider = TracerProvider(shutdown_on_exit=False)
         self.tracer_provider.add_span_processor(SimpleSpanProcessor(self.exporter))
         self.reader = InMemoryMetricReader()
+        self.readings: list[Any] = []
         self.meter_provider = MeterProvider([self.reader], shutdown_on_exit=False)
 
     def subscriber(self, **options: Any) -> subs.OpenTelemetry:
@@ -52,16 +53,20 @@ class Telemetry:
         return [span for span in spans if span.name == f"eventtrain.{name}" or not name]
 
     def points(self, name: str) -> dict[Any, Any]:
-        """Value of the attribute ``name`` (None if there is none) -> data point."""
-        data = self.reader.get_metrics_data()
+        """Value of the attribute ``name`` (None if there is none) -> data point, of the newest reading that has it."""
+        if data := self.reader.get_metrics_data():
+            self.readings.insert(0, data)
         found = [
-            metric
-            for resource in data.resource_metrics
-            for scope in resource.scope_metrics
-            for metric in scope.metrics
-            if metric.name == f"eventtrain.{name}"
+            [
+                metric
+                for resource in data.resource_metrics
+                for scope in resource.scope_metrics
+                for metric in scope.metrics
+                if metric.name == f"eventtrain.{name}"
+            ]
+            for data in self.readings  # the SDK 1.30 has a gauge only in the first reading after it was set
         ]
-        (metric,) = found
+        (metric,) = next(filter(None, found))
         return {point.attributes.get("name"): point for point in metric.data.data_points}
 
 

@@ -39,6 +39,12 @@ class _FileSchema(GenerateJsonSchema):
 
     ignored_warning_kinds = {"skipped-choice", "non-serializable-default"}  # noqa: RUF012  # as Pydantic declares it
 
+    def dataclass_schema(self, schema: core_schema.DataclassSchema) -> JsonSchemaValue:
+        """Says that unknown keys are refused, which Pydantic before 2.14 does, but does not say."""
+        found = super().dataclass_schema(schema)
+        forbids = schema.get("config", {}).get("extra_fields_behavior") == "forbid"
+        return {"additionalProperties": False} | found if forbids else found
+
     def is_subclass_schema(self, schema: core_schema.IsSubclassSchema) -> JsonSchemaValue:
         """Pydantic's is ``{}``, as if everything were valid."""
         return self.handle_invalid_for_json_schema(schema, f"a subclass of {schema['cls'].__name__}")

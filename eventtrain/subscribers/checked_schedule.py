@@ -46,11 +46,11 @@ def takes_value(owner: str, schedule: Any, by: By) -> bool:
 class CheckedSchedule:
     """Calls a schedule on the host, and makes sure that it gives a number.
 
-    One that gives JAX arrays, as optax's do, is compiled for the CPU. Compiled it gives the bits that it gives inside a
-    compiled optimiser on the CPU, which one operation after the other does not (XLA joins a multiplication and an
-    addition: 525 of 1,000 values of a polynomial decay differed in the last bit). On another device, and for one-cycle
-    schedules with ``steps_per_call`` above 1, the last bit may differ. No accelerator is used: only the training thread
-    may do that.
+    One that gives JAX arrays, as optax's do, is compiled for the CPU. Compiled it gives the bits that it gives inside
+    a compiled optimiser on the CPU, which one operation after the other does not (XLA joins a multiplication and an
+    addition: 525 of 1,000 values of a polynomial decay differed in the last bit). On another device, and for
+    one-cycle schedules with ``steps_per_call`` above 1 or optax before 0.2.8, the last bit may differ. No accelerator
+    is used: only the training thread may do that.
 
     Args:
         owner: the subscriber's name in messages.
