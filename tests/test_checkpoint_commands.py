@@ -126,8 +126,8 @@ def test_run_resume_goes_on_from_the_newest_checkpoint(tmp_path: Path) -> None:
     config.write_text(CONFIG)
     arguments = ["run", str(script), "--config", str(config), "--resume"]
     first = runner.invoke(cli.app, [*arguments, "--epochs", "1"])
-    assert first.output.startswith("step 4 after 1 epochs (completed)"), first.output
+    assert first.output.startswith("step 4 after 1 epoch (completed)"), first.output
     second = runner.invoke(cli.app, arguments)
-    assert second.output.startswith("step 8 after 1 epochs (completed)"), second.output
+    assert second.output.startswith("step 8 after 2 epochs (completed)"), second.output
     third = runner.invoke(cli.app, arguments)
-    assert third.output.startswith("step 8 after 0 epochs (completed)"), third.output
+    assert third.output.startswith("step 8 after 2 epochs (completed)"), third.output
