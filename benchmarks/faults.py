@@ -84,6 +84,10 @@ class Ledger:
         return total
 
 
+FEWEST_JUDGED = 10
+"""Trials below which a share is chance, and no least share is asked for."""
+
+
 def run(campaign: Campaign, seeds: range, ledger: Ledger) -> bool:
     """Run the trials that ``ledger`` lacks; true if no seed fails and every least share is reached."""
     missing = ledger.missing(seeds)
@@ -98,7 +102,8 @@ def run(campaign: Campaign, seeds: range, ledger: Ledger) -> bool:
     for seed, what in failures.items():
         print(f"{campaign.name}: seed {seed}: {what}")
     counts = ledger.counts()
-    short = {name: share for name, share in campaign.least.items() if counts[name] < share * counts["trials"]}
+    judged = campaign.least if counts["trials"] >= FEWEST_JUDGED else {}
+    short = {name: share for name, share in judged.items() if counts[name] < share * counts["trials"]}
     for name, share in short.items():
         print(
             f"{campaign.name}: {name} in {counts[name]} of {counts['trials']} trials, less than {share:.0%}"
