@@ -17,7 +17,7 @@ class Campaign:
         trials: how many make the whole campaign.
         slice: how many CI runs.
         batch: how many share one line of the results; an interruption loses at most so many.
-        least: name of a count -> the share of trials that it has to reach, lest the trials test nothing; of ten or more.
+        least: name of a count -> the share that it has to reach of ten or more trials, lest they test nothing.
         packages: whose versions the results name, besides those that every result names.
     """
 
