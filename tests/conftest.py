@@ -15,6 +15,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Protocol
 
+import absl.logging
 import blockbuster
 import hypothesis
 import pytest
@@ -37,6 +38,10 @@ BACKENDS = [
     pytest.param(("trio", {}), id="trio"),
 ]
 
+
+# Importing MLflow has logging close all handlers, and absl's, which Orbax brings, closes the stderr that it found:
+# that of pytest.
+absl.logging.get_absl_handler().python_handler.stream = sys.__stderr__
 
 # A shell that runs the tests in the background has them ignore SIGINT, which several of them send to themselves.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
