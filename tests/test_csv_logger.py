@@ -175,7 +175,7 @@ def test_widening_changes_no_row_and_a_failure_leaves_the_file_as_it_was(
         raise OSError(errno.EIO, "Input/output error")
 
     with monkeypatch.context() as patch:
-        patch.setattr(csv_file.os, "replace", failing)
+        patch.setattr(os, "replace", failing)
         with pytest.raises(OSError, match="Input/output"):
             file.commit()
     assert path.read_bytes() == before
@@ -191,14 +191,13 @@ def test_a_process_killed_while_it_widens_leaves_every_row(tmp_path: Path) -> No
 import os, signal, sys
 from pathlib import Path
 import numpy as np
-from eventtrain.subscribers import csv_file
 from eventtrain.subscribers.csv_file import CSVFile, CSVRows
 from eventtrain.subscribers.waiting_rows import WaitingRows
 file = CSVFile(Path(sys.argv[1]), WaitingRows(), separator=",", own=("step",), fsync=False)
 file.prepare()
 for n in range(10):
     if n == 5:
-        setattr(csv_file.os, sys.argv[2], lambda *_: os.kill(os.getpid(), signal.SIGKILL))
+        setattr(os, sys.argv[2], lambda *_: os.kill(os.getpid(), signal.SIGKILL))
     file.rows.put(CSVRows(1, {"step": range(n, n + 1), f"m{n}": np.array([n])}), 1, 100)
     file.commit()
 """

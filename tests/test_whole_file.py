@@ -18,7 +18,7 @@ class Killed(BaseException):
     """No handler of errors runs in a process that is killed."""
 
 
-@pytest.mark.parametrize("moment", ["fsync", "rename"])
+@pytest.mark.parametrize("moment", ["fsync", "replace"])
 def test_a_process_that_dies_while_it_cuts_a_tail_loses_and_tears_nothing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, moment: str
 ) -> None:

@@ -9,7 +9,6 @@ from __future__ import annotations
 import csv
 import io
 import logging
-import os
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from itertools import repeat
@@ -22,6 +21,7 @@ from pydantic_core import to_json
 from eventtrain.errors import ConfigurationError
 from eventtrain.subscribers.row_file import RowFile, free_name
 from eventtrain.subscribers.waiting_rows import WaitingRows
+from eventtrain.subscribers.whole_file import named_when_whole
 
 logger = logging.getLogger("eventtrain")
 
@@ -147,18 +147,11 @@ class CSVFile:
         header = [*self._header, *names]
         heading = _heading(header, self._separator)
         line_end = self._separator.encode() * len(names) + b"\n" if self._header else b"\n"
-        try:
-            with open(self.path, "ab+") as old, open(self._wider, "wb") as new:
-                new.write(heading)
-                old.seek(len(self._header_bytes))
-                while chunk := old.read(CHUNK_BYTES):
-                    new.write(chunk.replace(b"\n", line_end))
-                new.flush()
-                os.fsync(new.fileno())
-            os.replace(self._wider, self.path)
-        except BaseException:
-            self._wider.unlink(missing_ok=True)
-            raise
+        with named_when_whole(self._wider, self.path) as new, open(self.path, "ab+") as old:
+            new.write(heading)
+            old.seek(len(self._header_bytes))
+            while chunk := old.read(CHUNK_BYTES):
+                new.write(chunk.replace(b"\n", line_end))
         self._header, self._header_bytes = header, heading
 
     def _read_header(self) -> tuple[list[str], bytes]:

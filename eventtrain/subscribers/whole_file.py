@@ -4,8 +4,29 @@ from __future__ import annotations
 
 import os
 import shutil
-from contextlib import suppress
+from collections.abc import Generator
+from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import BinaryIO
+
+
+@contextmanager
+def named_when_whole(unfinished: Path, path: Path) -> Generator[BinaryIO]:
+    """The new file ``unfinished``; behind the block it is synced, and called ``path``, in the place of one that is.
+
+    Raises:
+        OSError: it failed; what was there before is unchanged, and nothing half-written is left.
+    """
+    try:
+        with open(unfinished, "wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(unfinished, path)
+    except Exception:
+        with suppress(OSError):
+            unfinished.unlink()
+        raise
 
 
 def write_whole(path: Path, data: bytes) -> None:
@@ -19,16 +40,8 @@ def write_whole(path: Path, data: bytes) -> None:
     part = path.with_name(f".{path.name}.part")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            with open(part, "wb") as file:
-                file.write(data)
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(part, path)
-        except OSError:
-            with suppress(OSError):
-                part.unlink()
-            raise
+        with named_when_whole(part, path) as file:
+            file.write(data)
     except OSError as error:
         raise OSError(error.errno, f"cannot write {path}: {error.strerror or error}") from error
 
@@ -43,16 +56,8 @@ def cut_tail(path: Path, offset: int, beside: Path, heading: bytes = b"") -> Non
     """
     unfinished = beside.with_name(f".{beside.name}.cutting")
     with open(path, "rb+") as file:
-        try:
-            with open(unfinished, "wb") as tail:
-                tail.write(heading)
-                file.seek(offset)
-                shutil.copyfileobj(file, tail)
-                tail.flush()
-                os.fsync(tail.fileno())
-            os.rename(unfinished, beside)
-        except OSError:
-            with suppress(OSError):
-                unfinished.unlink()
-            raise
+        with named_when_whole(unfinished, beside) as tail:
+            tail.write(heading)
+            file.seek(offset)
+            shutil.copyfileobj(file, tail)
         file.truncate(offset)
