@@ -10,16 +10,17 @@ from typing import TYPE_CHECKING as _TYPE_CHECKING
 from typing import Any as _Any
 
 from eventtrain import errors
-from eventtrain.array_loader import ArrayLoader
 from eventtrain.bus.bus import EventBus
 from eventtrain.bus.queues import DropNewest, DropOldest, KeepLatest, Lossless, Queue
 from eventtrain.bus.subscription import Subscription, SubscriptionStatistics
-from eventtrain.commands import Cause, Command
-from eventtrain.control import Control
-from eventtrain.device.averaging import EMA, SWA
+from eventtrain.control.control import Control
+from eventtrain.control.loop_statistics import LoopStatistics
+from eventtrain.control.snapshots import KeptSnapshot
+from eventtrain.data.array_loader import ArrayLoader
 from eventtrain.device.extensions import StepExtension
 from eventtrain.device.nonfinite import nonfinite_metrics
 from eventtrain.device.program import StepProgram
+from eventtrain.device.weight_averaging import EMA, SWA
 from eventtrain.errors import (
     AlreadyRunning,
     AmbiguousHyperparam,
@@ -84,16 +85,15 @@ from eventtrain.events import (
     events_json_schema,
     parse_event,
 )
-from eventtrain.kept_snapshot import KeptSnapshot
-from eventtrain.loop_statistics import LoopStatistics
-from eventtrain.session import Session
-from eventtrain.subscriber import RunContext, Subscriber
-from eventtrain.trainer import FitResult, Trainer
+from eventtrain.events.commands import Cause, Command
+from eventtrain.subscribers.base import RunContext, Subscriber
+from eventtrain.trainer.session import Session
+from eventtrain.trainer.trainer import FitResult, Trainer
 
 if _TYPE_CHECKING:
     from eventtrain.config.load import load_subscribers
     from eventtrain.config.model import subscriber_config
-    from eventtrain.subscribers.checkpoint_reader import load_state
+    from eventtrain.subscribers.checkpointing.reader import load_state
 
 __version__ = _version("eventtrain")
 
@@ -189,7 +189,7 @@ __all__ = [
 ]
 
 _LAZY = {  # what few programs need, or what takes long to import, as Orbax does
-    "load_state": "subscribers.checkpoint_reader",
+    "load_state": "subscribers.checkpointing.reader",
     "load_subscribers": "config.load",
     "subscriber_config": "config.model",
 }

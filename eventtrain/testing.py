@@ -30,10 +30,10 @@ from eventtrain.bus.bus import EventBus
 from eventtrain.bus.clock import Clock
 from eventtrain.bus.options import EventTypes, event_classes
 from eventtrain.bus.subscription import Subscription
-from eventtrain.bus.wake import LoopThread, Signal
+from eventtrain.bus.wakeup import LoopThread, Signal
 from eventtrain.errors import ConfigurationError
 from eventtrain.events import Event
-from eventtrain.subscriber import Subscriber
+from eventtrain.subscribers.base import Subscriber
 
 __all__ = ["FakeClock", "RecordingSubscriber", "ScriptedStep"]
 

@@ -9,13 +9,13 @@ from typing import Any
 import jax.numpy as jnp
 
 import eventtrain as et
-from eventtrain.bus.cut import Cut, Share
-from eventtrain.control_room import Claimed, ControlRoom, Plan
-from eventtrain.cut_facts import LoopFacts, StreamFacts
+from eventtrain.bus.barrier import Cut, Share
+from eventtrain.control.requests import Claimed, ControlRoom, Plan
 from eventtrain.device.snapshot import Snapshot
 from eventtrain.device.state import split_state
-from eventtrain.subscribers.checkpoint_writer import CheckpointWriter, Job, WriterOptions
-from eventtrain.subscribers.retention import Retention
+from eventtrain.events.run_records import LoopFacts, StreamFacts
+from eventtrain.subscribers.checkpointing.retention import Retention
+from eventtrain.subscribers.checkpointing.writer import CheckpointWriter, Job, WriterOptions
 
 
 def state_of(step: int) -> dict[str, Any]:

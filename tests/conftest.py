@@ -106,8 +106,8 @@ def recorded_blocking_calls() -> Iterator[list[str]]:
         for check in checks.functions.values():
             check.can_block_in("logging/__init__.py", {"emit", "flush"})
             # Orbax runs an event loop of its own, on the thread that is kept for it (see test_checkpointer.py).
-            check.can_block_in("eventtrain/subscribers/checkpoint_store.py", {"_fill", "close"})
-            check.can_block_in("eventtrain/subscribers/checkpoint_reader.py", {"_read_arrays"})
+            check.can_block_in("eventtrain/subscribers/checkpointing/store.py", {"_fill", "close"})
+            check.can_block_in("eventtrain/subscribers/checkpointing/reader.py", {"_read_arrays"})
         patch.setattr(blockbuster.blockbuster, "BlockingError", RecordedBlockingError)
         yield calls
 

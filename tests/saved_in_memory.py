@@ -14,7 +14,7 @@ import jax
 import numpy as np
 
 import eventtrain as et
-from eventtrain.saved_run import RunFacts
+from eventtrain.control.run_state import RunFacts
 
 
 @dataclass(frozen=True)

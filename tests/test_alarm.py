@@ -6,8 +6,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from eventtrain import subscribers as subs
-from eventtrain.subscribers.alarm import Alarm
-from eventtrain.subscribers.alarms import Alarms
+from eventtrain.subscribers.alerts.alarm import Alarm
+from eventtrain.subscribers.alerts.alert_state import Alarms
 
 LOOKS = st.lists(st.tuples(st.booleans(), st.integers(1, 3), st.integers(0, 3)), max_size=60)
 """Whether it is bad, and how many steps and seconds after the look before."""

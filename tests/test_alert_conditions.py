@@ -12,9 +12,9 @@ from hypothesis import strategies as st
 
 import eventtrain as et
 from eventtrain import subscribers as subs
-from eventtrain.subscribers.alarms import MetricAlarms, RuleState
-from eventtrain.subscribers.alert_conditions import Condition, condition_of
-from eventtrain.subscribers.alert_metric_rules import MetricRule
+from eventtrain.subscribers.alerts.alert_state import MetricAlarms, RuleState
+from eventtrain.subscribers.alerts.conditions import Condition, condition_of
+from eventtrain.subscribers.alerts.metric_rules import MetricRule
 
 VALUES = st.lists(
     st.one_of(st.floats(-9, 9, width=32), st.sampled_from([math.nan, math.inf, -math.inf, 0.0, 1.0])),

@@ -25,9 +25,9 @@ from pydantic import SecretStr
 
 import eventtrain as et
 from eventtrain import subscribers as subs
-from eventtrain.subscribers import alert_targets
-from eventtrain.subscribers.alert_message import Message
-from eventtrain.subscribers.apprise_target import AppriseTarget
+from eventtrain.subscribers.alerts import transports as alert_targets
+from eventtrain.subscribers.alerts.apprise_transport import AppriseTarget
+from eventtrain.subscribers.alerts.message import Message
 
 # Apprise's mail plugin looks for it on Python below 3.13.
 pytestmark = pytest.mark.filterwarnings("ignore:'imghdr' is deprecated:DeprecationWarning")
@@ -502,8 +502,8 @@ FIRST = """
 import logging, sys, httpx
 from pydantic import SecretStr
 from eventtrain import AlertRaised
-from eventtrain.subscribers.alert_message import Message
-from eventtrain.subscribers.webhook import Webhook
+from eventtrain.subscribers.alerts.message import Message
+from eventtrain.subscribers.alerts.webhook import Webhook
 
 logging.basicConfig(level=logging.DEBUG, stream=sys.stdout)
 alert = AlertRaised(run_id="r", seq=1, step=1, name="n", severity="info", message="m")

@@ -13,10 +13,11 @@ from typing import Any
 import pytest
 
 import eventtrain as et
-from eventtrain.subscribers import alert_sender, appended_file
-from eventtrain.subscribers.alert_message import Message, NotDelivered
-from eventtrain.subscribers.alert_sender import Sender, SendOptions, finish, give_up
-from eventtrain.subscribers.dead_letters import DeadLetters
+from eventtrain.subscribers._shared import appended_file
+from eventtrain.subscribers.alerts import sender as alert_sender
+from eventtrain.subscribers.alerts.message import Message, NotDelivered
+from eventtrain.subscribers.alerts.sender import Sender, SendOptions, finish, give_up
+from eventtrain.subscribers.alerts.undelivered import DeadLetters
 
 SECRET = "s3cr3t-t0ken"
 

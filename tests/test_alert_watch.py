@@ -19,7 +19,7 @@ from alert_servers import Target, serving
 
 import eventtrain as et
 from eventtrain import subscribers as subs
-from eventtrain.subscribers.alert_watch import Deadline, LowDisk, SlowSubscriber, Stall, Watch
+from eventtrain.subscribers.alerts.watchers import Deadline, LowDisk, SlowSubscriber, Stall, Watch
 
 
 @dataclass

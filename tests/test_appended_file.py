@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 
-from eventtrain.subscribers import appended_file
-from eventtrain.subscribers.appended_file import AppendedFile
+from eventtrain.subscribers._shared import appended_file
+from eventtrain.subscribers._shared.appended_file import AppendedFile
 
 
 class Disk:

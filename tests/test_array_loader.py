@@ -6,7 +6,7 @@ import jax
 import numpy as np
 import pytest
 
-from eventtrain.array_loader import ArrayLoader
+from eventtrain.data.array_loader import ArrayLoader
 from eventtrain.errors import ConfigurationError, DataError
 
 ARRAYS = {"x": np.arange(20.0).reshape(10, 2), "y": (np.arange(10), np.arange(10) * 2)}

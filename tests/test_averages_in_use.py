@@ -23,7 +23,7 @@ from models import OPTIMISER, batches, eval_fn, loss_fn, make_trainer, new_state
 
 import eventtrain as et
 from eventtrain.device.extensions import Use
-from eventtrain.device.stand_in import StandIn
+from eventtrain.device.params_override import StandIn
 
 DATA, VALIDATION = batches(6), batches(2)
 USES: tuple[Use, ...] = get_args(Use)

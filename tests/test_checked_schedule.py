@@ -14,7 +14,7 @@ import pytest
 from test_schedules import SCHEDULES
 
 from eventtrain.errors import ConfigurationError, HyperparamError
-from eventtrain.subscribers.checked_schedule import CheckedSchedule, takes_value
+from eventtrain.subscribers.policies.checked_schedule import CheckedSchedule, takes_value
 
 
 def in_the_optimiser(schedule: Any, steps: int) -> list[np.float32]:

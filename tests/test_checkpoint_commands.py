@@ -10,8 +10,8 @@ from models import batches, new_state, step_fn
 from typer.testing import CliRunner
 
 import eventtrain as et
-from eventtrain import cli
 from eventtrain import subscribers as subs
+from eventtrain.cli import main as cli
 
 runner = CliRunner()
 

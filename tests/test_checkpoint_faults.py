@@ -18,9 +18,10 @@ from models import batches, make_trainer, record
 
 import eventtrain as et
 from eventtrain import subscribers as subs
-from eventtrain.subscribers import checkpoint_store, disk
-from eventtrain.subscribers.checkpoint_folder import committed_in
-from eventtrain.subscribers.retention import Retention
+from eventtrain.subscribers._shared import disk
+from eventtrain.subscribers.checkpointing import store as checkpoint_store
+from eventtrain.subscribers.checkpointing.directory import committed_in
+from eventtrain.subscribers.checkpointing.retention import Retention
 
 CALLS = ("make_folder", "write_text", "sync", "rename", "remove")
 

@@ -11,8 +11,9 @@ from pathlib import Path
 import pytest
 from claims import Writing
 
-from eventtrain.subscribers import checkpoint_folder, disk
-from eventtrain.subscribers.checkpoint_folder import (
+from eventtrain.subscribers._shared import disk
+from eventtrain.subscribers.checkpointing import directory as checkpoint_folder
+from eventtrain.subscribers.checkpointing.directory import (
     FOREIGN_AGE_S,
     THIS_PROCESS,
     committed_in,

@@ -18,8 +18,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import eventtrain as et
-from eventtrain.bus.cut import Share
-from eventtrain.subscribers.checkpoint_layout import (
+from eventtrain.bus.barrier import Share
+from eventtrain.subscribers.checkpointing.manifest import (
     MANIFEST,
     SavedArray,
     checksum,

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import eventtrain as et
-from eventtrain.subscribers.checkpoint_names import check_template, checked_name, fill_template
+from eventtrain.subscribers.checkpointing.naming import check_template, checked_name, fill_template
 
 
 @pytest.mark.parametrize(

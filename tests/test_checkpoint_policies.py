@@ -20,8 +20,8 @@ import eventtrain as et
 from eventtrain import subscribers as subs
 from eventtrain.device import snapshot as snapshot_module
 from eventtrain.device.snapshot import Snapshot
-from eventtrain.subscribers import checkpoint_writer
-from eventtrain.subscribers.checkpoint_store import CheckpointStore
+from eventtrain.subscribers.checkpointing import writer as checkpoint_writer
+from eventtrain.subscribers.checkpointing.store import CheckpointStore
 
 
 def losing(losses: list[float], steps: int = 2, **options: Any) -> et.Trainer:

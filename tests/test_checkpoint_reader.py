@@ -18,8 +18,8 @@ from models import batches, make_trainer, record
 
 import eventtrain as et
 from eventtrain import subscribers as subs
-from eventtrain.subscribers.checkpoint_layout import MANIFEST
-from eventtrain.subscribers.checkpoint_reader import find_checkpoint
+from eventtrain.subscribers.checkpointing.manifest import MANIFEST
+from eventtrain.subscribers.checkpointing.reader import find_checkpoint
 
 
 @pytest.fixture

@@ -16,7 +16,10 @@ import pytest
 
 import eventtrain as et
 from eventtrain import subscribers as subs
-from eventtrain.subscribers import checkpoint_folder, checkpoint_store, checkpoint_writer, disk
+from eventtrain.subscribers._shared import disk
+from eventtrain.subscribers.checkpointing import directory as checkpoint_folder
+from eventtrain.subscribers.checkpointing import store as checkpoint_store
+from eventtrain.subscribers.checkpointing import writer as checkpoint_writer
 
 optimiser = optax.inject_hyperparams(optax.adam)(learning_rate=0.125)
 

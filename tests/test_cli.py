@@ -15,7 +15,7 @@ from conftest import python_path
 from typer.testing import CliRunner
 
 import eventtrain as et
-from eventtrain import cli
+from eventtrain.cli import main as cli
 from eventtrain.config.load import run_json_schema
 
 runner = CliRunner()
@@ -128,7 +128,7 @@ def test_options_of_the_command_line_count_more_than_the_file(
 
 
 def test_a_progress_bar_of_the_file_is_the_only_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("eventtrain.trainer.shows_progress", lambda: True)
+    monkeypatch.setattr("eventtrain.trainer.trainer.shows_progress", lambda: True)
     bar = '[[subscribers]]\ntype = "progress_bar"\n'
     for config, lines in ((CONFIG, 2), (CONFIG + bar, 2)):
         result = runner.invoke(cli.app, in_folder(tmp_path, config=config))

@@ -6,8 +6,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import TypeAdapter, ValidationError
 
-from eventtrain import commands, errors
-from eventtrain.frozen import snake_case
+from eventtrain import errors
+from eventtrain.events import commands
+from eventtrain.events.models import snake_case
 
 COMMANDS = [
     commands.SetHyperparam(name="learning_rate", value=0.5, path="inner", due=3, reason="why"),

@@ -26,7 +26,7 @@ from eventtrain.config import read
 from eventtrain.config.load import load_run, run_json_schema
 from eventtrain.config.model import build
 from eventtrain.config.names import subscriber_type, type_names
-from eventtrain.frozen import snake_case
+from eventtrain.events.models import snake_case
 
 if TYPE_CHECKING:
     from decimal import Decimal

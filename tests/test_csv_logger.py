@@ -26,9 +26,9 @@ from test_step_table import EXTREMES, NAMES, make_window
 
 import eventtrain as et
 from eventtrain import subscribers as subs
-from eventtrain.subscribers import csv_file
-from eventtrain.subscribers.csv_file import CSVFile, CSVRows
-from eventtrain.subscribers.waiting_rows import WaitingRows
+from eventtrain.subscribers.loggers import csv_file
+from eventtrain.subscribers.loggers.csv_file import CSVFile, CSVRows
+from eventtrain.subscribers.loggers.row_buffer import WaitingRows
 
 
 def read(path: Path, separator: str = ",") -> list[dict[str, str]]:
@@ -191,8 +191,8 @@ def test_a_process_killed_while_it_widens_leaves_every_row(tmp_path: Path) -> No
 import os, signal, sys
 from pathlib import Path
 import numpy as np
-from eventtrain.subscribers.csv_file import CSVFile, CSVRows
-from eventtrain.subscribers.waiting_rows import WaitingRows
+from eventtrain.subscribers.loggers.csv_file import CSVFile, CSVRows
+from eventtrain.subscribers.loggers.row_buffer import WaitingRows
 file = CSVFile(Path(sys.argv[1]), WaitingRows(), separator=",", own=("step",), fsync=False)
 file.prepare()
 for n in range(10):

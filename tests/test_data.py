@@ -6,8 +6,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from eventtrain.array_loader import ArrayLoader
-from eventtrain.data import epoch_batches, on_device
+from eventtrain.data.array_loader import ArrayLoader
+from eventtrain.data.sources import epoch_batches, on_device
 from eventtrain.errors import DataError
 
 

@@ -15,7 +15,7 @@ import pytest
 import eventtrain as et
 from benchmarks.campaigns import delayed_writer
 from eventtrain import subscribers as subs
-from eventtrain.subscribers import disk
+from eventtrain.subscribers._shared import disk
 
 SHAPE = (70_001,)
 """Of a state that nothing else in this process is like."""

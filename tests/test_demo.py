@@ -12,9 +12,9 @@ from PIL import Image
 from rich.console import Console
 
 import eventtrain as et
-from eventtrain import demo, digits
 from eventtrain import subscribers as subs
-from eventtrain.commands import ScaleHyperparam
+from eventtrain.cli import demo, digits
+from eventtrain.events.commands import ScaleHyperparam
 
 
 @pytest.mark.slow

@@ -19,7 +19,9 @@ from models import batches, make_trainer, record
 
 import eventtrain as et
 from eventtrain import subscribers as subs
-from eventtrain.subscribers import device_stats, gpu_readings, host_readings
+from eventtrain.subscribers.monitoring import device_stats
+from eventtrain.subscribers.monitoring import gpu_metrics as gpu_readings
+from eventtrain.subscribers.monitoring import host_metrics as host_readings
 
 
 def with_stats(tmp_path: Path, every_s: float = 60.0) -> tuple[et.Trainer, list[Any]]:

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from jax_compilations import COMPILATIONS
 
-from eventtrain.device.evaluate import CompiledEval, CompiledPredict
+from eventtrain.device.compiled_eval import CompiledEval, CompiledPredict
 from eventtrain.device.state import copy_leaves, place, split_state
 from eventtrain.errors import DataError, MetricsError, StateError, StepError
 
@@ -135,7 +135,7 @@ def test_evaluation_of_a_sharded_state_works_unchanged(run_on_devices: Any) -> N
         from jax.sharding import AxisType, NamedSharding
         from jax.sharding import PartitionSpec as P
 
-        from eventtrain.device.evaluate import CompiledEval, CompiledPredict
+        from eventtrain.device.compiled_eval import CompiledEval, CompiledPredict
         from eventtrain.device.state import copy_leaves, place, split_state
 
         for axes in (AxisType.Auto, AxisType.Explicit):

@@ -15,9 +15,8 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 
 import eventtrain as et
-from eventtrain import commands
-from eventtrain.events import BUILT_IN, LOOP_EVENTS, TRAINING_SEQUENCE
-from eventtrain.frozen import FrozenDict, copies, snake_case
+from eventtrain.events import BUILT_IN, LOOP_EVENTS, TRAINING_SEQUENCE, commands
+from eventtrain.events.models import FrozenDict, copies, snake_case
 
 FLOATS = st.floats() | st.sampled_from([float("nan"), float("inf"), float("-inf"), -0.0])
 NUMBERS = st.booleans() | st.integers(-(2**63), 2**64 - 1) | FLOATS

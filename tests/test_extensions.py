@@ -16,10 +16,10 @@ from hypothesis import strategies as st
 from jax import lax
 
 import eventtrain as et
-from eventtrain.device import averaging
+from eventtrain.device import weight_averaging as averaging
+from eventtrain.device.compiled_step import CompiledStep
 from eventtrain.device.extensions import StepExtension
 from eventtrain.device.state import copy_leaves, place, split_state
-from eventtrain.device.step import CompiledStep
 from eventtrain.errors import ConfigurationError
 
 

@@ -10,8 +10,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from eventtrain.device.fetch import Columns, Fetcher, Ring
-from eventtrain.device.metrics import MetricLayout
+from eventtrain.device.fetcher import Columns, Fetcher, Ring
+from eventtrain.device.metric_codec import MetricLayout
 
 LAYOUT = MetricLayout.of({"n": jnp.int32(0)}, "step_fn")
 

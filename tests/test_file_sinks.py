@@ -24,7 +24,9 @@ from test_step_table import make_window
 
 import eventtrain as et
 from eventtrain import subscribers as subs
-from eventtrain.subscribers import appended_file, group_commit, parquet_parts, row_file
+from eventtrain.subscribers._shared import appended_file
+from eventtrain.subscribers.loggers import group_commit, row_file
+from eventtrain.subscribers.loggers import parquet_files as parquet_parts
 
 
 def jsonl_steps(path: Path) -> list[int]:

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 import eventtrain as et
-from eventtrain.subscribers.filenames import file_path, inside_run_dir
+from eventtrain.subscribers._shared.paths import file_path, inside_run_dir
 
 RUN_DIR = Path("somewhere/run")
 

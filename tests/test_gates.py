@@ -8,7 +8,7 @@ import pytest
 
 from eventtrain.bus.bus import EventBus
 from eventtrain.events import EpochCompleted, EvalStepCompleted, RunStarted, StepCompleted, StepStarted
-from eventtrain.gates import NEVER, Gates
+from eventtrain.loop.lag_gates import NEVER, Gates
 
 
 async def decide(event: Any) -> None: ...

@@ -15,7 +15,7 @@ from saved_in_memory import MemoryCheckpointer
 
 import eventtrain as et
 from eventtrain import subscribers as subs
-from eventtrain.subscribers.columns import Columns
+from eventtrain.subscribers.loggers.columns import Columns
 from eventtrain.testing import RecordingSubscriber, ScriptedStep
 
 

@@ -21,10 +21,11 @@ import pytest
 
 import eventtrain as et
 from eventtrain import subscribers as subs
-from eventtrain.subscribers import appended_file, group_commit
-from eventtrain.subscribers.jsonl_logger import render
-from eventtrain.subscribers.row_file import RowFile
-from eventtrain.subscribers.waiting_rows import WaitingRows
+from eventtrain.subscribers._shared import appended_file
+from eventtrain.subscribers.loggers import group_commit
+from eventtrain.subscribers.loggers.jsonl_logger import render
+from eventtrain.subscribers.loggers.row_buffer import WaitingRows
+from eventtrain.subscribers.loggers.row_file import RowFile
 
 
 def make_trainer(run_dir: Path, *subscribers: et.Subscriber, **options: Any) -> et.Trainer:

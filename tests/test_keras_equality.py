@@ -23,7 +23,7 @@ from benchmarks.keras_equality import ours, reference
 from benchmarks.keras_equality.cases import CHARACTERS, SETS, Case, Policy, PolicyName, make_case
 from benchmarks.keras_equality.record import Record
 from eventtrain import subscribers as subs
-from eventtrain.subscribers.monitor import make_goal
+from eventtrain.subscribers._shared.metric_goal import make_goal
 
 FIRST_SEED, CASES, CHUNK = 2_000_000, 200, 40
 """Other seeds than those of the campaign and of its slice in CI."""

@@ -355,7 +355,7 @@ def test_the_device_having_no_room_for_a_snapshot_is_said_and_training_goes_on(t
     async def ask(event: et.StepCompleted, control: et.Control) -> None:
         control.snapshot("too big")
 
-    from eventtrain.device.step import CompiledStep
+    from eventtrain.device.compiled_step import CompiledStep
 
     real = CompiledStep._call_keeping
     calls: list[int] = []

@@ -11,7 +11,7 @@ from jax_compilations import COMPILATIONS
 from models import batches, make_trainer
 
 import eventtrain as et
-from eventtrain.loop_statistics import LoopClock
+from eventtrain.control.loop_statistics import LoopClock
 
 
 class Looker(et.Subscriber):

@@ -17,7 +17,7 @@ from saved_in_memory import MemoryCheckpointer
 
 import eventtrain as et
 from eventtrain import subscribers as subs
-from eventtrain.subscribers.lr_finder import LRFinderState
+from eventtrain.subscribers.policies.lr_finder import LRFinderState
 from eventtrain.testing import RecordingSubscriber
 
 SEEN = et.StepCompleted | et.HyperparamChanged | et.CheckpointRestored | et.SnapshotTaken | et.RunCompleted

@@ -5,7 +5,7 @@ from time import perf_counter, thread_time
 import anyio
 import pytest
 
-from eventtrain.bus.meter import Meter, metered
+from eventtrain.bus.handler_cost import Meter, metered
 
 
 def burn(duration_s: float) -> None:

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from jax_compilations import x64
 
-from eventtrain.device.metrics import MetricLayout
+from eventtrain.device.metric_codec import MetricLayout
 from eventtrain.errors import MetricsError
 
 INTEGERS = ["int4", "uint4", "int8", "uint8", "int16", "uint16", "int32", "uint32"]

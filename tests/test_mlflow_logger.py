@@ -24,13 +24,13 @@ from saved_in_memory import MemoryCheckpointer
 
 import eventtrain as et
 from eventtrain import subscribers as subs
-from eventtrain.subscribers import mlflow_logger
-from eventtrain.subscribers.tracker_thread import TrackerThread
+from eventtrain.subscribers.trackers import mlflow_logger
+from eventtrain.subscribers.trackers.tracker_thread import TrackerThread
 from eventtrain.testing import ScriptedStep
 
 mlflow = pytest.importorskip("mlflow", reason="MLflow is not installed: pip install 'eventtrain[mlflow]'")
-from eventtrain.subscribers.mlflow_access import KEY_LIMIT, Keys, key_for  # noqa: E402
-from eventtrain.subscribers.mlflow_run import MLflowRun  # noqa: E402
+from eventtrain.subscribers.trackers.mlflow_client import KEY_LIMIT, Keys, key_for  # noqa: E402
+from eventtrain.subscribers.trackers.mlflow_run import MLflowRun  # noqa: E402
 
 # MLflow itself, when it first maps its tables.
 pytestmark = pytest.mark.filterwarnings("ignore:The ``noload`` loader strategy:DeprecationWarning")
@@ -274,7 +274,7 @@ KILLED = """
     import numpy as np, jax.numpy as jnp
     import eventtrain as et
     from eventtrain import subscribers as subs
-    from eventtrain.subscribers import mlflow_logger
+    from eventtrain.subscribers.trackers import mlflow_logger
 
     uri, experiment, run_dir, kill = sys.argv[1], sys.argv[2], sys.argv[3], sys.argv[4] == "kill"
     logger = subs.MLflowLogger(uri, experiment=experiment, every=1)

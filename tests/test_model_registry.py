@@ -18,10 +18,11 @@ import pytest
 
 import eventtrain as et
 from eventtrain import subscribers as subs
-from eventtrain.subscribers import disk, model_registry
+from eventtrain.subscribers._shared import disk
+from eventtrain.subscribers.trackers import model_registry
 
 mlflow = pytest.importorskip("mlflow", reason="MLflow is not installed: pip install 'eventtrain[mlflow]'")
-from eventtrain.subscribers.mlflow_registry import MLflowRegistry  # noqa: E402
+from eventtrain.subscribers.trackers.mlflow_registry import MLflowRegistry  # noqa: E402
 
 # MLflow itself, when it first maps its tables.
 pytestmark = pytest.mark.filterwarnings("ignore:The ``noload`` loader strategy:DeprecationWarning")

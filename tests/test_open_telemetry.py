@@ -19,7 +19,7 @@ from tracked_runs import ODD
 
 import eventtrain as et
 from eventtrain import subscribers as subs
-from eventtrain.subscribers import open_telemetry
+from eventtrain.subscribers.trackers import opentelemetry as open_telemetry
 from eventtrain.testing import ScriptedStep
 
 pytest.importorskip("opentelemetry.sdk", reason="OpenTelemetry's SDK is not installed")
@@ -118,7 +118,7 @@ def test_run_epochs_evaluations_and_checkpoints_are_spans_with_the_right_parents
     assert sorted((span.name, parent_of(span, spans)) for span in spans) == sorted(
         [("eventtrain.run", None)]
         + [("eventtrain.epoch", "eventtrain.run")] * 2
-        + [("eventtrain.evaluation", "eventtrain.epoch")] * 2
+        + [("eventtrain.loop.evaluation", "eventtrain.epoch")] * 2
         + [("eventtrain.checkpoint", "eventtrain.run")] * 2
     )
     by_id = {span.context.span_id: span for span in spans}
@@ -285,7 +285,7 @@ def test_a_run_that_fails_has_the_status_of_an_error_and_so_has_a_checkpoint(
     def refuse(path: Path, name: Path) -> None:
         raise OSError("no room")
 
-    monkeypatch.setattr("eventtrain.subscribers.disk.rename", refuse)
+    monkeypatch.setattr("eventtrain.subscribers._shared.disk.rename", refuse)
 
     def breaking() -> Iterator[Any]:
         yield np.float32(1)
@@ -405,7 +405,7 @@ async def test_events_that_nobody_announced_are_spans_all_the_same(telemetry: Te
     recorder.close()
     durations = {span.name: (span.end_time - span.start_time) / 1e9 for span in telemetry.spans()}
     assert durations["eventtrain.epoch"] == pytest.approx(2)
-    assert durations["eventtrain.evaluation"] == pytest.approx(3)
+    assert durations["eventtrain.loop.evaluation"] == pytest.approx(3)
     assert {round(s.end_time - s.start_time, -6) for s in telemetry.spans("checkpoint")} == {0, 4e9}
 
 

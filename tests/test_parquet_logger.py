@@ -20,10 +20,11 @@ from test_step_table import EXTREMES, NAMES, make_window
 
 import eventtrain as et
 from eventtrain import subscribers as subs
-from eventtrain.subscribers import parquet_logger, parquet_parts
-from eventtrain.subscribers.parquet_parts import ParquetParts
-from eventtrain.subscribers.step_table import StepTable
-from eventtrain.subscribers.waiting_rows import WaitingRows
+from eventtrain.subscribers._shared.step_table import StepTable
+from eventtrain.subscribers.loggers import parquet_files as parquet_parts
+from eventtrain.subscribers.loggers import parquet_logger
+from eventtrain.subscribers.loggers.parquet_files import ParquetParts
+from eventtrain.subscribers.loggers.row_buffer import WaitingRows
 
 
 def context(run_dir: Path, **changes: Any) -> et.RunContext:

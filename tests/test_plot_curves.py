@@ -24,9 +24,11 @@ from saved_in_memory import MemoryCheckpointer
 
 import eventtrain as et
 from eventtrain import subscribers as subs
-from eventtrain.subscribers import curves, plot_curves, whole_file
-from eventtrain.subscribers.series import NAMES_KEPT, RunSeries
-from eventtrain.subscribers.thinned import Thinned
+from eventtrain.subscribers._shared import atomic_files as whole_file
+from eventtrain.subscribers.reports import plot_curves
+from eventtrain.subscribers.reports import plotting as curves
+from eventtrain.subscribers.reports.downsampling import Thinned
+from eventtrain.subscribers.reports.run_series import NAMES_KEPT, RunSeries
 from eventtrain.testing import RecordingSubscriber, ScriptedStep
 
 pytestmark = pytest.mark.filterwarnings("error")
@@ -469,7 +471,7 @@ def test_without_matplotlib_it_names_the_extra(monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr(plot_curves, "curves", None)
     with pytest.raises(et.ConfigurationError, match=r"pip install 'eventtrain\[plots\]'"):
         subs.PlotCurves()
-    assert "eventtrain.subscribers.curves" in sys.modules
+    assert "eventtrain.subscribers.reports.plotting" in sys.modules
 
 
 async def test_it_is_drawn_on_every_event_loop_without_blocking_it(tmp_path: Path) -> None:

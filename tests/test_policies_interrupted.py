@@ -18,7 +18,7 @@ import pytest
 import eventtrain as et
 from benchmarks.campaigns.determinism import BAD_STEP, OPTIMISER, batches, eval_fn, step_fn
 from eventtrain import subscribers as subs
-from eventtrain.subscriber import event_routes
+from eventtrain.subscribers.base import event_routes
 from eventtrain.testing import RecordingSubscriber
 
 EPOCHS, STEPS_PER_EPOCH = 6, 10

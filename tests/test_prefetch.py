@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 from jax_compilations import x64
 
+from eventtrain.data.prefetch import BatchGroup, Prefetcher
 from eventtrain.errors import ConfigurationError, DataError
-from eventtrain.prefetch import BatchGroup, Prefetcher
 
 
 class Consumer:
@@ -200,7 +200,7 @@ def test_numpy_batches_are_replicated_over_the_mesh(run_on_devices: Any) -> None
         from jax.sharding import AxisType, NamedSharding
         from jax.sharding import PartitionSpec as P
 
-        from eventtrain.prefetch import Prefetcher
+        from eventtrain.data.prefetch import Prefetcher
 
         mesh = jax.make_mesh((8,), ("data",), axis_types=(AxisType.Auto,))
         everywhere, spread = NamedSharding(mesh, P()), NamedSharding(mesh, P("data"))

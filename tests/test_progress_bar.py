@@ -20,8 +20,15 @@ from rich.console import Console
 
 import eventtrain as et
 from eventtrain import subscribers as subs
-from eventtrain.progress_display import RunDisplay, Shown, can_redraw, fitted, shows_progress, texts
-from eventtrain.progress_table import Summary
+from eventtrain.subscribers.progress.display import (
+    RunDisplay,
+    Shown,
+    can_redraw,
+    fitted,
+    shows_progress,
+    texts,
+)
+from eventtrain.subscribers.progress.summary_table import Summary
 
 
 def make_trainer(tmp_path: Path, bar: et.Subscriber) -> et.Trainer:
@@ -98,7 +105,7 @@ def test_a_terminal_that_takes_nothing_delays_no_step(tmp_path: Path) -> None:
 
 
 def test_it_is_the_same_class_everywhere() -> None:
-    from eventtrain.progress import ProgressBar
+    from eventtrain.subscribers.progress.progress_bar import ProgressBar
 
     assert subs.ProgressBar is ProgressBar
     assert {"Alerts", "Checkpointer", "EarlyStopping", "JSONLLogger", "ReduceLROnPlateau"} <= set(dir(subs))

@@ -21,7 +21,7 @@ from saved_in_memory import MemoryCheckpointer
 
 import eventtrain as et
 from eventtrain import subscribers as subs
-from eventtrain.subscribers import prometheus_exporter
+from eventtrain.subscribers.trackers import prometheus_exporter
 from eventtrain.testing import ScriptedStep
 
 pytest.importorskip("prometheus_client", reason="it is not installed: pip install 'eventtrain[prometheus]'")
@@ -329,7 +329,7 @@ async def test_clients_that_hang_hold_up_neither_others_nor_the_end(
 
 
 async def test_a_client_that_says_nothing_is_left(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("eventtrain.subscribers.prometheus_http._Handler.timeout", 0.05)
+    monkeypatch.setattr("eventtrain.subscribers.trackers.prometheus_server._Handler.timeout", 0.05)
     exporter = subs.PrometheusExporter(0)
     control: Any = type("Control", (), {"hyperparams": {}})()
     await exporter.start(et.RunContext("run", tmp_path, control, lambda event: None))

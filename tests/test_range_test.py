@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from eventtrain.subscribers.range_test import RangeTest
+from eventtrain.subscribers.policies.range_test import RangeTest
 
 
 def test_the_rates_are_evenly_spaced_logarithms() -> None:

@@ -30,12 +30,14 @@ from saved_in_memory import MemoryCheckpointer
 
 import eventtrain as et
 from eventtrain import subscribers as subs
-from eventtrain.commands import ScaleHyperparam, TakeSnapshot
-from eventtrain.subscribers import report, report_facts, whole_file
-from eventtrain.subscribers.report_content import bars, number
-from eventtrain.subscribers.report_facts import ReportFacts, duration_text, size_text
-from eventtrain.subscribers.report_markdown import escaped
-from eventtrain.subscribers.thinned import Thinned
+from eventtrain.events.commands import ScaleHyperparam, TakeSnapshot
+from eventtrain.subscribers._shared import atomic_files as whole_file
+from eventtrain.subscribers.reports import report
+from eventtrain.subscribers.reports import run_summary as report_facts
+from eventtrain.subscribers.reports.downsampling import Thinned
+from eventtrain.subscribers.reports.markdown import escaped
+from eventtrain.subscribers.reports.run_summary import ReportFacts, duration_text, size_text
+from eventtrain.subscribers.reports.sections import bars, number
 from eventtrain.testing import RecordingSubscriber, ScriptedStep
 
 pytestmark = pytest.mark.filterwarnings("error")

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from eventtrain.subscribers.retention import Kept, Retention
+from eventtrain.subscribers.checkpointing.retention import Kept, Retention
 
 values = st.none() | st.floats(allow_nan=True, allow_infinity=True, width=16)
 checkpoints = st.lists(

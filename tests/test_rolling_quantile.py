@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from eventtrain.subscribers.rolling_quantile import RollingQuantile
+from eventtrain.subscribers._shared.rolling_quantile import RollingQuantile
 
 VALUES = st.one_of(
     st.floats(allow_nan=False, allow_infinity=False, width=32),

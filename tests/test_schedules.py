@@ -12,7 +12,7 @@ import pytest
 from pydantic import BaseModel, ValidationError
 
 from eventtrain.errors import ConfigurationError
-from eventtrain.subscribers.schedules import NAMES, Schedule, build_schedule
+from eventtrain.subscribers.policies.schedules import NAMES, Schedule, build_schedule
 
 # name -> (a schedule of optax, the same as a file says it)
 SCHEDULES: dict[str, tuple[Any, str]] = {

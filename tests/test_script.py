@@ -12,7 +12,7 @@ from types import ModuleType
 import pytest
 
 import eventtrain as et
-from eventtrain.script import imported, passed_through, prepare
+from eventtrain.cli.script import imported, passed_through, prepare
 from eventtrain.subscribers import EarlyStopping
 
 TRAINER = """
@@ -152,7 +152,7 @@ def test_worker_processes_find_the_functions_of_a_script(tmp_path) -> None:
         "    with multiprocessing.get_context('spawn').Pool(1) as pool:\n"
         "        return sum(pool.map(square, [1, 2, 3]))\n"
     )
-    main = "import sys; from pathlib import Path; from eventtrain.script import imported\n"
+    main = "import sys; from pathlib import Path; from eventtrain.cli.script import imported\n"
     main += (
         "if __name__ == '__main__':\n    with imported(Path(sys.argv[1])) as module: print(module.total())\n"
     )

@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 
 from eventtrain.device import snapshot as module
+from eventtrain.device.compiled_step import CompiledStep
 from eventtrain.device.snapshot import HostKey, Snapshot
 from eventtrain.device.state import copy_leaves, place, split_state
-from eventtrain.device.step import CompiledStep
 from eventtrain.errors import SnapshotError
 
 STATE = {"w": jnp.arange(6.0).reshape(2, 3), "f": jax.nn.relu, "key": jax.random.key(5), "n": jnp.int32(4)}

@@ -12,12 +12,12 @@ import optax
 import pytest
 from jax_compilations import COMPILATIONS, x64
 
-from eventtrain.device.averaging import EMA
+from eventtrain.device.compiled_step import Carry, CompiledStep
 from eventtrain.device.extensions import StepExtension
-from eventtrain.device.fetch import Ring
+from eventtrain.device.fetcher import Ring
 from eventtrain.device.hyperparams import find_hyperparams, write
 from eventtrain.device.state import copy_leaves, place, split_state
-from eventtrain.device.step import Carry, CompiledStep
+from eventtrain.device.weight_averaging import EMA
 from eventtrain.errors import (
     ConfigurationError,
     DataError,
@@ -310,7 +310,7 @@ def test_no_room_for_a_snapshot_is_said_and_leaves_the_state_usable(
         step.close()
         monkeypatch.setattr(step._executables.current, "keeping", full)
     else:
-        monkeypatch.setattr("eventtrain.device.step.copy_leaves", full)
+        monkeypatch.setattr("eventtrain.device.compiled_step.copy_leaves", full)
     with pytest.raises(SnapshotError, match=r"no memory for a second state of \d+ bytes"):
         step(carry, batches(1)[0], keep=True)
     step(carry, batches(1)[0])
@@ -591,9 +591,9 @@ def test_sharded_states_and_batches_work_unchanged(run_on_devices: Any) -> None:
         from jax.sharding import AxisType, NamedSharding
         from jax.sharding import PartitionSpec as P
 
-        from eventtrain.device.averaging import EMA
+        from eventtrain.device.compiled_step import CompiledStep
         from eventtrain.device.state import copy_leaves, place, split_state
-        from eventtrain.device.step import CompiledStep
+        from eventtrain.device.weight_averaging import EMA
 
         def train(state, batch):
             def loss_of(w):
@@ -681,9 +681,9 @@ def test_explicit_mesh_axes_keep_each_leaf_where_it_was(run_on_devices: Any) -> 
         from jax.sharding import AxisType, NamedSharding
         from jax.sharding import PartitionSpec as P
 
-        from eventtrain.device.averaging import EMA
+        from eventtrain.device.compiled_step import CompiledStep
         from eventtrain.device.state import copy_leaves, place, split_state
-        from eventtrain.device.step import CompiledStep
+        from eventtrain.device.weight_averaging import EMA
 
         mesh = jax.make_mesh((8,), ("data",), axis_types=(AxisType.Explicit,))
 

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import eventtrain as et
-from eventtrain.subscribers.step_table import StepTable, json_lines
+from eventtrain.subscribers._shared.step_table import StepTable, json_lines
 
 WHEN = datetime(2026, 1, 2, 3, 4, 5, 678901, UTC)
 NAMES = ["loss", "a,b", 'say "x"', "line\nbreak", "größe 损失", "back\\slash", "%s {0}", "", "step", "\t"]

@@ -20,8 +20,8 @@ from models import batches, make_trainer, record
 
 import eventtrain as et
 from eventtrain import subscribers as subs
-from eventtrain.loop_statistics import LoopStatistics
-from eventtrain.subscribers.weighted_quantiles import weighted_quantiles
+from eventtrain.control.loop_statistics import LoopStatistics
+from eventtrain.subscribers._shared.weighted_quantiles import weighted_quantiles
 
 
 def figures(tmp_path: Path, timer: et.Subscriber, data: Any, epochs: int = 1, **options: Any) -> list[Any]:

@@ -10,9 +10,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from eventtrain.bus.bus import EventBus, EventSeries
-from eventtrain.device.fetch import Columns
+from eventtrain.device.fetcher import Columns
 from eventtrain.events import EpochStarted, HyperparamChanged, StepCompleted
-from eventtrain.stream import EpochEnd, Narrator, RunningMeans, TrainWindow
+from eventtrain.loop.event_builder import EpochEnd, Narrator, RunningMeans, TrainWindow
 
 
 class Fed(EventBus):

@@ -39,7 +39,9 @@ accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_ac
 from tensorboardX.crc32c import crc32c  # noqa: E402
 from tensorboardX.proto.plugin_hparams_pb2 import HParamsPluginData  # noqa: E402
 
-from eventtrain.subscribers import appended_file, event_file, tensorboard_logger  # noqa: E402
+from eventtrain.subscribers._shared import appended_file  # noqa: E402
+from eventtrain.subscribers.trackers import tensorboard_file as event_file  # noqa: E402
+from eventtrain.subscribers.trackers import tensorboard_logger  # noqa: E402
 
 ALL = dict.fromkeys(("scalars", "histograms", "images", "tensors"), 0)
 """As many as there are."""
@@ -274,7 +276,7 @@ async def test_arrays_are_chosen_by_name_and_what_is_not_finite_is_counted(tmp_p
 def test_a_histogram_of_extreme_values_holds_each_of_them(values: list[float]) -> None:
     from tensorboard.compat.proto.event_pb2 import Event
 
-    from eventtrain.subscribers import tensorboard_events
+    from eventtrain.subscribers.trackers import tensorboard_records as tensorboard_events
 
     (record,) = tensorboard_events.histogram(window(1, 1), 1, "x", np.array(values))
     found = Event.FromString(record).summary.value[0].histo

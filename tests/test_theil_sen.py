@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from eventtrain.subscribers.theil_sen import TheilSen
+from eventtrain.subscribers.alerts.theil_sen import TheilSen
 
 VALUES = st.floats(-1e6, 1e6, allow_subnormal=False)
 

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from eventtrain.subscribers.thinned import BUCKETS, SavedThinned, Thinned
+from eventtrain.subscribers.reports.downsampling import BUCKETS, SavedThinned, Thinned
 
 
 def filled(values: np.ndarray, cuts: list[int] | None = None) -> Thinned:

@@ -28,10 +28,10 @@ from pydantic import ValidationError
 from typer.testing import CliRunner
 
 import eventtrain as et
-from eventtrain import cli
 from eventtrain import subscribers as subs
-from eventtrain.subscribers import uploads
-from eventtrain.subscribers.uploads import UploadedFile, UploadManifest
+from eventtrain.cli import main as cli
+from eventtrain.subscribers.remote import upload_manifest as uploads
+from eventtrain.subscribers.remote.upload_manifest import UploadedFile, UploadManifest
 
 pytest.importorskip("obstore", reason="obstore is not installed: pip install 'eventtrain[upload]'")
 import s3_door
@@ -345,7 +345,7 @@ async def test_a_server_that_fails_for_longer_than_a_request_is_asked_again_late
 
 def without_retries(monkeypatch: pytest.MonkeyPatch) -> None:
     """obstore's own are off, so that ours are counted."""
-    from eventtrain.subscribers import object_store
+    from eventtrain.subscribers.remote import object_store
 
     monkeypatch.setitem(object_store.REQUEST_RETRIES, "max_retries", 0)
 
@@ -520,7 +520,7 @@ async def test_half_a_checkpoint_is_never_copied_as_a_whole_one(
     trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """It is deleted between the listing of its files and their opening; another one of its name takes its place."""
-    from eventtrain.subscribers import local_file
+    from eventtrain.subscribers.remote import local_file
 
     folder = trained / "checkpoints" / "step-00000004"
     listing = local_file.files_in

@@ -7,7 +7,7 @@ import anyio.from_thread
 import anyio.to_thread
 import pytest
 
-from eventtrain.bus.wake import Answer, Doorbell, LoopThread, Signal
+from eventtrain.bus.wakeup import Answer, Doorbell, LoopThread, Signal
 
 
 async def test_no_ring_is_lost_however_the_threads_interleave(anyio_backend: object) -> None:

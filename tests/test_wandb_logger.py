@@ -38,7 +38,7 @@ from eventtrain import subscribers as subs
 os.environ.setdefault("WANDB_ERROR_REPORTING", "false")
 pytest.importorskip("wandb", reason="not installed: pip install 'eventtrain[wandb]'")
 
-from eventtrain.subscribers import wandb_files, wandb_logger, wandb_run
+from eventtrain.subscribers.trackers import wandb_files, wandb_logger, wandb_run
 
 KEY = "5ec7e75ec7e75ec7e75ec7e75ec7e75ec7e75ec7"
 """An API key as W&B has them."""

@@ -15,8 +15,8 @@ from alert_servers import Target, free_port, serving, silent_server
 from pydantic import SecretStr
 
 import eventtrain as et
-from eventtrain.subscribers.alert_message import Message, NotDelivered
-from eventtrain.subscribers.webhook import Webhook
+from eventtrain.subscribers.alerts.message import Message, NotDelivered
+from eventtrain.subscribers.alerts.webhook import Webhook
 
 TOKEN = "s3cr3t-t0ken"
 MESSAGE = Message(

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from eventtrain.subscribers import whole_file
+from eventtrain.subscribers._shared import atomic_files as whole_file
 
 LINES = [f"{n}\n".encode() for n in range(1000)]
 

@@ -24,7 +24,7 @@ import numpy as np
 import eventtrain as et
 from benchmarks.campaign import Campaign
 from eventtrain import subscribers as subs
-from eventtrain.subscribers import disk
+from eventtrain.subscribers._shared import disk
 
 DELAY_S = 5.0
 TOGETHER = 25

@@ -21,16 +21,16 @@ from anyio.abc import TaskStatus
 from anyio.lowlevel import cancel_shielded_checkpoint, checkpoint_if_cancelled
 
 from eventtrain.bus.clock import Clock
+from eventtrain.bus.event_stream import Reader, require_no_wait_for_itself
 from eventtrain.bus.handlers import Attempt, Handler, takes_control
-from eventtrain.bus.inbox import Inbox
 from eventtrain.bus.options import EventTypes, Lag, OnError, Options, event_classes
+from eventtrain.bus.publish_queue import Inbox
 from eventtrain.bus.queues import Lossless, Queue
-from eventtrain.bus.reader import Reader, require_no_wait_for_itself
-from eventtrain.bus.roster import Roster
-from eventtrain.bus.serving import Serving
+from eventtrain.bus.routing_table import Roster
+from eventtrain.bus.runner import Serving
 from eventtrain.bus.subscription import Subscription, SubscriptionStatistics
 from eventtrain.bus.training_stream import Activation, EventSeries, StreamItem, TrainingStream
-from eventtrain.bus.wake import Signal
+from eventtrain.bus.wakeup import Signal
 from eventtrain.bus.watchdog import Watchdog
 from eventtrain.errors import BusClosed, ConfigurationError, QueueFull, SubscriberError
 from eventtrain.events import Event

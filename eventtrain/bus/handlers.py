@@ -13,8 +13,8 @@ import anyio.to_thread
 from anyio import CapacityLimiter
 
 from eventtrain.bus.clock import Clock
-from eventtrain.bus.meter import Meter
-from eventtrain.bus.wake import Signal
+from eventtrain.bus.handler_cost import Meter
+from eventtrain.bus.wakeup import Signal
 from eventtrain.errors import ConfigurationError
 from eventtrain.events import Event
 

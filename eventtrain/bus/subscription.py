@@ -12,9 +12,11 @@ from typing import Any, Literal, Protocol
 
 from anyio import CapacityLimiter
 
+from eventtrain.bus.barrier import Cut, Share, can_be_stored
 from eventtrain.bus.clock import Clock
-from eventtrain.bus.cut import Cut, Share, can_be_stored
 from eventtrain.bus.failures import DeadLetter, Failures
+from eventtrain.bus.filters import Selection
+from eventtrain.bus.handler_cost import Meter
 from eventtrain.bus.handlers import (
     Attempt,
     Call,
@@ -27,10 +29,8 @@ from eventtrain.bus.handlers import (
     with_retries,
     with_timeout,
 )
-from eventtrain.bus.meter import Meter
 from eventtrain.bus.options import EventTypes, Options, event_classes
 from eventtrain.bus.queues import Lossless
-from eventtrain.bus.selection import Selection
 from eventtrain.bus.worker import Gated, Worker, own_failure
 from eventtrain.errors import ConfigurationError
 from eventtrain.events import Event, SubscriberDisabled, SubscriberLagged

@@ -14,11 +14,11 @@ from typing import Any, Protocol
 
 from anyio.lowlevel import checkpoint
 
+from eventtrain.bus.barrier import Marker, Redelivery, Share
 from eventtrain.bus.clock import Clock
-from eventtrain.bus.cut import Marker, Redelivery, Share
-from eventtrain.bus.roster import Roster
+from eventtrain.bus.routing_table import Roster
 from eventtrain.bus.subscription import Subscription
-from eventtrain.bus.wake import Doorbell, Signal
+from eventtrain.bus.wakeup import Doorbell, Signal
 from eventtrain.events import Event
 
 BUILD_BATCH = 64

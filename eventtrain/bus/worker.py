@@ -11,11 +11,11 @@ import anyio
 from anyio.lowlevel import checkpoint
 
 from eventtrain.bus.failures import Failures
+from eventtrain.bus.filters import Selection
+from eventtrain.bus.handler_cost import Meter, metered
 from eventtrain.bus.handlers import Call
-from eventtrain.bus.meter import Meter, metered
 from eventtrain.bus.queues import EventQueue
-from eventtrain.bus.selection import Selection
-from eventtrain.bus.wake import Doorbell, LoopThread
+from eventtrain.bus.wakeup import Doorbell, LoopThread
 from eventtrain.events import Event
 
 SLICE_TARGET_S = 0.0005

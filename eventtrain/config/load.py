@@ -19,7 +19,7 @@ from eventtrain.config.problems import validated
 from eventtrain.config.read import Table, read
 from eventtrain.config.schema import TABLE, json_schema
 from eventtrain.errors import ConfigurationError, EventTrainError
-from eventtrain.subscriber import Subscriber, subscribe
+from eventtrain.subscribers.base import Subscriber, subscribe
 
 
 class FitConfig(BaseModel):

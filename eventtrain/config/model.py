@@ -19,9 +19,9 @@ from pydantic import (
 from eventtrain.bus.options import OnError
 from eventtrain.config.schema import TABLE, fits_a_file
 from eventtrain.errors import ConfigurationError
-from eventtrain.event_names import EventClass
-from eventtrain.frozen import snake_case
-from eventtrain.subscriber import Subscriber
+from eventtrain.events.models import snake_case
+from eventtrain.events.names import EventClass
+from eventtrain.subscribers.base import Subscriber
 
 Boundaries = Annotated[int, Field(ge=0)]
 NoneInWords = Annotated[Literal["none"], AfterValidator(lambda _: None)]

@@ -7,8 +7,8 @@ from importlib.metadata import EntryPoint, entry_points
 
 from eventtrain import subscribers
 from eventtrain.errors import ConfigurationError
-from eventtrain.frozen import snake_case
-from eventtrain.subscriber import Subscriber
+from eventtrain.events.models import snake_case
+from eventtrain.subscribers.base import Subscriber
 
 GROUP = "eventtrain.subscribers"
 """The entry-point group by which a package offers classes: ``name = "package.module:Class"``."""

@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from eventtrain.device.metrics import is_real
+from eventtrain.device.metric_codec import is_real
 from eventtrain.device.state import PyTree, is_array
 from eventtrain.errors import (
     AmbiguousHyperparam,

@@ -8,9 +8,8 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from eventtrain.progress import ProgressBar
-from eventtrain.subscribers.alert_metric_rules import ForecastRule, NoImprovementRule, Rule, SpikeRule
-from eventtrain.subscribers.alert_run_rules import (
+from eventtrain.subscribers.alerts.metric_rules import ForecastRule, NoImprovementRule, Rule, SpikeRule
+from eventtrain.subscribers.alerts.run_rules import (
     CheckpointFailedRule,
     DeadlineRule,
     LowDiskRule,
@@ -19,39 +18,40 @@ from eventtrain.subscribers.alert_run_rules import (
     SlowSubscriberRule,
     StallRule,
 )
-from eventtrain.subscribers.alert_target import AlertTarget
-from eventtrain.subscribers.csv_logger import CSVLogger
-from eventtrain.subscribers.early_stopping import EarlyStopping
-from eventtrain.subscribers.evaluate_every import EvaluateEvery
-from eventtrain.subscribers.gradient_spike import GradientSpike
-from eventtrain.subscribers.history import History
-from eventtrain.subscribers.hyperparam_scheduler import HyperparamScheduler
-from eventtrain.subscribers.jsonl_logger import JSONLLogger
-from eventtrain.subscribers.lambda_handlers import Lambda
-from eventtrain.subscribers.learning_rate_scheduler import LearningRateScheduler
-from eventtrain.subscribers.lr_finder import LRFinder
-from eventtrain.subscribers.max_time import MaxTime
-from eventtrain.subscribers.overhead_meter import OverheadMeter
-from eventtrain.subscribers.profiler import Profiler
-from eventtrain.subscribers.reduce_lr_on_plateau import ReduceLROnPlateau
-from eventtrain.subscribers.step_timer import StepTimer
-from eventtrain.subscribers.terminate_on_nan import TerminateOnNaN
+from eventtrain.subscribers.alerts.target import AlertTarget
+from eventtrain.subscribers.loggers.csv_logger import CSVLogger
+from eventtrain.subscribers.loggers.history import History
+from eventtrain.subscribers.loggers.jsonl_logger import JSONLLogger
+from eventtrain.subscribers.monitoring.overhead_meter import OverheadMeter
+from eventtrain.subscribers.monitoring.profiler import Profiler
+from eventtrain.subscribers.monitoring.step_timer import StepTimer
+from eventtrain.subscribers.policies.early_stopping import EarlyStopping
+from eventtrain.subscribers.policies.evaluate_every import EvaluateEvery
+from eventtrain.subscribers.policies.gradient_spike import GradientSpike
+from eventtrain.subscribers.policies.hyperparam_scheduler import HyperparamScheduler
+from eventtrain.subscribers.policies.lambda_subscriber import Lambda
+from eventtrain.subscribers.policies.learning_rate_scheduler import LearningRateScheduler
+from eventtrain.subscribers.policies.lr_finder import LRFinder
+from eventtrain.subscribers.policies.max_time import MaxTime
+from eventtrain.subscribers.policies.reduce_lr_on_plateau import ReduceLROnPlateau
+from eventtrain.subscribers.policies.terminate_on_nan import TerminateOnNaN
+from eventtrain.subscribers.progress.progress_bar import ProgressBar
 
 if TYPE_CHECKING:
-    from eventtrain.subscribers.alerts import Alerts
-    from eventtrain.subscribers.checkpointer import Checkpointer, restore_state
-    from eventtrain.subscribers.device_stats import DeviceStats
-    from eventtrain.subscribers.download import download_checkpoint
-    from eventtrain.subscribers.mlflow_logger import MLflowLogger
-    from eventtrain.subscribers.model_registry import ModelRegistry
-    from eventtrain.subscribers.open_telemetry import OpenTelemetry
-    from eventtrain.subscribers.parquet_logger import ParquetLogger
-    from eventtrain.subscribers.plot_curves import PlotCurves
-    from eventtrain.subscribers.prometheus_exporter import PrometheusExporter
-    from eventtrain.subscribers.report import Report
-    from eventtrain.subscribers.tensorboard_logger import TensorBoardLogger
-    from eventtrain.subscribers.uploader import Uploader
-    from eventtrain.subscribers.wandb_logger import WandbLogger
+    from eventtrain.subscribers.alerts.alerts import Alerts
+    from eventtrain.subscribers.checkpointing.checkpointer import Checkpointer, restore_state
+    from eventtrain.subscribers.loggers.parquet_logger import ParquetLogger
+    from eventtrain.subscribers.monitoring.device_stats import DeviceStats
+    from eventtrain.subscribers.remote.download import download_checkpoint
+    from eventtrain.subscribers.remote.uploader import Uploader
+    from eventtrain.subscribers.reports.plot_curves import PlotCurves
+    from eventtrain.subscribers.reports.report import Report
+    from eventtrain.subscribers.trackers.mlflow_logger import MLflowLogger
+    from eventtrain.subscribers.trackers.model_registry import ModelRegistry
+    from eventtrain.subscribers.trackers.opentelemetry import OpenTelemetry
+    from eventtrain.subscribers.trackers.prometheus_exporter import PrometheusExporter
+    from eventtrain.subscribers.trackers.tensorboard_logger import TensorBoardLogger
+    from eventtrain.subscribers.trackers.wandb_logger import WandbLogger
 
 __all__ = [
     "AlertTarget",
@@ -101,21 +101,21 @@ __all__ = [
 ]
 
 _LAZY = {
-    "Alerts": "alerts",
-    "Checkpointer": "checkpointer",
-    "DeviceStats": "device_stats",
-    "MLflowLogger": "mlflow_logger",
-    "ModelRegistry": "model_registry",
-    "OpenTelemetry": "open_telemetry",
-    "ParquetLogger": "parquet_logger",
-    "PlotCurves": "plot_curves",
-    "PrometheusExporter": "prometheus_exporter",
-    "Report": "report",
-    "TensorBoardLogger": "tensorboard_logger",
-    "Uploader": "uploader",
-    "WandbLogger": "wandb_logger",
-    "download_checkpoint": "download",
-    "restore_state": "checkpointer",
+    "Alerts": "alerts.alerts",
+    "Checkpointer": "checkpointing.checkpointer",
+    "DeviceStats": "monitoring.device_stats",
+    "MLflowLogger": "trackers.mlflow_logger",
+    "ModelRegistry": "trackers.model_registry",
+    "OpenTelemetry": "trackers.opentelemetry",
+    "ParquetLogger": "loggers.parquet_logger",
+    "PlotCurves": "reports.plot_curves",
+    "PrometheusExporter": "trackers.prometheus_exporter",
+    "Report": "reports.report",
+    "TensorBoardLogger": "trackers.tensorboard_logger",
+    "Uploader": "remote.uploader",
+    "WandbLogger": "trackers.wandb_logger",
+    "download_checkpoint": "remote.download",
+    "restore_state": "checkpointing.checkpointer",
 }
 
 

@@ -1,0 +1,5 @@
+"""The command ``eventtrain``."""
+
+from eventtrain.cli.main import app
+
+__all__ = ["app"]

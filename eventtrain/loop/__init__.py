@@ -1,0 +1,1 @@
+"""The training loop. Start with ``train_loop.py``."""

@@ -1,0 +1,144 @@
+"""``OverheadMeter``: what watching a run costs it, with a warning where that is too much."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from typing import Any, Literal
+
+from eventtrain.bus.subscription import SubscriptionStatistics
+from eventtrain.control.loop_statistics import LoopStatistics
+from eventtrain.events import (
+    AlertRaised,
+    AlertResolved,
+    EpochCompleted,
+    MachineMeasured,
+    RunCompleted,
+    StepsCompleted,
+)
+from eventtrain.events.models import Number
+from eventtrain.subscribers._shared.state import SavedState
+from eventtrain.subscribers._shared.validation import require_number
+from eventtrain.subscribers.base import RunContext, Subscriber
+
+logger = logging.getLogger("eventtrain")
+
+NAMED = 3
+"""So many subscribers stand in a warning: those whose handlers took most time."""
+
+
+class OverheadState(SavedState):
+    """What survives a restart."""
+
+    version: Literal[1] = 1
+    alarmed: bool
+
+
+class OverheadMeter(Subscriber):
+    """Publishes what share of the training thread's time went to subscribers, and warns where it exceeds ``budget``.
+
+    The share is the time of handing metrics over and of waiting for subscribers (``LoopStatistics``), as a part of all
+    time. The warning is a line in the log and an ``AlertRaised`` named "overhead"; ``AlertResolved`` follows when it is
+    within the budget again. Each measurement is a ``MachineMeasured`` with ``overhead_share``, ``observing_s``,
+    ``observer_wait_s``, ``duration_s`` and, for each subscriber, ``handler_cpu_s/NAME`` and ``handler_wall_s/NAME``, of
+    the time since the one before. Handlers run beside training: their time is no overhead, unless training waits.
+
+    Args:
+        budget: the share that is not worth a warning.
+        every_s: seconds between two measurements, at least; the last one is at the end of the run.
+
+    Raises:
+        ConfigurationError: an argument cannot work.
+    """
+
+    def __init__(self, budget: float = 0.05, *, every_s: float = 10.0) -> None:
+        require_number("OverheadMeter", "budget", budget, at_least=0)
+        require_number("OverheadMeter", "every_s", every_s, above=0)
+        self._budget = budget
+        self._interval_s = every_s
+        self._run: RunContext | None = None
+        self._loop = LoopStatistics()
+        self._subscribers: Mapping[str, SubscriptionStatistics] = {}
+        self._alarmed = False
+        self._loaded: OverheadState | None = None
+
+    async def start(self, run: RunContext) -> None:
+        """Begin to count."""
+        self._run, loaded, self._loaded = run, self._loaded, None
+        self._alarmed = loaded is not None and loaded.alarmed
+        self._loop, self._subscribers = LoopStatistics(), run.statistics()
+
+    async def on_steps_completed(self, event: StepsCompleted) -> None:
+        """Measure, if it is time."""
+        await self._measure(event.step, self._interval_s)
+
+    async def on_epoch_completed(self, event: EpochCompleted) -> None:
+        """Measure, if it is time."""
+        await self._measure(event.step, self._interval_s)
+
+    async def on_run_completed(self, event: RunCompleted) -> None:
+        """Measure once more."""
+        await self._measure(event.step, 0.0)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Whether the alert is raised, as plain JSON data."""
+        return OverheadState(alarmed=self._alarmed).to_json()
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Resolve the alert that the run raised before, in time. Raises StateError for another version."""
+        self._loaded = OverheadState.parse(self.name or "OverheadMeter", state)
+
+    async def _measure(self, step: int, at_least_s: float) -> None:
+        run = self._run
+        if run is None:
+            return
+        loop = run.loop_statistics()
+        duration_s = loop.duration_s - self._loop.duration_s
+        if duration_s <= at_least_s or loop.steps == self._loop.steps:
+            return
+        subscribers = run.statistics()
+        observing_s = loop.observing_s - self._loop.observing_s
+        waited_s = loop.observer_wait_s - self._loop.observer_wait_s
+        share = (observing_s + waited_s) / duration_s
+        wall_s: dict[str, float] = {}
+        metrics: dict[str, Number] = {
+            "overhead_share": share,
+            "observing_s": observing_s,
+            "observer_wait_s": waited_s,
+            "duration_s": duration_s,
+        }
+        for name, now in subscribers.items():
+            before = self._subscribers.get(name)
+            wall_s[name] = now.handler_wall_s - (before.handler_wall_s if before else 0.0)
+            metrics[f"handler_wall_s/{name}"] = wall_s[name]
+            metrics[f"handler_cpu_s/{name}"] = now.handler_cpu_s - (before.handler_cpu_s if before else 0.0)
+        first = self._loop.steps == 0
+        self._loop, self._subscribers = loop, subscribers
+        source = self.name or "OverheadMeter"
+        await run.publish_async(MachineMeasured(step=step, source=source, metrics=metrics))
+        if first or duration_s >= self._interval_s / 2:  # the last moments of a run say little
+            await self._judge(run, step, share, waited_s, duration_s, wall_s)
+
+    async def _judge(
+        self,
+        run: RunContext,
+        step: int,
+        share: float,
+        waited_s: float,
+        duration_s: float,
+        wall_s: Mapping[str, float],
+    ) -> None:
+        if (share > self._budget) == self._alarmed:
+            return
+        self._alarmed = not self._alarmed
+        text = f"{share:.1%} of the last {duration_s:.3g} s went to subscribers, {waited_s:.3g} s to waiting for them"
+        if not self._alarmed:
+            logger.info("Overhead is within its budget again: %s", text)
+            await run.publish_async(AlertResolved(step=step, name="overhead", message=text))
+            return
+        busiest = sorted(wall_s, key=lambda name: wall_s[name], reverse=True)[:NAMED]
+        handlers = ", ".join(f"{name} {wall_s[name]:.3g} s" for name in busiest if wall_s[name])
+        text += f" (budget {self._budget:.1%}); the handlers that took most time: {handlers or 'none'}"
+        logger.warning("Overhead: %s", text)
+        alert = AlertRaised(step=step, name="overhead", message=text, metric="overhead_share", value=share)
+        await run.publish_async(alert)

@@ -1,0 +1,1 @@
+"""Subscribers that decide: stop, change a hyperparameter, roll back, evaluate."""

@@ -1,0 +1,68 @@
+"""``Lambda``: a subscriber made of functions, one for each event that matters."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Coroutine, Iterable
+from typing import Any
+
+from eventtrain.bus.options import Lag, OnError
+from eventtrain.errors import ConfigurationError
+from eventtrain.events import Event
+from eventtrain.subscribers.base import Subscriber, event_routes
+
+
+class Lambda(Subscriber):
+    """Calls a function of yours for each event of a kind, all in one order, one at a time.
+
+    ::
+
+        async def report(event: et.EpochCompleted) -> None: ...
+        async def decide(event: et.StepCompleted, control: et.Control) -> None: ...
+
+        subs.Lambda(on_epoch_completed=report, on_step_completed=decide, lag={et.StepCompleted: 64})
+
+    Args:
+        lag: when decisions take effect, for all of the events or by class; as in ``EventBus.subscribe``.
+        name: as in ``EventBus.subscribe``.
+        on_error: as in ``EventBus.subscribe``.
+        event_types: event classes of your own, for functions named after them.
+        handlers: coroutine functions of (event) or (event, control) by ``on_`` and the event's name. Each event goes to
+            one, that of its class or else of the nearest base class: ``on_event`` gets what no other takes.
+
+    One function for one event needs no class: ``@trainer.on(et.EpochCompleted)``. Functions cannot be written in a
+    configuration file, so this cannot be loaded from one.
+
+    Raises:
+        ConfigurationError: no handler, one that is named after no event, or is no coroutine function of these
+            arguments.
+    """
+
+    def __init__(
+        self,
+        *,
+        lag: Lag = None,
+        name: str | None = None,
+        on_error: OnError = "isolate",
+        event_types: Iterable[type[Event]] = (),
+        **handlers: Callable[..., Coroutine[Any, Any, None]],
+    ) -> None:
+        if not handlers:
+            raise ConfigurationError(
+                "Lambda() handles no event: give functions, as in Lambda(on_epoch_completed=report). They cannot come "
+                "from a configuration file; build it in Python: Trainer(subscribers=[...])."
+            )
+        for event_name, handler in handlers.items():
+            if not event_name.startswith("on_"):
+                raise ConfigurationError(
+                    f"Lambda({event_name}=...): handlers are named on_ and the event, such as on_epoch_completed."
+                )
+            if not callable(handler):
+                raise ConfigurationError(
+                    f"Lambda({event_name}={handler!r}): needs a coroutine function of (event) or (event, control)."
+                )
+        self.lag = lag
+        self.name = name
+        self.on_error = on_error
+        self.event_types = tuple(event_types)
+        vars(self).update(handlers)
+        event_routes(self, name or "Lambda")  # finds out now which of them cannot work

@@ -1,0 +1,265 @@
+"""``TerminateOnNaN``: what to do when the loss is no longer a finite number: stop, fail, or roll back and go on."""
+
+from __future__ import annotations
+
+import math
+from functools import partial
+from typing import Any, Literal
+
+from pydantic import NonNegativeInt
+
+from eventtrain.control.control import Control
+from eventtrain.errors import ConfigurationError, NonFiniteMetric
+from eventtrain.events import RunStarted, StepCompleted
+from eventtrain.subscribers._shared.state import SavedState
+from eventtrain.subscribers._shared.validation import require_choice, require_count, require_number
+from eventtrain.subscribers.base import RunContext, Subscriber
+from eventtrain.subscribers.policies.metric_reader import MetricReader
+from eventtrain.subscribers.policies.patience_units import STEP_LAG
+
+Action = Literal["stop", "raise", "rollback"]
+Place = Literal[0, 1]
+"""Snapshots are kept in two places in turn."""
+
+
+class TerminateOnNaNState(SavedState):
+    """What survives a restart.
+
+    Attributes:
+        good: the place of the snapshot to roll back to.
+        candidate: the place of one that is not proven yet, and the boundary at which it is taken.
+        rollbacks: in this run; ``rollbacks_to_good``: to the good snapshot.
+        ignore_until: events up to this step are of a state that is given up.
+        unrepaired: the last value looked at was not finite.
+        over: the run was told to stop.
+    """
+
+    version: Literal[1] = 1
+    good: Place | None = None
+    candidate: tuple[Place, NonNegativeInt] | None = None
+    rollbacks: NonNegativeInt = 0
+    rollbacks_to_good: NonNegativeInt = 0
+    ignore_until: NonNegativeInt = 0
+    unrepaired: bool = False
+    over: bool = False
+
+
+class TerminateOnNaN(Subscriber):
+    """Looks at every step's loss; NaN and infinities are bad, as for Keras' TerminateOnNaN.
+
+    Args:
+        action: "stop" ends the run with a reason that names metric, value and step. "raise" fails it: ``fit`` raises
+            SubscriberError from NonFiniteMetric. "rollback" puts the last good state back, with a smaller learning
+            rate, and goes on.
+        monitor: name of a metric of StepCompleted.
+        snapshot_every: a state is kept after each step whose number this divides. (This and what follows but the
+            last two: for "rollback".)
+        lr_factor: above 0 and at most 1. The n-th rollback to the same snapshot multiplies its learning rate by
+            ``lr_factor ** n``.
+        max_rollbacks: in one run; the next bad value stops it.
+        hyperparam: name of the learning rate in ``optax.inject_hyperparams``.
+        path: of it, where the name stands in several places.
+        lag: what is decided takes effect so many steps after the bad one, in every rerun. None: as soon as it arrives,
+            but not for "rollback".
+        strict: fail the run if the metric is missing, instead of warning once.
+
+    A snapshot is good once a step computed from it had a finite loss: the loss of step k is that of the state before
+    its update. At most two are kept on the device, the good one and its successor until that is proven. The first is
+    taken when the run starts. What was computed after the bad step is given up with the state, and the data goes on
+    where it is. A run that ends while the state is bad gets the good one back at its end, with the learning rate it
+    had. A run without a good snapshot stops.
+
+    It begins anew with every ``fit``, unless a saved state was loaded. Snapshots are given back when a run ends by
+    itself. A run whose optimiser has no such hyperparameter fails when it starts.
+
+    Raises:
+        ConfigurationError: values out of the ranges above.
+    """
+
+    def __init__(
+        self,
+        action: Action = "stop",
+        *,
+        monitor: str = "loss",
+        snapshot_every: int = 100,
+        lr_factor: float = 0.5,
+        max_rollbacks: int = 3,
+        hyperparam: str = "learning_rate",
+        path: str | None = None,
+        lag: int | None = STEP_LAG,
+        strict: bool = False,
+    ) -> None:
+        require_choice("TerminateOnNaN", "action", action, ("stop", "raise", "rollback"))
+        require_count("TerminateOnNaN", "snapshot_every", snapshot_every, at_least=1)
+        require_number("TerminateOnNaN", "lr_factor", lr_factor, above=0)
+        require_count("TerminateOnNaN", "max_rollbacks", max_rollbacks)
+        if lr_factor > 1:
+            raise ConfigurationError(
+                f"TerminateOnNaN(lr_factor={lr_factor!r}): a learning rate that diverged would grow. Give a number "
+                "below 1, or 1 to leave it alone."
+            )
+        if action == "rollback" and lag is None:
+            raise ConfigurationError(
+                'TerminateOnNaN("rollback", lag=None): without a finite lag nobody knows which events are of the state '
+                "that was given up. Leave lag out, or give a number of steps."
+            )
+        self.events = (RunStarted, StepCompleted) if action == "rollback" else StepCompleted
+        self.lag = {RunStarted: 0, StepCompleted: lag} if action == "rollback" else lag
+        self.on_error = "fail" if strict or action == "raise" else "isolate"
+        self._action = action
+        self._metric = monitor
+        self._snapshot_every = snapshot_every
+        self._lr_factor = lr_factor
+        self._max_rollbacks = max_rollbacks
+        self._hyperparam = hyperparam
+        self._path = path
+        self._lag = lag or 0
+        self._strict = strict
+        self._state = TerminateOnNaNState()
+        self._loaded = False
+        self._reader = MetricReader("TerminateOnNaN", monitor, strict=strict)
+
+    @property
+    def rollbacks(self) -> int:
+        """Rollbacks in this run so far."""
+        return self._state.rollbacks
+
+    async def start(self, run: RunContext) -> None:
+        """Begin anew, unless a saved state was loaded. Raises where the hyperparameter cannot be set.
+
+        For "rollback" also where ``every`` or ``lag`` is not the constructor's.
+        """
+        self._reader = MetricReader(self._name, self._metric, strict=self._strict)
+        if not self._loaded:
+            self._state = TerminateOnNaNState()
+        if self._action != "rollback":
+            return
+        if (self.every, self.lag) != (1, {RunStarted: 0, StepCompleted: self._lag}):
+            raise ConfigurationError(
+                f'{self._name}("rollback") cannot have every={self.every!r}, lag={self.lag!r}: it would not know of '
+                "which step its snapshots are. Give lag= to the constructor, and leave every alone."
+            )
+        if self._lr_factor < 1:
+            run.require_hyperparam(self._hyperparam, self._path)
+        for place in (0, 1):
+            if not self._loaded:
+                self._release(place, run.control)
+            run.restore_at_end(self._tag(place), "all", where=partial(self._is_wanted_at_end, place))
+
+    async def stop(self) -> None:
+        """The next run begins anew."""
+        self._loaded = False
+
+    async def handle(self, event: RunStarted | StepCompleted, control: Control) -> None:
+        """Take one step's value in, and do what is to be done about it."""
+        if isinstance(event, RunStarted):
+            self._take_first(event.step, control)
+            return
+        if self._state.over or event.step <= self._state.ignore_until:
+            return
+        value = self._reader.read(event.metrics)
+        if value is None:
+            return
+        what = f"{self._metric} is {value} at step {event.step}"
+        if math.isfinite(value):
+            if self._action == "rollback":
+                self._go_on(event.step, control)
+        elif self._action == "raise":
+            raise NonFiniteMetric(f"{what}. Lower the learning rate, or clip the gradients.")
+        elif self._action == "stop":
+            self._give_up(what, control)
+        else:
+            self._roll_back(event.step, what, control)
+
+    # --- what is done about a bad value ---------------------------------------------------------------------
+
+    def _give_up(self, reason: str, control: Control) -> None:
+        self._change(over=True)
+        control.stop(reason=f"{self._name}: {reason}")
+
+    def _roll_back(self, step: int, what: str, control: Control) -> None:
+        state = self._state
+        self._change(unrepaired=True)
+        if state.good is None or not self._is_kept(state.good, control):
+            self._give_up(f"{what}, and no snapshot is known to be good", control)
+        elif state.rollbacks >= self._max_rollbacks:
+            self._give_up(f"{what}, after {state.rollbacks} rollbacks", control)
+        else:
+            count = state.rollbacks_to_good + 1
+            control.restore(self._tag(state.good), "all", reason=what)
+            if self._lr_factor < 1:
+                control.scale_hyperparam(
+                    self._hyperparam, self._lr_factor**count, path=self._path, reason=f"rollback: {what}"
+                )
+            self._change(
+                rollbacks=state.rollbacks + 1,
+                rollbacks_to_good=count,
+                candidate=None,
+                ignore_until=step + self._lag,
+            )
+
+    def _is_wanted_at_end(self, place: int) -> bool:
+        return self._state.unrepaired and place == self._state.good
+
+    # --- snapshots ------------------------------------------------------------------------------------------
+
+    def _take_first(self, step: int, control: Control) -> None:
+        state = self._state
+        places = (state.good, state.candidate[0] if state.candidate is not None else None)
+        if not any(place is not None and self._is_kept(place, control) for place in places):
+            self._change(good=None, rollbacks_to_good=0)
+            self._take(0, step, control)
+
+    def _go_on(self, step: int, control: Control) -> None:
+        """The state before ``step`` was good."""
+        if self._state.unrepaired:
+            self._change(unrepaired=False)
+        candidate = self._state.candidate
+        if candidate is not None and step > candidate[1]:
+            self._change(candidate=None)
+            # It is not there where the device had no room for it.
+            if self._is_kept(candidate[0], control, candidate[1]):
+                if self._state.good is not None:
+                    self._release(self._state.good, control)
+                self._change(good=candidate[0], rollbacks_to_good=0)
+        boundary = step + self._lag
+        if self._state.candidate is None and boundary % self._snapshot_every == 0:
+            self._take(1 if self._state.good == 0 else 0, boundary, control)
+
+    def _take(self, place: Place, boundary: int, control: Control) -> None:
+        self._change(candidate=(place, boundary))
+        control.snapshot(self._tag(place), reason="to roll back to")
+
+    def _is_kept(self, place: Place, control: Control, step: int | None = None) -> bool:
+        kept = control.snapshots.get(self._tag(place))
+        return kept is not None and step in (None, kept.step)
+
+    def _release(self, place: Place, control: Control) -> None:
+        kept = control.snapshots.get(self._tag(place))
+        if kept is not None:
+            kept.release()
+
+    def _tag(self, place: Place) -> str:
+        return f"{self._name}/{place}"
+
+    # --- state ----------------------------------------------------------------------------------------------
+
+    @property
+    def _name(self) -> str:
+        return self.name or "TerminateOnNaN"
+
+    def _change(self, **fields: Any) -> None:
+        self._state = self._state.model_copy(update=fields)
+
+    def state_dict(self) -> dict[str, Any]:
+        """What was counted and where the snapshots are, as plain JSON data. The snapshots are no part of it."""
+        return self._state.to_json()
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take it over; the run that follows goes on with it. Snapshots that are not there are taken anew.
+
+        Raises:
+            StateError: another version, or broken.
+        """
+        self._state = TerminateOnNaNState.parse(self._name, state)
+        self._loaded = True

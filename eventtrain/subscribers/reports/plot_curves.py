@@ -1,0 +1,210 @@
+"""``PlotCurves``: a picture of a run's metrics, at its end and every so many epochs."""
+
+from __future__ import annotations
+
+from collections import deque
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal
+
+from eventtrain.errors import ConfigurationError, SubscriberError
+from eventtrain.events import (
+    EpochCompleted,
+    Event,
+    RunCompleted,
+    RunFailed,
+    StepsCompleted,
+    SubscriberFailed,
+)
+from eventtrain.subscribers._shared.atomic_files import write_whole
+from eventtrain.subscribers._shared.paths import file_path, inside_run_dir
+from eventtrain.subscribers._shared.validation import require_choice, require_count, require_number
+from eventtrain.subscribers._shared.worker_thread import JobThread
+from eventtrain.subscribers.base import RunContext, Subscriber
+from eventtrain.subscribers.reports.run_series import COLLECTED, RunSeries, RunSeriesState
+
+try:
+    from eventtrain.subscribers.reports import plotting as curves
+except ModuleNotFoundError:
+    curves = None
+
+KINDS = (".png", ".svg", ".pdf")
+PANELS_DRAWN = 24
+"""Where the metrics are not named: a picture of more would show nothing."""
+
+
+class PlotCurves(Subscriber):
+    """Draws the metrics of a run: each with its ``val_`` twin, and the learning rate, whose changes are marked.
+
+    Args:
+        path: relative to ``run_dir``; its suffix says what is written: .png, .svg or .pdf.
+        metrics: names of those to draw, in this order; None: all, up to 24.
+        every_epochs: also draw after each so many epochs; None: only at the end.
+        steps: also draw the values of the steps, behind the means of the epochs.
+        hyperparams: names of those to draw below the metrics.
+        scale: of the metrics; "auto": logarithmic where all values are positive and the greatest is 100 times the
+            least.
+        theme: "light" or "dark".
+        title: above; the run's id if None.
+        finish_timeout_s: how long ``stop`` waits for the picture, within the trainer's ``drain_timeout_s``.
+
+    It is drawn in a thread of its own, never two at a time: while one is drawn, only the newest of those due waits. The
+    file is replaced whole. What cannot be written is said by SubscriberFailed, and training goes on. Values that are
+    not finite leave gaps with a mark. A curve of more than 1,024 points is drawn as its mean in a band from the least
+    to the greatest value, so no spike is hidden, and takes 56 KiB. A run that resumes draws the whole run.
+
+    Raises:
+        ConfigurationError: matplotlib is missing, or an argument cannot work.
+    """
+
+    disable_after = None  # a full disk is no reason to draw nothing once there is room again
+
+    def __init__(
+        self,
+        path: str | Path = "curves.png",
+        metrics: tuple[str, ...] | None = None,
+        *,
+        every_epochs: int | None = None,
+        steps: bool = True,
+        hyperparams: tuple[str, ...] = ("learning_rate",),
+        scale: Literal["auto", "linear", "log"] = "auto",
+        theme: Literal["light", "dark"] = "light",
+        title: str | None = None,
+        finish_timeout_s: float = 20.0,
+    ) -> None:
+        if curves is None:
+            raise ConfigurationError(
+                "PlotCurves needs matplotlib. Install it: pip install 'eventtrain[plots]'."
+            )
+        if every_epochs is not None:
+            require_count("PlotCurves", "every_epochs", every_epochs, at_least=1)
+        require_choice("PlotCurves", "scale", scale, ("auto", "linear", "log"))
+        require_choice("PlotCurves", "theme", theme, ("light", "dark"))
+        require_number("PlotCurves", "finish_timeout_s", finish_timeout_s, at_least=0)
+        if isinstance(metrics, str) or isinstance(hyperparams, str):
+            raise ConfigurationError(
+                f"PlotCurves(metrics={metrics!r}, hyperparams={hyperparams!r}): needs names, as in ('loss',)."
+            )
+        self._path = file_path(path, "PlotCurves")
+        if self._path.suffix.lower() not in KINDS:
+            raise ConfigurationError(
+                f"PlotCurves({str(path)!r}): the name ends in none of {', '.join(KINDS)}, which says what is written."
+            )
+        self.events = (*COLLECTED, RunCompleted, RunFailed, *((StepsCompleted,) if steps else ()))
+        self._every_epochs = every_epochs
+        self._hyperparams = tuple(hyperparams)
+        self._title = title
+        self._finish_timeout_s = finish_timeout_s
+        self._render = partial(
+            curves.picture,
+            kind=self._path.suffix.lower()[1:],
+            colours=curves.LIGHT if theme == "light" else curves.DARK,
+            scale=scale,
+        )
+        self._metrics = None if metrics is None else tuple(metrics)
+        self._series = RunSeries(self._metrics)
+        self._run: RunContext | None = None
+        self._thread: JobThread | None = None
+        self._due: deque[tuple[RunSeries, str, Event]] = deque(maxlen=1)
+        self._end: Event | None = None
+
+    async def start(self, run: RunContext) -> None:
+        """Start the thread that draws."""
+        if run.restarts:
+            self._series = RunSeries(self._metrics)
+        self._run = run
+        self._end = None
+        self._thread = JobThread(self.name or "PlotCurves", run.publish)
+        self._thread.start()
+
+    async def handle(self, event: Event) -> None:
+        """Take in what it says; draw if it is time, in the thread."""
+        if self._thread is None:  # an evaluation outside of the run
+            return
+        if isinstance(event, (RunCompleted, RunFailed)):
+            self._end = event
+            return
+        self._series.take(event)
+        if (
+            self._every_epochs is not None
+            and isinstance(event, EpochCompleted)
+            and event.is_multiple_of(self._every_epochs)
+        ):
+            self._due.append((self._series.copy(), f"so far, at step {event.step:,}", event))
+            self._thread.put(self._draw_newest)
+
+    async def stop(self) -> None:
+        """Draw the whole run. Raises OSError where it cannot be written, SubscriberError where that takes too long."""
+        thread, self._thread = self._thread, None
+        if thread is None:
+            return
+        self._due.clear()
+        failures: list[Exception] = []
+        thread.put(partial(self._draw_last, self._series.copy(), failures))
+        in_time = await thread.finish_within(self._finish_timeout_s)
+        if failures:
+            raise failures[0]
+        if not in_time:
+            raise SubscriberError(f"{self._path} was not drawn within {self._finish_timeout_s:g} s.")
+
+    def state_dict(self) -> dict[str, Any]:
+        """The curves so far, as plain JSON data."""
+        return self._series.saved.to_json()
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on with these curves.
+
+        Raises:
+            StateError: another version, or broken.
+        """
+        owner = self.name or "PlotCurves"
+        series = RunSeries(self._metrics)
+        series.load(owner, RunSeriesState.parse(owner, state))
+        self._series = series
+
+    def _draw_newest(self) -> None:
+        try:
+            series, note, event = self._due.popleft()
+        except IndexError:  # drawn already, with an older one's turn
+            return
+        try:
+            self._write(series, note)
+        except Exception as error:
+            thread = self._thread
+            if thread is None:  # the run ends; if it still fails, stop says so
+                return
+            thread.say(
+                SubscriberFailed(
+                    step=event.step,
+                    subscriber=self.name or "PlotCurves",
+                    event_kind=event.kind,
+                    error=f"{type(error).__name__}: {error}",
+                )
+            )
+
+    def _draw_last(self, series: RunSeries, failures: list[Exception]) -> None:
+        match self._end:
+            case RunCompleted(reason=reason, step=step):
+                note = f"step {step:,}: {reason}"
+            case RunFailed(error=error, step=step):
+                note = f"step {step:,}: failed, {error}"
+            case _:
+                note = "the run ended, and nobody said how"
+        try:
+            self._write(series, note)
+        except Exception as error:
+            failures.append(error)
+
+    def _write(self, series: RunSeries, note: str) -> None:
+        run = self._run
+        assert run is not None
+        panels = series.panels(self._hyperparams)
+        if self._metrics is None:
+            metrics = [panel for panel in panels if panel.hyperparam is None]
+            if len(metrics) > PANELS_DRAWN:
+                note += f"; {len(metrics) - PANELS_DRAWN} more metrics are not drawn, name those you want"
+            panels = metrics[:PANELS_DRAWN] + [panel for panel in panels if panel.hyperparam is not None]
+        changes = [change for change in series.marked if change.name in self._hyperparams]
+        title = run.run_id if self._title is None else self._title
+        data = self._render(panels, changes, title=title, note=note)
+        write_whole(inside_run_dir(run.run_dir, self._path, "PlotCurves"), data)

@@ -1,0 +1,1 @@
+"""Experiment trackers and metrics back ends."""

@@ -1,0 +1,1 @@
+"""``Trainer`` and what runs it: sessions, fit, resume, evaluation."""

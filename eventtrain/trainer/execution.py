@@ -1,0 +1,143 @@
+"""What a trainer does at present: one thing at a time, on the thread that asked for it or beside its event loop."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Generator
+from contextlib import contextmanager
+from typing import Any, TypeVar
+
+import anyio
+import anyio.from_thread
+import anyio.to_thread
+import jax
+from anyio.from_thread import start_blocking_portal
+
+from eventtrain.bus.bus import EventBus
+from eventtrain.control.command_queue import Inbox
+from eventtrain.device.jax_compat import sixty_four_bit
+from eventtrain.errors import AlreadyRunning, ConfigurationError
+from eventtrain.trainer.model import CallOnCaller, Model, call_here
+
+T = TypeVar("T")
+
+
+class Activity:
+    """``claim`` it, then do the work under ``serving``, or give it to ``beside_loop``.
+
+    Args:
+        model: what is traced for it is traced on the thread that asked.
+        inbox: where cancellation asks the run to stop.
+        bus: of the trainer.
+        backend, backend_options: of an event loop of our own.
+    """
+
+    def __init__(
+        self,
+        model: Model,
+        inbox: Inbox,
+        bus: EventBus,
+        backend: str,
+        backend_options: dict[str, Any] | None,
+    ) -> None:
+        self._model = model
+        self._inbox = inbox
+        self._bus = bus
+        self._backend = (backend, backend_options)
+        self._claimed = threading.Lock()
+        self.name = ""
+        """What was called, for messages; empty while nothing is in progress."""
+
+    @property
+    def busy(self) -> bool:
+        """Whether something is in progress. Any thread."""
+        return self._claimed.locked()
+
+    @contextmanager
+    def claim(self, name: str) -> Generator[None]:
+        """Let nothing else begin for the length of the block.
+
+        Raises:
+            AlreadyRunning: something is in progress.
+        """
+        if not self._claimed.acquire(blocking=False):
+            raise AlreadyRunning(
+                f"{name} was called while {self.name} of the same trainer is in progress. Wait for it, "
+                "stop it with control.stop(), or use another Trainer."
+            )
+        self.name = name
+        self._inbox.arrived.clear()  # a stop that came too late for the last run is none for this one
+        try:
+            yield
+        finally:
+            self.name = ""
+            self._model.compile_on_caller = call_here
+            self._claimed.release()
+
+    @contextmanager
+    def serving(self) -> Generator[None]:
+        """Have the bus served: by its owner's event loop if that runs, else by one in a thread of our own.
+
+        Raises:
+            ConfigurationError: the caller blocks the event loop that serves the bus.
+        """
+        if self._bus.served_here:
+            raise ConfigurationError(
+                f"{self.name}() blocks, and was called on the event loop that serves its bus: it would wait for "
+                f"itself. Await fit_async, evaluate_async or predict_async there, or call {self.name} in a thread."
+            )
+        if self._bus.running:
+            yield
+            return
+        backend, options = self._backend
+        with (
+            start_blocking_portal(backend, options) as portal,
+            portal.wrap_async_context_manager(self._bus.serve()),
+        ):
+            yield
+
+    async def beside_loop(self, work: Callable[[], T]) -> T:
+        """Run ``work`` in a thread while this event loop serves the bus, to the end even when cancelled."""
+        outcome: list[T] = []
+        failure: list[BaseException] = []
+        finished = anyio.Event()
+        on_caller: CallOnCaller = anyio.from_thread.run_sync
+        self._model.compile_on_caller = on_caller
+        x64 = bool(jax.config.read("jax_enable_x64"))
+
+        def work_in_thread() -> T:
+            with sixty_four_bit(x64):
+                return work()
+
+        async def run_thread() -> None:
+            try:
+                outcome.append(
+                    await anyio.to_thread.run_sync(work_in_thread, limiter=anyio.CapacityLimiter(1))
+                )
+            except BaseException as error:
+                failure.append(error)
+
+        async def serve_and_run() -> None:
+            try:
+                with anyio.CancelScope(shield=True):
+                    if self._bus.running:
+                        await run_thread()
+                    else:
+                        async with self._bus.serve():
+                            await run_thread()
+            except Exception as error:
+                failure.append(error)
+            finally:
+                finished.set()
+
+        async with anyio.create_task_group() as tasks:
+            tasks.start_soon(serve_and_run)
+            try:
+                await finished.wait()
+            except anyio.get_cancelled_exc_class():
+                self._inbox.ask_to_stop("cancelled")
+                self._inbox.ring()
+                raise
+        if failure:
+            raise failure[0]
+        return outcome[0]

@@ -1,0 +1,129 @@
+"""``evaluate`` and ``predict``: the state is only read, and what happens is said on the bus."""
+
+from __future__ import annotations
+
+import threading
+from collections import deque
+from collections.abc import Callable, Generator, Iterator
+from contextlib import contextmanager
+from time import perf_counter
+from typing import Any
+
+import jax
+import numpy as np
+
+from eventtrain.bus.bus import EventBus
+from eventtrain.data.epoch_iterator import EpochFeed
+from eventtrain.device.fetcher import Fetcher
+from eventtrain.device.state import PyTree, replicated_sharding
+from eventtrain.errors import AlreadyRunning, DataError
+from eventtrain.events import PredictCompleted, PredictStarted, PredictStepCompleted
+from eventtrain.events.models import Number
+from eventtrain.loop.evaluation import run_evaluation
+from eventtrain.loop.event_builder import Narrator
+from eventtrain.trainer.model import Model, RunOptions
+
+
+class Inference:
+    """Runs eval_fn and predict_fn over data, on the calling thread, while the bus is served elsewhere. Blocks."""
+
+    def __init__(self, model: Model, options: RunOptions, bus: EventBus) -> None:
+        self._model = model
+        self._options = options
+        self._bus = bus
+
+    def evaluate(self, data: Any) -> dict[str, Number]:
+        """The means of eval_fn's metrics, in float64."""
+        self._require_free_bus()
+        model, tokens = self._model, deque[jax.Array]()
+        narrator = Narrator(self._bus, weight=self._options.weight)
+        fetcher = Fetcher(narrator.tell)
+        fetcher.start()
+
+        def before_batch() -> bool:
+            if len(tokens) >= self._options.pace.max_in_flight_calls:
+                tokens.popleft().block_until_ready()
+            return fetcher.failure is None
+
+        try:
+            with self._feed(data) as batches:
+                evaluation = model.evaluation(model.leaves)
+                leaves = model.leaves_for("eval", model.leaves, model.ext_leaves)
+                step, epoch = model.step, model.epoch
+                run_evaluation(
+                    evaluation, leaves, batches, step, epoch, fetcher.put, before_batch, tokens.append
+                )
+        finally:
+            fetcher.close()
+        if fetcher.failure is not None:
+            raise fetcher.failure
+        self._drain()
+        assert narrator.evaluated is not None
+        return dict(narrator.evaluated)
+
+    def predict(self, data: Any) -> PyTree:
+        """predict_fn's outputs as NumPy arrays, joined along the first axis."""
+        self._require_free_bus()
+        model, step = self._model, self._model.step
+        prediction = model.prediction()
+        began_s, waiting, done = perf_counter(), deque[PyTree](), list[PyTree]()
+
+        def fetch_oldest() -> None:
+            done.append(jax.tree.map(np.array, waiting.popleft()))
+            self._bus.feed([PredictStepCompleted(step=step, batch=len(done) - 1)])
+
+        self._bus.feed([PredictStarted(step=step)])
+        with self._feed(data) as batches:
+            first = next(batches, None)
+            if first is None:
+                raise DataError("The data to predict on is empty: it ended before its first batch.")
+            prediction.prepare(first)
+            leaves = model.leaves_for("predict", model.leaves, model.ext_leaves)
+            waiting.append(prediction(leaves, first))
+            for batch in batches:
+                waiting.append(prediction(leaves, batch))
+                if len(waiting) > self._options.pace.max_in_flight_calls:
+                    fetch_oldest()
+        while waiting:
+            fetch_oldest()
+        duration_s = perf_counter() - began_s
+        self._bus.feed([PredictCompleted(step=step, steps=len(done), duration_s=duration_s)])
+        self._drain()
+        return jax.tree.map(_join, *done)
+
+    def _require_free_bus(self) -> None:
+        if self._bus.on_progress is not None:
+            raise AlreadyRunning(
+                "Another trainer's run uses this bus, and its stream takes one voice at a time. Wait for it, or give "
+                "each trainer a bus of its own."
+            )
+
+    @contextmanager
+    def _feed(self, data: Any) -> Generator[Iterator[Any]]:
+        ready = threading.Event()
+
+        def wait(is_ready: Callable[[], object]) -> bool:
+            while not is_ready():
+                ready.wait(0.1)
+                ready.clear()
+            return True
+
+        feed = EpochFeed(
+            data,
+            self._model.epoch,
+            steps_per_call=1,
+            sharding=replicated_sharding(self._model.leaves),
+            wait=wait,
+            on_ready=ready.set,
+        )
+        try:
+            yield feed.batches()
+        finally:
+            feed.close()
+
+    def _drain(self) -> None:
+        self._bus.submit(self._bus.wait_until_quiet, self._options.drain_timeout_s).result()
+
+
+def _join(*outputs: np.ndarray) -> np.ndarray:
+    return np.stack(outputs) if outputs[0].ndim == 0 else np.concatenate(outputs)
