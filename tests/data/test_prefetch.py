@@ -1,0 +1,218 @@
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+import numpy as np
+import pytest
+
+from eventtrain.data.prefetch import BatchGroup, Prefetcher
+from eventtrain.errors import ConfigurationError, DataError
+from tests.support.jax_compilations import x64
+
+
+class Consumer:
+    """Takes from a Prefetcher the way the loop does: it waits for on_ready, never by polling."""
+
+    def __init__(self, batches: Iterator[Any], **options: Any) -> None:
+        self._news = threading.Semaphore(0)
+        self.prefetcher = Prefetcher(batches, on_ready=self._news.release, **options)
+
+    def take(self) -> BatchGroup | None:
+        while not self.prefetcher.ready():
+            assert self._news.acquire(timeout=30)
+        return self.prefetcher.take()
+
+    def all(self) -> list[BatchGroup]:
+        return list(iter(self.take, None))
+
+
+def test_batches_arrive_on_the_device_in_order_and_end_with_none() -> None:
+    consumer = Consumer(iter([{"x": np.full(2, i), "name": i} for i in range(10)]), depth=2)
+    groups = consumer.all()
+    assert [group.steps for group in groups] == [1] * 10
+    for i, group in enumerate(groups):
+        assert isinstance(group.batches[0]["x"], jax.Array)
+        assert group.batches[0]["x"].tolist() == [i, i]
+        assert group.batches[0]["name"] == i
+    assert consumer.take() is None
+    assert consumer.prefetcher.close()
+
+
+def test_batches_are_grouped_and_the_last_group_is_padded_with_its_last_batch() -> None:
+    consumer = Consumer(iter([np.full(1, i) for i in range(7)]), steps_per_call=3)
+    groups = consumer.all()
+    assert [group.steps for group in groups] == [3, 3, 1]
+    assert [[int(b[0]) for b in group.batches] for group in groups] == [[0, 1, 2], [3, 4, 5], [6, 6, 6]]
+
+
+def test_a_group_ends_where_the_next_batch_has_another_shape() -> None:
+    sizes = [4, 4, 4, 2, 4, 4]
+    consumer = Consumer(iter([np.full(n, i) for i, n in enumerate(sizes)]), steps_per_call=4)
+    groups = consumer.all()
+    assert [group.steps for group in groups] == [3, 1, 2]
+    assert [{b.shape for b in group.batches} for group in groups] == [{(4,)}, {(2,)}, {(4,)}]
+
+
+def test_an_iterator_that_fills_one_buffer_again_and_again_is_harmless() -> None:
+    memory = np.zeros(1024 + 16, np.float32)
+    first = -memory.ctypes.data % 64 // 4  # JAX takes over memory on the CPU if it is aligned to 64 bytes
+    buffer = memory[first : first + 1024]
+
+    def reusing() -> Iterator[np.ndarray]:
+        for i in range(50):
+            buffer[:] = i
+            yield buffer
+
+    groups = Consumer(reusing(), depth=50).all()
+    assert [set(group.batches[0].tolist()) for group in groups] == [{float(i)} for i in range(50)]
+
+
+def test_no_more_than_depth_groups_are_made_ahead() -> None:
+    made: list[int] = []
+    asked = threading.Semaphore(0)
+
+    def counted() -> Iterator[np.ndarray]:
+        for i in range(20):
+            made.append(i)
+            asked.release()
+            yield np.zeros(1)
+
+    consumer = Consumer(counted(), depth=3)
+    for _ in range(4):  # three wait, the fourth is made and finds no room
+        assert asked.acquire(timeout=30)
+    assert len(made) == 4
+    consumer.take()
+    assert asked.acquire(timeout=30)
+    assert len(made) == 5
+    assert consumer.prefetcher.close()
+
+
+def test_the_users_exception_comes_unchanged_after_the_batches_before_it() -> None:
+    def failing() -> Iterator[np.ndarray]:
+        yield np.zeros(1)
+        yield np.ones(1)
+        raise OSError("the disk is gone")
+
+    consumer = Consumer(failing(), steps_per_call=4)
+    group = consumer.take()
+    assert group is not None
+    assert group.steps == 2
+    for _ in range(2):
+        with pytest.raises(OSError, match="the disk is gone"):
+            consumer.take()
+
+
+def test_empty_data_is_refused() -> None:
+    with pytest.raises(DataError, match="data is empty: it ended before its first batch"):
+        Consumer(iter([])).take()
+
+
+def test_taking_before_anything_is_ready_is_an_error() -> None:
+    free = threading.Event()
+
+    def waiting() -> Iterator[np.ndarray]:
+        assert free.wait(30)
+        yield np.zeros(1)
+
+    consumer = Consumer(waiting())
+    assert not consumer.prefetcher.ready()
+    with pytest.raises(RuntimeError, match="nothing is ready"):
+        consumer.prefetcher.take()
+    free.set()
+    assert consumer.take() is not None
+
+
+def test_close_ends_the_thread_and_closes_the_generator_in_it() -> None:
+    closed_by: list[str] = []
+
+    def endless() -> Iterator[np.ndarray]:
+        try:
+            while True:
+                yield np.zeros(1)
+        finally:
+            closed_by.append(threading.current_thread().name)
+
+    consumer = Consumer(endless(), steps_per_call=2)
+    assert consumer.take() is not None
+    assert consumer.prefetcher.close()
+    assert consumer.prefetcher.close()
+    assert closed_by == ["eventtrain-prefetch"]
+    assert not [t for t in threading.enumerate() if t.name == "eventtrain-prefetch"]
+
+
+def test_close_does_not_wait_for_ever_on_an_iterator_that_blocks() -> None:
+    free = threading.Event()
+
+    def stuck() -> Iterator[np.ndarray]:
+        assert free.wait(30)
+        yield np.zeros(1)
+
+    consumer = Consumer(stuck())
+    assert not consumer.prefetcher.close(timeout_s=0.01)
+    free.set()
+    assert consumer.prefetcher.close(timeout_s=30)
+
+
+def test_the_position_after_each_batch_is_recorded() -> None:
+    class Resumable:
+        def __init__(self) -> None:
+            self.next = 0
+
+        def __iter__(self) -> Resumable:
+            return self
+
+        def __next__(self) -> np.ndarray:
+            if self.next == 5:
+                raise StopIteration
+            self.next += 1
+            return np.full(1, self.next)
+
+        def get_state(self) -> dict[str, int]:
+            return {"next": self.next}
+
+    groups = Consumer(Resumable(), steps_per_call=2).all()
+    assert [[p["next"] for p in group.positions] for group in groups] == [[1, 2], [3, 4], [5]]
+    (group,) = Consumer(iter([np.zeros(1)])).all()
+    assert group.positions == (None,)
+
+
+@pytest.mark.parametrize("options", [{"steps_per_call": 0}, {"depth": 0}])
+def test_counts_below_one_are_refused(options: dict[str, int]) -> None:
+    with pytest.raises(ConfigurationError, match="must be 1 at least"):
+        Prefetcher(iter([]), **options)
+
+
+@pytest.mark.parametrize("enabled", [False, True])
+def test_the_prefetch_thread_has_the_64_bit_mode_of_its_maker(enabled: bool) -> None:
+    with x64(enabled):
+        (group,) = Consumer(iter([np.array([2**40 if enabled else 7])])).all()
+    assert group.batches[0].dtype == (np.int64 if enabled else np.int32)
+
+
+def test_numpy_batches_are_replicated_over_the_mesh(run_on_devices: Any) -> None:
+    def replicated() -> None:
+        import jax
+        import jax.numpy as jnp
+        import numpy as np
+        from jax.sharding import AxisType, NamedSharding
+        from jax.sharding import PartitionSpec as P
+
+        from eventtrain.data.prefetch import Prefetcher
+
+        mesh = jax.make_mesh((8,), ("data",), axis_types=(AxisType.Auto,))
+        everywhere, spread = NamedSharding(mesh, P()), NamedSharding(mesh, P("data"))
+        news = __import__("threading").Semaphore(0)
+        batch = {"x": np.ones(8), "y": jax.device_put(jnp.ones(8), spread)}
+        prefetcher = Prefetcher(iter([batch]), sharding=everywhere, on_ready=news.release)
+        while not prefetcher.ready():
+            assert news.acquire(timeout=30)
+        (taken,) = prefetcher.take().batches
+        assert taken["x"].sharding == everywhere
+        assert taken["y"].sharding == spread
+        assert prefetcher.close()
+        print("placed")
+
+    assert "placed" in run_on_devices(8, replicated)

@@ -1,0 +1,180 @@
+"""The documentation holds: its Python runs, prints what it says, and what it lists exists."""
+
+from __future__ import annotations
+
+import ast
+import importlib.util
+import re
+import textwrap
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import partial
+from inspect import iscoroutinefunction
+from itertools import chain
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import anyio
+import pytest
+
+import eventtrain as et
+import eventtrain.subscribers
+import eventtrain.testing
+from benchmarks import machine, readme
+
+ROOT = Path(__file__).resolve().parents[2]
+DOCS = ROOT / "docs"
+PAGES = [ROOT / "README.md", *sorted(DOCS.glob("*.md"))]
+
+FENCE = re.compile(
+    r"(?:^<!-- (?P<mark>not run: .+?|output) -->\n+)?"
+    r"^(?P<indent> *)```(?P<language>\w+)[^\n]*\n(?P<text>.*?)^(?P=indent)```$",
+    re.MULTILINE | re.DOTALL,
+)
+NUMBER = re.compile(r"(?<![\w.])-?\d+(?:\.\d+)?(?:e[+-]?\d+)?(?![\w.])")
+
+
+@dataclass
+class Block:
+    """One fenced block of a page that is run, with what the page says it prints."""
+
+    page: Path
+    line: int
+    source: str
+    output: str | None = None
+
+
+def blocks(page: Path) -> Iterator[Block]:
+    """The Python blocks that are run, in order. ``<!-- output -->`` marks what the block before it prints."""
+    text = page.read_text()
+    found: list[Block] = []
+    for match in FENCE.finditer(text):
+        mark, language, body = match["mark"], match["language"], textwrap.dedent(match["text"])
+        if language == "python" and mark is None:
+            found.append(Block(page, text.count("\n", 0, match.start("text")), body))
+        elif mark == "output":
+            found[-1].output = body
+    return iter(found)
+
+
+def same(printed: str, said: str) -> bool:
+    """Equal texts, but numbers may differ in their last digits, as they do between versions and processors."""
+    numbers = [[float(number) for number in NUMBER.findall(text)] for text in (printed, said)]
+    texts = [" ".join(NUMBER.sub("#", text).split()) for text in (printed, said)]
+    return texts[0] == texts[1] and numbers[0] == pytest.approx(numbers[1], rel=1e-3, abs=1e-6)
+
+
+def run(block: Block, names: dict[str, Any]) -> None:
+    """Run a block, and then the tests it defines."""
+    known = set(names)
+    code = compile("\n" * block.line + block.source, str(block.page), "exec", dont_inherit=True)
+    exec(code, names)
+    for name in [name for name in names if name.startswith("test_") and name not in known]:
+        test = names[name]
+        anyio.run(partial(test)) if iscoroutinefunction(test) else test()
+
+
+@pytest.mark.allow_blocking  # a relative run_dir, as a user writes it: Checkpointer asks for the working directory
+@pytest.mark.parametrize("page", [page for page in PAGES if list(blocks(page))], ids=lambda page: page.stem)
+def test_the_python_of_a_page_runs_and_prints_what_the_page_says(
+    page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    names: dict[str, Any] = {"__name__": "__main__"}
+    for block in blocks(page):
+        capsys.readouterr()
+        run(block, names)
+        printed = capsys.readouterr().out
+        if block.output is not None:
+            assert same(printed, block.output), f"{page.name}:{block.line} printed\n{printed}"
+
+
+def test_a_block_that_is_not_run_says_why_and_there_are_few() -> None:
+    fences = [match for page in PAGES for match in FENCE.finditer(page.read_text())]
+    python = [match["mark"] for match in fences if match["language"] == "python"]
+    skipped = [mark for mark in python if mark]
+    assert len(skipped) <= 6
+    assert len(python) - len(skipped) >= 20
+
+
+def test_the_readme_shows_the_hello_world_that_lies_in_examples() -> None:
+    sources = [block.source for block in blocks(ROOT / "README.md")]
+    assert (ROOT / "examples" / "hello.py").read_text() in sources
+
+
+def test_the_measured_table_is_the_one_of_the_results() -> None:
+    assert readme.filled((ROOT / "README.md").read_text()) == (ROOT / "README.md").read_text(), (
+        "run python -m benchmarks.readme"
+    )
+
+
+def test_the_measured_table_names_figures_and_machine(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    figure = {"step_us": 12_758.4, "subscribers": "eight", "steps_per_call": 1, "ratio_median": 1.014}
+    loop = [{**figure, "ratios": [1.01, 1.014, 1.0299], "pairs": 3}]
+    bus = {
+        "publish": {"publish / append and check, in a function": 3.44, "publish, ns": 193.9},
+        "1 handler": {"eventtrain / direct": 2.96, "eventtrain, us per event": 0.7},
+        "10 handlers": {"eventtrain / direct": 2.31, "eventtrain, us per event": 3.0},
+    }
+    machine.write_json(tmp_path / "loop_overhead-cpu.json", "loop_overhead", loop)
+    machine.write_json(tmp_path / "bus_throughput-cpu.json", "bus_throughput", bus)
+    monkeypatch.setattr(readme, "RESULTS", tmp_path)
+    tables = readme.tables()
+    assert "| 12.76 ms | eight | 1 | **1.014** (1.010 to 1.030) | 3 |" in tables
+    assert "| eventtrain | 3.0 | 2.3 |" in tables
+    assert "194 ns, 3.4 times" in tables
+    assert tables.count(f"on {machine.describe()['processor']}, {machine.describe()['cores']} cores") == 2
+
+
+@pytest.mark.parametrize("page", ["events.md", "promises.md", "how-it-works.md"])
+def test_what_a_page_takes_from_the_code_is_up_to_date(page: str) -> None:
+    fill = load(DOCS / "make_pages.py").PAGES[page]
+    text = (DOCS / page).read_text()
+    assert fill(text) == text, "run python docs/make_pages.py"
+
+
+def test_every_public_name_is_in_the_reference() -> None:
+    reference = (DOCS / "api.md").read_text() + (DOCS / "events.md").read_text()
+    listed = set(re.findall(r"^::: [\w.]*?(\w+)$", reference, re.MULTILINE)) | set(
+        re.findall(r"`(\w+)`", reference)
+    )
+    public = {*et.__all__, *eventtrain.subscribers.__all__, *eventtrain.testing.__all__}
+    assert public - listed == set()
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+def test_every_relative_link_leads_to_a_file(page: Path) -> None:
+    links = re.findall(r"\]\((?!https?://|#)([^)#]+)", page.read_text())
+    assert [link for link in links if not (page.parent / link).exists()] == []
+
+
+def test_every_page_is_in_the_navigation() -> None:
+    configuration = (ROOT / "mkdocs.yml").read_text()
+    assert [page.name for page in DOCS.glob("*.md") if f" {page.name}" not in configuration] == []
+
+
+def test_each_promise_and_behaviour_names_tests_that_exist() -> None:
+    page = (DOCS / "promises.md").read_text()
+    rows = [line for line in page.splitlines() if re.match(r"\| (\d+|[a-z]+) \|", line)]
+    named = [re.findall(r"`(tests/[\w/]+\.py)::(\w+)`", row) for row in rows]
+    assert len(rows) >= 9
+    assert all(named)
+    missing = [f"{file}::{name}" for file, name in chain(*named) if name not in functions(ROOT / file)]
+    assert missing == []
+
+
+def functions(file: Path) -> set[str]:
+    nodes = ast.walk(ast.parse(file.read_text()))
+    return {node.name for node in nodes if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)}
+
+
+def load(path: Path) -> ModuleType:
+    specification = importlib.util.spec_from_file_location(path.stem, path)
+    assert specification is not None
+    assert specification.loader is not None
+    module = importlib.util.module_from_spec(specification)
+    specification.loader.exec_module(module)
+    return module

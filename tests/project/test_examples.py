@@ -1,0 +1,203 @@
+"""examples/service.py through real HTTP on loopback: it answers while it trains, and goes down cleanly."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import httpx
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+import uvicorn
+
+import eventtrain as et
+
+EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
+spec = importlib.util.spec_from_file_location("service_example", EXAMPLES / "service.py")
+assert spec is not None
+assert spec.loader is not None
+service = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(service)
+
+optimiser = optax.inject_hyperparams(optax.sgd)(learning_rate=0.5)
+
+
+def step(state: Any, batch: Any) -> Any:
+    return state, {"loss": batch, "rate": state["opt_state"].hyperparams["learning_rate"]}
+
+
+def make_trainer(bus: et.EventBus, run_dir: Path) -> et.Trainer:
+    params = jnp.zeros(2)
+    state = {"params": params, "opt_state": optimiser.init(params)}
+    return et.Trainer(step, state, eval_fn=lambda s, b: {"loss": b}, bus=bus, run_dir=run_dir)
+
+
+def endless(epoch: int) -> Iterator[np.ndarray]:
+    """Slow enough that a machine under load still answers, and with no end but a stop."""
+    for _ in range(100):
+        time.sleep(0.001)
+        yield np.float32(epoch)
+
+
+@contextmanager
+def serving(app: Any) -> Iterator[tuple[httpx.Client, Any]]:
+    """The app on uvicorn, in a thread, on a free port."""
+    server = service.Server(uvicorn.Config(app, port=0, log_level="warning", timeout_graceful_shutdown=10))
+    thread = threading.Thread(target=server.run)
+    thread.start()
+    wait_until(lambda: server.started)
+    port = server.servers[0].sockets[0].getsockname()[1]
+    try:
+        with httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=20, trust_env=False) as client:
+            yield client, server
+    finally:
+        server.should_exit = True
+        thread.join(30)
+        assert not thread.is_alive()
+
+
+def wait_until(ready: Callable[[], object], timeout_s: float = 30.0) -> None:
+    deadline_s = time.monotonic() + timeout_s
+    while not ready():
+        assert time.monotonic() < deadline_s
+        time.sleep(0.01)
+
+
+@pytest.fixture
+def app(tmp_path: Path) -> Any:
+    return service.make_app(
+        lambda bus: make_trainer(bus, tmp_path),
+        lambda trainer: trainer.fit_async(endless, epochs=10_000, eval_data=[np.float32(7)]),
+    )
+
+
+def server_sent(client: httpx.Client, kinds: str) -> Iterator[dict[str, Any]]:
+    with client.stream("GET", "/events", params={"kinds": kinds}) as response:
+        assert response.status_code == 200
+        assert response.headers["content-type"].startswith("text/event-stream")
+        for line in response.iter_lines():
+            if line.startswith("data: "):
+                yield json.loads(line.removeprefix("data: "))
+
+
+def test_status_moves_while_training(app: Any) -> None:
+    with serving(app) as (client, _):
+        wait_until(lambda: client.get("/status").json()["epochs_completed"] >= 1)
+        first = client.get("/status").json()
+        assert first["state"] == "training"
+        assert first["hyperparams"] == {"learning_rate": 0.5}
+        assert first["metrics"]["val_loss"] == 7
+        assert first["metrics"]["loss"] >= 0
+        wait_until(lambda: client.get("/status").json()["step"] > first["step"])
+
+
+def test_events_come_in_order_and_none_is_missing(app: Any) -> None:
+    with serving(app) as (client, _):
+        wait_until(lambda: client.get("/status").json()["step"] > 0)
+        steps: list[int] = []
+        for body in server_sent(client, "step_completed"):
+            event = et.parse_event(body)
+            steps.append(event.step)
+            if len(steps) == 300:
+                break
+        assert steps == list(range(steps[0], steps[0] + 300))
+
+
+def test_a_new_learning_rate_holds_from_the_step_that_the_answer_names(app: Any) -> None:
+    with serving(app) as (client, _):
+        wait_until(lambda: client.get("/status").json()["step"] > 0)
+        events = server_sent(client, "step_completed,hyperparam_changed")
+        next(events)
+        answer = client.post("/commands", json={"learning_rate": 0.125})
+        assert answer.status_code == 200
+        applied = answer.json()
+        assert applied["kind"] == "command_applied"
+        assert applied["command"]["value"] == 0.125
+        assert client.get("/status").json()["hyperparams"] == {"learning_rate": 0.125}
+        rates: dict[int, float] = {}
+        changed: list[int] = []
+        for body in events:
+            if body["kind"] == "hyperparam_changed":
+                changed.append(body["step"])
+            else:
+                rates[body["step"]] = body["metrics"]["rate"]
+            if applied["step"] + 1 in rates:
+                break
+        assert changed == [applied["step"]]
+        assert (rates[applied["step"]], rates[applied["step"] + 1]) == (0.5, 0.125)
+
+
+@pytest.mark.parametrize(
+    "content",
+    ["", "nothing", "[]", "{}", '{"learning_rate": "x"}', '{"learning_rate": NaN}', '{"learning_rate": -1}',
+     '{"learning_rate": true}', '{"learning_rate": 1, "momentum": 2}', '{"learning_rate": 1e999}', b"\xff\xfe{"],
+)  # fmt: skip
+def test_what_is_no_command_is_422(app: Any, content: str | bytes) -> None:
+    with serving(app) as (client, _):
+        answer = client.post("/commands", content=content)
+        assert answer.status_code == 422, answer.text
+        assert "learning_rate" in answer.json()["error"]
+
+
+def test_unknown_events_are_422(app: Any) -> None:
+    with serving(app) as (client, _):
+        answer = client.get("/events", params={"kinds": "nonsense"})
+        assert answer.status_code == 422
+        assert "nonsense" in answer.json()["error"]
+
+
+def test_when_training_is_over_a_command_is_409_with_the_reason(tmp_path: Path) -> None:
+    app = service.make_app(
+        lambda bus: make_trainer(bus, tmp_path),
+        lambda trainer: trainer.fit_async([np.float32(1)] * 3, epochs=1),
+    )
+    with serving(app) as (client, _):
+        wait_until(lambda: client.get("/status").json()["state"] == "ended: completed")
+        answer = client.post("/commands", json={"learning_rate": 0.1})
+        assert answer.status_code == 409
+        assert "ended" in answer.json()["error"] or "no run" in answer.json()["error"]
+
+
+def test_training_that_fails_leaves_the_service_up(tmp_path: Path) -> None:
+    app = service.make_app(
+        lambda bus: make_trainer(bus, tmp_path), lambda trainer: trainer.fit_async([], epochs=1)
+    )
+    with serving(app) as (client, _):
+        wait_until(lambda: client.get("/status").json()["state"].startswith("failed: "))
+
+
+def test_going_down_in_the_middle_of_training_ends_streams_and_keeps_the_state(app: Any) -> None:
+    with serving(app) as (client, server):
+        wait_until(lambda: client.get("/status").json()["step"] > 10)
+        kinds: list[str] = []
+        for body in server_sent(client, "step_completed,run_completed"):
+            if not kinds:
+                server.should_exit = True
+            kinds.append(body["kind"])
+        assert kinds[-1] == "run_completed"  # and then the stream ended by itself, without an error
+    trainer = app.state.training.trainer
+    assert trainer.step > 10
+    assert np.asarray(trainer.state["params"]).shape == (2,)
+    left = [thread.name for thread in threading.enumerate() if "eventtrain" in thread.name]
+    assert not left
+
+
+@pytest.mark.parametrize("name", ["hello.py", "custom_subscriber.py"])
+def test_the_other_examples_run(name: str, tmp_path: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, "-W", "error", str(EXAMPLES / name)],
+        cwd=tmp_path, capture_output=True, text=True, timeout=60, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert "->" in done.stdout
+    assert done.stderr == ""

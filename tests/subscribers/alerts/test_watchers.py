@@ -1,0 +1,262 @@
+"""What is judged by the clock: pure judges with a clock of the test's, and the thread that sees a hanging loop."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from time import monotonic, sleep
+from typing import Any
+
+import anyio
+import anyio.to_thread
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import eventtrain as et
+from eventtrain import subscribers as subs
+from eventtrain.subscribers.alerts.watchers import Deadline, LowDisk, SlowSubscriber, Stall, Watch
+from tests.subscribers.alerts.alert_servers import Target, serving
+
+
+@dataclass
+class Figures:
+    pending: int = 0
+    lag_s: float = 0.0
+
+
+def test_a_stall_is_no_step_for_so_long_and_over_with_the_next_one() -> None:
+    steps = [3]
+    judge = Stall(subs.StallRule(after_s=10), lambda: steps[-1], now_s=100.0)
+    assert judge.judge(109.9) == {}
+    assert judge.judge(110.0) == {"": "no step for 10 s, since step 3"}
+    steps.append(4)
+    assert judge.judge(150.0) == {}
+    assert judge.judge(159.0) == {}
+    assert judge.judge(160.5) == {"": "no step for 10.5 s, since step 4"}
+
+
+def test_a_deadline_is_missed_at_the_pace_of_the_last_seconds() -> None:
+    steps = [0]
+    judge = Deadline(
+        subs.DeadlineRule(within_s=100, pace_s=10), lambda: steps[-1], target=100, deadline_s=100.0
+    )
+    assert judge.judge(0.0) is None
+    steps.append(20)
+    assert judge.judge(10.0) == {}
+    steps.append(25)
+    assert judge.judge(20.0) == {"": "75 steps are left, and the last of them will be 70 s late at this pace"}
+    steps.append(60)
+    assert judge.judge(30.0) == {}
+    assert judge.judge(100.0) == {"": "the deadline has passed and 40 steps are left"}
+    steps.append(100)
+    assert judge.judge(101.0) == {}
+
+
+def test_compiling_before_the_first_step_is_no_pace() -> None:
+    steps = [5]
+    rule = subs.DeadlineRule(within_s=600)
+    judge = Deadline(rule, lambda: steps[-1], target=1005, deadline_s=600.0)
+    assert [judge.judge(float(second)) for second in range(61)] == [None] * 61
+    steps.append(15)
+    assert judge.judge(61.0) == {}
+    steps.append(16)
+    (late,) = (judge.judge(71.0) or {}).values()
+    assert late.startswith("989 steps are left")
+
+
+def test_a_subscriber_is_behind_by_backlog_by_lag_or_by_what_events_say_and_fine_when_it_is_quiet() -> None:
+    figures = {"slow": Figures(), "fine": Figures(pending=3)}
+    judge = SlowSubscriber(subs.SlowSubscriberRule(backlog=10, lag_s=5.0, quiet_s=2.0), lambda: figures)
+    assert judge.judge(0.0) == {}
+    figures["slow"].pending = 12
+    assert judge.judge(1.0) == {"slow": "slow is behind: 12 events wait for it"}
+    figures["slow"] = Figures(pending=1, lag_s=6.0)
+    assert judge.judge(2.0) == {"slow": "slow is behind: an event waits for it for 6 s"}
+    figures["slow"] = Figures()
+    judge.tell("log", "3 events were dropped")
+    assert set(judge.judge(3.0)) == {"slow", "log"}
+    assert set(judge.judge(4.5)) == {"log"}
+    assert judge.judge(5.5) == {}
+
+
+def test_a_disk_is_low_below_the_limit_and_unknown_where_it_cannot_be_asked() -> None:
+    free = [2**30]
+
+    def ask() -> int:
+        if free[-1] < 0:
+            raise OSError("gone")
+        return free[-1]
+
+    judge = LowDisk(subs.LowDiskRule(below_bytes=2**30, every_s=3), ask)
+    assert judge.interval_s == 3
+    assert judge.judge(0.0) == {}
+    free.append(2**29)
+    assert judge.judge(1.0) == {"": "512 MiB are free on the disk of the run, less than 1 GiB"}
+    free.append(-1)
+    assert judge.judge(2.0) is None
+
+
+def test_a_look_that_raises_does_not_end_the_thread(caplog: pytest.LogCaptureFixture) -> None:
+    looks = threading.Semaphore(0)
+
+    def look() -> None:
+        looks.release()
+        raise ValueError("broken")
+
+    watch = Watch("test", [(0.001, look)])
+    watch.start()
+    for _ in range(3):
+        assert looks.acquire(timeout=30)
+    watch.stopping.set()
+    watch.join(30)
+    assert not watch.is_alive()
+    assert "a look raised ValueError: broken" in caplog.text
+
+
+@pytest.fixture
+def target() -> Iterator[Target]:
+    with serving(Target()) as found:
+        yield found
+
+
+class Watched:
+    """A session with ``rule``, on the test's own thread, which is the training thread."""
+
+    def __init__(self, run_dir: Path, rule: Any, **options: Any) -> None:
+        def step(state: Any, batch: Any) -> Any:
+            return state, {"loss": batch}
+
+        self.now_s = 0.0
+        self.seen: list[et.Event] = []
+        alerts = subs.Alerts([rule], clock=lambda: self.now_s, **options)
+        self.trainer = et.Trainer(step, {"w": jnp.zeros(1)}, subscribers=[alerts], run_dir=run_dir)
+        self._came = threading.Event()
+
+        @self.trainer.on(et.AlertRaised | et.AlertResolved)
+        async def see(event: et.Event) -> None:
+            self.seen.append(event)
+            self._came.set()
+
+    def hang_until_told(self) -> None:
+        """Time passes, and the training thread does nothing."""
+        deadline = monotonic() + 60
+        while not self._came.wait(0.01):
+            self.now_s += 100.0
+            assert monotonic() < deadline, "nobody noticed"
+        self._came.clear()
+
+    def wait_until_told(self) -> None:
+        assert self._came.wait(60), "nobody noticed"
+        self._came.clear()
+
+
+def test_a_training_thread_that_hangs_is_noticed_while_it_hangs(tmp_path: Path) -> None:
+    watched = Watched(tmp_path, subs.StallRule(after_s=0.4))
+    with watched.trainer.session() as session:
+        for _ in range(3):
+            session.step(np.float32(1))
+        watched.hang_until_told()
+        session.step(np.float32(1))
+        watched.wait_until_told()
+    raised, resolved = watched.seen
+    assert isinstance(raised, et.AlertRaised)
+    assert isinstance(resolved, et.AlertResolved)
+    assert raised.name == resolved.name == "no step for 0.4 s"
+    assert raised.message.startswith("no step for ")
+    assert raised.message.endswith(" s, since step 3")
+    assert (raised.step, resolved.step) == (3, 4)
+
+
+@pytest.mark.allow_blocking
+def test_an_event_loop_that_hangs_does_not_keep_a_stall_from_being_told(
+    tmp_path: Path, target: Target, caplog: pytest.LogCaptureFixture
+) -> None:
+    watched = Watched(tmp_path, subs.StallRule(after_s=0.4), url=target.url, allow_private=True, group_s=0.0)
+    blocked, told = threading.Event(), threading.Event()
+
+    @watched.trainer.on(et.StepCompleted)
+    async def block(event: et.StepCompleted) -> None:
+        blocked.set()
+        assert told.wait(60)
+
+    with watched.trainer.session() as session:
+        session.step(np.float32(1))
+        session.block_until_ready()
+        assert blocked.wait(60)
+        deadline = monotonic() + 60
+        while "Alert no step for 0.4 s: " not in caplog.text:
+            watched.now_s += 100.0
+            assert monotonic() < deadline
+            sleep(0.01)
+        target.wait_for(1)
+        assert watched.seen == []
+        told.set()
+        watched.wait_until_told()
+    (event,) = target.bodies[0]["events"]
+    assert (event["run_id"], target.bodies[0]["run_id"]) == (watched.trainer.run_id,) * 2
+    assert datetime.fromisoformat(event["time"]).year > 2000
+
+
+def test_a_run_that_cannot_be_through_in_time_is_told(tmp_path: Path) -> None:
+    rule = subs.DeadlineRule(at=datetime.now(UTC), name="late", severity="critical")
+    seen: list[et.Event] = []
+    came = threading.Event()
+
+    def step(state: Any, batch: Any) -> Any:
+        return state, {"loss": batch}
+
+    trainer = et.Trainer(
+        step, {"w": jnp.zeros(1)}, subscribers=[subs.Alerts([rule])], run_dir=tmp_path, drain_timeout_s=30
+    )
+
+    @trainer.on(et.AlertRaised)
+    async def see(event: et.AlertRaised) -> None:
+        seen.append(event)
+        came.set()
+
+    @trainer.on(et.StepCompleted, lag=0, where=lambda event: event.step == 3)
+    async def wait(event: et.StepCompleted) -> None:
+        await anyio.to_thread.run_sync(came.wait, 60)
+
+    trainer.fit([np.float32(1)] * 5, epochs=1)
+    (raised,) = seen
+    assert isinstance(raised, et.AlertRaised)
+    assert (raised.name, raised.severity) == ("late", "critical")
+    assert raised.message.startswith("the deadline has passed and ")
+
+
+def test_a_deadline_says_that_it_says_nothing_where_the_length_is_not_known(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    def step(state: Any, batch: Any) -> Any:
+        return state, {"loss": batch}
+
+    alerts = subs.Alerts([subs.DeadlineRule(within_s=1)])
+    trainer = et.Trainer(step, {"w": jnp.zeros(1)}, subscribers=[alerts], run_dir=tmp_path)
+    trainer.fit(lambda epoch: iter([np.float32(1)]), epochs=1)
+    assert "'behind schedule' of Alerts says nothing" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("rule", "options", "said"),
+    [
+        (subs.StallRule, {"after_s": 0}, "StallRule(after_s=0): needs a number above 0"),
+        (subs.LowDiskRule, {"below_bytes": 0}, "LowDiskRule(below_bytes=0)"),
+        (subs.SlowSubscriberRule, {"backlog": 0}, "SlowSubscriberRule(backlog=0)"),
+        (subs.DeadlineRule, {}, "give at= or within_s="),
+        (subs.DeadlineRule, {"at": datetime(2030, 1, 1)}, "has no time zone"),
+        (subs.CheckpointFailedRule, {"severity": "bad"}, "CheckpointFailedRule(severity='bad')"),
+        (subs.DeadlineRule, {"at": "2030-01-01T00:00:00+00:00"}, "needs a datetime"),
+        (subs.RunFailedRule, {"for_s": -1}, "RunFailedRule(for_s=-1)"),
+        (subs.RunFailedRule, {"for_s": 1}, "RunFailedRule(for_s=1): can never be raised"),
+        (subs.RunCompletedRule, {"for_steps": 1}, "RunCompletedRule(for_steps=1): can never be raised"),
+    ],
+)
+def test_rules_that_cannot_work_are_refused_by_name(rule: Any, options: dict[str, Any], said: str) -> None:
+    with pytest.raises(et.ConfigurationError) as caught:
+        rule(**options)
+    assert said in str(caught.value)

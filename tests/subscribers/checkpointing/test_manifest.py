@@ -1,0 +1,188 @@
+"""The manifest: what it says comes back as it was, and what somebody else wrote into it runs nothing."""
+
+from __future__ import annotations
+
+import json
+import math
+import pickle
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+import eventtrain as et
+from eventtrain.bus.barrier import Share
+from eventtrain.subscribers.checkpointing.manifest import (
+    MANIFEST,
+    SavedArray,
+    checksum,
+    named_leaves,
+    nested,
+    part_of,
+    read_manifest,
+)
+from tests.subscribers.checkpointing.writing import Writing, complete_cut
+
+json_data = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(), inner, max_size=3),
+    max_leaves=8,
+)
+
+
+def equal(one: Any, other: Any) -> bool:
+    """As JSON sees it, with NaN equal to NaN and -0.0 not to 0.0."""
+    return repr(one) == repr(other)
+
+
+def test_the_states_of_subscribers_come_back_as_they_were(tmp_path: Path) -> None:
+    writing = Writing(tmp_path)
+    steps = iter(range(1, 1000))
+
+    @given(st.dictionaries(st.text(), json_data, max_size=4), st.floats())
+    def check(state: dict[str, Any], loss: float) -> None:
+        unhandled = et.StepCompleted(step=3, epoch=0, batch=3, metrics={"loss": loss, "n": 2**60, "ok": True})
+        share = Share(state, (unhandled,), (True,), spent=True)
+        step = next(steps)
+        written = writing.write(step, cut=complete_cut(step, {"it": share}), loss=loss)
+        assert isinstance(written, et.CheckpointCommitted), written
+        manifest = read_manifest(Path(written.path))
+        assert manifest.facts is not None
+        back = manifest.facts.shares["it"].share()
+        assert equal(back.state, state)
+        assert back.unhandled == (unhandled,)
+        assert (back.decided_on, back.spent) == ((True,), True)
+        assert equal(manifest.metrics, {"loss": loss})
+        assert manifest.step == step
+
+    check()
+    writing.close()
+
+
+@given(
+    st.dictionaries(
+        st.sampled_from(["state", "extensions", "kept/a", "kept/a/b", "kept/c.d", "kept_extensions/a"]),
+        st.dictionaries(st.text(min_size=1), st.integers(), max_size=3),
+    )
+)
+def test_parts_are_nested_and_found_again(parts: dict[str, dict[str, int]]) -> None:
+    tree = nested(parts)
+    assert set(tree) <= {"state", "extensions", "kept", "kept_extensions"}
+    assert {part: part_of(tree, part) for part in parts} == parts
+    assert part_of(tree, "kept/none") == {}
+
+
+@pytest.mark.parametrize(
+    "array",
+    [
+        np.float32(1.5),
+        np.arange(6, dtype=np.int64).reshape(2, 3).T,
+        np.zeros((3, 0)),
+        np.array([True, False]),
+        np.array([1.5, -0.0, np.nan], ml_dtypes.bfloat16),
+        np.array([1.5, 2], ml_dtypes.float8_e4m3fn),
+        np.array([1 + 2j]),
+        np.float16(2),
+    ],
+)
+def test_every_kind_of_array_has_a_checksum_of_its_bytes(array: Any) -> None:
+    stored, known = SavedArray.of(array)
+    assert known.crc32 == checksum(np.array(array, order="C"))
+    assert (known.shape, jnp.dtype(known.dtype)) == (np.shape(array), np.asarray(array).dtype)
+    if stored.size:
+        changed = np.array(stored, order="C")
+        raw = changed.reshape(-1).view(np.uint8)
+        raw[-1] ^= 1
+        assert checksum(changed) != known.crc32
+
+
+def test_leaves_are_named_by_their_paths_and_what_is_no_array_is_left_out() -> None:
+    state = {"a": [jnp.zeros(2), "text", 3], "k": jax.random.key(0), "f": np.sum, "s": np.array(["x"])}
+    assert list(named_leaves(state)) == ["['a'][0]", "['k']"]
+    assert list(named_leaves(jnp.zeros(2))) == ["."]
+
+
+class Bomb:
+    """Whoever unpickles it makes a file."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> Any:
+        return Path.touch, (self.path,)
+
+
+def hostile(tmp_path: Path) -> list[Any]:
+    blob = pickle.dumps(Bomb(tmp_path / "exploded"))
+    call = f"__import__('pathlib').Path({str(tmp_path / 'exploded')!r}).touch()"
+    return [
+        blob,
+        b"\x80\x04" + blob,
+        call,
+        "[" * 100_000,
+        "9" * 5_000,
+        "NaN",
+        "null",
+        "[]",
+        '"text"',
+        json.dumps({"format": call}),
+        "\xff\xfe",
+    ]
+
+
+def test_a_file_that_is_no_manifest_is_refused_and_runs_nothing(tmp_path: Path) -> None:
+    for content in hostile(tmp_path):
+        (tmp_path / MANIFEST).write_bytes(content if isinstance(content, bytes) else content.encode("latin1"))
+        with pytest.raises(et.SnapshotError, match="no checkpoint of eventtrain"):
+            read_manifest(tmp_path)
+    assert not (tmp_path / "exploded").exists()
+
+
+@pytest.fixture(scope="module")
+def manifest(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    writing = Writing(tmp_path_factory.mktemp("whole"))
+    path = Path(writing.write(3, cut=complete_cut(3, {"it": Share({"a": 1})})).path)  # type: ignore[attr-defined]
+    writing.close()
+    return json.loads((path / MANIFEST).read_text())
+
+
+WRONG = [
+    ("step", -1),
+    ("step", "__import__('os')"),
+    ("step", 1.5),
+    ("arrays", {"state": {"x": {"dtype": "O", "shape": ["a"], "crc32": 0}}}),
+    ("arrays", []),
+    ("arrays", {"state": {"x": {"dtype": "nonsense", "shape": [1], "crc32": 0}}}),
+    ("arrays", {"state": {"x": {"dtype": "object", "shape": [1], "crc32": 0}}}),
+    ("arrays", {"state": {"x": {"dtype": "float32", "shape": [-1], "crc32": 0}}}),
+    ("facts", {"loop": "x"}),
+    ("facts", {"loop": {}, "stream": {}, "shares": {}, "surplus": 1}),
+    ("surplus", 1),
+    ("time", "yesterday"),
+    ("files", {"../../etc/passwd": "x"}),
+    ("tag", {"$eval": "1"}),
+]
+
+
+@pytest.mark.parametrize(("key", "value"), WRONG)
+def test_a_manifest_with_something_wrong_is_refused_by_name(
+    tmp_path: Path, manifest: dict[str, Any], key: str, value: Any
+) -> None:
+    (tmp_path / MANIFEST).write_text(json.dumps({**manifest, key: value}))
+    with pytest.raises(et.SnapshotError, match=f"(?s)is broken.*{key}"):
+        read_manifest(tmp_path)
+
+
+@pytest.mark.parametrize("version", [0, 2, 99, "1", None, math.inf])
+def test_another_version_is_refused_with_what_to_do(
+    tmp_path: Path, manifest: dict[str, Any], version: Any
+) -> None:
+    (tmp_path / MANIFEST).write_text(json.dumps({**manifest, "schema_version": version}))
+    with pytest.raises(et.SnapshotError, match="the version of eventtrain that wrote it"):
+        read_manifest(tmp_path)
