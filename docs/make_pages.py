@@ -2,7 +2,7 @@
 
 events.md      the events and their fields, from the classes and their docstrings
 promises.md    the mutants of each promise and behaviour, from tests/mutants/mutants.toml
-how-it-works.md    the files of each floor, from tests/test_layers.py and the first line of each file
+how-it-works.md    the packages, from tests/test_architecture.py and the first line of each package
 """
 
 from __future__ import annotations
@@ -127,35 +127,27 @@ def _row_of(mutant: dict[str, Any]) -> str:
 # --- how-it-works.md ---------------------------------------------------------------------------------------
 
 
-def files_page(page: str) -> str:
-    """The page with the map of files, the highest floor first."""
-    package = ROOT / "eventtrain"
-    rows: dict[str, list[str]] = {}
-    for path in sorted(package.rglob("*.py")):
-        summary = (ast.get_docstring(ast.parse(path.read_text())) or "").split("\n\n")[0]
-        name = path.relative_to(package).as_posix()
-        rows.setdefault(_floor(name), []).append(f"| `{name}` | {_plain(summary)} |")
-    parts: list[str] = []
-    for floor in sorted(rows, reverse=True):
-        parts += [f"| floor {floor} | |", "|---|---|", *rows[floor], ""]
-    return between("files", page, "\n".join(parts))
+def packages_page(page: str) -> str:
+    """The page with a line for each package, the highest floor first."""
+    rows = ["| package | contents | imports |", "|---|---|---|"]
+    for name, imports in reversed(_may_import().items()):
+        path = ROOT / "eventtrain" / name
+        module = path / "__init__.py" if path.is_dir() else path.with_suffix(".py")
+        summary = (ast.get_docstring(ast.parse(module.read_text())) or "").split("\n\n")[0]
+        shown = f"`{name}/`" if path.is_dir() else f"`{name}.py`"
+        rows.append(f"| {shown} | {_plain(summary)} | {imports.replace('__init__', 'the public names')} |")
+    return between("packages", page, "\n".join(rows))
 
 
-def _floor(name: str) -> str:
-    module = name.removesuffix(".py").removesuffix("__init__").strip("/").replace("/", ".")
-    floors = _floors()
-    return floors.get(module) or floors[module.split(".")[0]]
-
-
-def _floors() -> dict[str, str]:
-    tree = ast.parse((ROOT / "tests" / "test_layers.py").read_text())
+def _may_import() -> dict[str, str]:
+    tree = ast.parse((ROOT / "tests" / "test_architecture.py").read_text())
     for node in tree.body:
         match node:
-            case ast.Assign(targets=[ast.Name(id="FLOORS")], value=value):
+            case ast.Assign(targets=[ast.Name(id="MAY_IMPORT")], value=value):
                 return ast.literal_eval(value)
             case _:
                 pass
-    raise SystemExit("make_pages.py: tests/test_layers.py has no FLOORS")
+    raise SystemExit("make_pages.py: tests/test_architecture.py has no MAY_IMPORT")
 
 
 # --- all of them -------------------------------------------------------------------------------------------
@@ -177,7 +169,7 @@ def _plain(docstring: str) -> str:
 PAGES: dict[str, Callable[[str], str]] = {
     "events.md": events_page,
     "promises.md": promises_page,
-    "how-it-works.md": files_page,
+    "how-it-works.md": packages_page,
 }
 
 if __name__ == "__main__":

@@ -189,13 +189,13 @@ __all__ = [
 ]
 
 _LAZY = {  # what few programs need, or what takes long to import, as Orbax does
-    "load_state": "subscribers.checkpointing.reader",
-    "load_subscribers": "config.load",
-    "subscriber_config": "config.model",
+    "load_state": "eventtrain.subscribers.checkpointing.reader",
+    "load_subscribers": "eventtrain.config.load",
+    "subscriber_config": "eventtrain.config.model",
 }
 
 
 def __getattr__(name: str) -> _Any:
     if name in _LAZY:
-        return getattr(_importlib.import_module(f"eventtrain.{_LAZY[name]}"), name)
+        return getattr(_importlib.import_module(_LAZY[name]), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,6 +1,6 @@
-"""The event bus: anyio, no jax.
+"""The event bus: publish from any thread, one queue and one worker per subscription. anyio, no JAX.
 
-``bus.py`` is what others see. Events come in by ``inbox.py`` (published) or ``training_stream.py`` (the loop's),
-``roster.py`` knows who wants them; each ``subscription.py`` has a queue (``queues.py``) and a ``worker.py``.
-``serving.py`` is one event loop at work; ``wake.py`` is the only crossing from other threads.
+Start with ``bus.py``. Events arrive through ``publish_queue.py`` (published) or ``training_stream.py`` (from the training
+loop); ``routing_table.py`` finds the subscriptions to an event; each ``subscription.py`` has a queue (``queues.py``) and
+a ``worker.py``. ``runner.py`` runs them on one event loop; only ``wakeup.py`` crosses from other threads.
 """

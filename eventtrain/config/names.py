@@ -47,12 +47,11 @@ def subscriber_type(name: str) -> type[Subscriber]:
 
 
 def _built_in() -> dict[str, str]:
-    """Name in a file -> attribute of ``eventtrain.subscribers``. What is not loaded yet counts as a subscriber."""
-    loaded = vars(subscribers)
+    """Name in a file -> attribute of ``eventtrain.subscribers``. Rules and targets are arguments of ``Alerts``."""
     return {
         snake_case(attribute): attribute
         for attribute in subscribers.__all__
-        if attribute[0].isupper() and _is_subscriber(loaded.get(attribute, Subscriber))
+        if attribute[0].isupper() and not attribute.endswith(("Rule", "Target"))
     }
 
 

@@ -1,1 +1,1 @@
-"""What subscribers and services ask of a run, and how it reaches the training thread."""
+"""Commands on their way to the training thread, and what subscribers requested of a run."""

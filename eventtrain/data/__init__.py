@@ -1,1 +1,1 @@
-"""Batches on their way to the training loop."""
+"""Batches on their way to the training loop: sources, prefetching, the loader for arrays."""

@@ -1,1 +1,1 @@
-"""The device half: everything that touches JAX, and nothing that touches an event loop."""
+"""Everything that runs on the accelerator: the compiled step, the metric ring, snapshots. JAX, no event loop."""

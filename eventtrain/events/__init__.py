@@ -1,11 +1,11 @@
-"""Everything eventtrain says: event classes, in ``catalog.py``; commands, in ``commands.py``."""
+"""Event classes (``catalog.py``) and commands (``commands.py``): frozen Pydantic models."""
 
+from eventtrain.events.base import UNPUBLISHED, EpochEvent, Event, RunEvent
 from eventtrain.events.catalog import (
     BUILT_IN,
     LOOP_EVENTS,
     TO_BE_CONTINUED,
     TRAINING_SEQUENCE,
-    UNPUBLISHED,
     AlertRaised,
     AlertResolved,
     CheckpointCommitted,
@@ -15,16 +15,12 @@ from eventtrain.events.catalog import (
     CheckpointStarted,
     CheckpointUploaded,
     CheckpointUploadFailed,
-    CommandApplied,
     CommandConflict,
-    CommandRejected,
     EpochCompleted,
-    EpochEvent,
     EpochStarted,
     EvalCompleted,
     EvalStarted,
     EvalStepCompleted,
-    Event,
     HyperparamChanged,
     LoopStalled,
     MachineMeasured,
@@ -33,7 +29,6 @@ from eventtrain.events.catalog import (
     PredictStepCompleted,
     ProfileCaptured,
     RunCompleted,
-    RunEvent,
     RunFailed,
     RunResumed,
     RunStarted,
@@ -47,6 +42,7 @@ from eventtrain.events.catalog import (
     events_json_schema,
     parse_event,
 )
+from eventtrain.events.commands import CommandApplied, CommandRejected
 
 __all__ = [
     "BUILT_IN",

@@ -8,67 +8,20 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Mapping
-from datetime import UTC, datetime
 from typing import Any, ClassVar, Literal
 
 from pydantic import Field, TypeAdapter, ValidationError
 
 from eventtrain.errors import EventParseError
-from eventtrain.events.commands import AnyCommand, Cause
-from eventtrain.events.models import Columns, Frozen, FrozenDict, Number, Numbers, Text
-
-UNPUBLISHED = datetime.fromtimestamp(0, UTC)
-"""The ``time`` of an event that no bus has stamped yet."""
-
-
-class Event(Frozen):
-    """What every event carries; subscribing to ``Event`` means everything.
-
-    ``kind`` is the class name in snake_case, ``schema_version`` grows when a class changes its fields.
-    """
-
-    run_id: str = ""
-    seq: int = 0
-    """Position in its sequence, from 1; 0 while unpublished. The loop's events are numbered in one stream,
-    those that handlers and services publish in another."""
-    time: datetime = UNPUBLISHED
-    step: int = Field(default=0, ge=0)
-    schema_version: int = 1
-
-    lifecycle: ClassVar[bool] = False
-    """Lifecycle events (run, epoch, checkpoint, alert) are never dropped by any queue."""
-
-    def is_multiple_of(self, every: int) -> bool:
-        """Whether a subscription with ``every=`` is due for this event."""
-        return self.step % every == 0
-
-
-class EpochEvent(Event):
-    """An event that belongs to a whole epoch: ``every`` counts epochs, the first being 1."""
-
-    lifecycle: ClassVar[bool] = True
-    epoch: int = Field(ge=0)
-
-    def is_multiple_of(self, every: int) -> bool:
-        """Whether ``epoch + 1`` is a multiple of ``every``."""
-        return (self.epoch + 1) % every == 0
-
+from eventtrain.events.base import EpochEvent, Event, RunEvent
+from eventtrain.events.commands import Cause, CommandApplied, CommandRejected
+from eventtrain.events.models import Columns, FrozenDict, Number, Numbers, Text
 
 # --- the run -------------------------------------------------------------------------------------------
 
 
 TO_BE_CONTINUED = frozenset({"interrupted", "preempted", "cancelled", "failed"})
 """Reasons for which a run ends from outside: another one may go on from its state, which stays as it is."""
-
-
-class RunEvent(Event):
-    """An event that belongs to a whole run: ``every`` leaves none out."""
-
-    lifecycle: ClassVar[bool] = True
-
-    def is_multiple_of(self, every: int) -> bool:
-        """True, at whatever step the run begins or ends."""
-        return True
 
 
 class RunStarted(RunEvent):
@@ -207,19 +160,6 @@ class HyperparamChanged(Event):
     new: Number
     reason: Text = ""
     cause: Cause | None = None
-
-
-class CommandApplied(Event):
-    """``command`` took effect at boundary ``step``: between step ``step`` and the next one."""
-
-    command: AnyCommand
-
-
-class CommandRejected(Event):
-    """``command`` was not carried out, and why."""
-
-    command: AnyCommand
-    reason: Text
 
 
 class CommandConflict(Event):

@@ -6,15 +6,13 @@ out between two steps and answers with an event that names the step, or refuses 
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated, Literal, Protocol
+from typing import Annotated, Literal, Protocol
 
 from pydantic import Field, FiniteFloat, PrivateAttr
 
-from eventtrain.errors import CommandRejected
+from eventtrain import errors
+from eventtrain.events.base import Event
 from eventtrain.events.models import Frozen, Text
-
-if TYPE_CHECKING:
-    from eventtrain.events import CommandApplied
 
 
 class Cause(Frozen):
@@ -57,7 +55,7 @@ class Command(Frozen):
         Cancellation leaves the command in force: it is only this waiting that ends.
         """
         if self._reply is None:
-            raise CommandRejected(
+            raise errors.CommandRejected(
                 f"This {self.kind} was never sent: commands are made by the methods of eventtrain.Control.",
                 reason="never sent",
             )
@@ -143,3 +141,16 @@ AnyCommand = Annotated[
     Field(discriminator="kind"),
 ]
 """Any command, told apart by ``kind``."""
+
+
+class CommandApplied(Event):
+    """``command`` took effect at boundary ``step``: between step ``step`` and the next one."""
+
+    command: AnyCommand
+
+
+class CommandRejected(Event):
+    """``command`` was not carried out, and why."""
+
+    command: AnyCommand
+    reason: Text

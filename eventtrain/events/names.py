@@ -7,7 +7,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import PlainValidator
 
-from eventtrain.events import BUILT_IN, EpochCompleted, Event
+from eventtrain.events.base import Event
+from eventtrain.events.catalog import BUILT_IN, EpochCompleted
 from eventtrain.events.models import snake_case
 
 

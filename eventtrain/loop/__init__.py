@@ -1,1 +1,1 @@
-"""The training loop. Start with ``train_loop.py``."""
+"""The training loop: dispatches steps, waits at boundaries, applies commands, sends metrics to the bus."""

@@ -1,1 +1,1 @@
-"""``Trainer`` and what runs it: sessions, fit, resume, evaluation."""
+"""``Trainer`` and what it is made of: sessions, fit, resume, evaluation and prediction."""

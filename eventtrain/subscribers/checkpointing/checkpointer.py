@@ -23,6 +23,7 @@ from eventtrain.events import (
     SnapshotTaken,
 )
 from eventtrain.subscribers._shared.metric_goal import Mode
+from eventtrain.subscribers._shared.metric_reader import MetricReader
 from eventtrain.subscribers._shared.own_thread import in_own_thread
 from eventtrain.subscribers._shared.state import SavedState
 from eventtrain.subscribers._shared.validation import require_choice, require_count, require_number
@@ -37,7 +38,6 @@ from eventtrain.subscribers.checkpointing.naming import (
 from eventtrain.subscribers.checkpointing.reader import find_checkpoint, load_state
 from eventtrain.subscribers.checkpointing.retention import Retention
 from eventtrain.subscribers.checkpointing.writer import CheckpointWriter, Job, WriterOptions
-from eventtrain.subscribers.policies.metric_reader import MetricReader
 
 __all__ = ["Checkpointer", "load_state", "restore_state"]
 

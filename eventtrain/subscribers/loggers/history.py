@@ -9,10 +9,10 @@ import numpy as np
 
 from eventtrain.events import EpochCompleted, Event, StepsCompleted
 from eventtrain.events.models import Number
+from eventtrain.subscribers._shared.optional_imports import import_optional, require_installed
 from eventtrain.subscribers._shared.state import SavedState
 from eventtrain.subscribers._shared.validation import require_choice, require_count
 from eventtrain.subscribers.base import RunContext, Subscriber
-from eventtrain.subscribers.loggers import optional_imports as optional
 from eventtrain.subscribers.loggers.columns import Column, Columns, SavedColumns
 
 if TYPE_CHECKING:
@@ -82,7 +82,9 @@ class History(Subscriber):
             ConfigurationError: pandas is missing, or ``rows`` is neither.
         """
         require_choice("History.to_dataframe", "rows", rows, ("epochs", "steps"))
-        return optional.pandas.DataFrame(self.epochs if rows == "epochs" else self.steps)
+        frames = import_optional("pandas", extra="dataframe", used_by="History.to_dataframe()")
+        require_installed(frames)
+        return frames.DataFrame(self.epochs if rows == "epochs" else self.steps)
 
     async def start(self, run: RunContext) -> None:
         """Forget the attempt before, where nothing of it was saved."""

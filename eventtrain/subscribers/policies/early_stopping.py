@@ -18,10 +18,10 @@ from eventtrain.subscribers._shared.metric_goal import (
     Unit,
     make_goal,
 )
+from eventtrain.subscribers._shared.metric_reader import MetricReader
 from eventtrain.subscribers._shared.state import SavedState
 from eventtrain.subscribers._shared.validation import require_choice, require_count, require_number
 from eventtrain.subscribers.base import RunContext, Subscriber
-from eventtrain.subscribers.policies.metric_reader import MetricReader
 from eventtrain.subscribers.policies.patience_units import LAGS, WATCHED
 
 logger = logging.getLogger("eventtrain")

@@ -10,11 +10,11 @@ from pydantic import FiniteFloat
 from eventtrain.control.control import Control
 from eventtrain.errors import ConfigurationError
 from eventtrain.events import StepCompleted
+from eventtrain.subscribers._shared.metric_reader import MetricReader
 from eventtrain.subscribers._shared.rolling_quantile import RollingQuantile
 from eventtrain.subscribers._shared.state import SavedState
 from eventtrain.subscribers._shared.validation import require_count, require_factor, require_number
 from eventtrain.subscribers.base import RunContext, Subscriber
-from eventtrain.subscribers.policies.metric_reader import MetricReader
 from eventtrain.subscribers.policies.patience_units import STEP_LAG
 
 

@@ -11,6 +11,7 @@ import numpy as np
 from eventtrain.control.control import Control
 from eventtrain.events import TO_BE_CONTINUED, EpochCompleted, EvalCompleted, RunCompleted, StepCompleted
 from eventtrain.subscribers._shared.metric_goal import Mode, Monitor, MonitorState, NaNPolicy, Unit, make_goal
+from eventtrain.subscribers._shared.metric_reader import MetricReader
 from eventtrain.subscribers._shared.state import SavedState
 from eventtrain.subscribers._shared.validation import (
     require_choice,
@@ -19,7 +20,6 @@ from eventtrain.subscribers._shared.validation import (
     require_number,
 )
 from eventtrain.subscribers.base import RunContext, Subscriber
-from eventtrain.subscribers.policies.metric_reader import MetricReader
 from eventtrain.subscribers.policies.patience_units import LAGS, WATCHED
 
 

@@ -11,10 +11,10 @@ from pydantic import NonNegativeInt
 from eventtrain.control.control import Control
 from eventtrain.errors import ConfigurationError, NonFiniteMetric
 from eventtrain.events import RunStarted, StepCompleted
+from eventtrain.subscribers._shared.metric_reader import MetricReader
 from eventtrain.subscribers._shared.state import SavedState
 from eventtrain.subscribers._shared.validation import require_choice, require_count, require_number
 from eventtrain.subscribers.base import RunContext, Subscriber
-from eventtrain.subscribers.policies.metric_reader import MetricReader
 from eventtrain.subscribers.policies.patience_units import STEP_LAG
 
 Action = Literal["stop", "raise", "rollback"]

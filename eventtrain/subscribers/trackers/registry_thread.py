@@ -6,15 +6,12 @@ import logging
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
-from typing import TYPE_CHECKING, TypeVar
+from typing import Protocol, TypeVar
 
 from eventtrain.errors import StorageError
 from eventtrain.events import Event, SubscriberFailed
 from eventtrain.subscribers._shared.retry import retried
 from eventtrain.subscribers._shared.worker_thread import JobThread
-
-if TYPE_CHECKING:
-    from eventtrain.subscribers.trackers.mlflow_registry import MLflowRegistry
 
 logger = logging.getLogger("eventtrain")
 
@@ -39,6 +36,22 @@ class Version:
     tags: Mapping[str, str] = field(default_factory=dict[str, str])
 
 
+class Registry(Protocol):
+    """Where versions are registered. Each call may block, and raises StorageError if it fails."""
+
+    def add(self, version: Version) -> str:
+        """Register one version; returns its number."""
+        ...
+
+    def has(self, source: str) -> bool:
+        """Whether a version with this source is registered."""
+        ...
+
+    def close(self, status: str) -> None:
+        """End the run that the metrics were logged to."""
+        ...
+
+
 class RegistryThread(JobThread):
     """Registers what it is told to, in that order.
 
@@ -53,7 +66,7 @@ class RegistryThread(JobThread):
         self,
         owner: str,
         publish: Callable[[Event], None],
-        registry: MLflowRegistry,
+        registry: Registry,
         *,
         retries: int,
         retry_delay_s: float,

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 import eventtrain as et
 from eventtrain.subscribers._shared.metric_goal import Goal, Monitor, Verdict, make_goal
-from eventtrain.subscribers.policies.metric_reader import MetricReader
+from eventtrain.subscribers._shared.metric_reader import MetricReader
 
 SMALLER = Goal("min")
 
