@@ -15,11 +15,11 @@ from typing import Any
 
 from eventtrain.errors import SnapshotError
 from eventtrain.events import BUILT_IN, Event
-from eventtrain.events.run_records import LoopFacts, StreamFacts
+from eventtrain.events.run_records import LoopRecord, StreamRecord
 
 
 @dataclass(frozen=True)
-class Share:
+class SubscriptionState:
     """What one subscription contributes.
 
     Attributes:
@@ -40,7 +40,7 @@ class Share:
 
 
 @dataclass
-class Cut:
+class Barrier:
     """Collects the shares of one cut. Any thread.
 
     Attributes:
@@ -50,13 +50,13 @@ class Cut:
     """
 
     step: int
-    loop: LoopFacts | None = None
-    stream: StreamFacts | None = None
+    loop: LoopRecord | None = None
+    stream: StreamRecord | None = None
 
     def __post_init__(self) -> None:
         self.orders: list[Any] = []
         """Commands of the loop's side that were not due, or came while the cut was open."""
-        self._shares: dict[str, Share] = {}
+        self._shares: dict[str, SubscriptionState] = {}
         self._missing: set[str] | None = None
         self._problem: str | None = None
         self._moved = threading.Condition()
@@ -74,7 +74,7 @@ class Cut:
             self._missing = set(names) - self._shares.keys()
             self._moved.notify_all()
 
-    def give(self, name: str, share: Share) -> None:
+    def give(self, name: str, share: SubscriptionState) -> None:
         """A subscription's share."""
         with self._moved:
             self._shares[name] = share
@@ -94,7 +94,7 @@ class Cut:
             self._problem = self._problem or reason
             self._moved.notify_all()
 
-    def wait(self, timeout_s: float) -> dict[str, Share]:
+    def wait(self, timeout_s: float) -> dict[str, SubscriptionState]:
         """The shares by subscription name. Blocks; not for the event loop.
 
         Raises:
@@ -121,7 +121,7 @@ class Cut:
 class Marker:
     """A place in the stream where ``cut`` is taken."""
 
-    cut: Cut
+    cut: Barrier
 
 
 @dataclass(frozen=True, slots=True)
@@ -129,7 +129,7 @@ class Redelivery:
     """What a subscription had not handled at the cut from which the run resumes; its place is behind its activation."""
 
     name: str
-    share: Share
+    share: SubscriptionState
 
 
 def can_be_stored(event: Event) -> bool:

@@ -21,13 +21,13 @@ from anyio.abc import TaskStatus
 from anyio.lowlevel import cancel_shielded_checkpoint, checkpoint_if_cancelled
 
 from eventtrain.bus.clock import Clock
-from eventtrain.bus.event_stream import Reader, require_no_wait_for_itself
+from eventtrain.bus.event_stream import EventStream, require_no_wait_for_itself
 from eventtrain.bus.handlers import Attempt, Handler, takes_control
 from eventtrain.bus.options import EventTypes, Lag, OnError, Options, event_classes
-from eventtrain.bus.publish_queue import Inbox
+from eventtrain.bus.publish_queue import PublishQueue
 from eventtrain.bus.queues import Lossless, Queue
-from eventtrain.bus.routing_table import Roster
-from eventtrain.bus.runner import Serving
+from eventtrain.bus.routing_table import RoutingTable
+from eventtrain.bus.runner import BusRunner
 from eventtrain.bus.subscription import Subscription, SubscriptionStatistics
 from eventtrain.bus.training_stream import Activation, EventSeries, StreamItem, TrainingStream
 from eventtrain.bus.wakeup import Signal
@@ -99,12 +99,12 @@ class EventBus:
         self._drain_timeout_s = drain_timeout_s
         self._block_warning_s = block_warning_s
         self._cpu_budget = cpu_budget
-        self._roster = Roster()
-        self._inbox = Inbox(self, self._roster, self._join, buffer_limit)
+        self._roster = RoutingTable()
+        self._inbox = PublishQueue(self, self._roster, self._join, buffer_limit)
         self._stream = TrainingStream(self, self._roster, buffer_limit)
-        self._serving: Serving | None = None
+        self._serving: BusRunner | None = None
         self._claimed = False
-        self._readers: set[Reader] = set()
+        self._readers: set[EventStream] = set()
         self._exit_stack: AsyncExitStack | None = None
 
     # --- publishing -----------------------------------------------------------------------------------------
@@ -237,7 +237,7 @@ class EventBus:
     @asynccontextmanager
     async def _reading(self, event_type: EventTypes, options: Options) -> AsyncGenerator[AsyncIterator[Any]]:
         subscription = Subscription(self, event_type, None, options, self._take_index())
-        reader = Reader(subscription, lambda: self._inbox.closed)
+        reader = EventStream(subscription, lambda: self._inbox.closed)
         self._readers.add(reader)
         self._add(subscription)
         try:
@@ -408,7 +408,7 @@ class EventBus:
         failure: Exception | None = None
         try:
             async with anyio.create_task_group() as host:
-                serving: Serving = await host.start(self._run)
+                serving: BusRunner = await host.start(self._run)
                 watchdog.start()
                 try:
                     yield self
@@ -423,12 +423,12 @@ class EventBus:
         if failure is not None:
             raise failure
 
-    async def _run(self, *, task_status: TaskStatus[Serving]) -> None:
+    async def _run(self, *, task_status: TaskStatus[BusRunner]) -> None:
         """Routers and workers in a scope of their own, so that stopping them does not cancel the block around."""
-        serving: Serving | None = None
+        serving: BusRunner | None = None
         try:
             async with anyio.create_task_group() as tasks:
-                serving = Serving(tasks)
+                serving = BusRunner(tasks)
                 with self.routing:
                     self._serving = serving
                     self._inbox.open(serving.inbox_bell)

@@ -10,12 +10,12 @@ from anyio.lowlevel import cancel_shielded_checkpoint, checkpoint_if_cancelled
 
 from eventtrain.bus.options import EventTypes, event_classes
 from eventtrain.bus.subscription import Subscription
-from eventtrain.bus.wakeup import Doorbell, LoopThread
+from eventtrain.bus.wakeup import LoopThread, Wakeup
 from eventtrain.errors import WaitsForItself
 from eventtrain.events import CheckpointCommitted, CheckpointFailed
 
 
-class Reader:
+class EventStream:
     """An asynchronous iterator over the events of a subscription without a handler. For one task at a time.
 
     Made on the event loop that will read. It ends when the bus was closed (or the subscription ended) and what waited
@@ -25,7 +25,7 @@ class Reader:
     def __init__(self, subscription: Subscription, is_closed: Callable[[], bool]) -> None:
         self._subscription = subscription
         self._is_closed = is_closed
-        self._bell = subscription.worker.bell = Doorbell(LoopThread())
+        self._bell = subscription.worker.bell = Wakeup(LoopThread())
 
     def wake(self) -> None:
         """Have it look again. Any thread."""

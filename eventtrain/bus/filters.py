@@ -9,7 +9,7 @@ from eventtrain.bus.options import Options
 from eventtrain.events import LOOP_EVENTS, Event
 
 
-class Selection:
+class EventFilter:
     """``every``, ``every_s``, ``where``, ``once`` and ``lag`` of one subscription.
 
     For one thread at a time: a holder of the bus' routing lock.

@@ -10,7 +10,7 @@ from types import coroutine
 from typing import Any
 
 
-class Meter:
+class HandlerCost:
     """The costs of one subscription. Written on the event loop's thread (and by helper threads under the lock)."""
 
     def __init__(self) -> None:
@@ -38,7 +38,7 @@ class Meter:
 
 
 @coroutine
-def metered(work: Coroutine[Any, Any, None], meter: Meter) -> Generator[Any, Any, None]:
+def metered(work: Coroutine[Any, Any, None], meter: HandlerCost) -> Generator[Any, Any, None]:
     """Drive ``work`` as ``await`` would, charging every slice between two suspensions to ``meter``.
 
     A worker handles many events in one slice, so the two clocks (0.6 us for the CPU's) are read per wake-up and

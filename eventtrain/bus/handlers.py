@@ -13,7 +13,7 @@ import anyio.to_thread
 from anyio import CapacityLimiter
 
 from eventtrain.bus.clock import Clock
-from eventtrain.bus.handler_cost import Meter
+from eventtrain.bus.handler_cost import HandlerCost
 from eventtrain.bus.wakeup import Signal
 from eventtrain.errors import ConfigurationError
 from eventtrain.events import Event
@@ -94,7 +94,7 @@ def describe(handler: object) -> str:
 
 
 def in_thread(
-    handler: Handler, limiter: Callable[[], CapacityLimiter], meter: Meter, concurrency: int
+    handler: Handler, limiter: Callable[[], CapacityLimiter], meter: HandlerCost, concurrency: int
 ) -> Callable[..., Awaitable[None]]:
     """Run a plain function in a worker thread of the bus' own limiter, its CPU time charged to ``meter``.
 

@@ -10,9 +10,9 @@ from typing import Any, Protocol
 
 from anyio.lowlevel import checkpoint
 
-from eventtrain.bus.routing_table import Roster
+from eventtrain.bus.routing_table import RoutingTable
 from eventtrain.bus.subscription import Subscription
-from eventtrain.bus.wakeup import Doorbell
+from eventtrain.bus.wakeup import Wakeup
 from eventtrain.errors import BusClosed, ConfigurationError, EventReused, QueueFull
 from eventtrain.events import Event
 
@@ -22,7 +22,7 @@ ROUTE_BATCH = 256
 """Events routed before the event loop gets a turn."""
 
 
-class InboxHost(Protocol):
+class PublishQueueHost(Protocol):
     """What the inbox asks of its bus."""
 
     run_id: str
@@ -33,7 +33,7 @@ class InboxHost(Protocol):
         ...
 
 
-class Inbox:
+class PublishQueue:
     """Takes events from any thread with one append; the event loop numbers them and hands them out.
 
     What fits into every Lossless queue is known in advance as ``headroom``, so that publishing looks at one number.
@@ -45,7 +45,7 @@ class Inbox:
     """
 
     def __init__(
-        self, host: InboxHost, roster: Roster, join: Callable[[Subscription], None], limit: int
+        self, host: PublishQueueHost, roster: RoutingTable, join: Callable[[Subscription], None], limit: int
     ) -> None:
         self._host = host
         self._roster = roster
@@ -54,7 +54,7 @@ class Inbox:
         self._entries: deque[Event | Subscription] = deque()
         self._headroom = limit  # 0: every publisher looks
         self._joining = 0  # subscriptions among the entries; their limits are not in the headroom yet
-        self._bell: Doorbell | None = None
+        self._bell: Wakeup | None = None
         self._is_routing = False
         self._seq = 0
         self.closed = False
@@ -129,7 +129,7 @@ class Inbox:
 
     # --- the event loop's side ------------------------------------------------------------------------------
 
-    def open(self, bell: Doorbell | None) -> None:
+    def open(self, bell: Wakeup | None) -> None:
         """An event loop serves the bus from now on, or (None) does no more. Under the lock."""
         self._bell = bell
 
@@ -138,7 +138,7 @@ class Inbox:
         self.closed = True
         self._headroom = 0
 
-    async def route(self, bell: Doorbell) -> None:
+    async def route(self, bell: Wakeup) -> None:
         """Number and hand out what waits, for ever."""
         while True:
             await bell.sleep_unless(lambda: len(self._entries))

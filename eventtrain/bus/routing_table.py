@@ -8,7 +8,7 @@ from eventtrain.bus.subscription import Subscription
 from eventtrain.events import Event
 
 
-class Roster:
+class RoutingTable:
     """The subscriptions of one bus. Any thread.
 
     Copy on write: readers see one consistent tuple and take no lock.

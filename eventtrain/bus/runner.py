@@ -12,7 +12,7 @@ from anyio import CapacityLimiter
 from anyio.abc import TaskGroup
 
 from eventtrain.bus.subscription import Subscription
-from eventtrain.bus.wakeup import Doorbell, LoopThread
+from eventtrain.bus.wakeup import LoopThread, Wakeup
 from eventtrain.errors import BusClosed
 
 T = TypeVar("T")
@@ -21,16 +21,16 @@ PLAIN_HANDLER_THREADS = 40
 """Worker threads for plain handlers: a limiter of our own, so that a service's own thread calls are not delayed."""
 
 
-class Serving:
+class BusRunner:
     """Made and ended on the event loop's thread, inside the task group that its tasks run in."""
 
     def __init__(self, tasks: TaskGroup) -> None:
         self.tasks = tasks
         self.loop = LoopThread()
-        self.inbox_bell = Doorbell(self.loop)
-        self.stream_bell = Doorbell(self.loop)
+        self.inbox_bell = Wakeup(self.loop)
+        self.stream_bell = Wakeup(self.loop)
         self.limiter = CapacityLimiter(PLAIN_HANDLER_THREADS)
-        self._errand_bell = Doorbell(self.loop)
+        self._errand_bell = Wakeup(self.loop)
         self._errands: deque[Callable[[], None]] = deque()
         self._submitted: set[Future[Any]] = set()
         self._lock = threading.Lock()

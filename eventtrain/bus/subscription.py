@@ -12,11 +12,11 @@ from typing import Any, Literal, Protocol
 
 from anyio import CapacityLimiter
 
-from eventtrain.bus.barrier import Cut, Share, can_be_stored
+from eventtrain.bus.barrier import Barrier, SubscriptionState, can_be_stored
 from eventtrain.bus.clock import Clock
 from eventtrain.bus.failures import DeadLetter, Failures
-from eventtrain.bus.filters import Selection
-from eventtrain.bus.handler_cost import Meter
+from eventtrain.bus.filters import EventFilter
+from eventtrain.bus.handler_cost import HandlerCost
 from eventtrain.bus.handlers import (
     Attempt,
     Call,
@@ -65,7 +65,7 @@ class SubscriptionStatistics:
     """The longest time the handler held the event loop without giving way, in seconds."""
 
 
-class Host(Protocol):
+class SubscriptionHost(Protocol):
     """What a subscription asks of its bus."""
 
     @property
@@ -103,7 +103,12 @@ class Subscription:
     """One handler's claim on a class of events. Made by ``EventBus.subscribe``."""
 
     def __init__(
-        self, host: Host, event_type: EventTypes, handler: Handler | None, options: Options, index: int
+        self,
+        host: SubscriptionHost,
+        event_type: EventTypes,
+        handler: Handler | None,
+        options: Options,
+        index: int,
     ) -> None:
         self.types = event_classes(event_type)
         self.handler = handler
@@ -112,8 +117,8 @@ class Subscription:
         self.options = options
         self.index = index
         self.queue = options.queue.open()
-        self.meter = Meter()
-        self.selection = Selection(self.types, options, host.clock)
+        self.meter = HandlerCost()
+        self.selection = EventFilter(self.types, options, host.clock)
         self.failures = Failures(host.notify)
         self.state: State = "active"
         self.run = 0
@@ -195,7 +200,7 @@ class Subscription:
         """Whether a checkpoint needs it: it has state or a finite lag, and a queue that drops nothing."""
         return (self.save is not None or self.selection.decides) and self.queue.room() is not None
 
-    def mark(self, cut: Cut) -> None:
+    def mark(self, cut: Barrier) -> None:
         """A marker has come: give the share at the next handler boundary. On the event loop's thread."""
         waiting, spent = self.queue.waiting(), self.selection.spent
 
@@ -205,7 +210,7 @@ class Subscription:
         self.worker.at_boundary.append(give)
         self.wake()
 
-    async def _give_share(self, cut: Cut, waiting: Iterable[Any], spent: bool) -> None:
+    async def _give_share(self, cut: Barrier, waiting: Iterable[Any], spent: bool) -> None:
         unhandled: list[Event] = []
         decided_on: list[bool] = []
         for item in waiting:
@@ -219,9 +224,12 @@ class Subscription:
             cut.fail(self.name, own_failure(error))
             return
         disabled, failures = self.state == "disabled", self.failures.consecutive
-        cut.give(self.name, Share(state, tuple(unhandled), tuple(decided_on), spent, disabled, failures))
+        cut.give(
+            self.name,
+            SubscriptionState(state, tuple(unhandled), tuple(decided_on), spent, disabled, failures),
+        )
 
-    def take_over(self, share: Share) -> None:
+    def take_over(self, share: SubscriptionState) -> None:
         """Begin with what was not handled at a cut, behind the activation. On the event loop's thread."""
         self.selection.spent = share.spent
         self.failures.consecutive = share.failures

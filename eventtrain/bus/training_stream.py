@@ -14,11 +14,11 @@ from typing import Any, Protocol
 
 from anyio.lowlevel import checkpoint
 
-from eventtrain.bus.barrier import Marker, Redelivery, Share
+from eventtrain.bus.barrier import Marker, Redelivery, SubscriptionState
 from eventtrain.bus.clock import Clock
-from eventtrain.bus.routing_table import Roster
+from eventtrain.bus.routing_table import RoutingTable
 from eventtrain.bus.subscription import Subscription
-from eventtrain.bus.wakeup import Doorbell, Signal
+from eventtrain.bus.wakeup import Signal, Wakeup
 from eventtrain.events import Event
 
 BUILD_BATCH = 64
@@ -65,7 +65,7 @@ class StreamHost(Protocol):
 class TrainingStream:
     """Numbers and delivers what is fed, at the pace of the slowest Lossless queue that wants it."""
 
-    def __init__(self, host: StreamHost, roster: Roster, most_rows: int) -> None:
+    def __init__(self, host: StreamHost, roster: RoutingTable, most_rows: int) -> None:
         self._host = host
         self._roster = roster
         self._most_rows = most_rows
@@ -108,7 +108,7 @@ class TrainingStream:
 
     # --- the event loop's side ------------------------------------------------------------------------------
 
-    async def route(self, bell: Doorbell) -> None:
+    async def route(self, bell: Wakeup) -> None:
         """Deliver what is fed, for ever."""
         items = self._items
         while True:
@@ -133,9 +133,9 @@ class TrainingStream:
         with self._host.routing:
             taking_part = [s for s in roster.active if s.takes_part]
             for name in roster.finished - {s.name for s in taking_part}:
-                cut.give(name, Share(spent=True))
+                cut.give(name, SubscriptionState(spent=True))
             for subscription in roster.disabled:
-                cut.give(subscription.name, Share(disabled=True))
+                cut.give(subscription.name, SubscriptionState(disabled=True))
             for subscription in taking_part:
                 subscription.mark(cut)
         cut.expect((s.name for s in taking_part), self._seq)

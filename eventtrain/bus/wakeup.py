@@ -47,7 +47,7 @@ class LoopThread:
         return True
 
 
-class Doorbell:
+class Wakeup:
     """One task sleeps on it, any thread rings it.
 
     The sleeper arms the bell, then looks once more at what it waits for; a ringer first changes that, then looks

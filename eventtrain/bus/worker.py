@@ -11,11 +11,11 @@ import anyio
 from anyio.lowlevel import checkpoint
 
 from eventtrain.bus.failures import Failures
-from eventtrain.bus.filters import Selection
-from eventtrain.bus.handler_cost import Meter, metered
+from eventtrain.bus.filters import EventFilter
+from eventtrain.bus.handler_cost import HandlerCost, metered
 from eventtrain.bus.handlers import Call
 from eventtrain.bus.queues import EventQueue
-from eventtrain.bus.wakeup import Doorbell, LoopThread
+from eventtrain.bus.wakeup import LoopThread, Wakeup
 from eventtrain.events import Event
 
 SLICE_TARGET_S = 0.0005
@@ -37,7 +37,7 @@ class Claim(Protocol):
     """What a worker asks of its subscription."""
 
     queue: EventQueue
-    selection: Selection
+    selection: EventFilter
     failures: Failures
     run: int
 
@@ -62,14 +62,14 @@ class Claim(Protocol):
 class Worker:
     """Handles the events of one subscription, on the event loop's thread."""
 
-    def __init__(self, claim: Claim, call: Call, meter: Meter, concurrency: int) -> None:
+    def __init__(self, claim: Claim, call: Call, meter: HandlerCost, concurrency: int) -> None:
         self._claim = claim
         self._call = call
         self._meter = meter
         self._concurrency = concurrency
         self.task: int | None = None
         """Of the event loop: in which the handler is called, where it is called for one event at a time."""
-        self.bell: Doorbell | None = None
+        self.bell: Wakeup | None = None
         """Rung when there is something to look at; None while no event loop serves the bus."""
         self.delivered = 0
         self.in_flight = 0
@@ -82,7 +82,7 @@ class Worker:
 
     def attach(self, loop: LoopThread) -> None:
         """Bind to the event loop that will run the worker, on that loop's thread."""
-        self.bell = Doorbell(loop)
+        self.bell = Wakeup(loop)
 
     async def work(self) -> None:
         """Hand events to the handler until the subscription ends or the task is cancelled."""

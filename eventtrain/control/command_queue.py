@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
 
-from eventtrain.bus.barrier import Cut
+from eventtrain.bus.barrier import Barrier
 from eventtrain.bus.bus import EventBus
 from eventtrain.bus.subscription import Subscription
 from eventtrain.bus.wakeup import Answer
@@ -27,7 +27,7 @@ POLL_S = 0.1
 
 
 @dataclass(slots=True)
-class Order:
+class PendingCommand:
     """One command on its way to the loop, with what decides its place among others due at the same boundary."""
 
     command: AnyCommand
@@ -45,7 +45,7 @@ class Order:
         return (self.cause.step, self.cause.seq, self.subscription.index, self.issue)
 
 
-class Inbox:
+class CommandQueue:
     """Where commands wait for the training thread, and where that thread waits for anything at all.
 
     ``post`` and ``ring`` are for any thread; ``take``, ``wait``, ``open`` and ``close`` for the training thread.
@@ -53,9 +53,9 @@ class Inbox:
 
     def __init__(self, bus: EventBus) -> None:
         self.bus = bus
-        self.arrived: deque[Order] = deque()
+        self.arrived: deque[PendingCommand] = deque()
         """Orders nobody has looked at yet; the loop tests its truth before every step."""
-        self.due: list[Order] = []
+        self.due: list[PendingCommand] = []
         """Orders of finite lag that wait for their boundary."""
         self.hyperparams: Mapping[str, Number] = MappingProxyType({})
         """Values in effect, by label, as the loop last wrote them."""
@@ -64,12 +64,12 @@ class Inbox:
         self.snapshots: dict[str | int, KeptSnapshot] = {}
         self.step = 0
         self._bell = threading.Event()
-        self._cuts: list[Cut] = []
+        self._cuts: list[Barrier] = []
         self._waiting = False
         self._closed: str | None = "no run is in progress"
         self._lock = threading.Lock()
 
-    def post(self, orders: list[Order]) -> None:
+    def post(self, orders: list[PendingCommand]) -> None:
         """Hand orders over, together and in order; rejected at once when no run is in progress."""
         with self._lock:
             reason = self._closed
@@ -89,7 +89,7 @@ class Inbox:
         """These values are in effect. Training thread."""
         self.hyperparams = MappingProxyType(dict(hyperparams))
 
-    def open_cut(self, cut: Cut) -> None:
+    def open_cut(self, cut: Barrier) -> None:
         """Note in ``cut`` the orders that wait, and those that come while it is open. Training thread.
 
         A handler may be anywhere between the loop's boundary and the marker: what it asks for in between belongs to
@@ -99,7 +99,7 @@ class Inbox:
             cut.orders += [*self.due, *self.arrived]
             self._cuts = [*(other for other in self._cuts if other.open), cut]
 
-    def _note_in_cuts(self, orders: list[Order]) -> None:
+    def _note_in_cuts(self, orders: list[PendingCommand]) -> None:
         self._cuts = [cut for cut in self._cuts if cut.open]
         for cut in self._cuts:
             cut.orders += orders
@@ -110,11 +110,11 @@ class Inbox:
 
     def ask_to_stop(self, reason: str) -> None:
         """End the run at the next boundary. Any thread, and signal handlers: it takes no lock and rings no bell."""
-        self.arrived.append(Order(Stop(reason=reason), Answer()))
+        self.arrived.append(PendingCommand(Stop(reason=reason), Answer()))
 
     def reject(
         self,
-        order: Order,
+        order: PendingCommand,
         reason: str,
         publish: Callable[[Event], None] | None = None,
         level: int = logging.WARNING,
@@ -146,7 +146,7 @@ class Inbox:
         with self._lock:
             self._closed = None
 
-    def close(self, reason: str) -> list[Order]:
+    def close(self, reason: str) -> list[PendingCommand]:
         """The run ends: later commands are rejected at once. Returns those still open."""
         with self._lock:
             self._closed = reason

@@ -12,7 +12,7 @@ from typing import Any, Literal
 
 from eventtrain.bus.subscription import Subscription
 from eventtrain.bus.wakeup import Answer
-from eventtrain.control.command_queue import Inbox, Order
+from eventtrain.control.command_queue import CommandQueue, PendingCommand
 from eventtrain.control.snapshots import KeptSnapshot
 from eventtrain.errors import CommandRejected, ConfigurationError
 from eventtrain.events import CommandApplied, Event
@@ -42,7 +42,7 @@ class Control:
 
     def __init__(
         self,
-        inbox: Inbox,
+        inbox: CommandQueue,
         cause: Event | None = None,
         subscription: Subscription | None = None,
         lag: int | None = None,
@@ -51,7 +51,7 @@ class Control:
         self._cause = cause
         self._subscription = subscription
         self._lag = lag
-        self._held: list[Order] | None = [] if lag is not None else None
+        self._held: list[PendingCommand] | None = [] if lag is not None else None
         self._issued = 0
 
     # --- commands -------------------------------------------------------------------------------------------
@@ -183,7 +183,7 @@ class Control:
             raise ConfigurationError(f"Cannot issue {kind.__name__}: {error}") from error
         answer: Answer[CommandApplied] = Answer()
         command._reply = answer if self._lag is None else _NoWaiting(command.kind)
-        order = Order(command, answer, self._cause, self._subscription, self._issued)
+        order = PendingCommand(command, answer, self._cause, self._subscription, self._issued)
         self._issued += 1
         if self._lag is None:
             self._inbox.post([order])

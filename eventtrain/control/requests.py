@@ -1,4 +1,4 @@
-"""``ControlRoom``: the control side of one trainer. Makes handlers' controls; keeps what subscribers planned."""
+"""``RunRequests``: the control side of one trainer. Makes handlers' controls; keeps what subscribers planned."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from eventtrain.bus.barrier import Cut
+from eventtrain.bus.barrier import Barrier
 from eventtrain.bus.bus import EventBus
 from eventtrain.bus.subscription import Subscription
-from eventtrain.control.command_queue import Inbox
+from eventtrain.control.command_queue import CommandQueue
 from eventtrain.control.control import Control
 from eventtrain.control.snapshots import KeptSnapshot
 from eventtrain.device.snapshot import Snapshot
@@ -24,7 +24,7 @@ WhenFull = Literal["skip", "wait", "fail"]
 
 
 @dataclass
-class Plan:
+class BoundaryRequest:
     """When one subscriber wants something done at exact boundaries: every so many steps, epochs or seconds.
 
     ``max_in_flight`` and ``when_full`` concern checkpoints only.
@@ -48,7 +48,7 @@ class Plan:
 
 
 @dataclass(frozen=True)
-class TracePlan:
+class TraceRequest:
     """Which steps one subscriber wants traced by JAX's profiler: from the first to the last of each range.
 
     Commands that ask for a trace go by the first plan of a run.
@@ -61,7 +61,7 @@ class TracePlan:
 
 
 @dataclass(frozen=True)
-class FinalRestore:
+class RestoreAtEnd:
     """A kept snapshot to be put back when the run has ended, where ``where()`` then says so."""
 
     tag: str
@@ -70,7 +70,7 @@ class FinalRestore:
 
 
 @dataclass(frozen=True)
-class Claimed:
+class ClaimedSnapshot:
     """What a Checkpointer writes; ``finish`` it in any case.
 
     Attributes:
@@ -81,8 +81,8 @@ class Claimed:
 
     snapshot: KeptSnapshot
     kept: Mapping[str, Snapshot]
-    cut: Cut
-    _room: ControlRoom
+    cut: Barrier
+    _room: RunRequests
     _owner: str
     _offer: _Offer
 
@@ -96,7 +96,7 @@ class Claimed:
 class _Offer:
     snapshot: Snapshot
     kept: Mapping[str, Snapshot]
-    cut: Cut
+    cut: Barrier
     owners: list[str]
     claims: int = 0
     """Claimed and not finished."""
@@ -107,18 +107,18 @@ class _Offer:
             self.cut.abandon("it was given up")
 
 
-class ControlRoom:
+class RunRequests:
     """What the subscribers of one trainer ask of its runs, besides commands. Any thread."""
 
     def __init__(self, bus: EventBus) -> None:
-        self.inbox = Inbox(bus)
-        self.checkpoints: list[Plan] = []
+        self.inbox = CommandQueue(bus)
+        self.checkpoints: list[BoundaryRequest] = []
         """When Checkpointers want the state kept."""
-        self.evaluations: list[Plan] = []
+        self.evaluations: list[BoundaryRequest] = []
         """When evaluations are wanted, instead of at the end of each epoch."""
-        self.final_restores: list[FinalRestore] = []
+        self.final_restores: list[RestoreAtEnd] = []
         """What is to be put back when the run has ended."""
-        self.traces: list[TracePlan] = []
+        self.traces: list[TraceRequest] = []
         """What is to be traced by the profiler, and where traces go."""
         self._offers: dict[tuple[int, str | None], _Offer] = {}
         self._lock = threading.Lock()
@@ -140,8 +140,8 @@ class ControlRoom:
         self,
         snapshot: Snapshot,
         kept: Mapping[str, Snapshot],
-        cut: Cut,
-        plans: Sequence[Plan],
+        cut: Barrier,
+        plans: Sequence[BoundaryRequest],
         requested_by: str | None,
     ) -> None:
         """Hold a snapshot until everyone of ``plans`` has claimed it."""
@@ -155,7 +155,7 @@ class ControlRoom:
                 owners += self._offers[key].owners
             self._offers[key] = _Offer(snapshot, kept, cut, owners)
 
-    def claim(self, owner: str, step: int, requested_by: str | None) -> Claimed | None:
+    def claim(self, owner: str, step: int, requested_by: str | None) -> ClaimedSnapshot | None:
         """A Checkpointer takes what ``SnapshotTaken`` announced; None where nothing is held for it."""
         with self._lock:
             offer = self._offers.get((step, requested_by))
@@ -169,7 +169,7 @@ class ControlRoom:
                     snapshot = snapshot.share()
             else:
                 del self._offers[step, requested_by]
-        return Claimed(KeptSnapshot(snapshot), offer.kept, offer.cut, self, owner, offer)
+        return ClaimedSnapshot(KeptSnapshot(snapshot), offer.kept, offer.cut, self, owner, offer)
 
     def finished(self, owner: str, offer: _Offer) -> None:
         """One checkpoint of ``owner`` is no longer in flight."""
@@ -189,7 +189,7 @@ class ControlRoom:
                 offer.give_up_if_alone()
             self._offers.clear()
 
-    def is_gone(self, plan: Plan) -> bool:
+    def is_gone(self, plan: BoundaryRequest) -> bool:
         """Whether its subscription was cancelled or disabled, so that nobody takes what it planned."""
         return self.inbox.bus.has_ended(plan.owner)
 
@@ -202,7 +202,7 @@ class ControlRoom:
                 offer.give_up_if_alone()
                 del self._offers[key]
 
-    def plans_of(self, requested_by: str | None) -> list[Plan]:
+    def plans_of(self, requested_by: str | None) -> list[BoundaryRequest]:
         """Of the subscriber who asked; where a command did, of all who serve commands, or of all if none does."""
         if requested_by is not None:
             return [

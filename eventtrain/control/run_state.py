@@ -9,15 +9,15 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
-from eventtrain.bus.barrier import Cut, Share
-from eventtrain.control.command_queue import Order
+from eventtrain.bus.barrier import Barrier, SubscriptionState
+from eventtrain.control.command_queue import PendingCommand
 from eventtrain.events import parse_event
 from eventtrain.events.models import Frozen
-from eventtrain.events.run_records import LoopFacts, SavedOrder, StreamFacts
+from eventtrain.events.run_records import LoopRecord, SavedCommand, StreamRecord
 
 
-class SavedShare(Frozen):
-    """``Share`` of one subscription as JSON."""
+class SavedSubscription(Frozen):
+    """``SubscriptionState`` of one subscription as JSON."""
 
     state: dict[str, Any] | None = None
     unhandled: tuple[dict[str, Any], ...] = ()
@@ -27,7 +27,7 @@ class SavedShare(Frozen):
     failures: int = 0
 
     @classmethod
-    def of(cls, share: Share) -> SavedShare:
+    def of(cls, share: SubscriptionState) -> SavedSubscription:
         """From what a subscription gave."""
         return cls(
             state=None if share.state is None else dict(share.state),
@@ -38,22 +38,24 @@ class SavedShare(Frozen):
             failures=share.failures,
         )
 
-    def share(self) -> Share:
+    def share(self) -> SubscriptionState:
         """What the subscription gave; raises EventParseError where an event cannot be read."""
         events = tuple(parse_event(data) for data in self.unhandled)
-        return Share(self.state, events, self.decided_on, self.spent, self.disabled, self.failures)
+        return SubscriptionState(
+            self.state, events, self.decided_on, self.spent, self.disabled, self.failures
+        )
 
 
-class RunFacts(Frozen):
+class RunRecord(Frozen):
     """Everything of one cut that is no array."""
 
     schema_version: Literal[1] = 1
-    loop: LoopFacts
-    stream: StreamFacts
-    shares: dict[str, SavedShare]
+    loop: LoopRecord
+    stream: StreamRecord
+    shares: dict[str, SavedSubscription]
 
     @classmethod
-    def wait_for(cls, cut: Cut, timeout_s: float) -> RunFacts:
+    def wait_for(cls, cut: Barrier, timeout_s: float) -> RunRecord:
         """What ``cut`` collects. Blocks until everybody has given theirs; raises SnapshotError where one does not."""
         shares = cut.wait(timeout_s)
         loop, stream = cut.loop, cut.stream
@@ -62,11 +64,13 @@ class RunFacts(Frozen):
         return cls(
             loop=loop.model_copy(update={"orders": tuple(_orders_of(cut.orders, shares, stream.seq))}),
             stream=stream,
-            shares={name: SavedShare.of(share) for name, share in shares.items()},
+            shares={name: SavedSubscription.of(share) for name, share in shares.items()},
         )
 
 
-def _orders_of(orders: Iterable[Order], shares: Mapping[str, Share], seq: int) -> Iterator[SavedOrder]:
+def _orders_of(
+    orders: Iterable[PendingCommand], shares: Mapping[str, SubscriptionState], seq: int
+) -> Iterator[SavedCommand]:
     """The commands that belong to a cut: not due, caused before it, by an event that will not be handled once more."""
     again = {
         (name, event.seq)
@@ -79,7 +83,7 @@ def _orders_of(orders: Iterable[Order], shares: Mapping[str, Share], seq: int) -
         if order.command.due is None or cause is None or subscription is None or cause.seq > seq:
             continue
         if (subscription.name, cause.seq) not in again:
-            yield SavedOrder(
+            yield SavedCommand(
                 command=order.command,
                 cause_step=cause.step,
                 cause_seq=cause.seq,
@@ -107,7 +111,7 @@ class SavedRun(Protocol):
         ...
 
     @property
-    def facts(self) -> RunFacts | None:
+    def facts(self) -> RunRecord | None:
         """What belongs to it besides arrays; None where only a state was saved."""
         ...
 
@@ -128,7 +132,7 @@ class SavedRun(Protocol):
         ...
 
 
-class Undo(Protocol):
+class UndoLog(Protocol):
     """The trainer and its subscribers as they were."""
 
     def put_back(self) -> None:
@@ -141,13 +145,13 @@ class Undo(Protocol):
 
 
 @dataclass(frozen=True)
-class Resumption:
+class ResumePoint:
     """What a run starts from when it resumes."""
 
     saved: SavedRun
-    facts: RunFacts
-    before: Undo
-    shares: Mapping[str, Share] = field(default_factory=dict[str, Share])
+    facts: RunRecord
+    before: UndoLog
+    shares: Mapping[str, SubscriptionState] = field(default_factory=dict[str, SubscriptionState])
     kept: tuple[str, ...] = ()
     """Tags of the other snapshots that were saved with it."""
     ended: str | None = None

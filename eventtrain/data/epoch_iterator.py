@@ -15,7 +15,7 @@ Wait = Callable[[Callable[[], object]], bool]
 """Waits until its argument is true; False if the run has to end first."""
 
 
-class EpochFeed:
+class EpochIterator:
     """The batches of one epoch, in groups of ``steps_per_call``. Training thread only; close it.
 
     Batches that lie on the device already need no thread: the first one tells. A resumed epoch begins at batch

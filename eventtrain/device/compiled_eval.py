@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from eventtrain.device.executable_cache import Executables
+from eventtrain.device.executable_cache import ExecutableCache
 from eventtrain.device.fused_step import abstract
 from eventtrain.device.metric_codec import MetricLayout
 from eventtrain.device.metric_ring import RingCarry, RingSource, write_row
@@ -53,7 +53,7 @@ class CompiledEval:
         self._leaf_types = abstract(leaves)
         self._sharding = replicated_sharding(leaves)
         self._compile_on_caller = compile_on_caller
-        self._executables = Executables(self._build)
+        self._executables = ExecutableCache(self._build)
         self._rings: RingSource | None = None
         self._evaluate: Callable[..., tuple[jax.Array, jax.Array]] = self._unprepared
 
@@ -156,7 +156,7 @@ class CompiledPredict:
         self._skeleton = skeleton
         self._leaf_types = abstract(leaves)
         self._compile_on_caller = compile_on_caller
-        self._executables = Executables(self._build)
+        self._executables = ExecutableCache(self._build)
         self._predict: Callable[..., PyTree] = self._unprepared
 
     @property

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from eventtrain.device.executable_cache import Executables
+from eventtrain.device.executable_cache import ExecutableCache
 from eventtrain.device.extensions import StepExtension
 from eventtrain.device.fused_step import FusedStep, LoweredStep
 from eventtrain.device.metric_codec import MetricLayout
@@ -116,7 +116,7 @@ class CompiledStep:
         self.grouped = steps_per_call > 1
         self._counts = [jax.device_put(np.int32(n), sharding) for n in range(steps_per_call + 1)]
         self._compile_on_caller = compile_on_caller
-        self._executables = Executables(self._build)
+        self._executables = ExecutableCache(self._build)
         self._rings: RingSource | None = None
         self._donating: Callable[..., Any] = _unprepared
 

@@ -15,12 +15,12 @@ import numpy as np
 from eventtrain.device.state import PyTree, is_array, is_weak
 from eventtrain.errors import DataError
 
-__all__ = ["Executables"]
+__all__ = ["ExecutableCache"]
 
 E = TypeVar("E")
 
 
-class Executables(Generic[E]):
+class ExecutableCache(Generic[E]):
     """What `build` made of each batch signature met so far.
 
     Belongs to the thread that calls the compiled objects.

@@ -17,7 +17,7 @@ import numpy as np
 
 from eventtrain.device.metric_codec import Column, MetricLayout
 
-__all__ = ["Columns", "Fetcher", "Ring"]
+__all__ = ["Fetcher", "MetricColumns", "Ring"]
 
 
 class Ring(NamedTuple):
@@ -32,7 +32,7 @@ class Ring(NamedTuple):
     meta: Any
 
 
-class Columns(NamedTuple):
+class MetricColumns(NamedTuple):
     """A fetched ring: one read-only column of `rows` values for each metric.
 
     `watched` holds the watched hyperparameters by leaf index, in the same form.
@@ -124,9 +124,9 @@ class Fetcher:
 _END = object()
 
 
-def _fetched(item: Ring) -> Columns:
+def _fetched(item: Ring) -> MetricColumns:
     # The only wait; the GIL is released. On the CPU this is a view of the buffer, and a live view
     # would keep it from being reused: decode() copies.
     rows = np.asarray(item.ring)[: item.rows]
     metrics, watched = item.layout.decode(rows), item.layout.decode_watched(rows)
-    return Columns(metrics, item.rows, item.meta, watched)
+    return MetricColumns(metrics, item.rows, item.meta, watched)

@@ -18,7 +18,7 @@ from eventtrain.device.state import PyTree, Skeleton, is_array, partition
 from eventtrain.device.validation import call_user, describe
 from eventtrain.errors import ConfigurationError, StateError
 
-__all__ = ["StandIn", "params_indices", "stand_ins"]
+__all__ = ["ParamsOverride", "params_indices", "stand_ins"]
 
 Params = Callable[[PyTree], PyTree]
 CallOnCaller = Callable[[Callable[[], Any]], Any]
@@ -45,7 +45,7 @@ def stand_ins(
     skeleton: Skeleton,
     leaves: Sequence[jax.Array],
     compile_on_caller: CallOnCaller,
-) -> dict[Use, StandIn]:
+) -> dict[Use, ParamsOverride]:
     """Who stands in for the params where; what cannot work is said now and not after a night's training.
 
     Raises:
@@ -53,12 +53,12 @@ def stand_ins(
             of the state.
         StepError, StateError: as in `StandIn`.
     """
-    chosen: dict[Use, StandIn] = {}
+    chosen: dict[Use, ParamsOverride] = {}
     for extension in extensions:
         uses = checked_uses(repr(extension), extension.use_for)
         if not uses:
             continue
-        stand_in = StandIn(extension, params, skeleton, leaves, compile_on_caller)
+        stand_in = ParamsOverride(extension, params, skeleton, leaves, compile_on_caller)
         for use in sorted(uses):
             if use in chosen:
                 raise ConfigurationError(
@@ -69,7 +69,7 @@ def stand_ins(
     return chosen
 
 
-class StandIn:
+class ParamsOverride:
     """Puts the weights of `extension` where the lens `params` finds the params.
 
     Args:

@@ -17,7 +17,7 @@ class SavedMeans(Frozen):
     total: float = 0.0
 
 
-class SavedOrder(Frozen):
+class SavedCommand(Frozen):
     """A command on its way: not due yet when the cut was taken."""
 
     command: AnyCommand
@@ -27,7 +27,7 @@ class SavedOrder(Frozen):
     issue: int
 
 
-class LoopFacts(Frozen):
+class LoopRecord(Frozen):
     """Where the loop was.
 
     Attributes:
@@ -60,12 +60,12 @@ class LoopFacts(Frozen):
     steps: int | None = None
     ended: str | None = None
     data: Any = None
-    orders: tuple[SavedOrder, ...] = ()
+    orders: tuple[SavedCommand, ...] = ()
     deterministic: bool = True
     fingerprint: dict[str, Any] = Field(default_factory=dict)
 
 
-class StreamFacts(Frozen):
+class StreamRecord(Frozen):
     """Where the stream was.
 
     Attributes:

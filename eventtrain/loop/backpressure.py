@@ -9,7 +9,7 @@ from time import monotonic
 from eventtrain.bus.bus import EventBus
 from eventtrain.bus.subscription import Subscription
 from eventtrain.events import LoopStalled, StepCompleted, StepStarted
-from eventtrain.loop.metric_windows import Position, Windows
+from eventtrain.loop.metric_windows import MetricWindows, Position
 
 ROW_EVENTS = (StepCompleted, StepStarted)
 STALL_REPORT_S = 0.1
@@ -28,7 +28,7 @@ class Backpressure:
     def __init__(
         self,
         bus: EventBus,
-        windows: Windows,
+        windows: MetricWindows,
         position: Position,
         wait: Callable[[Callable[[], object]], bool],
     ) -> None:

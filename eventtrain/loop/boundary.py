@@ -6,12 +6,12 @@ from collections.abc import Callable
 from time import monotonic, perf_counter
 
 from eventtrain.bus.bus import Activation, EventBus
-from eventtrain.control.command_queue import POLL_S, Inbox
+from eventtrain.control.command_queue import POLL_S, CommandQueue
 from eventtrain.control.loop_statistics import LoopClock
 from eventtrain.errors import BusClosed
-from eventtrain.loop.command_executor import Effects
-from eventtrain.loop.lag_gates import NEVER, Gates
-from eventtrain.loop.metric_windows import Position, Windows
+from eventtrain.loop.command_executor import CommandExecutor
+from eventtrain.loop.lag_gates import NEVER, LagGates
+from eventtrain.loop.metric_windows import MetricWindows, Position
 
 
 class Boundary:
@@ -28,12 +28,12 @@ class Boundary:
     def __init__(
         self,
         position: Position,
-        windows: Windows,
-        gates: Gates,
-        effects: Effects,
+        windows: MetricWindows,
+        gates: LagGates,
+        effects: CommandExecutor,
         clock: LoopClock,
         bus: EventBus,
-        inbox: Inbox,
+        inbox: CommandQueue,
         evaluate: Callable[[], None],
         take_checkpoints: Callable[[], None],
     ) -> None:

@@ -5,19 +5,19 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from time import monotonic
 
-from eventtrain.bus.barrier import Cut, Marker
+from eventtrain.bus.barrier import Barrier, Marker
 from eventtrain.bus.bus import EventBus
-from eventtrain.control.requests import ControlRoom, Plan
+from eventtrain.control.requests import BoundaryRequest, RunRequests
 from eventtrain.events import CheckpointFailed, CheckpointSkipped, Event, LoopStalled
 from eventtrain.events.commands import SaveCheckpoint
-from eventtrain.events.run_records import LoopFacts
+from eventtrain.events.run_records import LoopRecord
 from eventtrain.loop.backpressure import STALL_REPORT_S
-from eventtrain.loop.command_executor import Effects
-from eventtrain.loop.metric_windows import Position, Windows
-from eventtrain.loop.request_schedule import Schedule
+from eventtrain.loop.command_executor import CommandExecutor
+from eventtrain.loop.metric_windows import MetricWindows, Position
+from eventtrain.loop.request_schedule import RequestSchedule
 
 
-class StateKeeper:
+class Checkpoints:
     """Takes cuts where plans and commands ask for them.
 
     Args:
@@ -32,15 +32,17 @@ class StateKeeper:
 
     def __init__(
         self,
-        room: ControlRoom,
-        effects: Effects,
-        windows: Windows,
+        room: RunRequests,
+        effects: CommandExecutor,
+        windows: MetricWindows,
         position: Position,
         bus: EventBus,
         wait: Callable[[Callable[[], object]], bool],
-        describe: Callable[[], LoopFacts],
+        describe: Callable[[], LoopRecord],
     ) -> None:
-        self.schedule = Schedule(room.checkpoints, position, lambda plan: self._take([(None, plan.owner)]))
+        self.schedule = RequestSchedule(
+            room.checkpoints, position, lambda plan: self._take([(None, plan.owner)])
+        )
         self._room = room
         self._effects = effects
         self._windows = windows
@@ -99,7 +101,7 @@ class StateKeeper:
         plans = [plan for plan in room.plans_of(requested_by) if self._has_room(plan, tag)]
         if not plans:
             return
-        cut = Cut(position.step)
+        cut = Barrier(position.step)
         try:
             cut.loop = self._describe()
             room.inbox.open_cut(cut)
@@ -112,7 +114,7 @@ class StateKeeper:
         room.offer(snapshot, self._effects.kept_for_the_end(), cut, plans, requested_by)
         windows.emit(taken)
 
-    def _has_room(self, plan: Plan, tag: str | None) -> bool:
+    def _has_room(self, plan: BoundaryRequest, tag: str | None) -> bool:
         """Whether its Checkpointer can take one more, perhaps after a wait; where not, that is said."""
         has_room = (
             self.no_step_follows
@@ -123,7 +125,7 @@ class StateKeeper:
             self._windows.emit(self._refused(plan, tag))
         return has_room
 
-    def _wait_for_room(self, plan: Plan) -> bool:
+    def _wait_for_room(self, plan: BoundaryRequest) -> bool:
         """Hold training until one less is being written; False where that takes too long.
 
         Commands are served meanwhile: a handler that awaits one may be what the writer waits for.
@@ -141,7 +143,7 @@ class StateKeeper:
             self._bus.notify(LoopStalled(step=self._position.step, subscriber=plan.owner, waited_s=waited_s))
         return not going_on or has_room()
 
-    def _refused(self, plan: Plan, tag: str | None) -> Event:
+    def _refused(self, plan: BoundaryRequest, tag: str | None) -> Event:
         step, count = self._position.step, plan.in_flight
         if plan.when_full == "skip":
             return CheckpointSkipped(step=step, tag=tag, requested_by=plan.owner, in_flight=count)

@@ -8,8 +8,8 @@ from typing import Literal
 import jax
 
 from eventtrain.bus.subscription import Subscription
-from eventtrain.control.command_queue import Order
-from eventtrain.control.requests import ControlRoom
+from eventtrain.control.command_queue import PendingCommand
+from eventtrain.control.requests import RunRequests
 from eventtrain.control.snapshots import KeptSnapshot
 from eventtrain.device.compiled_step import Carry
 from eventtrain.device.hyperparams import Hyperparam, labels, read, resolve, write
@@ -41,7 +41,7 @@ from eventtrain.events.commands import (
 from eventtrain.events.models import Number
 
 
-class Effects:
+class CommandExecutor:
     """Carries commands out on the state in ``carry`` and says so through ``emit``.
 
     Args:
@@ -62,7 +62,7 @@ class Effects:
         skeleton: Skeleton,
         hyperparams: Sequence[Hyperparam],
         params: Sequence[int],
-        room: ControlRoom,
+        room: RunRequests,
         emit: Callable[[Event], None],
         can_evaluate: Callable[[], bool],
         to_host: Callable[[list[jax.Array]], list[jax.Array]] | None = None,
@@ -116,7 +116,7 @@ class Effects:
 
     # --- orders -----------------------------------------------------------------------------------------
 
-    def carry_out(self, order: Order, step: int, epoch: int) -> None:
+    def carry_out(self, order: PendingCommand, step: int, epoch: int) -> None:
         """Do what ``order`` says at boundary ``step``, or refuse it with the reason. Never raises for a bad command."""
         command = order.command
         events: list[Event] = []
@@ -181,7 +181,7 @@ class Effects:
     # --- hyperparameters --------------------------------------------------------------------------------
 
     def _change_hyperparam(
-        self, command: SetHyperparam | ScaleHyperparam, order: Order, step: int
+        self, command: SetHyperparam | ScaleHyperparam, order: PendingCommand, step: int
     ) -> list[Event]:
         target = resolve(self._hyperparams, command.name, command.path)
         old = self._values[target.path]
@@ -219,7 +219,7 @@ class Effects:
         )
         return [changed, *conflict]
 
-    def _conflict(self, target: Hyperparam, order: Order, step: int) -> list[Event]:
+    def _conflict(self, target: Hyperparam, order: PendingCommand, step: int) -> list[Event]:
         if order.cause is None or order.subscription is None:
             self._setters.pop(target.path, None)
             return []

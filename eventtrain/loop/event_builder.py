@@ -13,7 +13,7 @@ import numpy as np
 
 from eventtrain.bus.barrier import Marker
 from eventtrain.bus.bus import Activation, EventBus, EventSeries
-from eventtrain.device.fetcher import Columns
+from eventtrain.device.fetcher import MetricColumns
 from eventtrain.errors import MetricsError
 from eventtrain.events import (
     EpochCompleted,
@@ -27,7 +27,7 @@ from eventtrain.events import (
     StepStarted,
 )
 from eventtrain.events.models import FrozenDict, Number, copies
-from eventtrain.events.run_records import SavedMeans, StreamFacts
+from eventtrain.events.run_records import SavedMeans, StreamRecord
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,7 +122,7 @@ def _add_in_order(total: float, values: np.ndarray) -> float:
     return float(np.add.accumulate(np.concatenate(([total], values)))[-1])
 
 
-class Narrator:
+class EventBuilder:
     """Turns what the fetcher delivers into what the bus routes. One per run; fetch thread only.
 
     Args:
@@ -147,7 +147,7 @@ class Narrator:
         """Follow the scheduled hyperparameters: state leaf index -> name. Before the first window."""
         self._watched_names = names
 
-    def resume(self, facts: StreamFacts) -> None:
+    def resume(self, facts: StreamRecord) -> None:
         """Go on from a cut. Before the first item."""
         self._epoch_means.resume(facts.epoch_means)
         self._eval_means.resume(facts.eval_means)
@@ -156,7 +156,7 @@ class Narrator:
 
     def tell(self, item: Any) -> None:
         """Take one item of the fetcher, in order, and feed the bus with what it means."""
-        if isinstance(item, Columns):
+        if isinstance(item, MetricColumns):
             if isinstance(item.meta, TrainWindow):
                 self._bus.feed(self._train_window(item, item.meta))
             else:
@@ -166,7 +166,7 @@ class Narrator:
         elif isinstance(item, EpochEnd):
             self._bus.feed([self._end_epoch(item)])
         elif isinstance(item, Marker):
-            item.cut.stream = StreamFacts(
+            item.cut.stream = StreamRecord(
                 epoch_means=self._epoch_means.saved,
                 eval_means=self._eval_means.saved,
                 evaluated=None if self.evaluated is None else dict(self.evaluated),
@@ -187,7 +187,9 @@ class Narrator:
 
     # --- training ---------------------------------------------------------------------------------------
 
-    def _train_window(self, columns: Columns, window: TrainWindow) -> list[Event | EventSeries | Activation]:
+    def _train_window(
+        self, columns: MetricColumns, window: TrainWindow
+    ) -> list[Event | EventSeries | Activation]:
         self._fetched_s = perf_counter()
         self._epoch_means.add(columns.metrics, columns.rows)
         if self._watched_names:
@@ -247,7 +249,9 @@ class Narrator:
 
     # --- evaluation -------------------------------------------------------------------------------------
 
-    def _eval_window(self, columns: Columns, window: EvalWindow) -> list[Event | EventSeries | Activation]:
+    def _eval_window(
+        self, columns: MetricColumns, window: EvalWindow
+    ) -> list[Event | EventSeries | Activation]:
         self._eval_means.add(columns.metrics, columns.rows)
         if not self._bus.has_subscribers(EvalStepCompleted):
             return []

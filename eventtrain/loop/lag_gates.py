@@ -15,7 +15,7 @@ from eventtrain.events import EpochEvent, EvalStepCompleted, Event, RunEvent, St
 NEVER = 1 << 62
 
 
-class Gates:
+class LagGates:
     """The obligations of one run. Training thread only; nothing here blocks."""
 
     def __init__(self, bus: EventBus) -> None:

@@ -11,7 +11,7 @@ from eventtrain.device.compiled_step import Carry, CompiledStep
 from eventtrain.device.fetcher import Fetcher, Ring
 from eventtrain.events import Event
 from eventtrain.loop.event_builder import TrainWindow
-from eventtrain.loop.lag_gates import Gates
+from eventtrain.loop.lag_gates import LagGates
 
 
 @dataclass(slots=True)
@@ -25,7 +25,7 @@ class Position:
     """EpochStarted of ``epoch`` was said, and EpochCompleted was not."""
 
 
-class Windows:
+class MetricWindows:
     """Collects the rows of the ring with what the loop says between them. Training thread only; never blocks.
 
     Args:
@@ -42,7 +42,7 @@ class Windows:
         compiled: CompiledStep,
         carry: Carry,
         fetcher: Fetcher,
-        gates: Gates,
+        gates: LagGates,
         position: Position,
         clock: LoopClock,
         interval_s: float,

@@ -12,16 +12,16 @@ from typing import Any
 import jax
 
 from eventtrain.bus.bus import EventBus
-from eventtrain.control.requests import TracePlan
+from eventtrain.control.requests import TraceRequest
 from eventtrain.events import ProfileCaptured, SubscriberFailed
-from eventtrain.loop.command_executor import Effects
+from eventtrain.loop.command_executor import CommandExecutor
 from eventtrain.loop.lag_gates import NEVER
 from eventtrain.loop.metric_windows import Position
 
 
 @dataclass
 class _Trace:
-    plan: TracePlan
+    plan: TraceRequest
     first: int
     last: int
     path: Path
@@ -43,9 +43,9 @@ class Tracer:
 
     def __init__(
         self,
-        plans: Sequence[TracePlan],
+        plans: Sequence[TraceRequest],
         position: Position,
-        effects: Effects,
+        effects: CommandExecutor,
         bus: EventBus,
         wait_for_device: Callable[[], object],
         *,
@@ -110,7 +110,7 @@ class Tracer:
         )
         self._bus.notify(said)
 
-    def _begin(self, first: int, last: int, plan: TracePlan) -> None:
+    def _begin(self, first: int, last: int, plan: TraceRequest) -> None:
         step = self._position.step
         if first != step + 1:
             reason = f"steps {first} to {last} cannot be traced: step {first} is over (this is step {step})"
@@ -131,7 +131,7 @@ class Tracer:
         if mark is not None:
             mark.__exit__(None, None, None)
 
-    def _failed(self, plan: TracePlan, error: Exception) -> None:
+    def _failed(self, plan: TraceRequest, error: Exception) -> None:
         text = f"{type(error).__name__}: {error}"
         failed = SubscriberFailed(
             step=self._position.step, subscriber=plan.owner, event_kind="profile", error=text

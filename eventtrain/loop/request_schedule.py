@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from time import monotonic
 
-from eventtrain.control.requests import Plan
+from eventtrain.control.requests import BoundaryRequest
 from eventtrain.loop.lag_gates import NEVER
 from eventtrain.loop.metric_windows import Position
 
 
-class Schedule:
+class RequestSchedule:
     """Does what plans ask for where they ask for it. Training thread only; never blocks.
 
     Args:
@@ -19,7 +19,12 @@ class Schedule:
         carry_out: does it for one plan, at the present boundary.
     """
 
-    def __init__(self, plans: Sequence[Plan], position: Position, carry_out: Callable[[Plan], None]) -> None:
+    def __init__(
+        self,
+        plans: Sequence[BoundaryRequest],
+        position: Position,
+        carry_out: Callable[[BoundaryRequest], None],
+    ) -> None:
         self._plans = plans
         self._position = position
         self._carry_out = carry_out
@@ -67,7 +72,7 @@ class Schedule:
             if plan.every_epochs is not None and epochs % plan.every_epochs == 0 and not by_step_too:
                 self._take(plan)
 
-    def _take(self, plan: Plan) -> None:
+    def _take(self, plan: BoundaryRequest) -> None:
         if plan.every_s is not None:
             plan.next_s = monotonic() + plan.every_s
         self._carry_out(plan)

@@ -16,7 +16,7 @@ import jax
 
 from eventtrain.bus.bus import EventBus
 from eventtrain.control.loop_statistics import LoopClock
-from eventtrain.control.requests import ControlRoom, Plan
+from eventtrain.control.requests import BoundaryRequest, RunRequests
 from eventtrain.device.compiled_eval import CompiledEval
 from eventtrain.device.compiled_step import Carry, CompiledStep
 from eventtrain.device.fetcher import Fetcher
@@ -29,17 +29,17 @@ from eventtrain.events import (
     EvalStepCompleted,
     StepStarted,
 )
-from eventtrain.events.run_records import LoopFacts
+from eventtrain.events.run_records import LoopRecord
 from eventtrain.loop.backpressure import Backpressure
 from eventtrain.loop.boundary import Boundary
-from eventtrain.loop.checkpoints import StateKeeper
-from eventtrain.loop.command_executor import Effects
+from eventtrain.loop.checkpoints import Checkpoints
+from eventtrain.loop.command_executor import CommandExecutor
 from eventtrain.loop.evaluation import run_evaluation
 from eventtrain.loop.event_builder import EpochEnd
-from eventtrain.loop.lag_gates import Gates
-from eventtrain.loop.metric_windows import Position, Windows
+from eventtrain.loop.lag_gates import LagGates
+from eventtrain.loop.metric_windows import MetricWindows, Position
 from eventtrain.loop.profiling import Tracer
-from eventtrain.loop.request_schedule import Schedule
+from eventtrain.loop.request_schedule import RequestSchedule
 
 CATCH_UP_S = 0.004
 """The longest wait for several steps at once; longer ones are cut, so that windows are flushed in time."""
@@ -73,16 +73,16 @@ class TrainingLoop:
         carry: Carry,
         *,
         position: Position,
-        windows: Windows,
-        gates: Gates,
-        effects: Effects,
+        windows: MetricWindows,
+        gates: LagGates,
+        effects: CommandExecutor,
         clock: LoopClock,
         bus: EventBus,
-        room: ControlRoom,
+        room: RunRequests,
         fetcher: Fetcher,
         pace: Pace,
         evaluate: Callable[[], None],
-        describe: Callable[[], LoopFacts],
+        describe: Callable[[], LoopRecord],
     ) -> None:
         self.compiled = compiled
         self.carry = carry
@@ -90,7 +90,7 @@ class TrainingLoop:
         self.windows = windows
         self.effects = effects
         self.clock = clock
-        self.keeper = StateKeeper(
+        self.keeper = Checkpoints(
             room,
             effects,
             windows,
@@ -108,7 +108,7 @@ class TrainingLoop:
         self._evaluate = evaluate
         self._backpressure = Backpressure(bus, windows, position, self.boundary.wait_for_observers)
         self._checkpoints = self.keeper.schedule
-        self._evaluations = Schedule(room.evaluations, position, self._ask_to_evaluate)
+        self._evaluations = RequestSchedule(room.evaluations, position, self._ask_to_evaluate)
         self.tracer = Tracer(
             room.traces,
             position,
@@ -288,7 +288,7 @@ class TrainingLoop:
         self._attention = 0
         return going_on
 
-    def resume_epoch(self, facts: LoopFacts) -> None:
+    def resume_epoch(self, facts: LoopRecord) -> None:
         """Go on in the middle of an epoch, and perhaps of an evaluation."""
         self.boundary.admit_deciders()
         self.position.in_epoch = True
@@ -300,7 +300,7 @@ class TrainingLoop:
             self._evaluated_at = (self.position.step, self.effects.changes)
         self._epoch_began_s = perf_counter()
 
-    def _ask_to_evaluate(self, plan: Plan | None = None) -> None:
+    def _ask_to_evaluate(self, plan: BoundaryRequest | None = None) -> None:
         """Unless the very state of this boundary was evaluated already, as a command may have asked."""
         if self._evaluated_at == (self.position.step, self.effects.changes):
             return

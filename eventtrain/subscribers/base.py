@@ -18,7 +18,14 @@ from eventtrain.bus.queues import Queue
 from eventtrain.bus.subscription import Subscription, SubscriptionStatistics
 from eventtrain.control.control import Control
 from eventtrain.control.loop_statistics import LoopStatistics
-from eventtrain.control.requests import Claimed, ControlRoom, FinalRestore, Plan, TracePlan, WhenFull
+from eventtrain.control.requests import (
+    BoundaryRequest,
+    ClaimedSnapshot,
+    RestoreAtEnd,
+    RunRequests,
+    TraceRequest,
+    WhenFull,
+)
 from eventtrain.control.run_state import SavedRun
 from eventtrain.device.hyperparams import Hyperparam, labels, resolve
 from eventtrain.device.program import StepProgram
@@ -62,7 +69,7 @@ class RunContext:
     ended: str | None = None
     params: Mapping[str, str | None] = field(default_factory=dict[str, str | None])
     _hyperparams: tuple[Hyperparam, ...] = ()
-    _room: ControlRoom | None = None
+    _room: RunRequests | None = None
     _statistics: Callable[[], dict[str, SubscriptionStatistics]] = dict
     _loop_statistics: Callable[[], LoopStatistics] = LoopStatistics
     _program: Callable[[], StepProgram | None] = lambda: None
@@ -123,7 +130,7 @@ class RunContext:
             where: asked on the training thread when all deciders are through; False: it is only released.
         """
         assert self._room is not None
-        self._room.final_restores.append(FinalRestore(tag, part, where))
+        self._room.final_restores.append(RestoreAtEnd(tag, part, where))
 
     def schedule_evaluations(
         self,
@@ -148,7 +155,7 @@ class RunContext:
                 "fit(eval_data=...)."
             )
         self._room.evaluations.append(
-            Plan(owner, every, every_epochs, every_s, monotonic() + (every_s or 0.0))
+            BoundaryRequest(owner, every, every_epochs, every_s, monotonic() + (every_s or 0.0))
         )
 
     def schedule_traces(
@@ -166,7 +173,7 @@ class RunContext:
             python: also trace the calls of Python functions, which makes the steps slower and the trace larger.
         """
         assert self._room is not None
-        self._room.traces.append(TracePlan(owner, folder, tuple(ranges), python))
+        self._room.traces.append(TraceRequest(owner, folder, tuple(ranges), python))
 
     def schedule_checkpoints(
         self,
@@ -203,7 +210,7 @@ class RunContext:
                 f"Two subscribers named {owner!r} ask for checkpoints. Set the name of one of them."
             )
         self._room.checkpoints.append(
-            Plan(
+            BoundaryRequest(
                 owner,
                 every,
                 every_epochs,
@@ -217,7 +224,7 @@ class RunContext:
             )
         )
 
-    def claim(self, owner: str, event: SnapshotTaken) -> Claimed | None:
+    def claim(self, owner: str, event: SnapshotTaken) -> ClaimedSnapshot | None:
         """What ``event`` announced, for ``owner``; to be finished when written or given up.
 
         None where nothing is held for it: others have asked for it, it was claimed before, or ``owner`` had too many in

@@ -14,7 +14,7 @@ import jax
 from anyio.from_thread import start_blocking_portal
 
 from eventtrain.bus.bus import EventBus
-from eventtrain.control.command_queue import Inbox
+from eventtrain.control.command_queue import CommandQueue
 from eventtrain.device.jax_compat import sixty_four_bit
 from eventtrain.errors import AlreadyRunning, ConfigurationError
 from eventtrain.trainer.model import CallOnCaller, Model, call_here
@@ -22,7 +22,7 @@ from eventtrain.trainer.model import CallOnCaller, Model, call_here
 T = TypeVar("T")
 
 
-class Activity:
+class Execution:
     """``claim`` it, then do the work under ``serving``, or give it to ``beside_loop``.
 
     Args:
@@ -35,7 +35,7 @@ class Activity:
     def __init__(
         self,
         model: Model,
-        inbox: Inbox,
+        inbox: CommandQueue,
         bus: EventBus,
         backend: str,
         backend_options: dict[str, Any] | None,

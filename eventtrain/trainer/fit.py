@@ -5,10 +5,10 @@ from __future__ import annotations
 from functools import partial
 from typing import Any
 
-from eventtrain.control.run_state import Resumption
-from eventtrain.data.epoch_iterator import EpochFeed
+from eventtrain.control.run_state import ResumePoint
+from eventtrain.data.epoch_iterator import EpochIterator
 from eventtrain.data.sources import place_of, rewound
-from eventtrain.events.run_records import LoopFacts
+from eventtrain.events.run_records import LoopRecord
 from eventtrain.trainer.session import Session
 
 
@@ -18,7 +18,7 @@ def train(
     epochs: int | None,
     steps: int | None,
     steps_per_call: int,
-    resumption: Resumption | None = None,
+    resumption: ResumePoint | None = None,
 ) -> None:
     """Epoch after epoch until the aim is reached or the run has to end.
 
@@ -89,9 +89,11 @@ def _prepare_without_a_step(session: Session, data: Any, steps_per_call: int, op
     return example is not None
 
 
-def _opened(session: Session, data: Any, steps_per_call: int, facts: LoopFacts | None = None) -> EpochFeed:
+def _opened(
+    session: Session, data: Any, steps_per_call: int, facts: LoopRecord | None = None
+) -> EpochIterator:
     """The batches of the session's epoch, from where ``facts`` say on."""
-    return EpochFeed(
+    return EpochIterator(
         data,
         session.epoch,
         steps_per_call=steps_per_call,

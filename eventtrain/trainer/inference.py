@@ -13,14 +13,14 @@ import jax
 import numpy as np
 
 from eventtrain.bus.bus import EventBus
-from eventtrain.data.epoch_iterator import EpochFeed
+from eventtrain.data.epoch_iterator import EpochIterator
 from eventtrain.device.fetcher import Fetcher
 from eventtrain.device.state import PyTree, replicated_sharding
 from eventtrain.errors import AlreadyRunning, DataError
 from eventtrain.events import PredictCompleted, PredictStarted, PredictStepCompleted
 from eventtrain.events.models import Number
 from eventtrain.loop.evaluation import run_evaluation
-from eventtrain.loop.event_builder import Narrator
+from eventtrain.loop.event_builder import EventBuilder
 from eventtrain.trainer.model import Model, RunOptions
 
 
@@ -36,7 +36,7 @@ class Inference:
         """The means of eval_fn's metrics, in float64."""
         self._require_free_bus()
         model, tokens = self._model, deque[jax.Array]()
-        narrator = Narrator(self._bus, weight=self._options.weight)
+        narrator = EventBuilder(self._bus, weight=self._options.weight)
         fetcher = Fetcher(narrator.tell)
         fetcher.start()
 
@@ -108,7 +108,7 @@ class Inference:
                 ready.clear()
             return True
 
-        feed = EpochFeed(
+        feed = EpochIterator(
             data,
             self._model.epoch,
             steps_per_call=1,

@@ -13,7 +13,7 @@ from eventtrain.device.compiled_eval import CompiledEval, CompiledPredict
 from eventtrain.device.compiled_step import CompiledStep
 from eventtrain.device.extensions import StepExtension, Use
 from eventtrain.device.hyperparams import Hyperparam
-from eventtrain.device.params_override import StandIn, params_indices, stand_ins
+from eventtrain.device.params_override import ParamsOverride, params_indices, stand_ins
 from eventtrain.device.state import PyTree, Skeleton, place, split_state
 from eventtrain.errors import ConfigurationError
 from eventtrain.loop.train_loop import Pace
@@ -75,7 +75,7 @@ class Model:
     """Runs tracing and lowering on the thread that called fit, where the JAX settings meant hold."""
     _evaluation: CompiledEval | None = None
     _prediction: CompiledPredict | None = None
-    _stand_ins: dict[Use, StandIn] = field(init=False)
+    _stand_ins: dict[Use, ParamsOverride] = field(init=False)
 
     def __post_init__(self) -> None:
         self._stand_ins = stand_ins(self.extensions, self.params, self.skeleton, self.leaves, self._lower)

@@ -10,30 +10,30 @@ from typing import Any
 import jax
 import optax
 
-from eventtrain.bus.barrier import Redelivery, Share
+from eventtrain.bus.barrier import Redelivery, SubscriptionState
 from eventtrain.bus.bus import EventBus
 from eventtrain.bus.wakeup import Answer
-from eventtrain.control.command_queue import Inbox, Order
-from eventtrain.control.run_state import Resumption, SavedRun, unpack
+from eventtrain.control.command_queue import CommandQueue, PendingCommand
+from eventtrain.control.run_state import ResumePoint, SavedRun, unpack
 from eventtrain.control.snapshots import KeptSnapshot
 from eventtrain.device.extensions import StepExtension
 from eventtrain.device.snapshot import Snapshot
 from eventtrain.device.state import Skeleton, split_state
 from eventtrain.errors import SnapshotError, StateError
 from eventtrain.events import Event, RunResumed
-from eventtrain.loop.event_builder import Narrator
-from eventtrain.loop.lag_gates import Gates
+from eventtrain.loop.event_builder import EventBuilder
+from eventtrain.loop.lag_gates import LagGates
 from eventtrain.loop.train_loop import TrainingLoop
 from eventtrain.subscribers.base import Subscriber
 from eventtrain.trainer.model import Model
-from eventtrain.trainer.rollback import Before
+from eventtrain.trainer.rollback import Rollback
 
 logger = logging.getLogger("eventtrain")
 
 JAXLIB = version("jaxlib")
 
 
-def resume_loop(resumption: Resumption, loop: TrainingLoop) -> None:
+def resume_loop(resumption: ResumePoint, loop: TrainingLoop) -> None:
     """Put a loop that was just made where that of the checkpoint was. From here on there is no way back."""
     facts = resumption.facts.loop
     resumption.before.forget()
@@ -46,11 +46,11 @@ def resume_loop(resumption: Resumption, loop: TrainingLoop) -> None:
 
 
 def resume_stream(
-    resumption: Resumption,
+    resumption: ResumePoint,
     bus: EventBus,
-    gates: Gates,
-    inbox: Inbox,
-    narrator: Narrator,
+    gates: LagGates,
+    inbox: CommandQueue,
+    narrator: EventBuilder,
     put: Callable[[Any], None],
 ) -> None:
     """Put back what was on its way at the cut: unhandled events, what the loop owes them, commands not due yet.
@@ -77,7 +77,7 @@ def resume_stream(
     for saved in facts.loop.orders:
         key = (saved.cause_step, saved.cause_seq)
         cause = causes.setdefault(key, Event(step=saved.cause_step, seq=saved.cause_seq))
-        order = Order(saved.command, Answer(), cause, names.get(saved.subscriber), saved.issue)
+        order = PendingCommand(saved.command, Answer(), cause, names.get(saved.subscriber), saved.issue)
         inbox.due.append(order)
     position = facts.loop
     put(
@@ -88,8 +88,12 @@ def resume_stream(
 
 
 def take_over(
-    saved: SavedRun, model: Model, inbox: Inbox, subscribers: Sequence[Subscriber], now: Mapping[str, Any]
-) -> Resumption:
+    saved: SavedRun,
+    model: Model,
+    inbox: CommandQueue,
+    subscribers: Sequence[Subscriber],
+    now: Mapping[str, Any],
+) -> ResumePoint:
     """Put the state of ``saved`` into ``model``, and its subscribers' states into those of the same name.
 
     Args:
@@ -114,7 +118,7 @@ def take_over(
     like = model.skeleton.join(model.leaves)
     leaves, kept = _leaves_of(saved.state(like)), saved.kept(like)
     resumed_loop = facts.loop.model_copy(update={"data": unpack(facts.loop.data)})
-    before = Before(model, inbox, subscribers)
+    before = Rollback(model, inbox, subscribers)
     try:
         _load_states(subscribers, shares)
     except BaseException:
@@ -125,11 +129,11 @@ def take_over(
     for tag, (step, state) in kept.items():
         inbox.snapshots[tag] = KeptSnapshot(Snapshot(step, _leaves_of(state), model.skeleton, tag=tag))
     facts = facts.model_copy(update={"loop": resumed_loop})
-    return Resumption(saved, facts, before, shares, tuple(kept))
+    return ResumePoint(saved, facts, before, shares, tuple(kept))
 
 
 def take_over_extensions(
-    resumption: Resumption, types: Mapping[str, Any], inbox: Inbox
+    resumption: ResumePoint, types: Mapping[str, Any], inbox: CommandQueue
 ) -> list[jax.Array] | None:
     """What step extensions had computed by the cut; that of the other snapshots is put beside them.
 
@@ -167,7 +171,7 @@ def fingerprint(
     }
 
 
-def _load_states(subscribers: Sequence[Subscriber], shares: Mapping[str, Share]) -> None:
+def _load_states(subscribers: Sequence[Subscriber], shares: Mapping[str, SubscriptionState]) -> None:
     for subscriber in subscribers:
         name = subscriber.name or type(subscriber).__name__
         share = shares.get(name)

@@ -7,10 +7,10 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from eventtrain.control.command_queue import Inbox
-from eventtrain.control.run_state import Resumption, SavedRun
+from eventtrain.control.command_queue import CommandQueue
+from eventtrain.control.run_state import ResumePoint, SavedRun
 from eventtrain.errors import ConfigurationError, SnapshotError
-from eventtrain.events.run_records import LoopFacts
+from eventtrain.events.run_records import LoopRecord
 from eventtrain.subscribers.base import Subscriber
 from eventtrain.trainer.model import Aim, Model, RunOptions
 from eventtrain.trainer.resume import take_over
@@ -23,9 +23,9 @@ def find_resumption(
     aim: Aim,
     model: Model,
     options: RunOptions,
-    inbox: Inbox,
+    inbox: CommandQueue,
     subscribers: Sequence[Subscriber],
-) -> tuple[Resumption | None, Aim]:
+) -> tuple[ResumePoint | None, Aim]:
     """What to go on from, after ``model`` and ``subscribers`` have taken it over, and what is left of ``aim``.
 
     Args:
@@ -83,13 +83,13 @@ def _find_saved_run(
     return max(found, key=lambda saved: (saved.facts is not None, saved.time, saved.step), default=None)
 
 
-def _remaining(facts: LoopFacts, aim: Aim) -> Aim:
+def _remaining(facts: LoopRecord, aim: Aim) -> Aim:
     epochs = None if aim.epochs is None else max(0, facts.start_epoch + aim.epochs - facts.epoch)
     steps = None if aim.steps is None else max(0, facts.start_step + aim.steps - facts.step)
     return replace(aim, epochs=epochs, steps=steps)
 
 
-def _why_ended(facts: LoopFacts, aim: Aim, left: Aim, *, named: bool) -> str | None:
+def _why_ended(facts: LoopRecord, aim: Aim, left: Aim, *, named: bool) -> str | None:
     """Why the run has reached its end already; None where there is something to do.
 
     Args:

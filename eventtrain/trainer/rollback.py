@@ -9,17 +9,17 @@ from typing import Any
 
 import jax
 
-from eventtrain.control.command_queue import Inbox
+from eventtrain.control.command_queue import CommandQueue
 from eventtrain.subscribers.base import Subscriber
 from eventtrain.trainer.model import Model
 
 logger = logging.getLogger("eventtrain")
 
 
-class Before:
+class Rollback:
     """Remembers a trainer between two runs. Copies no array. The thread that called fit."""
 
-    def __init__(self, model: Model, inbox: Inbox, subscribers: Sequence[Subscriber]) -> None:
+    def __init__(self, model: Model, inbox: CommandQueue, subscribers: Sequence[Subscriber]) -> None:
         self._model = model
         self._inbox = inbox
         self._held: tuple[list[jax.Array], list[jax.Array] | None, int, int] | None = (

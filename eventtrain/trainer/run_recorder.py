@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from eventtrain.control.run_state import Resumption, pack
-from eventtrain.events.run_records import LoopFacts
-from eventtrain.loop.lag_gates import Gates
+from eventtrain.control.run_state import ResumePoint, pack
+from eventtrain.events.run_records import LoopRecord
+from eventtrain.loop.lag_gates import LagGates
 from eventtrain.loop.train_loop import TrainingLoop
 from eventtrain.trainer.model import Aim, Model
 
@@ -39,7 +39,7 @@ class DataPosition:
         return pack(self.after(batch))
 
 
-class Whereabouts:
+class RunRecorder:
     """What a checkpoint says of a run besides what its loop knows: where it began, its aim, its place in the data.
 
     Args:
@@ -50,7 +50,7 @@ class Whereabouts:
     """
 
     def __init__(
-        self, model: Model, aim: Aim, fingerprint: Mapping[str, Any], resumption: Resumption | None
+        self, model: Model, aim: Aim, fingerprint: Mapping[str, Any], resumption: ResumePoint | None
     ) -> None:
         self._aim = aim
         self._fingerprint = fingerprint
@@ -61,10 +61,10 @@ class Whereabouts:
             self.start_step, self.start_epoch = self._resumed.start_step, self._resumed.start_epoch
             self.data = DataPosition(self._resumed.batch, self._resumed.data)
 
-    def facts(self, loop: TrainingLoop, gates: Gates) -> LoopFacts:
+    def facts(self, loop: TrainingLoop, gates: LagGates) -> LoopRecord:
         """Where the run is. Raises TypeError where the data's iterator has a state that no checkpoint can hold."""
         position = loop.position
-        return LoopFacts(
+        return LoopRecord(
             step=position.step,
             epoch=position.epoch,
             batch=position.batch,

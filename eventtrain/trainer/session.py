@@ -14,9 +14,9 @@ from eventtrain.bus.bus import Activation, EventBus
 from eventtrain.control.command_queue import POLL_S
 from eventtrain.control.control import Control
 from eventtrain.control.loop_statistics import LoopClock, LoopStatistics
-from eventtrain.control.requests import ControlRoom
-from eventtrain.control.run_state import Resumption
-from eventtrain.data.epoch_iterator import EpochFeed
+from eventtrain.control.requests import RunRequests
+from eventtrain.control.run_state import ResumePoint
+from eventtrain.data.epoch_iterator import EpochIterator
 from eventtrain.device.fetcher import Fetcher
 from eventtrain.device.host_memory import to_pinned_host
 from eventtrain.device.hyperparams import Hyperparam, find_hyperparams, values_of
@@ -24,16 +24,16 @@ from eventtrain.device.program import StepProgram
 from eventtrain.device.state import replicated_sharding
 from eventtrain.errors import AlreadyRunning, BusClosed, ConfigurationError, StepError
 from eventtrain.events import EpochCompleted, RunCompleted, RunFailed, RunStarted
-from eventtrain.loop.command_executor import Effects
-from eventtrain.loop.event_builder import Narrator
-from eventtrain.loop.lag_gates import Gates
-from eventtrain.loop.metric_windows import Position, Windows
+from eventtrain.loop.command_executor import CommandExecutor
+from eventtrain.loop.event_builder import EventBuilder
+from eventtrain.loop.lag_gates import LagGates
+from eventtrain.loop.metric_windows import MetricWindows, Position
 from eventtrain.loop.train_loop import TrainingLoop
 from eventtrain.subscribers.base import RunContext, Subscriber
 from eventtrain.trainer.model import Aim, Model, RunOptions
 from eventtrain.trainer.resume import resume_loop, resume_stream, take_over_extensions
-from eventtrain.trainer.run_recorder import Whereabouts
-from eventtrain.trainer.subscriber_lifecycle import Participants
+from eventtrain.trainer.run_recorder import RunRecorder
+from eventtrain.trainer.subscriber_lifecycle import SubscriberLifecycle
 
 logger = logging.getLogger("eventtrain")
 
@@ -53,12 +53,12 @@ class Session:
         model: Model,
         options: RunOptions,
         bus: EventBus,
-        room: ControlRoom,
+        room: RunRequests,
         subscribers: Sequence[Subscriber],
         *,
         aim: Aim,
         eval_data: Any = None,
-        resumption: Resumption | None = None,
+        resumption: ResumePoint | None = None,
         restarts: bool = False,
     ) -> None:
         self._model = model
@@ -67,19 +67,19 @@ class Session:
         self._room = room
         self._inbox = room.inbox
         self._subscribers = subscribers
-        self._participants = Participants(bus, subscribers)
+        self._participants = SubscriberLifecycle(bus, subscribers)
         self._aim = aim
         self._eval_data = eval_data
         self._resumption = resumption
         self._restarts = restarts
-        self._whereabouts = Whereabouts(model, aim, options.fingerprint, resumption)
+        self._whereabouts = RunRecorder(model, aim, options.fingerprint, resumption)
         self._data = self._whereabouts.data
         self._loop: TrainingLoop | None = None
-        self._gates = Gates(bus)
+        self._gates = LagGates(bus)
         self.clock = LoopClock()
         """Where this thread's time goes."""
         self._first_step = model.step
-        self._narrator = Narrator(bus, weight=options.weight)
+        self._narrator = EventBuilder(bus, weight=options.weight)
         self._fetcher = Fetcher(self._narrator.tell, self._fetch_failed)
         self._grouped = options.steps_per_call > 1
         self._bus_failed = False
@@ -206,7 +206,7 @@ class Session:
         if resumption is not None:
             model.ext_leaves = take_over_extensions(resumption, compiled.extension_types, self._inbox)
         carry = compiled.initial(model.leaves, model.ext_leaves, step=model.step)
-        effects = Effects(
+        effects = CommandExecutor(
             carry,
             model.skeleton,
             hyperparams,
@@ -221,7 +221,7 @@ class Session:
         position = Position(
             model.step, model.epoch, resumption.facts.loop.batch if resumption is not None else 0
         )
-        windows = Windows(
+        windows = MetricWindows(
             compiled, carry, self._fetcher, self._gates, position, self.clock, options.pace.flush_interval_s
         )
         self._loop = loop = TrainingLoop(
@@ -452,7 +452,7 @@ class Session:
             return
         evaluation = model.evaluation(loop.carry.leaves)
         leaves = model.leaves_for("eval", loop.carry.leaves, loop.carry.ext_leaves)
-        feed = EpochFeed(
+        feed = EpochIterator(
             self._eval_data,
             loop.position.epoch,
             steps_per_call=1,

@@ -19,7 +19,7 @@ from eventtrain.subscribers.base import RunContext, Subscriber
 logger = logging.getLogger("eventtrain")
 
 
-class Participants:
+class SubscriberLifecycle:
     """Starts them and ends them. Training thread only; every method blocks. Times are ``monotonic`` ones."""
 
     def __init__(self, bus: EventBus, subscribers: Sequence[Subscriber]) -> None:

@@ -13,8 +13,8 @@ from eventtrain.bus.handlers import Handler
 from eventtrain.bus.options import EventTypes
 from eventtrain.bus.subscription import Subscription
 from eventtrain.control.control import Control
-from eventtrain.control.requests import ControlRoom
-from eventtrain.control.run_state import Resumption
+from eventtrain.control.requests import RunRequests
+from eventtrain.control.run_state import ResumePoint
 from eventtrain.device.extensions import StepExtension
 from eventtrain.device.state import PyTree
 from eventtrain.errors import AlreadyRunning, ConfigurationError, StateInUse
@@ -23,7 +23,7 @@ from eventtrain.loop.train_loop import Pace
 from eventtrain.subscribers.base import Subscriber, subscribe
 from eventtrain.subscribers.progress.display import shows_progress
 from eventtrain.subscribers.progress.progress_bar import ProgressBar
-from eventtrain.trainer.execution import Activity
+from eventtrain.trainer.execution import Execution
 from eventtrain.trainer.fit import train
 from eventtrain.trainer.fit_result import FitResult
 from eventtrain.trainer.inference import Inference
@@ -113,14 +113,14 @@ class Trainer:
             drain_timeout_s=drain_timeout_s,
             fingerprint=fingerprint(model.skeleton, model.leaves, steps_per_call, step_extensions),
         )
-        self._room = ControlRoom(self.bus)
+        self._room = RunRequests(self.bus)
         if not self.bus.has_control:
             self.bus.attach_control(self._room)
         self._subscribers: tuple[Subscriber, ...] = ()
         for subscriber in subscribers:
             self._add(subscriber)
         self._inference = Inference(self._model, self._options, self.bus)
-        self._activity = Activity(self._model, self._room.inbox, self.bus, backend, backend_options)
+        self._activity = Execution(self._model, self._room.inbox, self.bus, backend, backend_options)
         self._session: Session | None = None
 
     # --- looking ----------------------------------------------------------------------------------------------
@@ -293,7 +293,7 @@ class Trainer:
         aim: Aim,
         eval_data: Any,
         extra: Sequence[Subscriber] = (),
-        resumption: Resumption | None = None,
+        resumption: ResumePoint | None = None,
         *,
         restarts: bool = False,
     ) -> Session:

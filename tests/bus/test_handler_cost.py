@@ -5,7 +5,7 @@ from time import perf_counter, thread_time
 import anyio
 import pytest
 
-from eventtrain.bus.handler_cost import Meter, metered
+from eventtrain.bus.handler_cost import HandlerCost, metered
 
 
 def burn(duration_s: float) -> None:
@@ -16,7 +16,7 @@ def burn(duration_s: float) -> None:
 
 @pytest.mark.allow_blocking
 async def test_cpu_time_of_every_slice_is_charged_and_waiting_is_not(anyio_backend: object) -> None:
-    meter = Meter()
+    meter = HandlerCost()
 
     async def work() -> None:
         burn(0.02)
@@ -31,7 +31,7 @@ async def test_cpu_time_of_every_slice_is_charged_and_waiting_is_not(anyio_backe
 async def test_while_a_slice_lasts_its_beginning_can_be_read_and_afterwards_not(
     anyio_backend: object,
 ) -> None:
-    meter, seen = Meter(), []
+    meter, seen = HandlerCost(), []
 
     async def work() -> None:
         seen.append(meter.slice_began)
@@ -59,8 +59,8 @@ async def test_errors_and_cancellation_pass_through_both_ways(anyio_backend: obj
             raise
 
     with pytest.raises(ValueError, match="mine"):
-        await metered(fail(), Meter())
+        await metered(fail(), HandlerCost())
     with anyio.move_on_after(0.01) as scope:
-        await metered(wait(), Meter())
+        await metered(wait(), HandlerCost())
     assert seen == ["cancelled"]
     assert scope.cancelled_caught

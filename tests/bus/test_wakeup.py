@@ -7,12 +7,12 @@ import anyio.from_thread
 import anyio.to_thread
 import pytest
 
-from eventtrain.bus.wakeup import Answer, Doorbell, LoopThread, Signal
+from eventtrain.bus.wakeup import Answer, LoopThread, Signal, Wakeup
 
 
 async def test_no_ring_is_lost_however_the_threads_interleave(anyio_backend: object) -> None:
     waiting: list[int] = []
-    bell = Doorbell(LoopThread())
+    bell = Wakeup(LoopThread())
     count, received = 20_000, 0
 
     def produce() -> None:
@@ -34,7 +34,7 @@ async def test_no_ring_is_lost_however_the_threads_interleave(anyio_backend: obj
 
 
 async def test_the_sleeper_is_armed_before_it_looks_for_the_last_time(anyio_backend: object) -> None:
-    bell, armed = Doorbell(LoopThread()), list[bool]()
+    bell, armed = Wakeup(LoopThread()), list[bool]()
 
     def look() -> bool:
         armed.append(bell.armed)
@@ -45,7 +45,7 @@ async def test_the_sleeper_is_armed_before_it_looks_for_the_last_time(anyio_back
 
 
 async def test_a_ring_without_a_reason_is_slept_through(anyio_backend: object) -> None:
-    bell, ready = Doorbell(LoopThread()), False
+    bell, ready = Wakeup(LoopThread()), False
 
     async def sleep() -> None:
         await bell.sleep_unless(lambda: ready)

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from eventtrain.device.fetcher import Columns, Fetcher, Ring
+from eventtrain.device.fetcher import Fetcher, MetricColumns, Ring
 from eventtrain.device.metric_codec import MetricLayout
 
 LAYOUT = MetricLayout.of({"n": jnp.int32(0)}, "step_fn")
@@ -38,9 +38,9 @@ def test_rings_become_columns_and_everything_keeps_its_order() -> None:
     with running() as (fetcher, delivered):
         for item in items:
             fetcher.put(item)
-    assert [type(item) for item in delivered] == [Columns, str, Columns, int, Columns]
+    assert [type(item) for item in delivered] == [MetricColumns, str, MetricColumns, int, MetricColumns]
     assert delivered[1] == "an event"
-    windows = [item for item in delivered if isinstance(item, Columns)]
+    windows = [item for item in delivered if isinstance(item, MetricColumns)]
     assert [window.metrics["n"].tolist() for window in windows] == [[0, 1, 2], list(range(3, 11)), []]
     assert [(window.rows, window.meta) for window in windows] == [(3, 0), (8, 3), (0, 11)]
     assert fetcher.backlog == 0

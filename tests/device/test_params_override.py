@@ -20,7 +20,7 @@ import pytest
 
 import eventtrain as et
 from eventtrain.device.extensions import Use
-from eventtrain.device.params_override import StandIn
+from eventtrain.device.params_override import ParamsOverride
 from tests.conftest import RunOnDevices
 from tests.support.jax_compilations import COMPILATIONS
 from tests.support.models import (
@@ -321,13 +321,13 @@ def test_a_run_pays_one_dispatch_an_evaluation_and_one_compilation_in_all(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     calls: list[str] = []
-    inner = StandIn.__call__
+    inner = ParamsOverride.__call__
 
-    def counted(self: StandIn, *args: Any) -> Any:
+    def counted(self: ParamsOverride, *args: Any) -> Any:
         calls.append(threading.current_thread().name)
         return inner(self, *args)
 
-    monkeypatch.setattr(StandIn, "__call__", counted)
+    monkeypatch.setattr(ParamsOverride, "__call__", counted)
     trainer = make_trainer(tmp_path, step_extensions=[et.EMA(0.8, use_for=["eval", "predict"])])
     trainer.fit(DATA, epochs=2, progress=False)
     assert calls == []

@@ -10,9 +10,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from eventtrain.bus.bus import EventBus, EventSeries
-from eventtrain.device.fetcher import Columns
+from eventtrain.device.fetcher import MetricColumns
 from eventtrain.events import EpochStarted, HyperparamChanged, StepCompleted
-from eventtrain.loop.event_builder import EpochEnd, Narrator, RunningMeans, TrainWindow
+from eventtrain.loop.event_builder import EpochEnd, EventBuilder, RunningMeans, TrainWindow
 
 
 class Fed(EventBus):
@@ -56,9 +56,9 @@ def test_means_of_no_weight_at_all_are_nan():
     assert np.isnan(means.means()["loss"])
 
 
-def columns(first_step: int, rows: int, notes: tuple[Any, ...] = (), watched: Any = None) -> Columns:
+def columns(first_step: int, rows: int, notes: tuple[Any, ...] = (), watched: Any = None) -> MetricColumns:
     window = TrainWindow(first_step, rows, 0, first_step - 1, notes, False)
-    return Columns({"loss": np.arange(rows, dtype=np.float32)}, rows, window, watched or {})
+    return MetricColumns({"loss": np.arange(rows, dtype=np.float32)}, rows, window, watched or {})
 
 
 def test_what_was_said_at_a_boundary_stands_between_its_step_and_the_next():
@@ -66,7 +66,7 @@ def test_what_was_said_at_a_boundary_stands_between_its_step_and_the_next():
     notes = tuple(
         HyperparamChanged(step=step, name="learning_rate", path="", old=1.0, new=0.5) for step in (3, 5, 5)
     )
-    Narrator(bus).tell(columns(first_step=4, rows=4, notes=notes))
+    EventBuilder(bus).tell(columns(first_step=4, rows=4, notes=notes))
     told = [item.steps if isinstance(item, EventSeries) else item.step for item in bus.items]
     assert told == [3, range(4, 6), 5, 5, range(6, 8)]
     events = [e for item in bus.items if isinstance(item, EventSeries) for e in item.build(item.steps)]
@@ -81,7 +81,7 @@ def test_what_was_said_at_a_boundary_stands_between_its_step_and_the_next():
 
 def test_a_built_event_equals_the_validated_one():
     bus = Fed()
-    Narrator(bus).tell(columns(first_step=1, rows=2))
+    EventBuilder(bus).tell(columns(first_step=1, rows=2))
     (series,) = bus.items
     built = series.build(range(2, 3))[0]
     expected = StepCompleted(step=2, epoch=0, batch=1, metrics={"loss": 1.0})
@@ -94,7 +94,7 @@ def test_a_built_event_equals_the_validated_one():
 
 def test_scheduled_hyperparameters_follow_the_newest_row():
     bus = Fed()
-    narrator = Narrator(bus)
+    narrator = EventBuilder(bus)
     narrator.watch({7: "learning_rate"})
     narrator.tell(columns(1, 2, watched={7: np.array([0.5, 0.25], np.float32)}))
     assert narrator.watched == {"learning_rate": 0.25}

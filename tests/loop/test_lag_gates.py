@@ -8,16 +8,16 @@ import pytest
 
 from eventtrain.bus.bus import EventBus
 from eventtrain.events import EpochCompleted, EvalStepCompleted, RunStarted, StepCompleted, StepStarted
-from eventtrain.loop.lag_gates import NEVER, Gates
+from eventtrain.loop.lag_gates import NEVER, LagGates
 
 
 async def decide(event: Any) -> None: ...
 
 
-def gates_with(*options: dict[str, Any]) -> tuple[Gates, list[Any]]:
+def gates_with(*options: dict[str, Any]) -> tuple[LagGates, list[Any]]:
     bus = EventBus()
     subscriptions = [bus.subscribe(o.pop("event_type", StepCompleted), decide, **o) for o in options]
-    gates = Gates(bus)
+    gates = LagGates(bus)
     deciders = [s for s in subscriptions if s.options.lag is not None]
     assert gates.refresh(0) == deciders
     for subscription in deciders:
@@ -52,7 +52,7 @@ def test_what_an_earlier_run_left_opens_no_gate():
     subscription = bus.subscribe(StepCompleted, decide, lag=0)
     subscription.activate()
     subscription.worker.passed = 5
-    gates = Gates(bus)
+    gates = LagGates(bus)
     gates.refresh(0)
     gates.note_step(1)
     assert gates.blocking(1) is subscription  # its activation is still on its way

@@ -14,7 +14,7 @@ import jax
 import numpy as np
 
 import eventtrain as et
-from eventtrain.control.run_state import RunFacts
+from eventtrain.control.run_state import RunRecord
 
 
 @dataclass(frozen=True)
@@ -22,7 +22,7 @@ class InMemory:
     """One checkpoint."""
 
     step: int
-    facts: RunFacts
+    facts: RunRecord
     host_state: Any
     host_extensions: Mapping[str, np.ndarray[Any, Any]]
     host_kept: Mapping[str, tuple[int, Any, Any]]
@@ -72,10 +72,10 @@ class MemoryCheckpointer(et.Subscriber):
             await anyio.to_thread.run_sync(self._keep, claimed, event.step)
 
     def _keep(self, claimed: Any, step: int) -> None:
-        facts = RunFacts.wait_for(claimed.cut, 30.0)
+        facts = RunRecord.wait_for(claimed.cut, 30.0)
         self.saved[step] = InMemory(
             step,
-            RunFacts.model_validate(json.loads(facts.model_dump_json())),
+            RunRecord.model_validate(json.loads(facts.model_dump_json())),
             claimed.snapshot.device.host_state(),
             claimed.snapshot.device.host_extensions(),
             {

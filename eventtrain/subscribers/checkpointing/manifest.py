@@ -26,7 +26,7 @@ import jax.numpy as jnp
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
-from eventtrain.control.run_state import RunFacts
+from eventtrain.control.run_state import RunRecord
 from eventtrain.errors import SnapshotError
 
 FORMAT = "eventtrain-checkpoint"
@@ -111,7 +111,7 @@ class Manifest(BaseModel):
     params: dict[str, str] = Field(default_factory=dict)
     arrays: dict[str, dict[str, SavedArray]] = Field(default_factory=dict)
     files: dict[str, int] = Field(default_factory=dict)
-    facts: RunFacts | None = None
+    facts: RunRecord | None = None
 
     def to_text(self) -> str:
         """As JSON, with NaN and infinities as Python writes them.

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from eventtrain.control.run_state import RunFacts
+from eventtrain.control.run_state import RunRecord
 from eventtrain.errors import SnapshotError, StateError
 from eventtrain.subscribers.checkpointing.directory import Committed, committed_in
 from eventtrain.subscribers.checkpointing.manifest import (
@@ -56,7 +56,7 @@ class SavedCheckpoint:
         return self.manifest.time
 
     @property
-    def facts(self) -> RunFacts | None:
+    def facts(self) -> RunRecord | None:
         """What belongs to it besides arrays."""
         return self.manifest.facts
 

@@ -13,8 +13,8 @@ from pathlib import Path
 from time import monotonic, sleep
 from typing import Any, Literal, TypeVar
 
-from eventtrain.control.requests import Claimed
-from eventtrain.control.run_state import RunFacts
+from eventtrain.control.requests import ClaimedSnapshot
+from eventtrain.control.run_state import RunRecord
 from eventtrain.errors import BusClosed, QueueFull, SnapshotError
 from eventtrain.events import CheckpointCommitted, CheckpointFailed, CheckpointStarted, Event
 from eventtrain.subscribers.checkpointing.directory import Committed, delete, free_path
@@ -83,7 +83,7 @@ class Job:
         metrics: measured at that step.
     """
 
-    claimed: Claimed
+    claimed: ClaimedSnapshot
     name: str
     step: int
     epoch: int
@@ -221,11 +221,11 @@ class CheckpointWriter:
         parts = self._copy_to_host(job.claimed)
         facts = None
         if not self._options.weights_only:
-            facts = RunFacts.wait_for(job.claimed.cut, self._options.marker_timeout_s)
+            facts = RunRecord.wait_for(job.claimed.cut, self._options.marker_timeout_s)
             _require_json(facts)
         return self._write(job.name, parts, self._manifest(job, facts))
 
-    def _copy_to_host(self, claimed: Claimed) -> dict[str, Mapping[str, Any]]:
+    def _copy_to_host(self, claimed: ClaimedSnapshot) -> dict[str, Mapping[str, Any]]:
         device = claimed.snapshot.device
         weights = set(self._params.values()) if self._options.weights_only else None
         parts: dict[str, Mapping[str, Any]] = {STATE: named(device.host_leaves(weights))}
@@ -237,7 +237,7 @@ class CheckpointWriter:
         claimed.snapshot.release()  # an accelerator gets its memory back before the slow part
         return parts
 
-    def _manifest(self, job: Job, facts: RunFacts | None) -> Manifest:
+    def _manifest(self, job: Job, facts: RunRecord | None) -> Manifest:
         options = self._options
         kept = {} if facts is None else job.claimed.kept
         return Manifest(
@@ -304,7 +304,7 @@ def _said(error: Exception) -> str:
     return f"{type(error).__name__}: {error}".split(" [tensorstore_spec=")[0]
 
 
-def _require_json(facts: RunFacts) -> None:
+def _require_json(facts: RunRecord) -> None:
     """What a subscriber saves must come back as it was."""
     for name, share in facts.shares.items():
         try:

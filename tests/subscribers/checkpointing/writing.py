@@ -9,11 +9,11 @@ from typing import Any
 import jax.numpy as jnp
 
 import eventtrain as et
-from eventtrain.bus.barrier import Cut, Share
-from eventtrain.control.requests import Claimed, ControlRoom, Plan
+from eventtrain.bus.barrier import Barrier, SubscriptionState
+from eventtrain.control.requests import BoundaryRequest, ClaimedSnapshot, RunRequests
 from eventtrain.device.snapshot import Snapshot
 from eventtrain.device.state import split_state
-from eventtrain.events.run_records import LoopFacts, StreamFacts
+from eventtrain.events.run_records import LoopRecord, StreamRecord
 from eventtrain.subscribers.checkpointing.retention import Retention
 from eventtrain.subscribers.checkpointing.writer import CheckpointWriter, Job, WriterOptions
 
@@ -26,12 +26,12 @@ def state_of(step: int) -> dict[str, Any]:
     }
 
 
-def complete_cut(step: int, shares: Mapping[str, Share] | None = None) -> Cut:
-    cut = Cut(step)
-    cut.loop = LoopFacts(
+def complete_cut(step: int, shares: Mapping[str, SubscriptionState] | None = None) -> Barrier:
+    cut = Barrier(step)
+    cut.loop = LoopRecord(
         step=step, epoch=0, batch=step, in_epoch=True, epoch_first_step=0, start_step=0, start_epoch=0
     )
-    cut.stream = StreamFacts()
+    cut.stream = StreamRecord()
     for name, share in (shares or {}).items():
         cut.give(name, share)
     cut.expect(shares or {}, seq=step)
@@ -44,8 +44,8 @@ class Writing:
     def __init__(self, directory: Path, retention: Retention | None = None, **options: Any) -> None:
         options = {"retries": 0, "retry_delay_s": 0.0, **options}
         self.events: list[et.Event] = []
-        self.plan = Plan("owner")
-        self.room = ControlRoom(et.EventBus())
+        self.plan = BoundaryRequest("owner")
+        self.room = RunRequests(et.EventBus())
         self.room.checkpoints.append(self.plan)
         self.writer = CheckpointWriter(
             WriterOptions("owner", directory, frozenset({"run"}), retention or Retention(), **options),
@@ -54,7 +54,7 @@ class Writing:
         )
         self.writer.open().result(30)
 
-    def claim(self, step: int, cut: Cut | None = None) -> Claimed:
+    def claim(self, step: int, cut: Barrier | None = None) -> ClaimedSnapshot:
         leaves, skeleton = split_state(state_of(step))
         snapshot = Snapshot(step, [jnp.asarray(leaf) for leaf in leaves], skeleton)
         self.room.offer(snapshot, {}, cut or complete_cut(step), [self.plan], "owner")
@@ -62,12 +62,12 @@ class Writing:
         assert claimed is not None
         return claimed
 
-    def job(self, step: int, cut: Cut | None = None, tag: str | None = None, **metrics: float) -> Job:
+    def job(self, step: int, cut: Barrier | None = None, tag: str | None = None, **metrics: float) -> Job:
         name = f"step-{step:08d}" if tag is None else f"step-{step:08d}-{tag}"
         return Job(self.claim(step, cut), name, step, 0, tag or f"step-{step}", "run", metrics)
 
     def write(
-        self, step: int, *, cut: Cut | None = None, tag: str | None = None, **metrics: float
+        self, step: int, *, cut: Barrier | None = None, tag: str | None = None, **metrics: float
     ) -> et.Event:
         """Write one checkpoint and return what was said of it last."""
         self.writer.submit(self.job(step, cut, tag, **metrics))
