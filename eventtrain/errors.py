@@ -30,6 +30,9 @@ lives here only.
 
 from __future__ import annotations
 
+import difflib
+from collections.abc import Iterable
+
 __all__ = [
     "AlreadyRunning",
     "AmbiguousHyperparam",
@@ -155,3 +158,9 @@ class SubscriberError(EventTrainError):
 
 class EventParseError(EventTrainError, ValueError):
     """Text that is no JSON, or that names a kind of event nobody announced."""
+
+
+def did_you_mean(given: str, known: Iterable[str], otherwise: str = "") -> str:
+    """Returns "Did you mean 'x'?" for the known name closest to ``given``, or ``otherwise`` if none is close."""
+    nearest = difflib.get_close_matches(given, list(known), n=1)
+    return f"Did you mean {nearest[0]!r}?" if nearest else otherwise

@@ -36,11 +36,12 @@ Numbers = Annotated[dict[str, Number], AfterValidator(FrozenDict)]
 """Name to scalar, read-only."""
 
 
-def _encodable(text: str) -> str:
+def escape_surrogates(text: str) -> str:
+    """Returns ``text`` with lone surrogates, which UTF-8 and JSON cannot hold, as escapes such as ``\\udc80``."""
     return text.encode("utf-8", "backslashreplace").decode()
 
 
-Text = Annotated[str, AfterValidator(_encodable)]
+Text = Annotated[str, AfterValidator(escape_surrogates)]
 """Text that is made by others, of an error say: half a surrogate pair, which JSON cannot have, becomes an escape."""
 
 
