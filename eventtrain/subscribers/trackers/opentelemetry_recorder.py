@@ -231,7 +231,7 @@ class _Instruments:
             "hyperparam": meter.create_gauge("eventtrain.hyperparam", "", "The value in effect"),
             "epoch.metric": meter.create_gauge("eventtrain.epoch.metric", "", "Mean over the last epoch"),
             "evaluation.metric": meter.create_gauge(
-                "eventtrain.loop.evaluation.metric", "", "Mean over the last evaluation"
+                "eventtrain.evaluation.metric", "", "Mean over the last evaluation"
             ),
         }
 

@@ -118,7 +118,7 @@ def test_run_epochs_evaluations_and_checkpoints_are_spans_with_the_right_parents
     assert sorted((span.name, parent_of(span, spans)) for span in spans) == sorted(
         [("eventtrain.run", None)]
         + [("eventtrain.epoch", "eventtrain.run")] * 2
-        + [("eventtrain.loop.evaluation", "eventtrain.epoch")] * 2
+        + [("eventtrain.evaluation", "eventtrain.epoch")] * 2
         + [("eventtrain.checkpoint", "eventtrain.run")] * 2
     )
     by_id = {span.context.span_id: span for span in spans}
@@ -405,7 +405,7 @@ async def test_events_that_nobody_announced_are_spans_all_the_same(telemetry: Te
     recorder.close()
     durations = {span.name: (span.end_time - span.start_time) / 1e9 for span in telemetry.spans()}
     assert durations["eventtrain.epoch"] == pytest.approx(2)
-    assert durations["eventtrain.loop.evaluation"] == pytest.approx(3)
+    assert durations["eventtrain.evaluation"] == pytest.approx(3)
     assert {round(s.end_time - s.start_time, -6) for s in telemetry.spans("checkpoint")} == {0, 4e9}
 
 
