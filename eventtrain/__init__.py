@@ -17,9 +17,9 @@ from eventtrain.control.control import Control
 from eventtrain.control.loop_statistics import LoopStatistics
 from eventtrain.control.snapshots import KeptSnapshot
 from eventtrain.data.array_loader import ArrayLoader
+from eventtrain.device.compiled_step import StepProgram
 from eventtrain.device.extensions import StepExtension
-from eventtrain.device.nonfinite import nonfinite_metrics
-from eventtrain.device.program import StepProgram
+from eventtrain.device.hyperparams import nonfinite_metrics
 from eventtrain.device.weight_averaging import EMA, SWA
 from eventtrain.errors import (
     AlreadyRunning,

@@ -131,6 +131,10 @@ class Boundary:
                 self._take_checkpoints()
         return True
 
+    def wake(self) -> None:
+        """Wake the training thread if it waits. Any thread."""
+        self._inbox.ring()
+
     def wait_for_observers(self, ready: Callable[[], object]) -> bool:
         """As ``wait``, for something that a subscriber has to do."""
         return self._clock.for_observers(lambda: self.wait(ready))

@@ -14,7 +14,7 @@ from eventtrain.control.snapshots import KeptSnapshot
 from eventtrain.device.compiled_step import Carry
 from eventtrain.device.hyperparams import Hyperparam, labels, read, resolve, write
 from eventtrain.device.snapshot import Snapshot
-from eventtrain.device.state import Skeleton
+from eventtrain.device.state import TreeStructure
 from eventtrain.errors import ConfigurationError, EventTrainError, SnapshotError
 from eventtrain.events import (
     TO_BE_CONTINUED,
@@ -46,7 +46,7 @@ class CommandExecutor:
 
     Args:
         carry: the state between two steps; its leaves are replaced, never changed in place.
-        skeleton: of the state.
+        structure: of the state.
         hyperparams: all that the optimiser state holds.
         params: indices of the leaves that the params lens covers.
         room: the trainer's control side.
@@ -59,7 +59,7 @@ class CommandExecutor:
     def __init__(
         self,
         carry: Carry,
-        skeleton: Skeleton,
+        structure: TreeStructure,
         hyperparams: Sequence[Hyperparam],
         params: Sequence[int],
         room: RunRequests,
@@ -69,7 +69,7 @@ class CommandExecutor:
         extension_paths: Sequence[str] = (),
     ) -> None:
         self._carry = carry
-        self._skeleton = skeleton
+        self._structure = structure
         self._hyperparams = list(hyperparams)
         self._params = list(params)
         self._room = room
@@ -264,7 +264,7 @@ class CommandExecutor:
         snapshot = Snapshot(
             step,
             leaves,
-            self._skeleton,
+            self._structure,
             tag=tag,
             extensions=extensions,
             extension_paths=self._extension_paths,

@@ -10,7 +10,6 @@ from typing import Any
 import jax
 
 from eventtrain.device.compiled_eval import CompiledEval
-from eventtrain.device.fetcher import Ring
 from eventtrain.errors import DataError
 from eventtrain.events import EvalStarted
 from eventtrain.loop.event_builder import EvalEnd, EvalWindow
@@ -48,9 +47,8 @@ def run_evaluation(
 
     def fetch() -> None:
         assert carry is not None
-        ring, rows = evaluation.take_ring(carry)
-        if rows:
-            put(Ring(ring, rows, evaluation.layout, EvalWindow(step, epoch, count - rows)))
+        if carry.rows:
+            put(evaluation.take_ring(carry, EvalWindow(step, epoch, count - carry.rows)))
 
     for batch in islice(batches, count, None):
         if not before_batch():

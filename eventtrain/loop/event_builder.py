@@ -13,7 +13,7 @@ import numpy as np
 
 from eventtrain.bus.barrier import Marker
 from eventtrain.bus.bus import Activation, EventBus, EventSeries
-from eventtrain.device.fetcher import MetricColumns
+from eventtrain.device.metric_ring import MetricColumns
 from eventtrain.errors import MetricsError
 from eventtrain.events import (
     EpochCompleted,
@@ -157,10 +157,10 @@ class EventBuilder:
     def tell(self, item: Any) -> None:
         """Take one item of the fetcher, in order, and feed the bus with what it means."""
         if isinstance(item, MetricColumns):
-            if isinstance(item.meta, TrainWindow):
-                self._bus.feed(self._train_window(item, item.meta))
+            if isinstance(item.window, TrainWindow):
+                self._bus.feed(self._train_window(item, item.window))
             else:
-                self._bus.feed(self._eval_window(item, item.meta))
+                self._bus.feed(self._eval_window(item, item.window))
         elif isinstance(item, EvalEnd):
             self._bus.feed([self._end_eval(item)])
         elif isinstance(item, EpochEnd):

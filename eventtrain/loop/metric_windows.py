@@ -8,7 +8,7 @@ from typing import Any
 
 from eventtrain.control.loop_statistics import LoopClock
 from eventtrain.device.compiled_step import Carry, CompiledStep
-from eventtrain.device.fetcher import Fetcher, Ring
+from eventtrain.device.fetcher import Fetcher
 from eventtrain.events import Event
 from eventtrain.loop.event_builder import TrainWindow
 from eventtrain.loop.lag_gates import LagGates
@@ -82,13 +82,12 @@ class MetricWindows:
         began_s = perf_counter()
         if self.open:
             notes, self._notes = tuple(self._notes), []
-            ring, rows = self._compiled.take_ring(self._carry)
-            position = self._position
+            rows, position = self._carry.rows, self._position
             first_step = position.step - rows + 1
             window = TrainWindow(
                 first_step, rows, position.epoch, self._first_batch, notes, self._gates.announces_steps
             )
-            self._fetcher.put(Ring(ring, rows, self._compiled.layout, window))
+            self._fetcher.put(self._compiled.take_ring(self._carry, window))
         self._first_batch = self._position.batch
         self._gates.flushed()
         now_s = perf_counter()

@@ -27,8 +27,8 @@ from eventtrain.control.requests import (
     WhenFull,
 )
 from eventtrain.control.run_state import SavedRun
+from eventtrain.device.compiled_step import StepProgram
 from eventtrain.device.hyperparams import Hyperparam, labels, resolve
-from eventtrain.device.program import StepProgram
 from eventtrain.errors import ConfigurationError, QueueFull
 from eventtrain.events import BUILT_IN, Event, SnapshotTaken
 from eventtrain.events.models import snake_case

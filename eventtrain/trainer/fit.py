@@ -7,7 +7,7 @@ from typing import Any
 
 from eventtrain.control.run_state import ResumePoint
 from eventtrain.data.epoch_iterator import EpochIterator
-from eventtrain.data.sources import place_of, rewound
+from eventtrain.data.sources import position_in, rewound
 from eventtrain.events.run_records import LoopRecord
 from eventtrain.trainer.session import Session
 
@@ -33,7 +33,7 @@ def train(
     epochs_left = epochs
     clock = session.clock
     facts = resumption.facts.loop if resumption is not None else None
-    opening = place_of(data) if facts is not None else None
+    opening = position_in(data) if facts is not None else None
     if resumption is not None and resumption.ended is not None:
         # What is due at the end of the run still is.
         _prepare_without_a_step(session, data, steps_per_call, opening)
@@ -98,8 +98,7 @@ def _opened(
         session.epoch,
         steps_per_call=steps_per_call,
         sharding=session.sharding,
-        wait=session.wait,
-        on_ready=session.ring,
+        waiter=session,
         start=facts.batch if facts is not None and facts.in_epoch else 0,
         data_state=facts.data if facts is not None else None,
     )

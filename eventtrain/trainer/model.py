@@ -11,19 +11,14 @@ import jax
 
 from eventtrain.device.compiled_eval import CompiledEval, CompiledPredict
 from eventtrain.device.compiled_step import CompiledStep
+from eventtrain.device.executable_cache import LowerOnCaller, lower_here
 from eventtrain.device.extensions import StepExtension, Use
+from eventtrain.device.fused_step import StepOptions
 from eventtrain.device.hyperparams import Hyperparam
-from eventtrain.device.params_override import ParamsOverride, params_indices, stand_ins
-from eventtrain.device.state import PyTree, Skeleton, place, split_state
+from eventtrain.device.params_override import ParamsOverride, params_indices, params_overrides
+from eventtrain.device.state import PyTree, TreeStructure, place, split_state
 from eventtrain.errors import ConfigurationError
 from eventtrain.loop.train_loop import Pace
-
-CallOnCaller = Callable[[Callable[[], Any]], Any]
-
-
-def call_here(function: Callable[[], Any]) -> Any:
-    """The ``CallOnCaller`` of a run on the thread that called ``fit``."""
-    return function()
 
 
 @dataclass(frozen=True)
@@ -65,20 +60,22 @@ class Model:
     predict_fn: Callable[[PyTree, PyTree], PyTree] | None
     params: Callable[[PyTree], PyTree]
     extensions: Sequence[StepExtension]
-    skeleton: Skeleton
+    structure: TreeStructure
     leaves: list[jax.Array]
     ext_leaves: list[jax.Array] | None = None
     step: int = 0
     epoch: int = 0
     compiled: CompiledStep | None = None
-    compile_on_caller: CallOnCaller = call_here
-    """Runs tracing and lowering on the thread that called fit, where the JAX settings meant hold."""
+    lower_on_caller: LowerOnCaller = lower_here
+    """Set to another one where the run trains on another thread than the one that called fit."""
     _evaluation: CompiledEval | None = None
     _prediction: CompiledPredict | None = None
-    _stand_ins: dict[Use, ParamsOverride] = field(init=False)
+    _overrides: dict[Use, ParamsOverride] = field(init=False)
 
     def __post_init__(self) -> None:
-        self._stand_ins = stand_ins(self.extensions, self.params, self.skeleton, self.leaves, self._lower)
+        self._overrides = params_overrides(
+            self.extensions, self.params, self.structure, self.leaves, self._lower
+        )
 
     @classmethod
     def of(
@@ -101,14 +98,14 @@ class Model:
                 _require_callable(
                     name, function, "a function of (state, batch)" if name != "params" else "state -> weights"
                 )
-        leaves, skeleton = split_state(state)
+        leaves, structure = split_state(state)
         return cls(
             step_fn,
             eval_fn,
             predict_fn,
             params or _default_params,
             tuple(extensions),
-            skeleton,
+            structure,
             place(leaves),
         )
 
@@ -128,24 +125,24 @@ class Model:
     def _compile_step(self, hyperparams: Sequence[Hyperparam], options: RunOptions) -> CompiledStep:
         return CompiledStep(
             self.step_fn,
-            self.skeleton,
+            self.structure,
             self.leaves,
             extensions=self.extensions,
             params=self.params,
             hyperparams_watched=[h.leaf_index for h in hyperparams if h.scheduled],
-            steps_per_call=options.steps_per_call,
-            donate=options.donate,
-            keep=options.snapshot == "keep",
-            compile_on_caller=self._lower,
+            options=StepOptions(
+                steps_per_call=options.steps_per_call,
+                donate=options.donate,
+                keep=options.snapshot == "keep",
+            ),
+            lower_on_caller=self._lower,
         )
 
     def evaluation(self, leaves: Sequence[jax.Array]) -> CompiledEval:
         """eval_fn for a state with leaves like ``leaves``; made once."""
         assert self.eval_fn is not None
         if self._evaluation is None:
-            self._evaluation = CompiledEval(
-                self.eval_fn, self.skeleton, leaves, compile_on_caller=self._lower
-            )
+            self._evaluation = CompiledEval(self.eval_fn, self.structure, leaves, lower_on_caller=self._lower)
         return self._evaluation
 
     def prediction(self) -> CompiledPredict:
@@ -153,35 +150,35 @@ class Model:
         assert self.predict_fn is not None
         if self._prediction is None:
             self._prediction = CompiledPredict(
-                self.predict_fn, self.skeleton, self.leaves, compile_on_caller=self._lower
+                self.predict_fn, self.structure, self.leaves, lower_on_caller=self._lower
             )
         return self._prediction
 
     def _lower(self, function: Callable[[], Any]) -> Any:
-        return self.compile_on_caller(function)
+        return self.lower_on_caller(function)
 
     def params_indices(self) -> list[int]:
         """Which leaves the params lens covers."""
-        found = params_indices(self.params, self.skeleton, self.leaves)
+        found = params_indices(self.params, self.structure, self.leaves)
         return [index for index in found.values() if index is not None]
 
     def params_paths(self) -> dict[str, str | None]:
         """Path of each array that the params lens gives -> its path in the state; None if it is no leaf of it."""
-        found, paths = params_indices(self.params, self.skeleton, self.leaves), self.skeleton.paths
+        found, paths = params_indices(self.params, self.structure, self.leaves), self.structure.paths
         return {path: None if index is None else paths[index] for path, index in found.items()}
 
     def leaves_for(
         self, use: Use, leaves: Sequence[jax.Array], ext_leaves: Sequence[jax.Array] | None
     ) -> Sequence[jax.Array]:
-        """``leaves``, with the weights of the step extension that stands in for the params in ``use``, if one does.
+        """Returns ``leaves``, with the weights of the extension that replaces the params in ``use``, if one does.
 
         One dispatch, which changes neither ``leaves`` nor ``ext_leaves``. Before the first run there are no
-        ``ext_leaves``, and the params stand for themselves.
+        ``ext_leaves``, and the params are used.
         """
-        stand_in = self._stand_ins.get(use)
-        if stand_in is None or not ext_leaves or self.compiled is None:
+        override = self._overrides.get(use)
+        if override is None or not ext_leaves or self.compiled is None:
             return leaves
-        return stand_in(leaves, self.compiled.extension_states(ext_leaves)[stand_in.extension.name])
+        return override(leaves, self.compiled.extension_states(ext_leaves)[override.extension.name])
 
 
 def _require_callable(name: str, function: object, shape: str) -> None:

@@ -18,7 +18,7 @@ from eventtrain.control.run_state import ResumePoint, SavedRun, unpack
 from eventtrain.control.snapshots import KeptSnapshot
 from eventtrain.device.extensions import StepExtension
 from eventtrain.device.snapshot import Snapshot
-from eventtrain.device.state import Skeleton, split_state
+from eventtrain.device.state import TreeStructure, split_state
 from eventtrain.errors import SnapshotError, StateError
 from eventtrain.events import Event, RunResumed
 from eventtrain.loop.event_builder import EventBuilder
@@ -115,7 +115,7 @@ def take_over(
             saved.path, "; ".join(changed),
         )  # fmt: skip
     shares = {name: share.share() for name, share in facts.shares.items()}
-    like = model.skeleton.join(model.leaves)
+    like = model.structure.join(model.leaves)
     leaves, kept = _leaves_of(saved.state(like)), saved.kept(like)
     resumed_loop = facts.loop.model_copy(update={"data": unpack(facts.loop.data)})
     before = Rollback(model, inbox, subscribers)
@@ -127,7 +127,7 @@ def take_over(
     model.leaves, model.ext_leaves = leaves, None
     model.step, model.epoch = facts.loop.step, facts.loop.epoch
     for tag, (step, state) in kept.items():
-        inbox.snapshots[tag] = KeptSnapshot(Snapshot(step, _leaves_of(state), model.skeleton, tag=tag))
+        inbox.snapshots[tag] = KeptSnapshot(Snapshot(step, _leaves_of(state), model.structure, tag=tag))
     facts = facts.model_copy(update={"loop": resumed_loop})
     return ResumePoint(saved, facts, before, shares, tuple(kept))
 
@@ -150,7 +150,7 @@ def take_over_extensions(
 
 
 def fingerprint(
-    skeleton: Skeleton,
+    structure: TreeStructure,
     leaves: Sequence[jax.Array],
     steps_per_call: int,
     extensions: Sequence[StepExtension],
@@ -166,7 +166,8 @@ def fingerprint(
         "steps_per_call": steps_per_call,
         "step_extensions": [repr(extension) for extension in extensions],
         "state": {
-            path: f"{leaf.dtype}{list(leaf.shape)}" for path, leaf in zip(skeleton.paths, leaves, strict=True)
+            path: f"{leaf.dtype}{list(leaf.shape)}"
+            for path, leaf in zip(structure.paths, leaves, strict=True)
         },
     }
 

@@ -17,10 +17,10 @@ from eventtrain.control.loop_statistics import LoopClock, LoopStatistics
 from eventtrain.control.requests import RunRequests
 from eventtrain.control.run_state import ResumePoint
 from eventtrain.data.epoch_iterator import EpochIterator
+from eventtrain.device.compiled_step import StepProgram
 from eventtrain.device.fetcher import Fetcher
-from eventtrain.device.host_memory import to_pinned_host
 from eventtrain.device.hyperparams import Hyperparam, find_hyperparams, values_of
-from eventtrain.device.program import StepProgram
+from eventtrain.device.snapshot import to_pinned_host
 from eventtrain.device.state import replicated_sharding
 from eventtrain.errors import AlreadyRunning, BusClosed, ConfigurationError, StepError
 from eventtrain.events import EpochCompleted, RunCompleted, RunFailed, RunStarted
@@ -199,7 +199,7 @@ class Session:
         if self._loop is not None:
             return
         model, options = self._model, self._options
-        hyperparams = find_hyperparams(model.skeleton.join(model.leaves))
+        hyperparams = find_hyperparams(model.structure.join(model.leaves))
         compiled = model.compiled_for(batch, hyperparams, options)
         params = model.params_indices()
         resumption = self._resumption
@@ -208,7 +208,7 @@ class Session:
         carry = compiled.initial(model.leaves, model.ext_leaves, step=model.step)
         effects = CommandExecutor(
             carry,
-            model.skeleton,
+            model.structure,
             hyperparams,
             params,
             self._room,
@@ -277,7 +277,7 @@ class Session:
             self._inbox.wait(ready, POLL_S)
         return True
 
-    def ring(self) -> None:
+    def wake(self) -> None:
         """Wake the training thread if it waits. Any thread."""
         self._inbox.ring()
 
@@ -324,7 +324,7 @@ class Session:
         self._bus.run_id = options.run_id
         self._inbox.step = self._model.step
         self._inbox.scheduled = lambda: self._narrator.watched
-        hyperparams = find_hyperparams(self._model.skeleton.join(self._model.leaves))
+        hyperparams = find_hyperparams(self._model.structure.join(self._model.leaves))
         self._inbox.show(values_of(hyperparams, self._model.leaves))
         self._participants.start(self._context(tuple(hyperparams)))
         self._fetcher.start()
@@ -457,8 +457,7 @@ class Session:
             loop.position.epoch,
             steps_per_call=1,
             sharding=self.sharding,
-            wait=loop.boundary.wait,
-            on_ready=self.ring,
+            waiter=loop.boundary,
         )
         try:
             loop.run_evaluation(evaluation, leaves, feed.batches())

@@ -111,7 +111,7 @@ class Trainer:
             weight=weight,
             snapshot=snapshot,
             drain_timeout_s=drain_timeout_s,
-            fingerprint=fingerprint(model.skeleton, model.leaves, steps_per_call, step_extensions),
+            fingerprint=fingerprint(model.structure, model.leaves, steps_per_call, step_extensions),
         )
         self._room = RunRequests(self.bus)
         if not self.bus.has_control:
@@ -137,7 +137,7 @@ class Trainer:
                 f"trainer.state cannot be read while {self._activity.name or 'a run'} is in progress: the next step "
                 "overwrites it. Use control.snapshot(tag) and await control.snapshots[tag].to_host()."
             )
-        return self._model.skeleton.join(self._model.leaves)
+        return self._model.structure.join(self._model.leaves)
 
     @property
     def step(self) -> int:
@@ -344,7 +344,7 @@ class Trainer:
             for subscription in temporary:
                 subscription.cancel()
         return FitResult(
-            state=model.skeleton.join(model.leaves_for("final", model.leaves, model.ext_leaves)),
+            state=model.structure.join(model.leaves_for("final", model.leaves, model.ext_leaves)),
             step=model.step,
             epochs_completed=model.epoch - first_epoch,
             stop_reason=session.ended_by,

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from eventtrain.bus.bus import EventBus, EventSeries
-from eventtrain.device.fetcher import MetricColumns
+from eventtrain.device.metric_ring import MetricColumns
 from eventtrain.events import EpochStarted, HyperparamChanged, StepCompleted
 from eventtrain.loop.event_builder import EpochEnd, EventBuilder, RunningMeans, TrainWindow
 

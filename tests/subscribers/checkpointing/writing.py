@@ -55,8 +55,8 @@ class Writing:
         self.writer.open().result(30)
 
     def claim(self, step: int, cut: Barrier | None = None) -> ClaimedSnapshot:
-        leaves, skeleton = split_state(state_of(step))
-        snapshot = Snapshot(step, [jnp.asarray(leaf) for leaf in leaves], skeleton)
+        leaves, structure = split_state(state_of(step))
+        snapshot = Snapshot(step, [jnp.asarray(leaf) for leaf in leaves], structure)
         self.room.offer(snapshot, {}, cut or complete_cut(step), [self.plan], "owner")
         claimed = self.room.claim("owner", step, "owner")
         assert claimed is not None
