@@ -10,9 +10,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from eventtrain.bus.bus import EventBus, EventSeries
+from eventtrain.control.run_view import RunView
 from eventtrain.device.fetcher import MetricColumns
 from eventtrain.events import EpochStarted, HyperparamChanged, StepCompleted
-from eventtrain.control.run_view import RunView
 from eventtrain.loop.event_builder import EpochEnd, EventBuilder, RunningMeans, TrainWindow
 
 

@@ -449,7 +449,10 @@ def test_one_subscriber_cannot_be_given_twice(tmp_path):
 def test_a_subscriber_cannot_be_added_while_a_run_is_in_progress(tmp_path):
     trainer = make_trainer(tmp_path)
     late = Started("late", [])
-    with trainer.session(), pytest.raises(et.AlreadyRunning, match=r"Cannot subscribe Started while session is in progress"):
+    with (
+        trainer.session(),
+        pytest.raises(et.AlreadyRunning, match=r"Cannot subscribe Started while session is in progress"),
+    ):
         trainer.subscribe(late)
     assert trainer.subscribers == ()
     trainer.subscribe(late)
