@@ -69,7 +69,7 @@ class Observed:
         batches, per_epoch = self.workload.batches, -(-steps // EPOCHS)
         scraper = Scraper(self.exporter)
         with self.trainer.session() as session:
-            session._run.prepare(batches[0])
+            session.prepare(batches[0])
             scraper.start()
             began_s = perf_counter()
             for index in range(steps):

@@ -97,7 +97,7 @@ class Observed:
         before = (self.counted, self.columns)
         with self.trainer.session() as session:
             if self.steps_per_call == 1:
-                session._run.prepare(batches[0])
+                session.prepare(batches[0])
                 began_s = stamps[0] = perf_counter()
                 for index in range(steps):
                     if index % per_epoch == 0:
@@ -108,7 +108,7 @@ class Observed:
                     stamps[index + 1] = perf_counter()
             else:
                 group = tuple(batches[index % size] for index in range(self.steps_per_call))
-                session._run.prepare(group)
+                session.prepare(group)
                 began_s = perf_counter()
                 session.begin_epoch()
                 for _ in range(0, steps, self.steps_per_call):

@@ -19,7 +19,7 @@ def session_loop(trainer: et.Trainer, batches: Sequence[Any]) -> Loop:
 
     def run(steps: int) -> float:
         with trainer.session() as session:
-            session._run.prepare(batches[0])
+            session.prepare(batches[0])
             session.step(batches[0])
             session.block_until_ready()
             began_s = perf_counter()

@@ -81,6 +81,14 @@ class Session:
             return run.loop.step(batch) == 1
         return run.advance((batch,) * run.source.model.options.steps_per_call, 1) == 1
 
+    def prepare(self, batch: Any) -> None:
+        """Compile the step for ``batch`` before its first use; once per run. Blocks until compiled.
+
+        Args:
+            batch: as for ``step``; a tuple of ``steps_per_call`` batches if that is above 1.
+        """
+        self._run.prepare(batch)
+
     def begin_epoch(self) -> bool:
         """Begin an epoch, and publish EpochStarted. Returns False if the run has to end.
 
