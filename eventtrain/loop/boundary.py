@@ -8,6 +8,7 @@ that handler, and neither blocks the other for ever.
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from time import monotonic, perf_counter
 
 from eventtrain.bus.bus import Activation
@@ -22,32 +23,24 @@ from eventtrain.loop.run_resources import RunResources
 from eventtrain.loop.run_status import RunStatus
 
 
+@dataclass(eq=False, kw_only=True)
 class Boundary:
     """Settles what is due between step ``status.step`` and the next one. Training thread only, except ``wake``."""
 
-    def __init__(
-        self,
-        status: RunStatus,
-        resources: RunResources,
-        windows: MetricWindows,
-        *,
-        executor: CommandExecutor,
-        checkpoints: Checkpoints,
-        evaluations: Evaluations,
-    ) -> None:
-        self._status = status
-        self._bus = resources.bus
-        self._gates = resources.gates
-        self._clock = resources.clock
-        self._queue = resources.plane.queue
-        self._windows = windows
-        self._executor = executor
-        self._checkpoints = checkpoints
-        self._evaluations = evaluations
+    status: RunStatus
+    resources: RunResources
+    windows: MetricWindows
+    executor: CommandExecutor
+    checkpoints: Checkpoints
+    evaluations: Evaluations
+
+    def __post_init__(self) -> None:
+        self._gates = self.resources.gates
+        self._queue = self.resources.plane.queue
 
     def settle(self) -> bool:
         """Wait for due deciders, apply commands, hold while paused. Returns False if the run has to end."""
-        gates, status = self._gates, self._status
+        gates, status = self._gates, self.status
         self.admit_deciders()
         while True:
             self.apply_arrived()
@@ -59,19 +52,19 @@ class Boundary:
             if status.stop_reason is not None:
                 return False
             if status.paused:
-                self._windows.flush()
+                self.windows.flush()
                 self.wait(lambda: not status.paused)
-            elif self._evaluations.requested:
-                self._evaluations.run(self)
+            elif self.evaluations.requested:
+                self.evaluations.run(self)
             elif gates.next_due > status.step:
                 return True
 
     def admit_deciders(self) -> None:
         """Count the events of subscriptions with a finite lag that came since the last look."""
         if self._gates.stale:
-            self._windows.flush()  # the open window was announced by the deciders known until now
-            for newcomer in self._gates.refresh(self._status.step):
-                self._windows.put(Activation(newcomer))
+            self.windows.flush()  # the open window was announced by the deciders known until now
+            for newcomer in self._gates.refresh(self.status.step):
+                self.windows.put(Activation(newcomer))
 
     def next_due(self) -> int:
         """Returns the next boundary at which a decider or a command is due; NEVER if none is."""
@@ -80,15 +73,15 @@ class Boundary:
 
     def _pass_gate(self) -> bool:
         """Wait for every decider on which this boundary depends. Returns False if the run has to end first."""
-        step = self._status.step
+        step = self.status.step
         if self._gates.blocking(step) is None:
             return True
-        self._windows.flush()
+        self.windows.flush()
         return self.wait_for_observers(lambda: self._gates.blocking(step) is None)
 
     def _take_requested_checkpoints(self) -> None:
-        if self._checkpoints.requested:
-            self._checkpoints.take_requested(self)
+        if self.checkpoints.requested:
+            self.checkpoints.take_requested(self)
 
     # --- commands ---------------------------------------------------------------------------------------------
 
@@ -100,16 +93,16 @@ class Boundary:
             queue.due += [pending for pending in arrived if pending.command.due is not None]
             at_once = [pending for pending in arrived if pending.command.due is None]
             for pending in sorted(at_once, key=lambda pending: pending.rank):
-                self._executor.apply(pending)
+                self.executor.apply(pending)
 
     def _apply_due(self) -> None:
         self.apply_arrived()
-        queue, step = self._queue, self._status.step
+        queue, step = self._queue, self.status.step
         due = [pending for pending in queue.due if (pending.command.due or 0) <= step]
         if due:
             queue.due = [pending for pending in queue.due if (pending.command.due or 0) > step]
             for pending in sorted(due, key=lambda pending: pending.rank):
-                self._executor.apply(pending)
+                self.executor.apply(pending)
 
     # --- waiting ----------------------------------------------------------------------------------------------
 
@@ -119,11 +112,11 @@ class Boundary:
         Raises:
             BusClosed: the bus is no longer served, so that ``ready`` would never be true.
         """
-        windows = self._windows
+        windows = self.windows
         while not ready():
-            if self._status.stop_reason is not None:
+            if self.status.stop_reason is not None:
                 return False
-            if not self._bus.running:
+            if not self.resources.bus.running:
                 raise BusClosed(
                     "Training cannot continue: the event bus was stopped while the loop was waiting for it. Keep it "
                     "running until fit returns."
@@ -134,13 +127,13 @@ class Boundary:
             timeout_s = min(POLL_S, max(0.0, windows.flush_at_s - now_s)) if windows.open else POLL_S
             self._queue.wait(ready, timeout_s)
             self.apply_arrived()
-            if not self._evaluations.in_progress:
+            if not self.evaluations.in_progress:
                 self._take_requested_checkpoints()
         return True
 
     def wait_for_observers(self, ready: Callable[[], object]) -> bool:
         """As ``wait``, for something that a subscriber has to do: the time is charged to observers."""
-        return self._clock.for_observers(lambda: self.wait(ready))
+        return self.resources.clock.for_observers(lambda: self.wait(ready))
 
     def wake(self) -> None:
         """Make ``wait`` ask ``ready`` again. Any thread."""
@@ -152,11 +145,11 @@ class Boundary:
         Their commands are kept as due, to be rejected: the same in every rerun. A stop that arrives meanwhile, for
         example from a signal, ends the wait.
         """
-        self._clock.for_observers(lambda: self._wait_for_deciders(deadline_s))
+        self.resources.clock.for_observers(lambda: self._wait_for_deciders(deadline_s))
 
     def _wait_for_deciders(self, deadline_s: float) -> None:
         gates, queue, last = self._gates, self._queue, NEVER - 1
-        while gates.blocking(last) is not None and monotonic() < deadline_s and self._bus.running:
+        while gates.blocking(last) is not None and monotonic() < deadline_s and self.resources.bus.running:
             queue.wait(lambda: gates.blocking(last) is None)
             while queue.arrived:
                 pending = queue.arrived.popleft()

@@ -7,6 +7,7 @@ the loop was. None of it waits, unless a Checkpointer with ``when_full="wait"`` 
 
 from __future__ import annotations
 
+from dataclasses import dataclass, field
 from time import monotonic
 
 from eventtrain.bus.barrier import Barrier, Marker
@@ -25,6 +26,7 @@ from eventtrain.loop.snapshot_ledger import SnapshotLedger
 from eventtrain.loop.waiting import WaitingPlace
 
 
+@dataclass(eq=False, kw_only=True)
 class Checkpoints:
     """The checkpoints of one run. Training thread only.
 
@@ -33,32 +35,22 @@ class Checkpoints:
         no_step_follows: the state is the last one, so that keeping it takes no memory and needs no room.
     """
 
-    def __init__(
-        self,
-        status: RunStatus,
-        resources: RunResources,
-        windows: MetricWindows,
-        *,
-        ledger: SnapshotLedger,
-        recorder: RunRecorder,
-        evaluations: Evaluations,
-    ) -> None:
-        self.schedule: RequestSchedule[CheckpointRequest] = RequestSchedule(
-            resources.plane.requests.checkpoints, status
-        )
-        self.requested: list[SaveCheckpoint] = []
-        self.no_step_follows = False
-        self._status = status
-        self._resources = resources
-        self._windows = windows
-        self._ledger = ledger
-        self._recorder = recorder
-        self._evaluations = evaluations
+    status: RunStatus
+    resources: RunResources
+    windows: MetricWindows
+    ledger: SnapshotLedger
+    recorder: RunRecorder
+    evaluations: Evaluations
+    requested: list[SaveCheckpoint] = field(default_factory=list[SaveCheckpoint])
+    no_step_follows: bool = False
+
+    def __post_init__(self) -> None:
         self._taking = False
+        self.schedule = RequestSchedule(self.resources.plane.requests.checkpoints, self.status)
 
     def request(self, command: SaveCheckpoint) -> None:
         """Take one at this boundary: a command asked for it. Raises SnapshotError if nothing would write it."""
-        if not self._resources.plane.requests.checkpoints:
+        if not self.resources.plane.requests.checkpoints:
             raise SnapshotError(
                 "no Checkpointer is subscribed. Add subs.Checkpointer(...) to the subscribers."
             )
@@ -85,15 +77,15 @@ class Checkpoints:
         """
         self.no_step_follows = True
         self.take_requested(place)
-        if not self._recorder.unchanged(self._status):
-            requests = self._resources.plane.requests.checkpoints
+        if not self.recorder.unchanged(self.status):
+            requests = self.resources.plane.requests.checkpoints
             owners = [request.owner for request in requests if request.at_end and request.taken != self._now]
             self._take(owners, place)
 
     @property
     def _now(self) -> tuple[int, int, str | None]:
         """Identifies a state: a checkpoint that does not know that the run has ended is not its last one."""
-        return self._status.step, self._status.changes, self._status.ended
+        return self.status.step, self.status.changes, self.status.ended
 
     def _take(self, owners: list[str], place: WaitingPlace) -> None:
         """Take one for each of ``owners``, and for the commands that have arrived by then."""
@@ -112,22 +104,22 @@ class Checkpoints:
     def _addressee(self, command: SaveCheckpoint) -> str | None:
         """A Checkpointer that issues the command means itself; anything else means all of them."""
         name = command.cause.subscriber if command.cause is not None else None
-        owners = {request.owner for request in self._resources.plane.requests.checkpoints}
+        owners = {request.owner for request in self.resources.plane.requests.checkpoints}
         return name if name in owners else None
 
     def _take_one(self, tag: str | None, requested_by: str | None, place: WaitingPlace) -> None:
-        status, plane, windows = self._status, self._resources.plane, self._windows
+        status, plane, windows = self.status, self.resources.plane, self.windows
         requests = plane.handover.requests_of(requested_by)
         requests = [request for request in requests if self._has_room(request, tag, place)]
         if not requests:
             return
         barrier = Barrier(status.step)
         try:
-            barrier.loop = self._recorder.record(
+            barrier.loop = self.recorder.record(
                 status,
-                self._resources.gates,
-                evaluation=self._evaluations.state,
-                evaluated_batches=self._evaluations.evaluated_batches,
+                self.resources.gates,
+                evaluation=self.evaluations.state,
+                evaluated_batches=self.evaluations.evaluated_batches,
             )
             plane.queue.open_barrier(barrier)
         except TypeError as error:
@@ -142,8 +134,8 @@ class Checkpoints:
             epoch=status.epoch,
             requested_by=requested_by,
         )
-        snapshot = self._ledger.take(taken)
-        plane.handover.offer(snapshot, self._ledger.needed_at_end(), barrier, requests, requested_by)
+        snapshot = self.ledger.take(taken)
+        plane.handover.offer(snapshot, self.ledger.needed_at_end(), barrier, requests, requested_by)
         windows.emit(taken)
 
     # --- room -------------------------------------------------------------------------------------------------
@@ -156,7 +148,7 @@ class Checkpoints:
             or (request.when_full == "wait" and self._wait_for_room(request, place))
         ):
             return True
-        step, count = self._status.step, request.in_flight
+        step, count = self.status.step, request.in_flight
         if request.when_full == "skip":
             refused = CheckpointSkipped(step=step, tag=tag, requested_by=request.owner, in_flight=count)
         else:
@@ -164,7 +156,7 @@ class Checkpoints:
                 f"{count} checkpoints of {request.owner} are still being written, which is its max_in_flight"
             )
             refused = CheckpointFailed(step=step, path="", tag=tag, requested_by=request.owner, error=error)
-        self._windows.emit(refused)
+        self.windows.emit(refused)
         return False
 
     def _wait_for_room(self, request: CheckpointRequest, place: WaitingPlace) -> bool:
@@ -174,16 +166,14 @@ class Checkpoints:
         """
         began_s = monotonic()
         deadline_s = began_s + request.wait_timeout_s
-        self._windows.flush()
+        self.windows.flush()
 
         def has_room() -> bool:
-            return request.in_flight < request.max_in_flight or self._resources.plane.handover.is_gone(
-                request
-            )
+            return request.in_flight < request.max_in_flight or self.resources.plane.handover.is_gone(request)
 
         continues = place.wait_for_observers(lambda: has_room() or monotonic() >= deadline_s)
         waited_s = monotonic() - began_s
         if waited_s >= STALL_REPORT_S:
-            stalled = LoopStalled(step=self._status.step, subscriber=request.owner, waited_s=waited_s)
-            self._resources.bus.notify(stalled)
+            stalled = LoopStalled(step=self.status.step, subscriber=request.owner, waited_s=waited_s)
+            self.resources.bus.notify(stalled)
         return not continues or has_room()

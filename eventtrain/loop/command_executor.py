@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 from eventtrain.bus.subscription import Subscription
 from eventtrain.control.command_queue import PendingCommand
@@ -33,97 +34,87 @@ from eventtrain.loop.run_status import RunStatus
 from eventtrain.loop.snapshot_ledger import SnapshotLedger
 
 
+@dataclass(eq=False, kw_only=True)
 class CommandExecutor:
     """Applies each command, or rejects it with the reason, and publishes which it was.
 
-    Args:
+    Attributes:
         carry: the state between two steps.
         hyperparams: all that the optimiser state holds.
         status, plane, windows: of the run.
         ledger, checkpoints, evaluations, profiler: do what commands ask for.
     """
 
-    def __init__(
-        self,
-        carry: Carry,
-        hyperparams: Sequence[Hyperparam],
-        status: RunStatus,
-        plane: ControlPlane,
-        windows: MetricWindows,
-        *,
-        ledger: SnapshotLedger,
-        checkpoints: Checkpoints,
-        evaluations: Evaluations,
-        profiler: StepProfiler,
-    ) -> None:
-        self._carry = carry
-        self._hyperparams = list(hyperparams)
-        self._status = status
-        self._plane = plane
-        self._windows = windows
-        self._ledger = ledger
-        self._checkpoints = checkpoints
-        self._evaluations = evaluations
-        self._profiler = profiler
-        self._labels = labels(hyperparams)
+    carry: Carry
+    hyperparams: Sequence[Hyperparam]
+    status: RunStatus
+    plane: ControlPlane
+    windows: MetricWindows
+    ledger: SnapshotLedger
+    checkpoints: Checkpoints
+    evaluations: Evaluations
+    profiler: StepProfiler
+
+    def __post_init__(self) -> None:
+        self._labels = labels(self.hyperparams)
         self._values: dict[str, Number] = {}
+        # Path of a hyperparameter -> the step at which, and the subscription by which, it was set last.
         self._setters: dict[str, tuple[int, Subscription]] = {}
-        """Path of a hyperparameter -> the step at which, and the subscription by which, it was set last."""
         self._read_values()
 
     def apply(self, pending: PendingCommand) -> None:
         """Apply ``pending`` at this boundary, or reject it with the reason. Never raises for a bad command."""
-        command, step = pending.command, self._status.step
+        command, step = pending.command, self.status.step
         events: list[Event] = []
         try:
             match command:
                 case SetHyperparam() | ScaleHyperparam():
                     events = self._change_hyperparam(command, pending)
                 case Stop():
-                    self._status.stop(command.reason or "stopped", final=command.final)
+                    self.status.stop(command.reason or "stopped", final=command.final)
                 case SaveCheckpoint():
-                    self._checkpoints.request(command)
+                    self.checkpoints.request(command)
                 case TakeSnapshot():
-                    taken = SnapshotTaken(step=step, tag=command.tag, epoch=self._status.epoch)
-                    self._plane.view.snapshots[command.tag] = KeptSnapshot(self._ledger.take(taken))
+                    taken = SnapshotTaken(step=step, tag=command.tag, epoch=self.status.epoch)
+                    self.plane.view.snapshots[command.tag] = KeptSnapshot(self.ledger.take(taken))
                     events = [taken]
                 case Restore():
-                    kept = self._ledger.find(command.target)
-                    events = [self._ledger.restore(kept, command.part)]
+                    kept = self.ledger.find(command.target)
+                    events = [self.ledger.restore(kept, command.part)]
                     self._read_values()
                 case Pause():
-                    self._status.paused = True
+                    self.status.paused = True
                 case Resume():
-                    self._status.paused = False
+                    self.status.paused = False
                 case Evaluate():
-                    self._evaluations.request()
+                    self.evaluations.request()
                 case Profile():
-                    self._profiler.request(command.steps)
+                    self.profiler.request(command.steps)
         except (EventTrainError, OverflowError) as error:
-            self._plane.queue.reject(pending, f"at step {step}: {error}", self._windows)
+            self.plane.queue.reject(pending, f"at step {step}: {error}", self.windows)
             return
         if command.due is None and self._changes_the_run(command):
-            self._status.deterministic = False
+            self.status.deterministic = False
         applied = CommandApplied(step=step, command=command)
-        self._windows.emit(applied)
+        self.windows.emit(applied)
         for event in events:
-            self._windows.emit(event)
+            self.windows.emit(event)
         pending.answer.give(applied)
 
     def _changes_the_run(self, command: object) -> bool:
         """Whether a rerun without this command would differ."""
         if isinstance(command, Stop):
-            return not self._status.cut_short  # a run that resumes from here repeats exactly
+            return not self.status.cut_short  # a run that resumes from here repeats exactly
         return isinstance(command, (SetHyperparam, ScaleHyperparam, Restore, Evaluate))
 
     def restore_at_end(self) -> None:
         """Restore what subscribers requested for the end of the run, and release it. Whole states before params."""
-        requests = self._plane.requests.final_restores
+        requests = self.plane.requests.final_restores
         for request in sorted(requests, key=lambda request: request.part == "params"):
-            kept = self._plane.view.kept().get(request.tag)
+            kept = self.plane.view.kept().get(request.tag)
             if kept is not None:
                 if request.where():
-                    self._windows.emit(self._ledger.restore(kept, request.part))
+                    self.windows.emit(self.ledger.restore(kept, request.part))
                     self._read_values()
                 kept.release()
 
@@ -132,19 +123,19 @@ class CommandExecutor:
     def _change_hyperparam(
         self, command: SetHyperparam | ScaleHyperparam, pending: PendingCommand
     ) -> list[Event]:
-        target = resolve(self._hyperparams, command.name, command.path)
+        target = resolve(self.hyperparams, command.name, command.path)
         old = self._values[target.path]
         value = command.value if isinstance(command, SetHyperparam) else _scaled(command, old, target)
-        leaves = list(self._carry.leaves)
+        leaves = list(self.carry.leaves)
         leaves[target.leaf_index] = write(leaves[target.leaf_index], value)
-        self._carry.leaves = leaves
-        self._status.changes += 1
+        self.carry.leaves = leaves
+        self.status.changes += 1
         self._read_values(target)
         conflict = self._conflict(target, pending)
         if self._values[target.path] == old:
             return conflict
         changed = HyperparamChanged(
-            step=self._status.step,
+            step=self.status.step,
             name=target.name,
             path=target.path,
             old=old,
@@ -159,7 +150,7 @@ class CommandExecutor:
         if pending.cause is None or pending.subscription is None:
             self._setters.pop(target.path, None)
             return []
-        step, before = self._status.step, self._setters.get(target.path)
+        step, before = self.status.step, self._setters.get(target.path)
         self._setters[target.path] = (step, pending.subscription)
         if before is None or before[0] != step or before[1] is pending.subscription:
             return []
@@ -175,9 +166,9 @@ class CommandExecutor:
 
     def _read_values(self, *changed: Hyperparam) -> None:
         """Read the values of ``changed``, or of all, and show them. The host has written them: no wait."""
-        for hyperparam in changed or self._hyperparams:
-            self._values[hyperparam.path] = read(self._carry.leaves[hyperparam.leaf_index])
-        self._plane.view.hyperparams = {self._labels[path]: value for path, value in self._values.items()}
+        for hyperparam in changed or self.hyperparams:
+            self._values[hyperparam.path] = read(self.carry.leaves[hyperparam.leaf_index])
+        self.plane.view.hyperparams = {self._labels[path]: value for path, value in self._values.items()}
 
 
 def _scaled(command: ScaleHyperparam, old: Number, target: Hyperparam) -> Number:

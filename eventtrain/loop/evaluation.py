@@ -48,6 +48,7 @@ class EvaluationSource:
         return self.model.eval_fn is not None and self.data is not None
 
 
+@dataclass(eq=False, kw_only=True)
 class Evaluations:
     """The evaluations of one run. Training thread only.
 
@@ -57,31 +58,21 @@ class Evaluations:
         in_progress: whether an evaluation is being dispatched. A checkpoint would hold half of it.
     """
 
-    def __init__(
-        self,
-        source: EvaluationSource,
-        carry: Carry,
-        status: RunStatus,
-        resources: RunResources,
-        windows: MetricWindows,
-        ahead: RunAhead,
-        profiler: StepProfiler,
-    ) -> None:
-        self.schedule: RequestSchedule[PeriodicRequest] = RequestSchedule(
-            resources.plane.requests.evaluations, status
-        )
-        self.requested = 0
-        self.evaluated_batches: int | None = None
-        self.in_progress = False
-        self._source = source
-        self._carry = carry
-        self._status = status
-        self._resources = resources
-        self._windows = windows
-        self._ahead = ahead
-        self._profiler = profiler
+    source: EvaluationSource
+    carry: Carry
+    status: RunStatus
+    resources: RunResources
+    windows: MetricWindows
+    ahead: RunAhead
+    profiler: StepProfiler
+    requested: int = 0
+    evaluated_batches: int | None = None
+    in_progress: bool = False
+
+    def __post_init__(self) -> None:
+        # Identifies the state evaluated last: step, and number of changes by commands.
         self._evaluated: tuple[int, int] | None = None
-        """Identifies the state evaluated last: step, and number of changes by commands."""
+        self.schedule = RequestSchedule(self.resources.plane.requests.evaluations, self.status)
 
     @property
     def state(self) -> Literal["none", "pending", "done"]:
@@ -92,11 +83,11 @@ class Evaluations:
 
     @property
     def _present(self) -> tuple[int, int]:
-        return self._status.step, self._status.changes
+        return self.status.step, self.status.changes
 
     def request(self) -> None:
         """Evaluate at this boundary: a command asked for it. Raises ConfigurationError if that is not possible."""
-        if not self._source.available:
+        if not self.source.available:
             raise ConfigurationError(
                 "this run has nothing to evaluate on. Pass Trainer(eval_fn=...) and fit(eval_data=...)."
             )
@@ -110,7 +101,7 @@ class Evaluations:
     def take_epoch(self) -> None:
         """Request the evaluations that are due at the end of the epoch in progress."""
         self.take_due()
-        for request in self.schedule.take_epoch(self._status.epoch + 1):
+        for request in self.schedule.take_epoch(self.status.epoch + 1):
             self._request_if_new(request)
         if not self.schedule:
             self._request_if_new()
@@ -121,7 +112,7 @@ class Evaluations:
             return
         self.requested += 1
         if request is not None and request.every_s is not None:
-            self._status.deterministic = False
+            self.status.deterministic = False
 
     def resume(self, state: Literal["none", "pending", "done"], evaluated_batches: int | None) -> None:
         """Continue from a checkpoint."""
@@ -136,9 +127,9 @@ class Evaluations:
         Ends early, without EvalCompleted, if the run has to end.
         """
         self.requested = 0
-        self._profiler.end_due()
-        self._windows.flush()
-        source, carry, status, gates = self._source, self._carry, self._status, self._resources.gates
+        self.profiler.end_due()
+        self.windows.flush()
+        source, carry, status, gates = self.source, self.carry, self.status, self.resources.gates
         if not source.available:
             return
         evaluation = source.model.evaluation(carry.leaves)
@@ -163,8 +154,8 @@ class Evaluations:
                 leaves,
                 batches.batches(),
                 status,
-                fetcher=self._resources.fetcher,
-                ahead=self._ahead,
+                fetcher=self.resources.fetcher,
+                ahead=self.ahead,
                 continues=continues,
                 gates=gates,
                 done=self.evaluated_batches,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Literal
 
 import jax
@@ -19,36 +20,28 @@ from eventtrain.loop.metric_windows import MetricWindows
 from eventtrain.loop.run_status import RunStatus
 
 
+@dataclass(eq=False, kw_only=True)
 class SnapshotLedger:
     """Takes and restores snapshots of the state in ``carry``. Training thread only; never blocks.
 
     A snapshot is a reference to the leaves of the present state. It becomes one when the next step leaves them alone:
     until then the state is ``pinned``, and the step must be a keeping one. Leaves are replaced, never changed in
-    place. With ``to_host`` a snapshot is a copy in pinned host memory instead, and pins nothing.
+    place. With ``snapshot="host"`` a snapshot is a copy in pinned host memory instead, and pins nothing.
     """
 
-    def __init__(
-        self,
-        model: Model,
-        compiled: CompiledStep,
-        carry: Carry,
-        status: RunStatus,
-        plane: ControlPlane,
-        windows: MetricWindows,
-        *,
-        to_host: bool,
-    ) -> None:
-        self._carry = carry
-        self._skeleton = model.skeleton
-        self._params = model.params_indices()
-        self._extension_paths = tuple(compiled.extension_types)
-        self._status = status
-        self._plane = plane
-        self._windows = windows
-        self._to_host = to_host
+    model: Model
+    compiled: CompiledStep
+    carry: Carry
+    status: RunStatus
+    plane: ControlPlane
+    windows: MetricWindows
+
+    def __post_init__(self) -> None:
+        self._to_host = self.model.options.snapshot == "host"
+        self._params = self.model.params_indices()
         self._unconfirmed: list[tuple[Snapshot, SnapshotTaken]] = []
+        # Something outside the ledger refers to the present leaves: their first owner, or a restored snapshot.
         self._shared = True
-        """Something outside the ledger refers to the present leaves: their first owner, or a restored snapshot."""
 
     @property
     def pinned(self) -> bool:
@@ -72,22 +65,22 @@ class SnapshotLedger:
             failed = CheckpointFailed(
                 step=taken.step, path="", tag=taken.tag, error=str(error), requested_by=taken.requested_by
             )
-            self._windows.emit(failed)
+            self.windows.emit(failed)
         self._unconfirmed.clear()
         return not self._shared
 
     def take(self, taken: SnapshotTaken) -> Snapshot:
         """Returns the snapshot that ``taken`` announces: the state of this boundary."""
-        leaves, extensions = self._carry.leaves, self._carry.ext_leaves
+        leaves, extensions = self.carry.leaves, self.carry.ext_leaves
         if self._to_host:
             leaves, extensions = to_pinned_host(leaves), to_pinned_host(extensions)
         snapshot = Snapshot(
             taken.step,
             leaves,
-            self._skeleton,
+            self.model.skeleton,
             tag=taken.tag,
             extensions=extensions,
-            extension_paths=self._extension_paths,
+            extension_paths=tuple(self.compiled.extension_types),
         )
         if not self._to_host:
             self._unconfirmed.append((snapshot, taken))
@@ -95,13 +88,13 @@ class SnapshotLedger:
 
     def needed_at_end(self) -> dict[str, Snapshot]:
         """Returns the kept snapshots that the end of the run needs, by tag."""
-        kept = self._plane.view.kept()
-        tags = {restore.tag for restore in self._plane.requests.final_restores if restore.tag in kept}
+        kept = self.plane.view.kept()
+        tags = {restore.tag for restore in self.plane.requests.final_restores if restore.tag in kept}
         return {tag: kept[tag].device.share() for tag in tags}
 
     def find(self, tag_or_step: str | int) -> KeptSnapshot:
         """Returns the kept snapshot of this tag, or of this step. Raises SnapshotError if there is none."""
-        kept = self._plane.view.kept()
+        kept = self.plane.view.kept()
         found = kept.get(tag_or_step) or next((s for s in kept.values() if s.step == tag_or_step), None)
         if found is None:
             known = ", ".join(repr(tag) for tag in kept) or "none"
@@ -112,7 +105,7 @@ class SnapshotLedger:
 
     def restore(self, kept: KeptSnapshot, part: Literal["all", "params"]) -> CheckpointRestored:
         """Make the state of ``kept``, or its params, the present one. The step count stays."""
-        carry, source = self._carry, self._on_device(kept.device.leaves, self._carry.leaves)
+        carry, source = self.carry, self._on_device(kept.device.leaves, self.carry.leaves)
         if part == "params":
             leaves = list(carry.leaves)
             for index in self._params:
@@ -123,10 +116,10 @@ class SnapshotLedger:
             # The first extension leaf is the number of completed steps, which never goes back.
             carry.ext_leaves = [*carry.ext_leaves[:1], *extensions[1:]]
         carry.leaves = leaves
-        self._status.changes += 1
+        self.status.changes += 1
         self._shared = True
         return CheckpointRestored(
-            step=self._status.step, tag=kept.device.tag, part=part, restored_step=kept.step
+            step=self.status.step, tag=kept.device.tag, part=part, restored_step=kept.step
         )
 
     def _on_device(self, leaves: Sequence[jax.Array], places: Sequence[jax.Array]) -> Sequence[jax.Array]:

@@ -79,49 +79,55 @@ class TrainingLoop:
         recorder: RunRecorder,
         pace: Pace,
     ) -> None:
-        model, plane, bus = source.model, resources.plane, resources.bus
+        plane, bus = resources.plane, resources.bus
         self.compiled = compiled
         self.carry = carry
         self.status = status
-        self.windows = MetricWindows(compiled, carry, status, resources, pace.flush_interval_s)
+        self.windows = windows = MetricWindows(compiled, carry, status, resources, pace.flush_interval_s)
         self.profiler = StepProfiler(
             plane.requests.traces, status, carry, bus, marks_steps=not compiled.grouped
         )
         self.ledger = SnapshotLedger(
-            model, compiled, carry, status, plane, self.windows, to_host=model.options.snapshot == "host"
+            model=source.model, compiled=compiled, carry=carry, status=status, plane=plane, windows=windows
         )
         self._ahead = RunAhead(pace.max_in_flight_calls, resources.clock)
         self.evaluations = Evaluations(
-            source, carry, status, resources, self.windows, self._ahead, self.profiler
+            source=source,
+            carry=carry,
+            status=status,
+            resources=resources,
+            windows=windows,
+            ahead=self._ahead,
+            profiler=self.profiler,
         )
         self.checkpoints = Checkpoints(
-            status,
-            resources,
-            self.windows,
+            status=status,
+            resources=resources,
+            windows=windows,
             ledger=self.ledger,
             recorder=recorder,
             evaluations=self.evaluations,
         )
         self._executor = CommandExecutor(
-            carry,
-            hyperparams,
-            status,
-            plane,
-            self.windows,
+            carry=carry,
+            hyperparams=hyperparams,
+            status=status,
+            plane=plane,
+            windows=windows,
             ledger=self.ledger,
             checkpoints=self.checkpoints,
             evaluations=self.evaluations,
             profiler=self.profiler,
         )
         self.boundary = Boundary(
-            status,
-            resources,
-            self.windows,
+            status=status,
+            resources=resources,
+            windows=windows,
             executor=self._executor,
             checkpoints=self.checkpoints,
             evaluations=self.evaluations,
         )
-        self._backpressure = Backpressure(bus, self.windows, status, self.boundary)
+        self._backpressure = Backpressure(bus, windows, status, self.boundary)
         self._gates = resources.gates
         self._clock = resources.clock
         self._queue = plane.queue
