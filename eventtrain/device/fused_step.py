@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple, TypeAlias
+from typing import Any, Literal, NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -34,18 +34,18 @@ StepFn: TypeAlias = Callable[[PyTree, PyTree], tuple[PyTree, Mapping[str, Any]]]
 
 @dataclass(frozen=True)
 class StepOptions:
-    """How the step is compiled.
+    """How the step is compiled; all but `capacity` are options of ``Trainer``.
 
     Attributes:
-        steps_per_call: K > 1 compiles one executable for up to K steps per call.
         donate: whether a call overwrites the state it is given. The ring is always donated.
-        keep: whether the keeping variant is lowered, for snapshots without a copy.
+        steps_per_call: K > 1 compiles one executable for up to K steps per call.
+        snapshot: how snapshots are taken; only for "keep" the keeping variant is lowered.
         capacity: rows of the ring: how many steps fit between two `take_ring`.
     """
 
-    steps_per_call: int = 1
     donate: bool = True
-    keep: bool = True
+    steps_per_call: int = 1
+    snapshot: Literal["keep", "copy", "host"] = "keep"
     capacity: int = 1024
 
 
@@ -132,7 +132,7 @@ class FusedStep:
             return jitted.trace(*arguments)
 
         donating = traced(0, 1, 2) if options.donate else traced(2)
-        keeping = traced(2).lower() if options.donate and options.keep else None
+        keeping = traced(2).lower() if options.donate and options.snapshot == "keep" else None
         return LoweredStep(layouts[0], donating.lower(), keeping, donating.jaxpr)
 
 
