@@ -12,7 +12,7 @@ from typing import Any, Protocol
 import jax
 
 from eventtrain.data.prefetch import BatchGroup, Prefetcher
-from eventtrain.data.sources import Batch, batches_from, iterator_state, on_device
+from eventtrain.data.sources import Batch, batches_from, iterator_state, on_device, with_states
 from eventtrain.errors import DataError
 
 
@@ -60,9 +60,10 @@ class EpochIterator:
         self.exhausted = False
         self._waiter = waiter
         self._prefetcher: Prefetcher | None = None
-        self._direct: _Peeked | None = None
+        self._direct: Iterator[tuple[Batch, Any]] | None = None
+        batches = batches_from(data, epoch, start, data_state)
         try:
-            batches = _Peeked(batches_from(data, epoch, start, data_state))
+            batch = next(batches)
         except StopIteration:
             if start:  # resumed behind the last batch of the epoch
                 return
@@ -70,18 +71,19 @@ class EpochIterator:
                 f"The data of epoch {epoch} is empty: it ended before its first batch. Check the files and the batch "
                 "size. A generator can be iterated only once, so pass a callable epoch -> iterable instead."
             ) from None
-        if steps_per_call == 1 and on_device(batches.first):
-            self._direct = batches
+        first = batch, iterator_state(batches)
+        if steps_per_call == 1 and on_device(batch):
+            self._direct = with_states(batches, first)
         else:
             self._prefetcher = Prefetcher(
-                batches, steps_per_call=steps_per_call, sharding=sharding, on_ready=waiter.wake
+                batches, first, steps_per_call=steps_per_call, sharding=sharding, on_ready=waiter.wake
             )
 
     def next(self) -> BatchGroup | None:
         """Returns the next group; None at the end of the epoch, or when the run has to end."""
         if self._direct is not None:
-            for batch in self._direct:
-                return BatchGroup((batch,), 1, (self._direct.get_state(),))
+            for batch, state in self._direct:
+                return BatchGroup((batch,), 1, (state,))
         elif self._prefetcher is not None:
             ready = self._prefetcher.ready
             if not ready() and not self._waiter.wait(ready):
@@ -101,34 +103,3 @@ class EpochIterator:
         """Stops the prefetch thread. Idempotent."""
         if self._prefetcher is not None:
             self._prefetcher.close()
-
-
-class _Peeked(Iterator[Batch]):
-    """An iterator whose first batch was inspected.
-
-    Raises:
-        StopIteration: it has no batch.
-    """
-
-    def __init__(self, batches: Iterator[Batch]) -> None:
-        self._batches = batches
-        self.first = next(batches)
-        self._after_first = iterator_state(batches)
-        self._handed_out_first = False
-
-    def __next__(self) -> Batch:
-        if not self._handed_out_first:
-            self._handed_out_first = True
-            return self.first
-        self._after_first = None
-        return next(self._batches)
-
-    def get_state(self) -> Any:
-        """Returns the state after the last batch handed out; None where the iterator has none."""
-        return self._after_first if self._after_first is not None else iterator_state(self._batches)
-
-    def close(self) -> None:
-        """Closes the iterator, if it can be closed."""
-        close = getattr(self._batches, "close", None)
-        if close is not None:
-            close()

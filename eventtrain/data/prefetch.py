@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from eventtrain.data.sources import Batch, iterator_state
+from eventtrain.data.sources import Batch, with_states
 from eventtrain.device.state import with_x64_of_caller
 from eventtrain.errors import ConfigurationError
 
@@ -38,6 +38,7 @@ class Prefetcher:
 
     Args:
         batches: the iterator, which is closed in the end if it has `close`, as generators have.
+        first: batches that were taken from it before, each with `iterator_state` after it.
         steps_per_call: batches in a group. A group also ends where the next batch has another shape, dtype or
             structure, since one call needs them alike.
         depth: groups that may wait; that many groups of memory are used beside those of the step.
@@ -51,7 +52,7 @@ class Prefetcher:
     def __init__(
         self,
         batches: Iterator[Batch],
-        *,
+        *first: tuple[Batch, Any],
         steps_per_call: int = 1,
         depth: int = 4,
         sharding: jax.sharding.Sharding | None = None,
@@ -62,6 +63,7 @@ class Prefetcher:
                 f"steps_per_call and depth must be integers >= 1, got {steps_per_call} and {depth}."
             )
         self._batches = batches
+        self._first = first
         self._size = steps_per_call
         self._sharding = sharding
         self._on_ready = on_ready
@@ -124,8 +126,7 @@ class Prefetcher:
     def _fill(self) -> None:
         group: list[tuple[Batch, Any]] = []
         try:
-            for batch in self._batches:
-                position = iterator_state(self._batches)
+            for batch, position in with_states(self._batches, *self._first):
                 batch = jax.tree.map(self._on_device, batch)
                 if group and _kinds(group[-1][0]) != _kinds(batch):
                     self._add(group)

@@ -72,6 +72,13 @@ def iterator_state(batches: object) -> Any:
     return None if get_state is None else get_state()
 
 
+def with_states(batches: Iterator[Batch], *first: tuple[Batch, Any]) -> Iterator[tuple[Batch, Any]]:
+    """Yields `first`, which was taken from `batches` before, and the batches, each with `iterator_state` after it."""
+    yield from first
+    for batch in batches:
+        yield batch, iterator_state(batches)
+
+
 def position_in(data: object) -> Any:
     """Returns the state of data that is itself an iterator with `get_state` and `set_state`; None for other data."""
     return iterator_state(data) if isinstance(data, Iterator) and hasattr(data, "set_state") else None

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import abc
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import numpy as np
@@ -12,7 +12,7 @@ import numpy as np
 from eventtrain.device.executable_cache import ExecutableCache, LowerOnCaller, lower_here
 from eventtrain.device.metric_codec import MetricLayout
 from eventtrain.device.metric_ring import MetricRings, RingCarry, TakenRing, write_row
-from eventtrain.device.state import PyTree, TreeStructure, abstract, replicated_sharding
+from eventtrain.device.state import Leaves, PyTree, TreeStructure, abstract, replicated_sharding
 from eventtrain.device.validation import call_user, check_leaves
 from eventtrain.errors import StepError
 
@@ -20,20 +20,21 @@ from eventtrain.errors import StepError
 class _StateReader(abc.ABC):
     """A function of `(state, batch)`, compiled once for each batch signature. Training thread only."""
 
+    _name: ClassVar[str]
+
     def __init__(
         self,
-        name: str,
         function: Callable[[PyTree, PyTree], Any],
         structure: TreeStructure,
         leaves: Sequence[jax.Array],
-        lower_on_caller: LowerOnCaller,
+        *,
+        lower_on_caller: LowerOnCaller = lower_here,
     ) -> None:
-        self._name = name
         self._function = function
         self._structure = structure
         self._leaf_types = abstract(leaves)
         self._lower_on_caller = lower_on_caller
-        self._executables = ExecutableCache[Callable[..., Any]](name, self._build)
+        self._executables = ExecutableCache[Callable[..., Any]](self._name, self._build)
 
     @property
     def compilations(self) -> int:
@@ -79,6 +80,8 @@ class CompiledEval(_StateReader):
         capacity: rows of the ring.
     """
 
+    _name = "eval_fn"
+
     def __init__(
         self,
         eval_fn: Callable[[PyTree, PyTree], Mapping[str, Any]],
@@ -88,10 +91,10 @@ class CompiledEval(_StateReader):
         capacity: int = 1024,
         lower_on_caller: LowerOnCaller = lower_here,
     ) -> None:
-        super().__init__("eval_fn", eval_fn, structure, leaves, lower_on_caller)
+        super().__init__(eval_fn, structure, leaves, lower_on_caller=lower_on_caller)
         self.capacity = capacity
         self._sharding = replicated_sharding(leaves)
-        self._rings = MetricRings("eval_fn", capacity, self._sharding)
+        self._rings = MetricRings(self._name, capacity, self._sharding)
 
     def initial(self) -> RingCarry:
         """Returns the carry to start an evaluation with, after `prepare`."""
@@ -120,16 +123,16 @@ class CompiledEval(_StateReader):
     def _lower(self, batch: PyTree) -> tuple[MetricLayout, jax.stages.Lowered]:
         layouts: list[MetricLayout] = []
 
-        def row_of(leaves: list[jax.Array], batch: PyTree) -> jax.Array:
+        def row_of(leaves: Leaves, batch: PyTree) -> jax.Array:
             metrics = self._call(leaves, batch)
-            layouts.append(MetricLayout.of(metrics, "eval_fn"))
+            layouts.append(MetricLayout.of(metrics, self._name))
             return layouts[-1].encode(metrics)
 
         traced_once = jax.jit(row_of, inline=True)
         traced_once.trace(self._leaf_types, batch)
 
         def call(
-            leaves: list[jax.Array], ring: jax.Array, cursor: jax.Array, batch: PyTree
+            leaves: Leaves, ring: jax.Array, cursor: jax.Array, batch: PyTree
         ) -> tuple[jax.Array, jax.Array]:
             return write_row(ring, cursor, traced_once(leaves, batch))
 
@@ -143,15 +146,7 @@ class CompiledPredict(_StateReader):
     `structure`, `leaves` and `lower_on_caller` are those of `CompiledStep`.
     """
 
-    def __init__(
-        self,
-        predict_fn: Callable[[PyTree, PyTree], PyTree],
-        structure: TreeStructure,
-        leaves: Sequence[jax.Array],
-        *,
-        lower_on_caller: LowerOnCaller = lower_here,
-    ) -> None:
-        super().__init__("predict_fn", predict_fn, structure, leaves, lower_on_caller)
+    _name = "predict_fn"
 
     def __call__(self, leaves: Sequence[jax.Array], batch: PyTree) -> PyTree:
         """Dispatches predict_fn on one batch and returns its outputs, not computed yet.
@@ -164,7 +159,7 @@ class CompiledPredict(_StateReader):
         lowered = self._lower_on_caller(lambda: jax.jit(self._outputs).lower(self._leaf_types, batch))
         return lowered.compile()
 
-    def _outputs(self, leaves: list[jax.Array], batch: PyTree) -> PyTree:
+    def _outputs(self, leaves: Leaves, batch: PyTree) -> PyTree:
         outputs = self._call(leaves, batch)
         for path, leaf in jax.tree_util.tree_flatten_with_path(outputs)[0]:
             if not isinstance(leaf, (jax.Array, np.ndarray, np.generic, bool, int, float)):

@@ -31,7 +31,7 @@ from eventtrain.device.executable_cache import ExecutableCache, LowerOnCaller, l
 from eventtrain.device.extensions import ExtensionStates, StepExtension
 from eventtrain.device.fused_step import FusedStep, LoweredStep, StepFn, StepOptions
 from eventtrain.device.metric_ring import MetricRings, RingCarry, TakenRing
-from eventtrain.device.state import PyTree, TreeStructure, abstract, copy_leaves, replicated_sharding
+from eventtrain.device.state import Leaves, PyTree, TreeStructure, abstract, copy_leaves, replicated_sharding
 from eventtrain.device.validation import check_leaves
 from eventtrain.errors import SnapshotError, first_lines
 
@@ -47,8 +47,8 @@ class Carry(RingCarry):
         ext_leaves: array leaves of `ExtensionStates`; donated.
     """
 
-    leaves: list[jax.Array]
-    ext_leaves: list[jax.Array]
+    leaves: Leaves
+    ext_leaves: Leaves
 
 
 class CompiledStep:

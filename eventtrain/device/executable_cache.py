@@ -22,8 +22,8 @@ E = TypeVar("E")
 LowerOnCaller: TypeAlias = Callable[[Callable[[], Any]], Any]
 """Runs a function that traces and lowers, on the thread whose JAX settings count; returns its result.
 
-Lowering in another thread would lose `jax.set_mesh`, `jax.enable_x64`, the matmul precision and the
-default device of the thread that called `fit`. Compiling what was lowered needs none of them.
+Lowering in another thread would lose `jax.set_mesh`, `jax.enable_x64`, the matmul precision and the default device of
+the thread that called `fit`. Compiling what was lowered needs none of them.
 """
 
 

@@ -13,7 +13,7 @@ from typing import Any, Literal, TypeAlias, get_args
 import jax
 import numpy as np
 
-from eventtrain.device.state import PyTree, TreeStructure, abstract, copy_leaves, partition, place
+from eventtrain.device.state import Leaves, PyTree, TreeStructure, abstract, copy_leaves, partition, place
 from eventtrain.device.validation import call_user, matched_leaves
 from eventtrain.errors import ConfigurationError
 
@@ -92,11 +92,11 @@ class ExtensionStates:
         initial, self.structure = self._init(leaves, 0)
         self.types = abstract(initial)
 
-    def init(self, leaves: Sequence[jax.Array], step: int) -> list[jax.Array]:
+    def init(self, leaves: Sequence[jax.Array], step: int) -> Leaves:
         """Returns the leaves for a state after `step` steps, in buffers of their own."""
         return self._init(leaves, step)[0]
 
-    def update(self, ext_leaves: list[jax.Array], state: PyTree) -> list[jax.Array]:
+    def update(self, ext_leaves: Leaves, state: PyTree) -> Leaves:
         """Returns the leaves after the step that made `state`; traced inside the step."""
         if not self._extensions:
             return ext_leaves
@@ -112,7 +112,7 @@ class ExtensionStates:
         """Returns the state of each extension."""
         return self.structure.join(ext_leaves)[1] if self._extensions else {}
 
-    def _init(self, leaves: Sequence[jax.Array], step: int) -> tuple[list[jax.Array], TreeStructure]:
+    def _init(self, leaves: Sequence[jax.Array], step: int) -> tuple[Leaves, TreeStructure]:
         if not self._extensions:
             return [], partition(())[1]
         params = call_user("params", self._params, self._state_structure.join(leaves))

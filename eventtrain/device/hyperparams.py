@@ -103,13 +103,13 @@ def resolve(hyperparams: Sequence[Hyperparam], name: str, path: str | None = Non
         matching = exact or [h for h in candidates if path in h.path]
     if not matching:
         raise UnknownHyperparam(
-            f"No hyperparameter {name!r} at path {path!r}. Its paths are {_paths(candidates)}. Pass one of these, or "
-            "a part of it."
+            f"No hyperparameter {name!r} at path {path!r}. Its paths are {listed([h.path for h in candidates])}. "
+            "Pass one of these, or a part of it."
         )
     if len(matching) > 1:
         raise AmbiguousHyperparam(
             f"{name!r}{'' if path is None else f' with path {path!r}'} can mean {len(matching)} hyperparameters: "
-            f"{_paths(matching)}. Pass path= with one of these, or a part that occurs in one only."
+            f"{listed([h.path for h in matching])}. Pass path= with one of these, or a part that occurs in one only."
         )
     (hyperparam,) = matching
     if hyperparam.scheduled:
@@ -248,10 +248,6 @@ def _schedules(node: Any) -> list[object] | None:
         mapping: Mapping[Any, Any] = node
         states = mapping.get("hyperparams_states")
     return list(states) if isinstance(states, Mapping) else None
-
-
-def _paths(hyperparams: Sequence[Hyperparam]) -> str:
-    return listed([h.path for h in hyperparams])
 
 
 def _unknown_message(hyperparams: Sequence[Hyperparam], name: str) -> str:

@@ -14,6 +14,7 @@ The loop reads no metric on the device: `float(loss)` at every step made a 70 us
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, NamedTuple
@@ -103,7 +104,7 @@ class MetricRings:
         self._sharding = sharding
         self._layout: MetricLayout | None = None
         self._zero_cursor = jax.device_put(np.uint32(0), sharding)  # never donated: serves every ring
-        self._zeros = jax.jit(partial(jnp.zeros, dtype=jnp.uint32), static_argnums=0, out_shardings=sharding)
+        self._zeros: Callable[[], Any] = self._require_layout  # which raises until there is one
 
     def types(self, layout: MetricLayout) -> tuple[jax.ShapeDtypeStruct, jax.ShapeDtypeStruct]:
         """Returns shape, dtype and sharding of a ring and of its cursor."""
@@ -114,7 +115,10 @@ class MetricRings:
         """Sets the layout of a row, or raises a MetricsError if another one was set before."""
         if self._layout is not None:
             self._layout.require_same(layout, self._function)
+            return
         self._layout = layout
+        zeros = partial(jnp.zeros, (self._capacity, layout.words), jnp.uint32)
+        self._zeros = jax.jit(zeros, out_shardings=self._sharding)
 
     def fresh(self) -> tuple[jax.Array, jax.Array]:
         """Returns an empty ring and its cursor; one jitted call, 8 us.
@@ -122,7 +126,7 @@ class MetricRings:
         Raises:
             StepError: no layout was set.
         """
-        return self._zeros((self._capacity, self._require_layout().words)), self._zero_cursor
+        return self._zeros(), self._zero_cursor
 
     def take(self, carry: RingCarry, window: Any) -> TakenRing:
         """Returns the ring of `carry`, with `window` as the caller's record of it; `carry` gets a fresh one."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeAlias
 
 import jax
 
@@ -14,9 +14,12 @@ from eventtrain.device.executable_cache import LowerOnCaller, lower_here
 from eventtrain.device.extensions import StepExtension, Use
 from eventtrain.device.fused_step import StepFn, StepOptions
 from eventtrain.device.hyperparams import Hyperparam
-from eventtrain.device.params_override import ParamsOverride, params_indices, params_overrides
-from eventtrain.device.state import PyTree, TreeStructure, place, split_state
+from eventtrain.device.params_override import Params, ParamsOverride, params_indices, params_overrides
+from eventtrain.device.state import Leaves, PyTree, TreeStructure, place, split_state
 from eventtrain.errors import ConfigurationError
+
+EvalFn: TypeAlias = Callable[[PyTree, PyTree], Mapping[str, Any]]
+PredictFn: TypeAlias = Callable[[PyTree, PyTree], PyTree]
 
 
 @dataclass
@@ -32,14 +35,14 @@ class Model:
     """
 
     step_fn: StepFn
-    eval_fn: Callable[[PyTree, PyTree], Mapping[str, Any]] | None
-    predict_fn: Callable[[PyTree, PyTree], PyTree] | None
-    params: Callable[[PyTree], PyTree]
+    eval_fn: EvalFn | None
+    predict_fn: PredictFn | None
+    params: Params
     extensions: Sequence[StepExtension]
     options: StepOptions
     structure: TreeStructure
-    leaves: list[jax.Array]
-    ext_leaves: list[jax.Array] | None = None
+    leaves: Leaves
+    ext_leaves: Leaves | None = None
     step: int = 0
     epoch: int = 0
     compiled: CompiledStep | None = None
@@ -58,34 +61,31 @@ class Model:
         cls,
         step_fn: StepFn,
         state: PyTree,
-        eval_fn: Callable[[PyTree, PyTree], Mapping[str, Any]] | None,
-        predict_fn: Callable[[PyTree, PyTree], PyTree] | None,
-        params: Callable[[PyTree], PyTree] | None,
+        *,
+        eval_fn: EvalFn | None,
+        predict_fn: PredictFn | None,
+        params: Params | None,
         extensions: Sequence[StepExtension],
         options: StepOptions,
     ) -> Model:
-        """Returns the model for the arguments of ``Trainer`` of the same names. ``state`` is copied.
+        """Returns the model for the arguments of ``Trainer`` of the same names.
+
+        ``state`` is neither copied nor donated: the first step of a run keeps it.
 
         Raises:
             ConfigurationError, StateError: an argument is invalid.
         """
-        _require_callable("step_fn", step_fn, "(state, batch) -> (state, metrics)")
-        for name, function in (("eval_fn", eval_fn), ("predict_fn", predict_fn), ("params", params)):
-            if function is not None:
-                _require_callable(
-                    name, function, "a function of (state, batch)" if name != "params" else "state -> weights"
-                )
+        for name, function, shape in (
+            ("step_fn", step_fn, "(state, batch) -> (state, metrics)"),
+            ("eval_fn", eval_fn, "(state, batch) -> metrics"),
+            ("predict_fn", predict_fn, "(state, batch) -> outputs"),
+            ("params", params, "state -> weights"),
+        ):
+            if not callable(function) and (function is not None or name == "step_fn"):
+                raise ConfigurationError(f"{name} must be a function {shape}, got {type(function).__name__}.")
         leaves, structure = split_state(state)
-        return cls(
-            step_fn,
-            eval_fn,
-            predict_fn,
-            params or _default_params,
-            tuple(extensions),
-            options,
-            structure,
-            place(leaves),
-        )
+        params, extensions = params or _default_params, tuple(extensions)
+        return cls(step_fn, eval_fn, predict_fn, params, extensions, options, structure, place(leaves))
 
     def prepare(self, batch: PyTree, hyperparams: Sequence[Hyperparam]) -> CompiledStep:
         """Returns the step, compiled for ``batch`` if this is the first run. Blocks until compiled.
@@ -139,8 +139,7 @@ class Model:
     def leaves_for(
         self, use: Use, leaves: Sequence[jax.Array], ext_leaves: Sequence[jax.Array] | None
     ) -> Sequence[jax.Array]:
-        """Returns ``leaves``, with the params replaced by the weights of the step extension for ``use``, if there is
-        one.
+        """Returns ``leaves``, with the params replaced by the weights of the extension for ``use``, if there is one.
 
         One dispatch, which changes neither ``leaves`` nor ``ext_leaves``. Before the first run there are no
         ``ext_leaves``, and nothing is replaced.
@@ -149,11 +148,6 @@ class Model:
         if override is None or not ext_leaves or self.compiled is None:
             return leaves
         return override(leaves, self.compiled.extension_states(ext_leaves)[override.extension.name])
-
-
-def _require_callable(name: str, function: object, shape: str) -> None:
-    if not callable(function):
-        raise ConfigurationError(f"{name} must be a function ({shape}), got {type(function).__name__}.")
 
 
 def _default_params(state: PyTree) -> PyTree:

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 
 from eventtrain.device.executable_cache import LowerOnCaller
 from eventtrain.device.extensions import StepExtension, Use, checked_uses
-from eventtrain.device.state import PyTree, TreeStructure, abstract, partition
+from eventtrain.device.state import Leaves, PyTree, TreeStructure, abstract, partition
 from eventtrain.device.validation import call_user, structure_differences, type_differences
 from eventtrain.errors import ConfigurationError, StateError, listed
 
@@ -28,7 +28,7 @@ def params_indices(params: Params, structure: TreeStructure, leaves: Sequence[An
     """
     found: dict[str, int | None] = {}
 
-    def look(leaves: list[jax.Array]) -> None:
+    def look(leaves: Leaves) -> None:
         number = {id(leaf): index for index, leaf in enumerate(leaves)}
         covered, held = partition(call_user("params", params, structure.join(leaves)))
         found.update({path: number.get(id(leaf)) for path, leaf in zip(held.paths, covered, strict=True)})
@@ -92,7 +92,7 @@ class ParamsOverride:
         self._params = params
         self._structure = structure
         self._lower_on_caller = lower_on_caller
-        self._compiled: Callable[..., list[jax.Array]] | None = None
+        self._compiled: Callable[..., Leaves] | None = None
         self._indices: list[int] = []
         for path, index in params_indices(params, structure, leaves).items():
             if index is None:
@@ -101,9 +101,14 @@ class ParamsOverride:
                     "can be replaced. Let params return leaves of the state as they are."
                 )
             self._indices.append(index)
-        jax.eval_shape(lambda leaves: self._weights(leaves, self._initial(leaves)), _unplaced(leaves))
 
-    def __call__(self, leaves: Sequence[jax.Array], ext_state: PyTree) -> list[jax.Array]:
+        def weights_at_start(leaves: Leaves) -> Leaves:
+            initial = call_user(f"{extension!r}.init", extension.init, self._params_of(leaves))
+            return self._weights(leaves, initial)
+
+        jax.eval_shape(weights_at_start, _unplaced(leaves))
+
+    def __call__(self, leaves: Sequence[jax.Array], ext_state: PyTree) -> Leaves:
         """Returns `leaves` with the extension's weights in place of the params.
 
         One dispatch: donates nothing and waits for nothing. The first call compiles, which blocks.
@@ -123,16 +128,13 @@ class ParamsOverride:
     def _lower(
         self, leaves: Sequence[jax.Array], ext_leaves: Sequence[Any], ext_structure: TreeStructure
     ) -> jax.stages.Lowered:
-        def call(leaves: list[jax.Array], ext_leaves: list[jax.Array]) -> list[jax.Array]:
+        def call(leaves: Leaves, ext_leaves: Leaves) -> Leaves:
             return self._weights(leaves, ext_structure.join(ext_leaves))
 
         jitted = jax.jit(call, out_shardings=[leaves[index].sharding for index in self._indices])
         return jitted.lower(abstract(leaves), abstract(ext_leaves))
 
-    def _initial(self, leaves: list[jax.Array]) -> PyTree:
-        return call_user(f"{self.extension!r}.init", self.extension.init, self._params_of(leaves))
-
-    def _weights(self, leaves: list[jax.Array], ext_state: PyTree) -> list[jax.Array]:
+    def _weights(self, leaves: Leaves, ext_state: PyTree) -> Leaves:
         """Returns the array leaves that replace those of the params, in their dtypes; traced."""
         name, params = f"{self.extension!r}.weights", self._params_of(leaves)
         weights = call_user(name, self.extension.weights, ext_state, params)
@@ -154,7 +156,7 @@ class ParamsOverride:
             for leaf, wanted in zip(given, expected, strict=True)
         ]
 
-    def _params_of(self, leaves: list[jax.Array]) -> PyTree:
+    def _params_of(self, leaves: Leaves) -> PyTree:
         return call_user("params", self._params, self._structure.join(leaves))
 
 

@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from eventtrain.device.state import PyTree, TreeStructure
+from eventtrain.device.state import Leaves, PyTree, TreeStructure
 from eventtrain.errors import SnapshotError, StateError
 
 _PINNED = "pinned_host"
@@ -35,7 +35,7 @@ def has_pinned_host(leaf: jax.Array) -> bool:
     )
 
 
-def to_pinned_host(leaves: Sequence[jax.Array]) -> list[jax.Array]:
+def to_pinned_host(leaves: Sequence[jax.Array]) -> Leaves:
     """Returns copies of ``leaves`` in pinned host memory, sharded as they are; does not wait for the transfers."""
     return [jax.device_put(leaf, leaf.sharding.with_memory_kind(_PINNED)) for leaf in leaves]
 
@@ -86,7 +86,7 @@ class Snapshot:
         self.size_bytes = sum(leaf.nbytes for leaf in (*leaves, *extensions))
         self._structure = structure
         self._lock = threading.Lock()
-        self._held: tuple[list[jax.Array], list[jax.Array]] | None
+        self._held: tuple[Leaves, Leaves] | None
         self._held = (list(leaves), list(extensions))
 
     def __repr__(self) -> str:
@@ -100,7 +100,7 @@ class Snapshot:
             return self._held is None
 
     @property
-    def leaves(self) -> list[jax.Array]:
+    def leaves(self) -> Leaves:
         """The state's array leaves, on the device; never donate them. Never blocks.
 
         Raises:
@@ -109,7 +109,7 @@ class Snapshot:
         return list(self._references()[0])
 
     @property
-    def extensions(self) -> list[jax.Array]:
+    def extensions(self) -> Leaves:
         """The extensions' array leaves of the same step; as `leaves`."""
         return list(self._references()[1])
 
@@ -211,7 +211,7 @@ class Snapshot:
         with self._lock:
             self._held = None
 
-    def _references(self) -> tuple[list[jax.Array], list[jax.Array]]:
+    def _references(self) -> tuple[Leaves, Leaves]:
         with self._lock:
             if self._held is None:
                 raise SnapshotError(

@@ -24,6 +24,8 @@ T = TypeVar("T")
 PyTree: TypeAlias = Any
 # An array leaf before it was placed; afterwards every leaf is a jax.Array.
 Leaf: TypeAlias = "jax.Array | np.ndarray[Any, Any] | np.generic[Any]"
+# The array leaves of a tree, in its order: what is donated and what snapshots refer to.
+Leaves: TypeAlias = list[jax.Array]
 
 
 def is_array(leaf: object) -> TypeGuard[Leaf]:
@@ -126,9 +128,8 @@ def _default_placement(leaves: Sequence[Leaf]) -> tuple[Sharding, frozenset[Any]
     if len(spans) > 1:
         sets = sorted(f"({listed(sorted(map(str, devices)), 8)})" for devices in spans)
         raise StateError(
-            f"The leaves of the state are on different sets of devices: {listed(sets)}. "
-            "One jitted step runs on one device or one mesh. Move the state there with "
-            "jax.device_put(state, device_or_sharding)."
+            f"The leaves of the state are on different sets of devices: {listed(sets)}. One jitted step runs on one "
+            "device or one mesh. Move the state there with jax.device_put(state, device_or_sharding)."
         )
     if meshes:
         widest = max(meshes, key=lambda sharding: len(sharding.device_set))
@@ -153,7 +154,7 @@ def replicated_sharding(leaves: Sequence[Leaf]) -> Sharding:
     return _default_placement(leaves)[0]
 
 
-def place(leaves: Sequence[Leaf]) -> list[jax.Array]:
+def place(leaves: Sequence[Leaf]) -> Leaves:
     """Commits every leaf to its devices, strongly typed, so that one executable serves every step.
 
     A leaf that already spans the state's devices keeps its sharding. The others, NumPy leaves too, are replicated over
@@ -165,7 +166,7 @@ def place(leaves: Sequence[Leaf]) -> list[jax.Array]:
         StateError: the leaves are committed to several devices, or span several sets of them.
     """
     default, devices = _default_placement(leaves)
-    placed: list[jax.Array] = []
+    placed: Leaves = []
     for leaf in leaves:
         if not isinstance(leaf, jax.Array):
             placed.append(jax.device_put(np.asarray(leaf), default))
@@ -178,11 +179,11 @@ def place(leaves: Sequence[Leaf]) -> list[jax.Array]:
     return placed
 
 
-def _copies(leaves: list[jax.Array]) -> list[jax.Array]:
+def _copies(leaves: Leaves) -> Leaves:
     return [jnp.copy(leaf) for leaf in leaves]
 
 
-def copy_leaves(leaves: Sequence[jax.Array]) -> list[jax.Array]:
+def copy_leaves(leaves: Sequence[jax.Array]) -> Leaves:
     """Copies every leaf on its devices, in one jitted call, to the same sharding.
 
     Every result has a buffer of its own, also where one array occurs twice in `leaves` (tied weights, which could not

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import AxisType
 
-from eventtrain.device.state import PyTree, TreeStructure, is_array, partition, strong
+from eventtrain.device.state import Leaves, PyTree, TreeStructure, is_array, partition, strong
 from eventtrain.errors import StateError, StepError, first_lines, listed
 
 
@@ -41,7 +41,7 @@ def state_and_metrics(result: object) -> tuple[PyTree, Mapping[str, Any]]:
 
 def matched_leaves(
     result: PyTree, structure: TreeStructure, expected: Sequence[jax.Array], function: str, tree: str
-) -> list[jax.Array]:
+) -> Leaves:
     """Returns the array leaves of `result`, if its structure, shapes and dtypes are those it had before.
 
     A Python number in place of a scalar array is taken as that array. Weak types become strong. On explicit mesh axes

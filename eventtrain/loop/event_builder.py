@@ -165,7 +165,7 @@ class EventBuilder:
     def take(self, item: Any) -> None:
         """Take the next item from the fetcher, and feed the events that it means to the bus."""
         match item:
-            case MetricColumns(meta=TrainWindow() as window):
+            case MetricColumns(window=TrainWindow() as window):
                 self._bus.feed(self._train_window(item, window))
             case MetricColumns():
                 self._bus.feed(self._eval_window(item, item.window))

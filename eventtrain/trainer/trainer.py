@@ -117,9 +117,14 @@ class Trainer(Generic[S]):
         self.run_dir = (Path(run_dir) if run_dir is not None else Path("runs") / self.run_id).absolute()
         self.bus = bus if bus is not None else EventBus(run_id=self.run_id, drain_timeout_s=drain_timeout_s)
         self._model = Model.of(
-            step_fn, state, eval_fn, predict_fn, params, step_extensions,
-            StepOptions(donate=donate, steps_per_call=steps_per_call, snapshot=snapshot),
-        )  # fmt: skip
+            step_fn,
+            state,
+            eval_fn=eval_fn,
+            predict_fn=predict_fn,
+            params=params,
+            extensions=step_extensions,
+            options=StepOptions(donate=donate, steps_per_call=steps_per_call, snapshot=snapshot),
+        )
         self._options = RunOptions(
             run_id=self.run_id,
             run_dir=self.run_dir,
