@@ -63,10 +63,11 @@ def test_every_name_of_the_design_is_exported():
     assert len(et.__all__) == len(set(et.__all__))
 
 
-def test_every_error_is_exported_but_the_one_whose_name_is_an_event():
+def test_every_error_is_exported_but_the_alias_whose_name_is_an_event():
     assert {name for name in et.errors.__all__ if name not in et.__all__} == set()
     assert issubclass(et.CommandRejected, et.Event)
-    assert issubclass(et.errors.CommandRejected, et.EventTrainError)
+    assert issubclass(et.CommandRejectedError, et.EventTrainError)
+    assert et.errors.CommandRejected is et.errors.CommandRejectedError is et.CommandRejectedError
 
 
 def test_the_subscribers_stand_under_their_final_names():

@@ -14,9 +14,8 @@ from eventtrain.bus.bus import EventBus
 from eventtrain.bus.subscription import Subscription
 from eventtrain.bus.wakeup import Answer
 from eventtrain.control.snapshots import KeptSnapshot
-from eventtrain.errors import CommandRejected
-from eventtrain.events import CommandApplied, Event
-from eventtrain.events import CommandRejected as CommandRejectedEvent
+from eventtrain.errors import CommandRejectedError
+from eventtrain.events import CommandApplied, CommandRejected, Event
 from eventtrain.events.commands import AnyCommand, Stop
 from eventtrain.events.models import Number
 
@@ -122,11 +121,11 @@ class CommandQueue:
         """Say no: to the one who awaits the result, by an event (through ``publish``), and in the log at ``level``."""
         logger.log(level, "Command %s was not carried out: %s", order.command.kind, reason)
         order.answer.fail(
-            CommandRejected(f"The command {order.command.kind} was not carried out: {reason}", reason=reason)
+            CommandRejectedError(
+                f"The command {order.command.kind} was not carried out: {reason}", reason=reason
+            )
         )
-        (publish or self.bus.notify)(
-            CommandRejectedEvent(step=self.step, command=order.command, reason=reason)
-        )
+        (publish or self.bus.notify)(CommandRejected(step=self.step, command=order.command, reason=reason))
 
     def ring(self) -> None:
         """Wake the training thread if it waits. Not for signal handlers, which could meet its lock."""

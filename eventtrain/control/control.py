@@ -14,7 +14,7 @@ from eventtrain.bus.subscription import Subscription
 from eventtrain.bus.wakeup import Answer
 from eventtrain.control.command_queue import CommandQueue, PendingCommand
 from eventtrain.control.snapshots import KeptSnapshot
-from eventtrain.errors import CommandRejected, ConfigurationError
+from eventtrain.errors import CommandRejectedError, ConfigurationError
 from eventtrain.events import CommandApplied, Event
 from eventtrain.events.commands import (
     Cause,
@@ -37,7 +37,7 @@ class Control:
     """What handlers and services may ask of the run. Every method returns at once, on any thread.
 
     Each command method returns the ``Command`` sent; ``await command.result()`` gives the ``CommandApplied`` event or
-    raises ``eventtrain.errors.CommandRejected``. ``lag`` of the subscription decides when it takes effect.
+    raises ``eventtrain.CommandRejectedError``. ``lag`` of the subscription decides when it takes effect.
     """
 
     def __init__(
@@ -188,7 +188,7 @@ class Control:
         if self._lag is None:
             self._inbox.post([order])
         elif self._held is None:
-            raise CommandRejected(
+            raise CommandRejectedError(
                 f"Cannot issue {command.kind}: the control of a handler with a finite lag closes when it returns, "
                 "since the loop may have passed the boundary. Issue it before returning, or subscribe with lag=None.",
                 reason="the handler has returned",
@@ -221,7 +221,7 @@ class _NoWaiting:
         self._kind = kind
 
     async def wait(self) -> CommandApplied:
-        raise CommandRejected(
+        raise CommandRejectedError(
             f"Cannot await the result of {self._kind} from a handler with a finite lag: the loop may be waiting for "
             "this very handler. Subscribe to CommandApplied, or use lag=None.",
             reason="awaited inside a handler with a finite lag",

@@ -165,12 +165,12 @@ def test_control_of_a_finite_lag_handler_closes_when_it_returns_and_awaiting_a_r
         kept.append(control)
         try:
             await control.scale_hyperparam("learning_rate", 0.5).result()
-        except et.errors.CommandRejected as error:
+        except et.CommandRejectedError as error:
             reasons.append(error.reason)
 
     trainer.fit(batches(4), epochs=1)
     assert reasons == ["awaited inside a handler with a finite lag"]
-    with pytest.raises(et.errors.CommandRejected, match="closes"):
+    with pytest.raises(et.CommandRejectedError, match="closes"):
         kept[0].stop()
 
 
