@@ -87,3 +87,21 @@ def test_the_subscribers_stand_under_their_final_names():
 
 def test_what_tests_need_is_exported():
     assert {"RecordingSubscriber", "ScriptedStep", "FakeClock"} <= set(testing.__all__)
+
+
+def test_the_bus_and_its_subscriptions_show_only_what_is_for_users():
+    def public(cls):
+        return {name for name in dir(cls) if not name.startswith("_")}
+
+    publishing = {"publish", "publish_async"}
+    subscribing = {"subscribe", "on", "stream", "wait_for", "subscriptions", "statistics"}
+    running = {"serve", "drain", "aclose", "running", "run_id"}
+    assert public(et.EventBus) == publishing | subscribing | running
+    assert public(et.Subscription) == {
+        "name",
+        "active",
+        "cancel",
+        "redeliver",
+        "dead_letters",
+        "statistics",
+    }

@@ -6,18 +6,19 @@ import logging
 import threading
 from collections import deque
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from types import MappingProxyType
 
 from eventtrain.bus.barrier import Barrier
-from eventtrain.bus.bus import EventBus
-from eventtrain.bus.subscription import Subscription
-from eventtrain.bus.wakeup import Answer
+from eventtrain.bus.core import BusCore
+from eventtrain.bus.subscription import SubscriptionCore
+from eventtrain.bus.wakeup import CrossLoopFuture
 from eventtrain.control.snapshots import KeptSnapshot
 from eventtrain.errors import CommandRejectedError
 from eventtrain.events import CommandApplied, CommandRejected, Event
 from eventtrain.events.commands import AnyCommand, Stop
 from eventtrain.events.models import Number
+from eventtrain.events.run_records import LoopRecord, StreamRecord
 
 logger = logging.getLogger("eventtrain")
 
@@ -30,9 +31,9 @@ class PendingCommand:
     """One command on its way to the loop, with what decides its place among others due at the same boundary."""
 
     command: AnyCommand
-    answer: Answer[CommandApplied]
+    answer: CrossLoopFuture[CommandApplied]
     cause: Event | None = None
-    subscription: Subscription | None = None
+    subscription: SubscriptionCore | None = None
     issue: int = 0
     """Which of its handler's commands this is, from 0."""
 
@@ -44,13 +45,28 @@ class PendingCommand:
         return (self.cause.step, self.cause.seq, self.subscription.index, self.issue)
 
 
+@dataclass
+class RunPart:
+    """The training side's part of a checkpoint, collected beside the contributions of the subscriptions.
+
+    Attributes:
+        loop: the state of the loop; None until the loop has described it.
+        stream: the state of its event stream; None until the marker was put into it.
+        commands: commands that were not due, or arrived while the barrier was open.
+    """
+
+    loop: LoopRecord | None = None
+    stream: StreamRecord | None = None
+    commands: list[PendingCommand] = field(default_factory=list[PendingCommand])
+
+
 class CommandQueue:
     """Where commands wait for the training thread, and where that thread waits for anything at all.
 
     ``post`` and ``ring`` are for any thread; ``take``, ``wait``, ``open`` and ``close`` for the training thread.
     """
 
-    def __init__(self, bus: EventBus) -> None:
+    def __init__(self, bus: BusCore) -> None:
         self.bus = bus
         self.arrived: deque[PendingCommand] = deque()
         """Orders nobody has looked at yet; the loop tests its truth before every step."""
@@ -63,7 +79,7 @@ class CommandQueue:
         self.snapshots: dict[str | int, KeptSnapshot] = {}
         self.step = 0
         self._bell = threading.Event()
-        self._cuts: list[Barrier] = []
+        self._cuts: list[Barrier[RunPart]] = []
         self._waiting = False
         self._closed: str | None = "no run is in progress"
         self._lock = threading.Lock()
@@ -88,20 +104,20 @@ class CommandQueue:
         """These values are in effect. Training thread."""
         self.hyperparams = MappingProxyType(dict(hyperparams))
 
-    def open_cut(self, cut: Barrier) -> None:
+    def open_cut(self, cut: Barrier[RunPart]) -> None:
         """Note in ``cut`` the orders that wait, and those that come while it is open. Training thread.
 
         A handler may be anywhere between the loop's boundary and the marker: what it asks for in between belongs to
         the cut as much as what it asked for before.
         """
         with self._lock:
-            cut.orders += [*self.due, *self.arrived]
+            cut.run.commands += [*self.due, *self.arrived]
             self._cuts = [*(other for other in self._cuts if other.open), cut]
 
     def _note_in_cuts(self, orders: list[PendingCommand]) -> None:
         self._cuts = [cut for cut in self._cuts if cut.open]
         for cut in self._cuts:
-            cut.orders += orders
+            cut.run.commands += orders
 
     def kept(self) -> dict[str | int, KeptSnapshot]:
         """The snapshots taken by tag that were not released."""
@@ -109,7 +125,7 @@ class CommandQueue:
 
     def ask_to_stop(self, reason: str) -> None:
         """End the run at the next boundary. Any thread, and signal handlers: it takes no lock and rings no bell."""
-        self.arrived.append(PendingCommand(Stop(reason=reason), Answer()))
+        self.arrived.append(PendingCommand(Stop(reason=reason), CrossLoopFuture()))
 
     def reject(
         self,
@@ -120,7 +136,7 @@ class CommandQueue:
     ) -> None:
         """Say no: to the one who awaits the result, by an event (through ``publish``), and in the log at ``level``."""
         logger.log(level, "Command %s was not carried out: %s", order.command.kind, reason)
-        order.answer.fail(
+        order.answer.set_exception(
             CommandRejectedError(
                 f"The command {order.command.kind} was not carried out: {reason}", reason=reason
             )

@@ -1,7 +1,7 @@
 """How subscribers and services steer a run: typed commands into an inbox that only the training loop empties.
 
 Nothing here touches the device. A command says when it is due; the loop carries it out between two steps and
-answers, by an event in its stream and by the ``Answer`` that ``await command.result()`` waits for.
+answers, by an event in its stream and by the future that ``await command.result()`` waits for.
 """
 
 from __future__ import annotations
@@ -10,8 +10,8 @@ from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Any, Literal
 
-from eventtrain.bus.subscription import Subscription
-from eventtrain.bus.wakeup import Answer
+from eventtrain.bus.subscription import SubscriptionCore
+from eventtrain.bus.wakeup import CrossLoopFuture
 from eventtrain.control.command_queue import CommandQueue, PendingCommand
 from eventtrain.control.snapshots import KeptSnapshot
 from eventtrain.errors import CommandRejectedError, ConfigurationError
@@ -44,7 +44,7 @@ class Control:
         self,
         inbox: CommandQueue,
         cause: Event | None = None,
-        subscription: Subscription | None = None,
+        subscription: SubscriptionCore | None = None,
         lag: int | None = None,
     ) -> None:
         self._inbox = inbox
@@ -181,7 +181,7 @@ class Control:
             command: Any = kind(cause=cause, due=due, **fields)
         except ValueError as error:
             raise ConfigurationError(f"Cannot issue {kind.__name__}: {error}") from error
-        answer: Answer[CommandApplied] = Answer()
+        answer: CrossLoopFuture[CommandApplied] = CrossLoopFuture()
         command._reply = answer if self._lag is None else _NoWaiting(command.kind)
         order = PendingCommand(command, answer, self._cause, self._subscription, self._issued)
         self._issued += 1

@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import Literal
 
 from eventtrain.bus.barrier import Barrier
-from eventtrain.bus.bus import EventBus
-from eventtrain.bus.subscription import Subscription
-from eventtrain.control.command_queue import CommandQueue
+from eventtrain.bus.core import BusCore
+from eventtrain.bus.subscription import SubscriptionCore
+from eventtrain.control.command_queue import CommandQueue, RunPart
 from eventtrain.control.control import Control
 from eventtrain.control.snapshots import KeptSnapshot
 from eventtrain.device.snapshot import Snapshot
@@ -81,7 +81,7 @@ class ClaimedSnapshot:
 
     snapshot: KeptSnapshot
     kept: Mapping[str, Snapshot]
-    cut: Barrier
+    cut: Barrier[RunPart]
     _room: RunRequests
     _owner: str
     _offer: _Offer
@@ -96,7 +96,7 @@ class ClaimedSnapshot:
 class _Offer:
     snapshot: Snapshot
     kept: Mapping[str, Snapshot]
-    cut: Barrier
+    cut: Barrier[RunPart]
     owners: list[str]
     claims: int = 0
     """Claimed and not finished."""
@@ -110,7 +110,7 @@ class _Offer:
 class RunRequests:
     """What the subscribers of one trainer ask of its runs, besides commands. Any thread."""
 
-    def __init__(self, bus: EventBus) -> None:
+    def __init__(self, bus: BusCore) -> None:
         self.inbox = CommandQueue(bus)
         self.checkpoints: list[BoundaryRequest] = []
         """When Checkpointers want the state kept."""
@@ -130,9 +130,9 @@ class RunRequests:
         self.final_restores.clear()
         self.traces.clear()
 
-    def open_attempt(self, subscription: Subscription, event: Event) -> Control:
+    def begin_transaction(self, subscription: SubscriptionCore, event: Event) -> Control:
         """The control for one handler call."""
-        return Control(self.inbox, event, subscription, subscription.lag_for(type(event)))
+        return Control(self.inbox, event, subscription, subscription.filter.lag_for(type(event)))
 
     # --- checkpoints ----------------------------------------------------------------------------------------
 
@@ -140,7 +140,7 @@ class RunRequests:
         self,
         snapshot: Snapshot,
         kept: Mapping[str, Snapshot],
-        cut: Barrier,
+        cut: Barrier[RunPart],
         plans: Sequence[BoundaryRequest],
         requested_by: str | None,
     ) -> None:

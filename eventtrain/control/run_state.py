@@ -9,15 +9,15 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
-from eventtrain.bus.barrier import Barrier, SubscriptionState
-from eventtrain.control.command_queue import PendingCommand
+from eventtrain.bus.barrier import Barrier, SubscriptionCheckpoint
+from eventtrain.control.command_queue import PendingCommand, RunPart
 from eventtrain.events import parse_event
 from eventtrain.events.models import Frozen
 from eventtrain.events.run_records import LoopRecord, SavedCommand, StreamRecord
 
 
 class SavedSubscription(Frozen):
-    """``SubscriptionState`` of one subscription as JSON."""
+    """``SubscriptionCheckpoint`` of one subscription as JSON."""
 
     state: dict[str, Any] | None = None
     unhandled: tuple[dict[str, Any], ...] = ()
@@ -27,7 +27,7 @@ class SavedSubscription(Frozen):
     failures: int = 0
 
     @classmethod
-    def of(cls, share: SubscriptionState) -> SavedSubscription:
+    def of(cls, share: SubscriptionCheckpoint) -> SavedSubscription:
         """From what a subscription gave."""
         return cls(
             state=None if share.state is None else dict(share.state),
@@ -38,10 +38,10 @@ class SavedSubscription(Frozen):
             failures=share.failures,
         )
 
-    def share(self) -> SubscriptionState:
+    def share(self) -> SubscriptionCheckpoint:
         """What the subscription gave; raises EventParseError where an event cannot be read."""
         events = tuple(parse_event(data) for data in self.unhandled)
-        return SubscriptionState(
+        return SubscriptionCheckpoint(
             self.state, events, self.decided_on, self.spent, self.disabled, self.failures
         )
 
@@ -55,21 +55,21 @@ class RunRecord(Frozen):
     shares: dict[str, SavedSubscription]
 
     @classmethod
-    def wait_for(cls, cut: Barrier, timeout_s: float) -> RunRecord:
+    def wait_for(cls, cut: Barrier[RunPart], timeout_s: float) -> RunRecord:
         """What ``cut`` collects. Blocks until everybody has given theirs; raises SnapshotError where one does not."""
         shares = cut.wait(timeout_s)
-        loop, stream = cut.loop, cut.stream
+        loop, stream = cut.run.loop, cut.run.stream
         assert loop is not None
         assert stream is not None  # both were there before the marker was routed
         return cls(
-            loop=loop.model_copy(update={"orders": tuple(_orders_of(cut.orders, shares, stream.seq))}),
-            stream=stream,
+            loop=loop.model_copy(update={"orders": tuple(_orders_of(cut.run.commands, shares, cut.seq))}),
+            stream=stream.model_copy(update={"seq": cut.seq}),
             shares={name: SavedSubscription.of(share) for name, share in shares.items()},
         )
 
 
 def _orders_of(
-    orders: Iterable[PendingCommand], shares: Mapping[str, SubscriptionState], seq: int
+    orders: Iterable[PendingCommand], shares: Mapping[str, SubscriptionCheckpoint], seq: int
 ) -> Iterator[SavedCommand]:
     """The commands that belong to a cut: not due, caused before it, by an event that will not be handled once more."""
     again = {
@@ -151,7 +151,7 @@ class ResumePoint:
     saved: SavedRun
     facts: RunRecord
     before: UndoLog
-    shares: Mapping[str, SubscriptionState] = field(default_factory=dict[str, SubscriptionState])
+    shares: Mapping[str, SubscriptionCheckpoint] = field(default_factory=dict[str, SubscriptionCheckpoint])
     kept: tuple[str, ...] = ()
     """Tags of the other snapshots that were saved with it."""
     ended: str | None = None

@@ -6,8 +6,8 @@ from collections.abc import Callable
 from functools import partial
 from time import monotonic
 
-from eventtrain.bus.bus import EventBus
-from eventtrain.bus.subscription import Subscription
+from eventtrain.bus.core import BusCore
+from eventtrain.bus.subscription import SubscriptionCore
 from eventtrain.events import LoopStalled, StepCompleted, StepStarted
 from eventtrain.loop.metric_windows import MetricWindows, Position
 
@@ -27,7 +27,7 @@ class Backpressure:
 
     def __init__(
         self,
-        bus: EventBus,
+        bus: BusCore,
         windows: MetricWindows,
         position: Position,
         wait: Callable[[Callable[[], object]], bool],
@@ -36,18 +36,18 @@ class Backpressure:
         self._windows = windows
         self._position = position
         self._wait = wait
-        self._offset = bus.rows_routed - position.step
+        self._offset = bus.stream.rows_routed - position.step
         self._waited_s: dict[str, float] = {}
 
     def free_steps(self) -> int:
         """How many steps may be dispatched before some Lossless queue could overflow."""
-        return self._bus.rows_allowed(ROW_EVENTS) - self._offset - self._position.step
+        return self._bus.stream.rows_allowed(ROW_EVENTS) - self._offset - self._position.step
 
     def make_room(self) -> bool:
         """Wait until a step may be dispatched. False: the run has to end first."""
         while self.free_steps() <= 0:
             self._windows.flush()
-            slowest = self._bus.tightest(ROW_EVENTS)
+            slowest = self._bus.stream.fullest(ROW_EVENTS)
             if slowest is None:  # the event loop itself is behind
                 if not self._wait(lambda: self.free_steps() > 0):
                     return False
@@ -58,10 +58,10 @@ class Backpressure:
                 return False
             self._report(slowest.name, monotonic() - began_s)
             if monotonic() >= deadline_s and slowest.handled == handled:
-                slowest.stall(monotonic() - began_s)
+                slowest.disable_stalled(monotonic() - began_s)
         return True
 
-    def _has_moved(self, slowest: Subscription, handled: int, deadline_s: float) -> bool:
+    def _has_moved(self, slowest: SubscriptionCore, handled: int, deadline_s: float) -> bool:
         return self.free_steps() > 0 or slowest.handled != handled or monotonic() >= deadline_s
 
     def _report(self, name: str, waited_s: float) -> None:

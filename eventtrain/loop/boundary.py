@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from time import monotonic, perf_counter
 
-from eventtrain.bus.bus import Activation, EventBus
+from eventtrain.bus.core import BusCore
+from eventtrain.bus.training_stream import Activation
 from eventtrain.control.command_queue import POLL_S, CommandQueue
 from eventtrain.control.loop_statistics import LoopClock
 from eventtrain.errors import BusClosed
@@ -32,7 +33,7 @@ class Boundary:
         gates: LagGates,
         effects: CommandExecutor,
         clock: LoopClock,
-        bus: EventBus,
+        bus: BusCore,
         inbox: CommandQueue,
         evaluate: Callable[[], None],
         take_checkpoints: Callable[[], None],

@@ -6,7 +6,8 @@ from collections.abc import Callable, Iterable
 from time import monotonic
 
 from eventtrain.bus.barrier import Barrier, Marker
-from eventtrain.bus.bus import EventBus
+from eventtrain.bus.core import BusCore
+from eventtrain.control.command_queue import RunPart
 from eventtrain.control.requests import BoundaryRequest, RunRequests
 from eventtrain.events import CheckpointFailed, CheckpointSkipped, Event, LoopStalled
 from eventtrain.events.commands import SaveCheckpoint
@@ -36,7 +37,7 @@ class Checkpoints:
         effects: CommandExecutor,
         windows: MetricWindows,
         position: Position,
-        bus: EventBus,
+        bus: BusCore,
         wait: Callable[[Callable[[], object]], bool],
         describe: Callable[[], LoopRecord],
     ) -> None:
@@ -101,9 +102,9 @@ class Checkpoints:
         plans = [plan for plan in room.plans_of(requested_by) if self._has_room(plan, tag)]
         if not plans:
             return
-        cut = Barrier(position.step)
+        cut = Barrier(position.step, RunPart())
         try:
-            cut.loop = self._describe()
+            cut.run.loop = self._describe()
             room.inbox.open_cut(cut)
         except TypeError as error:
             cut.abandon(str(error))

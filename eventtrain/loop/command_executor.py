@@ -7,7 +7,7 @@ from typing import Literal
 
 import jax
 
-from eventtrain.bus.subscription import Subscription
+from eventtrain.bus.subscription import SubscriptionCore
 from eventtrain.control.command_queue import PendingCommand
 from eventtrain.control.requests import RunRequests
 from eventtrain.control.snapshots import KeptSnapshot
@@ -80,7 +80,7 @@ class CommandExecutor:
         self._extension_paths = tuple(extension_paths)
         self._labels = labels(hyperparams)
         self._values = {h.path: read(carry.leaves[h.leaf_index]) for h in hyperparams}
-        self._setters: dict[str, tuple[int, Subscription]] = {}
+        self._setters: dict[str, tuple[int, SubscriptionCore]] = {}
         self._unborn: list[tuple[Snapshot, SnapshotTaken]] = []
         self._owned = (
             True  # the state is also somebody else's: its owner's at first, a restored snapshot's later
@@ -171,7 +171,7 @@ class CommandExecutor:
         self._emit(applied)
         for event in events:
             self._emit(event)
-        order.answer.give(applied)
+        order.answer.set_result(applied)
 
     def _stop(self, command: Stop) -> None:
         if self.stop_reason is None:

@@ -12,7 +12,8 @@ from typing import Any
 import numpy as np
 
 from eventtrain.bus.barrier import Marker
-from eventtrain.bus.bus import Activation, EventBus, EventSeries
+from eventtrain.bus.core import BusCore
+from eventtrain.bus.training_stream import Activation, EventSeries
 from eventtrain.device.fetcher import MetricColumns
 from eventtrain.errors import MetricsError
 from eventtrain.events import (
@@ -130,7 +131,7 @@ class EventBuilder:
         weight: name of the metric that weights the means of the others.
     """
 
-    def __init__(self, bus: EventBus, *, weight: str | None = None) -> None:
+    def __init__(self, bus: BusCore, *, weight: str | None = None) -> None:
         self._bus = bus
         self._weight = weight
         self._watched_names: Mapping[int, str] = {}
@@ -166,7 +167,7 @@ class EventBuilder:
         elif isinstance(item, EpochEnd):
             self._bus.feed([self._end_epoch(item)])
         elif isinstance(item, Marker):
-            item.cut.stream = StreamRecord(
+            item.barrier.run.stream = StreamRecord(
                 epoch_means=self._epoch_means.saved,
                 eval_means=self._eval_means.saved,
                 evaluated=None if self.evaluated is None else dict(self.evaluated),

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import heapq
 
-from eventtrain.bus.bus import EventBus
-from eventtrain.bus.subscription import Subscription
+from eventtrain.bus.core import BusCore
+from eventtrain.bus.subscription import SubscriptionCore
 from eventtrain.events import EpochEvent, EvalStepCompleted, Event, RunEvent, StepCompleted, StepStarted
 
 NEVER = 1 << 62
@@ -18,14 +18,14 @@ NEVER = 1 << 62
 class LagGates:
     """The obligations of one run. Training thread only; nothing here blocks."""
 
-    def __init__(self, bus: EventBus) -> None:
+    def __init__(self, bus: BusCore) -> None:
         self._bus = bus
-        self._known: tuple[Subscription, ...] = ()
-        self._expected: dict[Subscription, int] = {}
+        self._known: tuple[SubscriptionCore, ...] = ()
+        self._expected: dict[SubscriptionCore, int] = {}
         self._counts_from: dict[
-            Subscription, int
+            SubscriptionCore, int
         ] = {}  # the value of ``run`` from which ``passed`` is of this run
-        self._obligations: list[tuple[int, int, int, Subscription]] = []
+        self._obligations: list[tuple[int, int, int, SubscriptionCore]] = []
         self._tie = 0
         self.flush_by = NEVER
         """The step at which what is in the ring must be on its way: half the lag after the oldest event in it."""
@@ -39,7 +39,7 @@ class LagGates:
         """Whether subscriptions with a finite lag came or went since ``refresh``."""
         return self._bus.deciders is not self._known
 
-    def refresh(self, step: int) -> list[Subscription]:
+    def refresh(self, step: int) -> list[SubscriptionCore]:
         """Take note of who decides now; returns the newcomers, which the stream must activate at this very point."""
         self._known = self._bus.deciders
         newcomers = [s for s in self._known if s not in self._expected]
@@ -76,13 +76,13 @@ class LagGates:
             if issubclass(kind, (StepCompleted, EvalStepCompleted)):
                 self.flush_by = min(self.flush_by, step + lag // 2)
 
-    def owe(self, subscription: Subscription, kind: type[Event], step: int) -> None:
+    def owe(self, subscription: SubscriptionCore, kind: type[Event], step: int) -> None:
         """A run resumes: ``subscription`` had an event of ``step`` before it that it is not through with."""
         lag = _lag(subscription, kind)
         if lag is not None and subscription in self._expected:
             self._expect(subscription, step + lag)
 
-    def _expect(self, subscription: Subscription, due: int) -> None:
+    def _expect(self, subscription: SubscriptionCore, due: int) -> None:
         self._expected[subscription] += 1
         self._tie += 1
         heapq.heappush(self._obligations, (due, self._tie, self._expected[subscription], subscription))
@@ -96,7 +96,7 @@ class LagGates:
         """The next boundary at which some decider must be through; NEVER if none."""
         return self._obligations[0][0] if self._obligations else NEVER
 
-    def blocking(self, step: int) -> Subscription | None:
+    def blocking(self, step: int) -> SubscriptionCore | None:
         """The decider that boundary ``step`` still has to wait for; None when the gate is open."""
         while self._obligations and self._obligations[0][0] <= step:
             _, _, expected, subscription = self._obligations[0]
@@ -109,12 +109,12 @@ class LagGates:
 
     def timed_out(self) -> bool:
         """Whether any decider ever exceeded its ``timeout_s``."""
-        return any(subscription.timed_out for subscription in self._expected)
+        return any(subscription.failures.timed_out for subscription in self._expected)
 
 
-def _lag(subscription: Subscription, kind: type[Event]) -> int | None:
+def _lag(subscription: SubscriptionCore, kind: type[Event]) -> int | None:
     return (
-        subscription.lag_for(kind)
+        subscription.filter.lag_for(kind)
         if subscription.state == "active" and issubclass(kind, subscription.types)
         else None
     )

@@ -11,7 +11,7 @@ from typing import Any
 
 import jax
 
-from eventtrain.bus.bus import EventBus
+from eventtrain.bus.core import BusCore
 from eventtrain.control.requests import TraceRequest
 from eventtrain.events import ProfileCaptured, SubscriberFailed
 from eventtrain.loop.command_executor import CommandExecutor
@@ -46,7 +46,7 @@ class Tracer:
         plans: Sequence[TraceRequest],
         position: Position,
         effects: CommandExecutor,
-        bus: EventBus,
+        bus: BusCore,
         wait_for_device: Callable[[], object],
         *,
         marks_steps: bool,

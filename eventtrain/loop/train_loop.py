@@ -14,7 +14,7 @@ from typing import Any, Literal
 
 import jax
 
-from eventtrain.bus.bus import EventBus
+from eventtrain.bus.core import BusCore
 from eventtrain.control.loop_statistics import LoopClock
 from eventtrain.control.requests import BoundaryRequest, RunRequests
 from eventtrain.device.compiled_eval import CompiledEval
@@ -77,7 +77,7 @@ class TrainingLoop:
         gates: LagGates,
         effects: CommandExecutor,
         clock: LoopClock,
-        bus: EventBus,
+        bus: BusCore,
         room: RunRequests,
         fetcher: Fetcher,
         pace: Pace,

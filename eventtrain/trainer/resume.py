@@ -10,9 +10,9 @@ from typing import Any
 import jax
 import optax
 
-from eventtrain.bus.barrier import Redelivery, SubscriptionState
-from eventtrain.bus.bus import EventBus
-from eventtrain.bus.wakeup import Answer
+from eventtrain.bus.barrier import SubscriptionCheckpoint, SubscriptionRestore
+from eventtrain.bus.core import BusCore
+from eventtrain.bus.wakeup import CrossLoopFuture
 from eventtrain.control.command_queue import CommandQueue, PendingCommand
 from eventtrain.control.run_state import ResumePoint, SavedRun, unpack
 from eventtrain.control.snapshots import KeptSnapshot
@@ -47,7 +47,7 @@ def resume_loop(resumption: ResumePoint, loop: TrainingLoop) -> None:
 
 def resume_stream(
     resumption: ResumePoint,
-    bus: EventBus,
+    bus: BusCore,
     gates: LagGates,
     inbox: CommandQueue,
     narrator: EventBuilder,
@@ -58,7 +58,7 @@ def resume_stream(
     After the deciders were activated, before the first step.
     """
     facts, shares = resumption.facts, resumption.shares
-    bus.continue_stream(facts.stream.seq)
+    bus.stream.continue_from(facts.stream.seq)
     narrator.resume(facts.stream)
     names = {subscription.name: subscription for subscription in bus.subscriptions}
     for name, share in shares.items():
@@ -69,7 +69,7 @@ def resume_stream(
                     "The checkpoint holds the state of %s, and nobody of that name is subscribed", name
                 )
             continue
-        put(Redelivery(name, share))
+        put(SubscriptionRestore(name, share))
         for event, decided_on in zip(share.unhandled, share.decided_on, strict=True):
             if decided_on:
                 gates.owe(subscription, type(event), event.step)
@@ -77,7 +77,9 @@ def resume_stream(
     for saved in facts.loop.orders:
         key = (saved.cause_step, saved.cause_seq)
         cause = causes.setdefault(key, Event(step=saved.cause_step, seq=saved.cause_seq))
-        order = PendingCommand(saved.command, Answer(), cause, names.get(saved.subscriber), saved.issue)
+        order = PendingCommand(
+            saved.command, CrossLoopFuture(), cause, names.get(saved.subscriber), saved.issue
+        )
         inbox.due.append(order)
     position = facts.loop
     put(
@@ -171,7 +173,7 @@ def fingerprint(
     }
 
 
-def _load_states(subscribers: Sequence[Subscriber], shares: Mapping[str, SubscriptionState]) -> None:
+def _load_states(subscribers: Sequence[Subscriber], shares: Mapping[str, SubscriptionCheckpoint]) -> None:
     for subscriber in subscribers:
         name = subscriber.name or type(subscriber).__name__
         share = shares.get(name)

@@ -10,7 +10,8 @@ from typing import Any
 
 import jax
 
-from eventtrain.bus.bus import Activation, EventBus
+from eventtrain.bus.core import BusCore
+from eventtrain.bus.training_stream import Activation
 from eventtrain.control.command_queue import POLL_S
 from eventtrain.control.control import Control
 from eventtrain.control.loop_statistics import LoopClock, LoopStatistics
@@ -52,7 +53,7 @@ class Session:
         self,
         model: Model,
         options: RunOptions,
-        bus: EventBus,
+        bus: BusCore,
         room: RunRequests,
         subscribers: Sequence[Subscriber],
         *,
@@ -296,12 +297,12 @@ class Session:
             SubscriberError, StepError, BusClosed: the run failed by a subscriber with ``on_error="fail"``, on the
                 device, or because the bus was stopped. Not where the block raised.
         """
-        if self._bus.on_progress is not None:
+        if self._bus.progress.listener is not None:
             raise AlreadyRunning(
                 "Another trainer's run uses this bus. One bus serves one run at a time: wait for it, or give each "
                 "trainer a bus of its own."
             )
-        self._bus.on_progress = self._on_progress
+        self._bus.progress.listener = self._on_progress
         try:
             try:
                 self._begin()
@@ -311,7 +312,7 @@ class Session:
                 raise
             self._finish()
         finally:
-            self._bus.on_progress = None
+            self._bus.progress.listener = None
             self._bus.failure = None
 
     def _begin(self) -> None:
@@ -320,7 +321,7 @@ class Session:
         if self._subscribers:
             options.run_dir.mkdir(parents=True, exist_ok=True)
         self._room.clear_plans()
-        self._bus.attach_control(self._room)
+        self._bus.control_source = self._room
         self._bus.run_id = options.run_id
         self._inbox.step = self._model.step
         self._inbox.scheduled = lambda: self._narrator.watched

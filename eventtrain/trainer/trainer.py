@@ -6,11 +6,11 @@ import uuid
 from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, TypeVar, Unpack
 
-from eventtrain.bus.bus import EventBus
-from eventtrain.bus.handlers import Handler
-from eventtrain.bus.options import EventTypes
+from eventtrain.bus.bus import EventBus, core_of
+from eventtrain.bus.handlers import HandlerDecorator
+from eventtrain.bus.options import SubscriptionOptions
 from eventtrain.bus.subscription import Subscription
 from eventtrain.control.control import Control
 from eventtrain.control.requests import RunRequests
@@ -18,6 +18,7 @@ from eventtrain.control.run_state import ResumePoint
 from eventtrain.device.extensions import StepExtension
 from eventtrain.device.state import PyTree
 from eventtrain.errors import AlreadyRunning, ConfigurationError, StateInUse
+from eventtrain.events import Event
 from eventtrain.events.models import Number
 from eventtrain.loop.train_loop import Pace
 from eventtrain.subscribers.base import Subscriber, subscribe
@@ -32,6 +33,11 @@ from eventtrain.trainer.resume import fingerprint
 from eventtrain.trainer.resume_point import find_resumption
 from eventtrain.trainer.session import Session
 from eventtrain.trainer.signals import SignalGuard
+
+if TYPE_CHECKING:
+    from eventtrain.bus.options import EventTypesOf
+
+E = TypeVar("E", bound=Event)
 
 
 class Trainer:
@@ -113,14 +119,15 @@ class Trainer:
             drain_timeout_s=drain_timeout_s,
             fingerprint=fingerprint(model.skeleton, model.leaves, steps_per_call, step_extensions),
         )
-        self._room = RunRequests(self.bus)
-        if not self.bus.has_control:
-            self.bus.attach_control(self._room)
+        self._core = core_of(self.bus)
+        self._room = RunRequests(self._core)
+        if self._core.control_source is None:
+            self._core.control_source = self._room
         self._subscribers: tuple[Subscriber, ...] = ()
         for subscriber in subscribers:
             self._add(subscriber)
-        self._inference = Inference(self._model, self._options, self.bus)
-        self._activity = Execution(self._model, self._room.inbox, self.bus, backend, backend_options)
+        self._inference = Inference(self._model, self._options, self._core)
+        self._activity = Execution(self._model, self._room.inbox, self._core, backend, backend_options)
         self._session: Session | None = None
 
     # --- looking ----------------------------------------------------------------------------------------------
@@ -155,7 +162,9 @@ class Trainer:
         """Commands without a cause, for services: they take effect as soon as they arrive. Any thread."""
         return Control(self._room.inbox)
 
-    def on(self, event_type: EventTypes, **options: Any) -> Callable[[Handler], Handler]:
+    def on(
+        self, event_type: EventTypesOf[E], **options: Unpack[SubscriptionOptions[E]]
+    ) -> HandlerDecorator[E, Control]:
         """Subscribe the decorated function, which comes back unchanged; options as in ``EventBus.subscribe``."""
         return self.bus.on(event_type, **options)
 
@@ -299,7 +308,7 @@ class Trainer:
     ) -> Session:
         subscribers = (*self._subscribers, *extra)
         return Session(
-            self._model, self._options, self.bus, self._room, subscribers,
+            self._model, self._options, self._core, self._room, subscribers,
             aim=aim, eval_data=eval_data, resumption=resumption, restarts=restarts,
         )  # fmt: skip
 

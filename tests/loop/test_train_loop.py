@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 
 import eventtrain as et
+from eventtrain.bus.bus import core_of
 from tests.support.models import batches, make_trainer, record
 
 
@@ -437,7 +438,7 @@ def test_a_decider_that_joins_a_running_run_decides_from_the_next_window_on(tmp_
             time.sleep(0.002)
             if index == 7:
                 trainer.bus.subscribe(et.StepCompleted, decide, every=2, lag=3)
-                while not trainer.bus.deciders:
+                while not core_of(trainer.bus).deciders:
                     time.sleep(0.001)
             yield batch
 
