@@ -12,7 +12,7 @@ import anyio.from_thread
 import anyio.to_thread
 from anyio.from_thread import start_blocking_portal
 
-from eventtrain.bus.bus import EventBus
+from eventtrain.bus.core import BusCore
 from eventtrain.control.command_queue import CommandQueue
 from eventtrain.device.executable_cache import LowerOnCaller, lower_here
 from eventtrain.device.model import Model
@@ -39,7 +39,7 @@ class Execution:
         self,
         model: Model,
         queue: CommandQueue,
-        bus: EventBus,
+        bus: BusCore,
         backend: str,
         backend_options: dict[str, Any] | None,
     ) -> None:
