@@ -61,8 +61,8 @@ class EpochIterator:
         self._waiter = waiter
         self._prefetcher: Prefetcher | None = None
         self._direct: Iterator[tuple[Batch, Any]] | None = None
-        batches = batches_from(data, epoch, start, data_state)
         try:
+            batches = batches_from(data, epoch, start, data_state)
             batch = next(batches)
         except StopIteration:
             if start:  # resumed behind the last batch of the epoch
