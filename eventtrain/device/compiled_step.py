@@ -28,7 +28,7 @@ import jax
 import numpy as np
 
 from eventtrain.device.executable_cache import ExecutableCache, LowerOnCaller, lower_here
-from eventtrain.device.extensions import ExtensionStates, StepExtension
+from eventtrain.device.extensions import ExtensionStates, ParamsLens, StepExtension
 from eventtrain.device.fused_step import FusedStep, LoweredStep, StepFn, StepOptions
 from eventtrain.device.metric_ring import MetricRings, RingCarry, TakenRing
 from eventtrain.device.state import Leaves, PyTree, TreeStructure, abstract, copy_leaves, replicated_sharding
@@ -79,7 +79,7 @@ class CompiledStep:
         leaves: Sequence[jax.Array],
         *,
         extensions: Sequence[StepExtension] = (),
-        params: Callable[[PyTree], PyTree] = lambda state: state,
+        params: ParamsLens = lambda state: state,
         hyperparams_watched: Sequence[int] = (),
         options: StepOptions | None = None,
         lower_on_caller: LowerOnCaller = lower_here,

@@ -18,6 +18,8 @@ from eventtrain.device.validation import call_user, matched_leaves
 from eventtrain.errors import ConfigurationError
 
 Use: TypeAlias = Literal["eval", "predict", "final"]
+# From the state to the weights in it; what it computes instead cannot be replaced.
+ParamsLens: TypeAlias = Callable[[PyTree], PyTree]
 
 
 class StepExtension(abc.ABC):
@@ -77,7 +79,7 @@ class ExtensionStates:
     def __init__(
         self,
         extensions: Sequence[StepExtension],
-        params: Callable[[PyTree], PyTree],
+        params: ParamsLens,
         structure: TreeStructure,
         leaves: Sequence[jax.Array],
     ) -> None:

@@ -11,10 +11,10 @@ import jax
 from eventtrain.device.compiled_eval import CompiledEval, CompiledPredict
 from eventtrain.device.compiled_step import CompiledStep
 from eventtrain.device.executable_cache import LowerOnCaller, lower_here
-from eventtrain.device.extensions import StepExtension, Use
+from eventtrain.device.extensions import ParamsLens, StepExtension, Use
 from eventtrain.device.fused_step import StepFn, StepOptions
 from eventtrain.device.hyperparams import Hyperparam
-from eventtrain.device.params_override import Params, ParamsOverride, params_indices, params_overrides
+from eventtrain.device.params_override import ParamsOverride, params_indices, params_overrides
 from eventtrain.device.state import Leaves, PyTree, TreeStructure, place, split_state
 from eventtrain.errors import ConfigurationError
 
@@ -37,7 +37,7 @@ class Model:
     step_fn: StepFn
     eval_fn: EvalFn | None
     predict_fn: PredictFn | None
-    params: Params
+    params: ParamsLens
     extensions: Sequence[StepExtension]
     options: StepOptions
     structure: TreeStructure
@@ -64,7 +64,7 @@ class Model:
         *,
         eval_fn: EvalFn | None,
         predict_fn: PredictFn | None,
-        params: Params | None,
+        params: ParamsLens | None,
         extensions: Sequence[StepExtension],
         options: StepOptions,
     ) -> Model:

@@ -13,15 +13,15 @@ import jax
 import jax.numpy as jnp
 
 from eventtrain.device.executable_cache import LowerOnCaller
-from eventtrain.device.extensions import StepExtension, Use, checked_uses
+from eventtrain.device.extensions import ParamsLens, StepExtension, Use, checked_uses
 from eventtrain.device.state import Leaves, PyTree, TreeStructure, abstract, partition
 from eventtrain.device.validation import call_user, structure_differences, type_differences
 from eventtrain.errors import ConfigurationError, StateError, listed
 
-Params = Callable[[PyTree], PyTree]
 
-
-def params_indices(params: Params, structure: TreeStructure, leaves: Sequence[Any]) -> dict[str, int | None]:
+def params_indices(
+    params: ParamsLens, structure: TreeStructure, leaves: Sequence[Any]
+) -> dict[str, int | None]:
     """Returns path of each array that the lens `params` gives -> index of that leaf in the state.
 
     The index is None where the lens computes the array. Never blocks.
@@ -40,7 +40,7 @@ def params_indices(params: Params, structure: TreeStructure, leaves: Sequence[An
 
 def params_overrides(
     extensions: Sequence[StepExtension],
-    params: Params,
+    params: ParamsLens,
     structure: TreeStructure,
     leaves: Sequence[jax.Array],
     lower_on_caller: LowerOnCaller,
@@ -83,7 +83,7 @@ class ParamsOverride:
     def __init__(
         self,
         extension: StepExtension,
-        params: Params,
+        params: ParamsLens,
         structure: TreeStructure,
         leaves: Sequence[jax.Array],
         lower_on_caller: LowerOnCaller,
