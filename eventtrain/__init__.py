@@ -15,6 +15,7 @@ from eventtrain.bus.queues import DropNewest, DropOldest, KeepLatest, Lossless, 
 from eventtrain.bus.subscription import Subscription, SubscriptionStatistics
 from eventtrain.control.control import Control
 from eventtrain.control.loop_statistics import LoopStatistics
+from eventtrain.control.run_context import RunContext
 from eventtrain.control.snapshots import KeptSnapshot
 from eventtrain.data.array_loader import ArrayLoader
 from eventtrain.device.compiled_step import StepProgram
@@ -87,7 +88,7 @@ from eventtrain.events import (
     parse_event,
 )
 from eventtrain.events.commands import Cause, Command
-from eventtrain.subscribers.base import RunContext, Subscriber
+from eventtrain.subscribers.base import Subscriber
 from eventtrain.trainer.fit import FitResult
 from eventtrain.trainer.session import Session
 from eventtrain.trainer.trainer import Trainer

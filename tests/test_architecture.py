@@ -27,7 +27,7 @@ MAY_IMPORT = {
     "data": "errors device",
     "control": "errors events device bus",
     "loop": "errors events device bus data control",
-    "subscribers": "errors events device bus control",
+    "subscribers": "errors events bus control",
     "trainer": "errors events device bus data control loop subscribers",
     "config": "errors events bus subscribers",
     "testing": "errors events bus subscribers",

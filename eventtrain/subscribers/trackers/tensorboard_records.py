@@ -15,11 +15,11 @@ from PIL import Image
 from tensorboardX import summary
 from tensorboardX.proto import event_pb2, summary_pb2
 
+from eventtrain.control.run_context import StepProgram
 from eventtrain.errors import StorageError
 from eventtrain.events import EpochCompleted, RunResumed, RunStarted, StepsCompleted
 from eventtrain.events import Event as Said
 from eventtrain.subscribers._shared.step_table import step_rows
-from eventtrain.subscribers.base import StepProgram
 from eventtrain.subscribers.trackers.recorded_values import Array, Record, bin_edges, recorded
 
 # Protobuf makes its classes when it is imported, so no checker of types knows them.

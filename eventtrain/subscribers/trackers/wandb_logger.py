@@ -13,6 +13,7 @@ import anyio
 import anyio.to_thread
 from pydantic import Field, SecretStr
 
+from eventtrain.control.run_context import StepProgram
 from eventtrain.control.snapshots import KeptSnapshot
 from eventtrain.errors import ConfigurationError, StateError
 from eventtrain.events import (
@@ -31,7 +32,7 @@ from eventtrain.subscribers._shared.paths import file_path
 from eventtrain.subscribers._shared.state import SavedState
 from eventtrain.subscribers._shared.step_table import due_steps, step_rows
 from eventtrain.subscribers._shared.validation import require_choice, require_count, require_number
-from eventtrain.subscribers.base import RunContext, StepProgram, Subscriber
+from eventtrain.subscribers.base import RunContext, Subscriber
 from eventtrain.subscribers.trackers.curves import Points, TrackedCurves
 from eventtrain.subscribers.trackers.histograms import TrackedArrays
 from eventtrain.subscribers.trackers.hyperparam_curve import HyperparamCurveState
