@@ -29,9 +29,8 @@ from eventtrain.subscribers._shared.step_rows import due_steps
 from eventtrain.subscribers._shared.validation import require_count, require_number
 from eventtrain.subscribers.base import RunContext, Subscriber
 from eventtrain.subscribers.trackers import tensorboard_file as event_file
-from eventtrain.subscribers.trackers.curves import TrackedCurves
+from eventtrain.subscribers.trackers.curves import HyperparamCurveState, TrackedCurves
 from eventtrain.subscribers.trackers.histograms import TrackedArrays
-from eventtrain.subscribers.trackers.hyperparam_curve import HyperparamCurveState
 from eventtrain.subscribers.trackers.recorded_values import Record, check_record
 from eventtrain.subscribers.trackers.tensorboard_file import OWN_NAME, EventFile
 from eventtrain.subscribers.trackers.tracker_thread import TrackerStatistics, TrackerThread

@@ -32,9 +32,8 @@ from eventtrain.subscribers._shared.state import SavedState
 from eventtrain.subscribers._shared.step_rows import due_steps, step_rows
 from eventtrain.subscribers._shared.validation import require_choice, require_count, require_number
 from eventtrain.subscribers.base import RunContext, StepProgram, Subscriber
-from eventtrain.subscribers.trackers.curves import Points, TrackedCurves
+from eventtrain.subscribers.trackers.curves import HyperparamCurveState, Points, TrackedCurves
 from eventtrain.subscribers.trackers.histograms import TrackedArrays
-from eventtrain.subscribers.trackers.hyperparam_curve import HyperparamCurveState
 from eventtrain.subscribers.trackers.recorded_values import Record, check_record, recorded
 from eventtrain.subscribers.trackers.tracker_thread import TrackerStatistics, TrackerThread
 
