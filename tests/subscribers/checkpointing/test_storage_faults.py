@@ -16,7 +16,7 @@ import pytest
 
 import eventtrain as et
 from eventtrain import subscribers as subs
-from eventtrain.subscribers._shared import disk
+from eventtrain.subscribers._shared import atomic_files
 from eventtrain.subscribers.checkpointing import store as checkpoint_store
 from eventtrain.subscribers.checkpointing.directory import committed_in
 from eventtrain.subscribers.checkpointing.retention import Retention
@@ -33,7 +33,7 @@ class Faults:
         self.count = 0
         self.fails: Callable[[int, str], bool] = lambda number, name: False
         for name in CALLS:
-            monkeypatch.setattr(disk, name, self._counted(name, getattr(disk, name)))
+            monkeypatch.setattr(atomic_files, name, self._counted(name, getattr(atomic_files, name)))
 
     def _counted(self, name: str, original: Any) -> Any:
         def call(*args: Any) -> Any:
