@@ -83,7 +83,7 @@ class PrometheusExporter(Subscriber):
         if port is not None:
             require_count("PrometheusExporter", "port", port)
             if port > 65_535:
-                raise ConfigurationError(f"PrometheusExporter: port must be <= 65535, got {port!r}.")
+                raise ConfigurationError(f"PrometheusExporter(port={port!r}): port must be <= 65535.")
         _require_labels(labels)
         self._wanted_port = port
         self._host = host
@@ -214,15 +214,15 @@ def _require_labels(labels: Any) -> None:
     """Raises ConfigurationError unless ``labels`` is a mapping from valid label names to text, or None."""
     if labels is not None and not isinstance(labels, Mapping):
         raise ConfigurationError(
-            f"PrometheusExporter: labels must be a dict from names to text, got {labels!r}."
+            f"PrometheusExporter(labels={labels!r}): labels must be a dict from names to text."
         )
     for name, value in (labels or {}).items():
         if not isinstance(value, str):
             raise ConfigurationError(
-                f"PrometheusExporter: labels must have text as values, got {value!r} for {name!r}."
+                f"PrometheusExporter(labels=...): the value of {name!r} must be text, got {value!r}."
             )
         if not re.fullmatch(r"(?!__)[a-zA-Z_][a-zA-Z0-9_]*", name) or name in OWN_LABELS:
             raise ConfigurationError(
-                f"PrometheusExporter: a name in labels must consist of letters, digits and _, must not begin with a "
+                f"PrometheusExporter(labels=...): a name must consist of letters, digits and _, must not begin with a "
                 f"digit or __, and must not be one of {', '.join(sorted(OWN_LABELS))}; got {name!r}."
             )

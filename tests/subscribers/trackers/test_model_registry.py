@@ -19,10 +19,11 @@ import pytest
 import eventtrain as et
 from eventtrain import subscribers as subs
 from eventtrain.subscribers._shared import atomic_files
+from eventtrain.subscribers._shared.optional_imports import MissingModule
 from eventtrain.subscribers.trackers import model_registry
 
 mlflow = pytest.importorskip("mlflow", reason="MLflow is not installed: pip install 'eventtrain[mlflow]'")
-from eventtrain.subscribers.trackers.mlflow_registry import MLflowRegistry  # noqa: E402
+from eventtrain.subscribers.trackers.mlflow_registry import MLflowRegistry, Version  # noqa: E402
 
 # MLflow itself, when it first maps its tables.
 pytestmark = pytest.mark.filterwarnings("ignore:The ``noload`` loader strategy:DeprecationWarning")
@@ -247,7 +248,7 @@ def test_what_is_there_is_found_on_any_page(uri: str, name: str, monkeypatch: py
     registry = MLflowRegistry(name, model_registry.SecretStr(uri), experiment="x", run_name="y")
     for source in ("a", "b", "c"):
         assert not registry.has(source)
-        registry.add(model_registry.Version(source, 1, "kind"))
+        registry.add(Version(source, 1, "kind"))
     assert [registry.has(source) for source in ("a", "b", "c", "d")] == [True, True, True, False]
 
 
@@ -348,13 +349,14 @@ def test_a_registry_that_cannot_be_reached_costs_no_run_and_its_password_is_show
     ],
 )
 def test_arguments_that_cannot_work_are_refused(named: str, wrong: dict[str, Any]) -> None:
-    with pytest.raises(et.ConfigurationError, match=f"ModelRegistry.{next(iter(wrong), 'name')}="):
+    with pytest.raises(et.ConfigurationError, match=f"ModelRegistry.{next(iter(wrong), 'name')}=.* must be"):
         subs.ModelRegistry(named, "sqlite://", **wrong)
 
 
 def test_without_mlflow_the_remedy_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(model_registry, "mlflow_registry", None)
-    with pytest.raises(et.ConfigurationError, match=r"pip install 'eventtrain\[mlflow\]'"):
+    missing = MissingModule(ModuleNotFoundError("No module named 'mlflow'"), "mlflow", "ModelRegistry")
+    monkeypatch.setattr(model_registry, "mlflow_registry", missing)
+    with pytest.raises(et.ConfigurationError, match=r"No module named 'mlflow'.*'eventtrain\[mlflow\]'"):
         subs.ModelRegistry("model", "sqlite://")
 
 
