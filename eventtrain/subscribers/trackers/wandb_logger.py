@@ -235,7 +235,7 @@ def _require_open_url(base_url: str | None) -> None:
         fits = False
     if not fits:
         raise ConfigurationError(
-            "WandbLogger(base_url=...): base_url must begin with http:// or https://, name a host, and have neither user, "
+            "WandbLogger(base_url=...): base_url must begin with http:// or https://, name a host, and have no user, "
             "password, query nor fragment, since W&B prints it and writes it to its files. Pass the key as api_key=... "
             "or in WANDB_API_KEY."
         ) from None
