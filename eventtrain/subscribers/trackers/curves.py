@@ -5,7 +5,7 @@ Points of single steps are not made here: they come in windows, by ``step_rows``
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterator, Mapping
 from typing import NamedTuple
 
 from pydantic import BaseModel, ConfigDict
@@ -20,9 +20,6 @@ from eventtrain.events import (
     StepsCompleted,
 )
 from eventtrain.events.models import Number
-
-HyperparamValue = tuple[int, str, float]
-"""Step that was computed with the value, name, value."""
 
 
 class Points(NamedTuple):
@@ -49,13 +46,16 @@ class HyperparamCurveState(BaseModel):
 class TrackedCurves:
     """Turns events, in their order, into points of ``epoch/...``, ``eval/...`` and ``hyperparams/...``, none twice.
 
-    Call ``points`` with each event of the types ``events``.
+    Call ``points`` with each event of the types ``events``. A hyperparameter has a point at the first step, at each
+    change, and at the last step of each epoch. A change at boundary k is a point of step k + 1, the first that is
+    computed with it. It is returned once that step is completed: several changes at one boundary are one point.
     """
 
     events = (RunStarted, EpochStarted, StepsCompleted, EvalCompleted, HyperparamChanged, EpochCompleted)
 
     def __init__(self) -> None:
-        self._hyperparams = HyperparamCurve()
+        self._last: dict[str, tuple[int, float]] = {}
+        self._waiting: dict[str, tuple[int, float]] = {}
         self.evaluated_at = -1
         """Step of the last evaluation that has points; a restart needs it and ``state``."""
 
@@ -65,9 +65,9 @@ class TrackedCurves:
             case StepsCompleted():
                 return self.due(event.last_step)
             case HyperparamChanged():
-                return _of_hyperparams(self._hyperparams.changed(event))
+                return self._changed(event)
             case EpochCompleted():
-                values = _of_hyperparams(self._hyperparams.completed(event))
+                values = [*self.due(event.step), *self._at_the_end_of(event)]
                 return [*values, *_of_metrics(event.step, "epoch", event.metrics)]
             case EvalCompleted() if (
                 event.step > self.evaluated_at
@@ -75,69 +75,44 @@ class TrackedCurves:
                 self.evaluated_at = event.step
                 return _of_metrics(event.step, "eval", event.metrics)
             case EpochStarted():
-                self._hyperparams.started(event)
-            case RunStarted():  # perhaps of another trainer, from the first step on
-                self._hyperparams.begin(event.step)
-                self.evaluated_at = min(self.evaluated_at, event.step)
+                for name, value in event.hyperparams.items():
+                    if name not in self._last and name not in self._waiting:
+                        self._waiting[name] = (event.step + 1, float(value))
+            case RunStarted(step=step):  # perhaps of another trainer, from the first step on
+                self._last = {name: point for name, point in self._last.items() if point[0] <= step}
+                self._waiting = {name: point for name, point in self._waiting.items() if point[0] <= step + 1}
+                self.evaluated_at = min(self.evaluated_at, step)
             case _:
                 pass
         return []
 
     def due(self, step: int) -> list[Points]:
-        """Returns the points of hyperparameters that waited for ``step`` or an earlier one."""
-        return _of_hyperparams(self._hyperparams.due(step))
+        """Returns the points of hyperparameters that waited for ``step`` or an earlier one, in order."""
+        due = {name: point for name, point in self._waiting.items() if point[0] <= step}
+        self._last.update(due)
+        for name in due:
+            del self._waiting[name]
+        return [
+            _of_hyperparam(*point) for point in sorted((at, name, value) for name, (at, value) in due.items())
+        ]
 
     @property
     def state(self) -> HyperparamCurveState:
         """State for ``restore``."""
-        return self._hyperparams.state
+        return HyperparamCurveState(last=dict(self._last), waiting=dict(self._waiting))
 
     def restore(self, state: HyperparamCurveState, evaluated_at: int) -> None:
         """Continues from a saved state."""
-        self._hyperparams.state = state
+        self._last, self._waiting = dict(state.last), dict(state.waiting)
         self.evaluated_at = evaluated_at
 
-
-class HyperparamCurve:
-    """Curves of hyperparameters over the steps: the first value, each change, and the last step of each epoch.
-
-    A change at boundary k is a point of step k + 1, the first that is computed with it. It is returned once that step
-    is completed: several changes at one boundary are one point, the last.
-    """
-
-    def __init__(self) -> None:
-        self._last: dict[str, tuple[int, float]] = {}
-        self._waiting: dict[str, tuple[int, float]] = {}
-
-    def begin(self, step: int) -> None:
-        """Forgets the points of steps after ``step``, after which a run begins."""
-        self._last = {name: point for name, point in self._last.items() if point[0] <= step}
-        self._waiting = {name: point for name, point in self._waiting.items() if point[0] <= step + 1}
-
-    def started(self, event: EpochStarted) -> None:
-        """Takes the values that are not known yet."""
-        for name, value in event.hyperparams.items():
-            if name not in self._last and name not in self._waiting:
-                self._waiting[name] = (event.step + 1, float(value))
-
-    def changed(self, event: HyperparamChanged) -> list[HyperparamValue]:
-        """Takes a change; returns the points that are due before it."""
+    def _changed(self, event: HyperparamChanged) -> list[Points]:
         due = self.due(event.step)
         known = event.name in self._last or event.name in self._waiting
         self._waiting[event.name if known else event.path] = (event.step + 1, float(event.new))
         return due
 
-    def due(self, step: int) -> list[HyperparamValue]:
-        """Returns the points that waited for ``step`` or an earlier one, in order."""
-        due = {name: point for name, point in self._waiting.items() if point[0] <= step}
-        self._last.update(due)
-        for name in due:
-            del self._waiting[name]
-        return sorted((at, name, value) for name, (at, value) in due.items())
-
-    def completed(self, event: EpochCompleted) -> list[HyperparamValue]:
-        """Returns the points that are due at the end of an epoch, with those of its last step."""
-        values = self.due(event.step)
+    def _at_the_end_of(self, event: EpochCompleted) -> Iterator[Points]:
         for name, shown in event.hyperparams.items():
             at, value = self._last.get(name, (-1, float(shown)))
             if (
@@ -146,21 +121,11 @@ class HyperparamCurve:
                 value = float(shown)
             if at < event.step:
                 self._last[name] = (event.step, value)
-                values.append((event.step, name, value))
-        return values
-
-    @property
-    def state(self) -> HyperparamCurveState:
-        """State saved with checkpoints."""
-        return HyperparamCurveState(last=dict(self._last), waiting=dict(self._waiting))
-
-    @state.setter
-    def state(self, state: HyperparamCurveState) -> None:
-        self._last, self._waiting = dict(state.last), dict(state.waiting)
+                yield _of_hyperparam(event.step, name, value)
 
 
-def _of_hyperparams(values: Iterable[HyperparamValue]) -> list[Points]:
-    return [Points(step, "hyperparams", {name: value}) for step, name, value in values]
+def _of_hyperparam(step: int, name: str, value: float) -> Points:
+    return Points(step, "hyperparams", {name: value})
 
 
 def _of_metrics(step: int, group: str, metrics: Mapping[str, Number]) -> list[Points]:

@@ -1,28 +1,17 @@
-"""``RegistryThread``: registers versions of one model in MLflow's registry, one after the other."""
+"""``MLflowRegistry``: one registered model in MLflow's registry. Blocking; any thread, one at a time."""
 
 from __future__ import annotations
 
-import logging
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from functools import partial
-from typing import TypeVar
 
 from mlflow import MlflowClient
 from mlflow.entities import Metric
 from mlflow.exceptions import MlflowException
 from pydantic import SecretStr
 
-from eventtrain.errors import StorageError
-from eventtrain.events import Event, SubscriberFailed
-from eventtrain.subscribers._shared.retry import retry
-from eventtrain.subscribers._shared.worker_thread import WorkerThread
 from eventtrain.subscribers.trackers.mlflow_client import experiment_id, key_for, without_text
-
-logger = logging.getLogger("eventtrain")
-
-T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -32,21 +21,17 @@ class Version:
     Attributes:
         source: path or URL of the checkpoint.
         step: of its state.
-        event_kind: of the event that it is registered for.
         metrics, tags: by name.
     """
 
     source: str
     step: int
-    event_kind: str
     metrics: Mapping[str, float] = field(default_factory=dict[str, float])
     tags: Mapping[str, str] = field(default_factory=dict[str, str])
 
 
 class MLflowRegistry:
-    """One registered model, and one run in MLflow for its metrics. Blocking; any thread, one at a time.
-
-    Nothing is done before ``add`` or ``has``.
+    """Adds versions to one registered model, and their metrics to one run in MLflow. Nothing is done before.
 
     Args:
         model: its name; created if missing.
@@ -114,77 +99,3 @@ class MLflowRegistry:
             self._run_id = client.create_run(experiment, run_name=self._run_name).info.run_id
             self._client = client
         return self._client
-
-
-class RegistryThread(WorkerThread):
-    """Registers versions in the order in which they were added; reports failures by SubscriberFailed.
-
-    Args:
-        owner: name of the subscriber.
-        publish: ``EventBus.publish``.
-        registry: to which they are added.
-        retries, retry_delay_s: as of ``retry``.
-    """
-
-    def __init__(
-        self,
-        owner: str,
-        publish: Callable[[Event], None],
-        registry: MLflowRegistry,
-        *,
-        retries: int,
-        retry_delay_s: float,
-    ) -> None:
-        super().__init__(owner, publish)
-        self._owner = owner
-        self._registry = registry
-        self._retries = retries
-        self._retry_delay_s = retry_delay_s
-        self._waiting: list[Version] = []
-
-    # --- any thread; never blocks -----------------------------------------------------------------------------
-
-    def add(self, version: Version, *, unless_registered: bool = False) -> None:
-        """Queues a version; with ``unless_registered`` it is skipped if one with its source exists."""
-        self._waiting.append(version)
-        self.put(partial(self._register, version, unless_registered))
-
-    def end(self, status: str) -> None:
-        """Queues the end of the run in MLflow."""
-        self.put(partial(self._end, status))
-
-    @property
-    def unfinished(self) -> str:
-        """What is neither registered nor failed yet, for messages."""
-        sources = ", ".join(version.source for version in list(self._waiting))
-        return sources or "nothing, but its run was not ended"
-
-    # --- on the thread ----------------------------------------------------------------------------------------
-
-    def _register(self, version: Version, unless_registered: bool) -> None:
-        registry, source = self._registry, version.source
-        try:
-            if unless_registered and self._retry(lambda: registry.has(source)):
-                logger.info("%s is registered already", source)
-            else:
-                logger.info(
-                    "%s is version %s of the model", source, self._retry(lambda: registry.add(version))
-                )
-        except StorageError as error:
-            if self.stopping.is_set():
-                return  # ``stop`` reports what is left
-            self._report(version.step, version.event_kind, f"{source} was not registered: {error}")
-        self._waiting.remove(version)
-
-    def _end(self, status: str) -> None:
-        try:
-            self._registry.close(status)
-        except StorageError as error:
-            self._report(0, "stop", f"the run in MLflow was not ended: {error}")
-
-    def _report(self, step: int, event_kind: str, text: str) -> None:
-        logger.error("%s", text)
-        self.publish(SubscriberFailed(step=step, subscriber=self._owner, event_kind=event_kind, error=text))
-
-    def _retry(self, action: Callable[[], T]) -> T:
-        return retry(action, retries=self._retries, delay_s=self._retry_delay_s, stopping=self.stopping)

@@ -56,8 +56,6 @@ class MLflowRun:
         self._param_keys = Keys()
         self._params: set[str] = set()
         self._newest: dict[str, int] = {}
-        self.skipped = 0
-        """Values that MLflow had already."""
 
     def open(self) -> str:
         """Creates the run, or continues it; returns its id. Further calls do nothing."""
@@ -97,9 +95,7 @@ class MLflowRun:
         metrics: list[Metric] = []
         for name, value, step, time_ms in values:
             key = self._keys[name]
-            if step <= self._newest.get(key, -1):
-                self.skipped += 1
-            else:
+            if step > self._newest.get(key, -1):
                 metrics.append(Metric(key, value, time_ms, step))
         with without_text():
             for batch in _batches(metrics, METRICS_PER_BATCH):

@@ -11,22 +11,26 @@ from typing import TYPE_CHECKING, Literal
 
 from pydantic import SecretStr
 
-from eventtrain.errors import ConfigurationError, SubscriberError
+from eventtrain.errors import ConfigurationError, StorageError, SubscriberError
 from eventtrain.events import (
     TO_BE_CONTINUED,
     CheckpointCommitted,
     CheckpointUploaded,
     EpochCompleted,
+    Event,
     RunCompleted,
     RunFailed,
     RunResumed,
+    SubscriberFailed,
 )
 from eventtrain.subscribers._shared.optional_imports import import_optional, require_installed
+from eventtrain.subscribers._shared.retry import retry
 from eventtrain.subscribers._shared.validation import require_choice, require_count, require_number
+from eventtrain.subscribers._shared.worker_thread import WorkerThread
 from eventtrain.subscribers.base import RunContext, Subscriber
 
 if TYPE_CHECKING:
-    from eventtrain.subscribers.trackers.mlflow_registry import RegistryThread
+    from eventtrain.subscribers.trackers.mlflow_registry import MLflowRegistry, Version
 
 mlflow_registry = import_optional(
     "eventtrain.subscribers.trackers.mlflow_registry", extra="mlflow", used_by="ModelRegistry"
@@ -63,6 +67,7 @@ class ModelRegistry(Subscriber):
         ConfigurationError: MLflow is not installed, or an argument is invalid.
     """
 
+    events = (EpochCompleted, CheckpointCommitted, CheckpointUploaded, RunResumed, RunCompleted, RunFailed)
     disable_after = None
 
     def __init__(
@@ -100,46 +105,35 @@ class ModelRegistry(Subscriber):
         self._epochs: deque[EpochCompleted] = deque(maxlen=REMEMBERED_EPOCHS)
         self._status = "FINISHED"
         self._run: RunContext | None = None
-        self._thread: RegistryThread | None = None
+        self._registry: MLflowRegistry | None = None
+        self._thread: WorkerThread | None = None
+        self._waiting: list[str] = []
+        """Sources that are neither registered nor failed yet."""
 
     async def start(self, run: RunContext) -> None:
         """Starts the thread that uses MLflow."""
         self._run = run
-        self._thread = thread = mlflow_registry.RegistryThread(
-            self.name or "ModelRegistry",
-            run.publish,
-            self._connect(run_name=run.run_id),
-            retries=self._retries,
-            retry_delay_s=self._retry_delay_s,
-        )
-        thread.start()
+        self._registry = self._connect(run_name=run.run_id)
+        self._thread = WorkerThread(self._owner, run.publish)
+        self._thread.start()
 
-    async def on_epoch_completed(self, event: EpochCompleted) -> None:
-        """Remembers the metrics."""
-        self._epochs.append(event)
-
-    async def on_checkpoint_committed(self, event: CheckpointCommitted) -> None:
-        """Has it registered, if folders are; returns at once."""
-        if self._source == "checkpoint":
-            self._register(event, event.path)
-
-    async def on_checkpoint_uploaded(self, event: CheckpointUploaded) -> None:
-        """Has it registered, if uploads are; returns at once."""
-        if self._source == "upload":
-            self._register(event, event.url)
-
-    async def on_run_resumed(self, event: RunResumed) -> None:
-        """Has the checkpoint registered unless it is already, which the attempt before may have lost."""
-        if self._source == "checkpoint":
-            self._register(event, event.path)
-
-    async def on_run_completed(self, event: RunCompleted) -> None:
-        """Remembers how the run ended."""
-        self._status = "KILLED" if event.reason in TO_BE_CONTINUED else "FINISHED"
-
-    async def on_run_failed(self, event: RunFailed) -> None:
-        """Remembers how the run ended."""
-        self._status = "FAILED"
+    async def handle(self, event: Event) -> None:
+        """Has the checkpoint registered, or remembers metrics and the end of the run; returns at once."""
+        match event:
+            case EpochCompleted():
+                self._epochs.append(event)
+            case CheckpointCommitted() if self._source == "checkpoint":
+                self._register(event, event.path)
+            case CheckpointUploaded() if self._source == "upload":
+                self._register(event, event.url)
+            case RunResumed() if self._source == "checkpoint":  # the attempt before may have failed to
+                self._register(event, event.path)
+            case RunCompleted():
+                self._status = "KILLED" if event.reason in TO_BE_CONTINUED else "FINISHED"
+            case RunFailed():
+                self._status = "FAILED"
+            case _:
+                pass
 
     async def stop(self) -> None:
         """Waits for what is not registered.
@@ -148,30 +142,37 @@ class ModelRegistry(Subscriber):
             SubscriberError: that took longer than ``finish_timeout_s``.
         """
         thread, self._thread = self._thread, None
-        if thread is None:
+        registry = self._registry
+        if thread is None or registry is None:
             return
-        thread.end(self._status)
+        thread.put(partial(self._end, thread, registry, self._status))
+
+        def unfinished() -> str:
+            return ", ".join(list(self._waiting)) or "nothing, but its run was not ended"
 
         def report() -> None:
-            logger.error("The time for the end of the run is over; not registered: %s", thread.unfinished)
+            logger.error("The time for the end of the run is over; not registered: %s", unfinished())
 
         if not await thread.finish_within(self._finish_timeout_s, report):
             raise SubscriberError(
                 f"Not everything was registered within {self._finish_timeout_s:g} s after the run; not registered: "
-                f"{thread.unfinished}."
+                f"{unfinished()}."
             )
 
+    @property
+    def _owner(self) -> str:
+        return self.name or "ModelRegistry"
+
     def _register(self, event: CheckpointCommitted | CheckpointUploaded | RunResumed, source: str) -> None:
-        run, thread = self._run, self._thread
-        if run is None or thread is None:
+        run, thread, registry = self._run, self._thread, self._registry
+        if run is None or thread is None or registry is None:
             return
         if self._directory is not None:
             directory = (run.run_dir / self._directory).absolute()
             if Path(event.path).parent != directory:
                 return
-        resumes = isinstance(event, RunResumed)
         tags = {"step": str(event.step), "run_id": run.run_id}
-        if not resumes and event.tag is not None:
+        if not isinstance(event, RunResumed) and event.tag is not None:
             tags["tag"] = event.tag
         metrics: dict[str, float] = {}
         epoch = next((one for one in reversed(self._epochs) if one.step <= event.step), None)
@@ -179,5 +180,32 @@ class ModelRegistry(Subscriber):
             tags["epoch"] = str(epoch.epoch)
             names = epoch.metrics.keys() if self._metrics is None else self._metrics
             metrics = {name: float(epoch.metrics[name]) for name in names if name in epoch.metrics}
-        version = mlflow_registry.Version(source, event.step, event.kind, metrics, {**tags, **self._tags})
-        thread.add(version, unless_registered=resumes)
+        version = mlflow_registry.Version(source, event.step, metrics, {**tags, **self._tags})
+        self._waiting.append(source)
+        thread.put(partial(self._add, thread, registry, event, version))
+
+    # --- on the thread ----------------------------------------------------------------------------------------
+
+    def _add(self, thread: WorkerThread, registry: MLflowRegistry, event: Event, version: Version) -> None:
+        source = version.source
+        attempt = partial(retry, retries=self._retries, delay_s=self._retry_delay_s, stopping=thread.stopping)
+        try:
+            if isinstance(event, RunResumed) and attempt(lambda: registry.has(source)):
+                logger.info("%s is registered already", source)
+            else:
+                logger.info("%s is version %s of the model", source, attempt(lambda: registry.add(version)))
+        except StorageError as error:
+            if thread.stopping.is_set():
+                return  # ``stop`` reports what is left
+            self._report(thread, event.step, event.kind, f"{source} was not registered: {error}")
+        self._waiting.remove(source)
+
+    def _end(self, thread: WorkerThread, registry: MLflowRegistry, status: str) -> None:
+        try:
+            registry.close(status)
+        except StorageError as error:
+            self._report(thread, 0, "stop", f"the run in MLflow was not ended: {error}")
+
+    def _report(self, thread: WorkerThread, step: int, event_kind: str, text: str) -> None:
+        logger.error("%s", text)
+        thread.publish(SubscriberFailed(step=step, subscriber=self._owner, event_kind=event_kind, error=text))

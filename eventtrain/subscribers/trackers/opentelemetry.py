@@ -140,8 +140,8 @@ class OpenTelemetry(Tracker):
             return
         if isinstance(event, ENDS):
             self._measure(recorder)
-        must_keep = isinstance(event, (RunCompleted, RunFailed))
-        self._add(event, partial(recorder.record, event), must_keep=must_keep)
+        rows = 0 if isinstance(event, (RunCompleted, RunFailed)) else 1
+        self._add(event, partial(recorder.record, event), rows=rows)
 
     def _last_job(self) -> Callable[[], None] | None:
         return self._recorder.close if self._recorder is not None else None

@@ -12,7 +12,7 @@ from typing import Any
 
 from opentelemetry import metrics, trace
 from opentelemetry.context import Context, get_current
-from opentelemetry.metrics import Histogram, MeterProvider
+from opentelemetry.metrics import MeterProvider
 from opentelemetry.trace import Span, Status, StatusCode, TracerProvider
 
 from eventtrain.events import (
@@ -96,7 +96,7 @@ class Recorder:
 
     def measure(self, window: StepsCompleted, hyperparams: Mapping[str, Number]) -> None:
         """Records the values of the newest step, and the number of steps since the last call."""
-        self._instruments.steps.add(window.last_step - self._counted_step, self._attributes)
+        self._instruments.add("steps", window.last_step - self._counted_step)
         self._counted_step = window.last_step
         self._instruments.set("metric", {name: column[-1].item() for name, column in window.metrics.items()})
         self._instruments.set("hyperparam", hyperparams)
@@ -150,7 +150,7 @@ class Recorder:
         span = self._epoch or self._begin_epoch(event.epoch, _began_ns(event))
         self._epoch = None
         self._end_measured(span, event)
-        self._instruments.epoch_duration.record(event.duration_s, self._attributes)
+        self._instruments.record("epoch.duration", event.duration_s)
         self._instruments.set("epoch.metric", event.metrics)
 
     def _on_eval_started(self, event: EvalStarted) -> None:
@@ -160,7 +160,7 @@ class Recorder:
         span = self._evaluation or self._begin_evaluation(event.epoch, _began_ns(event))
         self._evaluation = None
         self._end_measured(span, event)
-        self._instruments.evaluation_duration.record(event.duration_s, self._attributes)
+        self._instruments.record("evaluation.duration", event.duration_s)
         self._instruments.set("evaluation.metric", event.metrics)
 
     def _on_checkpoint_started(self, event: CheckpointStarted) -> None:
@@ -170,13 +170,13 @@ class Recorder:
         span = self._checkpoints.pop(event.path, None) or self._begin_checkpoint(event, _began_ns(event))
         span.set_attributes(_prefixed({"size_bytes": event.size_bytes}))
         self._end(span, _ns(event.time))
-        self._instruments.checkpoint_duration.record(event.duration_s, self._attributes)
-        self._instruments.checkpoint_size.record(event.size_bytes, self._attributes)
+        self._instruments.record("checkpoint.duration", event.duration_s)
+        self._instruments.record("checkpoint.size", event.size_bytes)
 
     def _on_checkpoint_failed(self, event: CheckpointFailed) -> None:
         span = self._checkpoints.pop(event.path, None) or self._begin_checkpoint(event, _ns(event.time))
         self._end(span, _ns(event.time), event.error)
-        self._instruments.checkpoint_failures.add(1, self._attributes)
+        self._instruments.add("checkpoint.failures", 1)
 
     # --- spans ------------------------------------------------------------------------------------------------
 
@@ -214,46 +214,47 @@ class Recorder:
         span.end(end_ns)
 
 
+INSTRUMENTS = {
+    "steps": ("counter", "{step}", "Optimiser updates completed"),
+    "metric": ("gauge", "", "Of the newest step"),
+    "hyperparam": ("gauge", "", "The value in effect"),
+    "epoch.metric": ("gauge", "", "Mean over the last epoch"),
+    "evaluation.metric": ("gauge", "", "Mean over the last evaluation"),
+    "nonfinite": ("counter", "{value}", "Values of gauges that were NaN or infinite"),
+    "epoch.duration": ("histogram", "s", "Duration of each epoch"),
+    "evaluation.duration": ("histogram", "s", "Duration of each evaluation"),
+    "checkpoint.duration": ("histogram", "s", "Duration of each checkpoint"),
+    "checkpoint.size": ("histogram", "By", "Of each checkpoint"),
+    "checkpoint.failures": ("counter", "{checkpoint}", "Checkpoints that were not written"),
+}
+"""Name -> kind, unit, description."""
+
+
 class _Instruments:
-    """Instruments of a meter."""
+    """Instruments of a meter; each measurement has ``attributes``."""
 
     def __init__(self, provider: MeterProvider | None, attributes: Attributes) -> None:
         meter = metrics.get_meter(SCOPE, meter_provider=provider)
         self._attributes = attributes
-        self.steps = meter.create_counter("eventtrain.steps", "{step}", "Optimiser updates completed")
-        self._gauges = {
-            "metric": meter.create_gauge("eventtrain.metric", "", "Of the newest step"),
-            "hyperparam": meter.create_gauge("eventtrain.hyperparam", "", "The value in effect"),
-            "epoch.metric": meter.create_gauge("eventtrain.epoch.metric", "", "Mean over the last epoch"),
-            "evaluation.metric": meter.create_gauge(
-                "eventtrain.evaluation.metric", "", "Mean over the last evaluation"
-            ),
+        self._instruments: dict[str, Any] = {
+            name: getattr(meter, f"create_{kind}")(f"eventtrain.{name}", unit, description)
+            for name, (kind, unit, description) in INSTRUMENTS.items()
         }
-        self._nonfinite = meter.create_counter(
-            "eventtrain.nonfinite", "{value}", "Values to be shown that were NaN or infinite"
-        )
 
-        def duration(what: str) -> Histogram:
-            return meter.create_histogram(f"eventtrain.{what}.duration", "s", f"Duration of each {what}")
+    def add(self, counter: str, amount: int) -> None:
+        self._instruments[counter].add(amount, self._attributes)
 
-        self.epoch_duration = duration("epoch")
-        self.evaluation_duration = duration("evaluation")
-        self.checkpoint_duration = duration("checkpoint")
-        self.checkpoint_size = meter.create_histogram(
-            "eventtrain.checkpoint.size", "By", "Of each checkpoint"
-        )
-        self.checkpoint_failures = meter.create_counter(
-            "eventtrain.checkpoint.failures", "{checkpoint}", "Checkpoints that were not written"
-        )
+    def record(self, histogram: str, value: float) -> None:
+        self._instruments[histogram].record(value, self._attributes)
 
     def set(self, gauge: str, values: Mapping[str, Number]) -> None:
         """Sets a gauge for each name; counts NaN and infinities instead, which the SDK refuses."""
         for name, value in values.items():
             attributes = {**self._attributes, "name": escape_surrogates(name)}
             if isfinite(value):
-                self._gauges[gauge].set(float(value), attributes)
+                self._instruments[gauge].set(float(value), attributes)
             else:
-                self._nonfinite.add(1, attributes)
+                self._instruments["nonfinite"].add(1, attributes)
 
 
 def _prefixed(attributes: Attributes) -> dict[str, str | bool | int | float]:

@@ -20,6 +20,7 @@ from eventtrain.events import (
     CheckpointSkipped,
     EpochCompleted,
     EvalCompleted,
+    Event,
     RunResumed,
     RunStarted,
     StepsCompleted,
@@ -70,6 +71,11 @@ class PrometheusExporter(Subscriber):
     Raises:
         ConfigurationError: prometheus_client is not installed, or an argument is invalid.
     """
+
+    events = (
+        *(RunStarted, RunResumed, StepsCompleted, EpochCompleted, EvalCompleted, AlertRaised, AlertResolved),
+        *(CheckpointCommitted, CheckpointFailed, CheckpointSkipped),
+    )
 
     def __init__(
         self,
@@ -138,49 +144,33 @@ class PrometheusExporter(Subscriber):
                 SubscriberFailed(step=run.start_step, subscriber=name, event_kind="start", error=text)
             )
 
-    async def on_run_started(self, event: RunStarted) -> None:
-        """Sets the step."""
-        self._collector.latest.step = event.step
-
-    async def on_run_resumed(self, event: RunResumed) -> None:
-        """Sets the step."""
-        self._collector.latest.step = event.step
-
-    async def on_steps_completed(self, event: StepsCompleted) -> None:
-        """Keeps the newest window."""
-        self._collector.latest.window = event
-        self._collector.latest.step = event.last_step
-
-    async def on_epoch_completed(self, event: EpochCompleted) -> None:
-        """Keeps the newest epoch."""
-        self._collector.latest.epoch = event
-
-    async def on_eval_completed(self, event: EvalCompleted) -> None:
-        """Keeps the newest evaluation."""
-        self._collector.latest.evaluation = event
-
-    async def on_checkpoint_committed(self, event: CheckpointCommitted) -> None:
-        """Keeps the newest checkpoint, and counts it."""
-        self._collector.latest.committed = event
-        self._count("committed")
-
-    async def on_checkpoint_failed(self, event: CheckpointFailed) -> None:
-        """Counts it."""
-        self._count("failed")
-
-    async def on_checkpoint_skipped(self, event: CheckpointSkipped) -> None:
-        """Counts it."""
-        self._count("skipped")
-
-    async def on_alert_raised(self, event: AlertRaised) -> None:
-        """Sets the alert to 1."""
+    async def handle(self, event: Event) -> None:
+        """Keeps the newest event of each kind, and counts checkpoints; returns at once."""
         latest = self._collector.latest
-        latest.alerts = {**latest.alerts, (event.name, event.severity): 1}
-
-    async def on_alert_resolved(self, event: AlertResolved) -> None:
-        """Sets the alert to 0 at each severity."""
-        latest = self._collector.latest
-        latest.alerts = {key: 0 if key[0] == event.name else raised for key, raised in latest.alerts.items()}
+        match event:
+            case StepsCompleted():
+                latest.window, latest.step = event, event.last_step
+            case RunStarted() | RunResumed():
+                latest.step = event.step
+            case EpochCompleted():
+                latest.epoch = event
+            case EvalCompleted():
+                latest.evaluation = event
+            case CheckpointCommitted():
+                latest.committed = event
+                self._count("committed")
+            case CheckpointFailed():
+                self._count("failed")
+            case CheckpointSkipped():
+                self._count("skipped")
+            case AlertRaised():
+                latest.alerts = {**latest.alerts, (event.name, event.severity): 1}
+            case AlertResolved():  # at each severity
+                latest.alerts = {
+                    key: 0 if key[0] == event.name else raised for key, raised in latest.alerts.items()
+                }
+            case _:
+                pass
 
     async def stop(self) -> None:
         """Keeps the last values and stops the server."""

@@ -65,12 +65,10 @@ class Tracker(Subscriber):
         if first_job is not None:
             self._thread.add(first_job, step=run.start_step, event_kind="start", rows=0)
 
-    def _add(self, event: Event, work: Callable[[], None], *, rows: int = 1, must_keep: bool = False) -> bool:
+    def _add(self, event: Event, work: Callable[[], None], *, rows: int = 1) -> bool:
         """Adds a job to the thread; returns whether it was queued."""
         thread = self._thread
-        return thread is not None and thread.add(
-            work, step=event.step, event_kind=event.kind, rows=rows, must_keep=must_keep
-        )
+        return thread is not None and thread.add(work, step=event.step, event_kind=event.kind, rows=rows)
 
     async def _flushed(self) -> bool:
         """Waits until everything so far is written; False if that takes too long, or the tracker is away."""

@@ -111,20 +111,18 @@ class TrackerThread(WorkerThread):
         step: int,
         event_kind: str,
         rows: int = 1,
-        must_keep: bool = False,
     ) -> bool:
         """Queues ``work``, unless too many rows wait; returns whether it was queued.
 
         Args:
             work: writes the rows; called in the thread, perhaps several times.
             step, event_kind: of the event that it is done for; shown in SubscriberFailed.
-            rows: its share of ``row_limit``.
-            must_keep: queue it also at the limit; for the few jobs that begin and end a run.
+            rows: its share of ``row_limit``; 0 for the few jobs that begin and end a run, which are always queued.
         """
         job = self._last = _Job(work, step, event_kind, rows)
         with self._lock:
             waiting = self._statistics.waiting
-            taken = must_keep or waiting + rows <= self._row_limit
+            taken = waiting + rows <= self._row_limit
             if taken:
                 self._count(waiting=rows)
         if taken:

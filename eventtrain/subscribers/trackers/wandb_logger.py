@@ -118,22 +118,23 @@ class WandbLogger(MediaTracker):
         self._directory = file_path(directory, "WandbLogger") if directory is not None else Path()
         secret = SecretStr(api_key) if isinstance(api_key, str) else api_key
         self._options = partial(
-            wandb_run.WandbOptions,
-            mode=mode,
-            project=project,
-            entity=entity,
-            group=group,
-            tags=tags,
-            config=dict(hparams or {}),
-            api_key=secret,
-            base_url=base_url,
-            init_timeout_s=init_timeout_s,
+            wandb_run.WandbOptions, api_key=secret, base_url=base_url, init_timeout_s=init_timeout_s
         )
+        self._arguments = {
+            "mode": mode,
+            "project": project,
+            "entity": entity,
+            "group": group,
+            "tags": tags,
+            "config": dict(hparams or {}),
+        }
         self._base_url = base_url
         self._description = "W&B" if mode == "online" else "the files of W&B"
         self._needs_key = mode == "online" and secret is None
         self._id = ""
         self._configured = False
+        self._newest_step = self._complete_step = -1
+        """Of the jobs so far, and of the windows among them."""
         self._unwritten: RowsByStep = {}
         self._saved_rows: RowsByStep = {}
         self._exit_code = 0
@@ -158,14 +159,15 @@ class WandbLogger(MediaTracker):
             self._id = uuid.uuid4().hex[:16]
             self._configured = self._program_written = False
         self._exit_code = 0
-        self._wandb = wandb = wandb_run.WandbRun(
-            self._options(
-                run_id=self._id, folder=run.run_dir / self._directory, name=run.run_id, resumes=continues
-            )
-        )
+        self._newest_step = self._complete_step = -1
+        arguments = {**self._arguments, "name": run.run_id}
+        folder = run.run_dir / self._directory
+        options = self._options(run_id=self._id, folder=folder, resumes=continues, arguments=arguments)
+        self._wandb = wandb = wandb_run.WandbRun(options)
         self._begin(run, wandb, self._description, first_job=wandb.open)
         rows, self._saved_rows = self._saved_rows, {}
         if continues and rows and self._thread is not None:
+            self._newest_step = run.start_step
             self._thread.add(
                 partial(wandb.log, rows), step=run.start_step, event_kind="start", rows=len(rows)
             )
@@ -176,7 +178,9 @@ class WandbLogger(MediaTracker):
         match event:
             case StepsCompleted():
                 rows = max(len(due_steps(event, self._every)), len(points) > 0)
-                self._add(event, partial(run.log_window, event, self._every, points), rows=rows)
+                if rows or self._newest_step > self._complete_step:
+                    self._add(event, partial(run.log_window, event, self._every, points), rows=rows)
+                self._complete_step = event.last_step
                 return
             case EpochStarted() if not self._configured:
                 self._configured = True
@@ -187,6 +191,10 @@ class WandbLogger(MediaTracker):
                 pass
         for point in points:
             self._add(event, partial(run.log, {point.step: point.named()}))
+
+    def _add(self, event: Event, work: Callable[[], None], *, rows: int = 1) -> bool:
+        self._newest_step = max(self._newest_step, event.step)
+        return super()._add(event, work, rows=rows)
 
     def _last_job(self) -> Callable[[], None] | None:
         return partial(self._wandb.finish, self._exit_code) if self._wandb is not None else None

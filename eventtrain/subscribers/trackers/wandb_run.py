@@ -12,7 +12,7 @@ from collections.abc import Callable, Generator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import wandb
@@ -50,21 +50,23 @@ TEMPORARY_ERRORS = (
 
 @dataclass(frozen=True)
 class WandbOptions:
-    """Arguments of ``wandb.init``; ``run_id`` is W&B's, ``resumes``: the run exists."""
+    """How a run begins at W&B.
+
+    Attributes:
+        run_id: W&B's.
+        folder: in which W&B creates its folder.
+        resumes: the run exists.
+        arguments: others of ``wandb.init``.
+        api_key, base_url, init_timeout_s: of ``wandb.Settings``.
+    """
 
     run_id: str
     folder: Path
-    mode: Literal["online", "offline"]
-    project: str
-    entity: str | None
-    name: str
-    group: str | None
-    tags: tuple[str, ...]
-    config: Mapping[str, Any]
+    resumes: bool
+    arguments: Mapping[str, Any]
     api_key: SecretStr | None
     base_url: str | None
     init_timeout_s: float
-    resumes: bool
 
 
 class WandbRun:
@@ -86,8 +88,6 @@ class WandbRun:
         """Rows of steps after ``_complete_step``."""
         self._logged: dict[int, dict[str, Number]] = {}
         """Numbers of the newest steps, which W&B may have in memory only: all of the last one, some of those before."""
-        self.skipped = 0
-        """Rows left out because an earlier attempt wrote them."""
 
     def open(self) -> None:
         """Begins the run at W&B, or continues it."""
@@ -96,21 +96,16 @@ class WandbRun:
             options.folder.mkdir(parents=True, exist_ok=True)
             if options.resumes:
                 self._present_step = last_step(options.folder, options.run_id)
+            is_online = options.arguments["mode"] == "online"
             self._run = wandb.init(
-                project=options.project,
-                entity=options.entity,
-                name=options.name,
+                **options.arguments,
                 id=options.run_id,
-                group=options.group,
-                tags=options.tags,
-                config=dict(options.config),
                 dir=str(options.folder),
-                mode=options.mode,
-                resume="allow" if options.mode == "online" else None,
+                resume="allow" if is_online else None,
                 reinit="create_new",  # the program may have a run of its own
                 settings=_settings(options),
             )
-            if options.resumes and options.mode == "online":
+            if options.resumes and is_online:
                 self._present_step = max(self._present_step, int(self._run.step) - 1)
             self._log = TransactionLog(Path(self._run.dir).parent / f"run-{options.run_id}.wandb")
             self._run.define_metric("histograms/*", step_metric=HISTOGRAM_STEP)
@@ -119,9 +114,7 @@ class WandbRun:
         """Logs rows by step; the values of one step become one row."""
         with _without_text(self._run):
             for step, values in rows.items():
-                if step <= self._present_step:
-                    self.skipped += 1
-                elif values:
+                if step > self._present_step and values:
                     self._add(values, step)
 
     def log_window(self, event: StepsCompleted, every: int, points: list[Points]) -> None:
@@ -167,7 +160,6 @@ class WandbRun:
         """Logs what the user's functions returned for ``event``."""
         with _without_text(self._run):
             if event.step <= self._present_step:
-                self.skipped += 1
                 return
             row: Row = dict(values.numbers)
             row |= {
