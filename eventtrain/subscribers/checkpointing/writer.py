@@ -214,7 +214,7 @@ class CheckpointWriter:
         parts = self._copy_to_host(pending.claimed)
         facts = None
         if not self._options.weights_only:
-            facts = RunRecord.wait_for(pending.claimed.barrier, self._options.marker_timeout_s)
+            facts = pending.claimed.record(self._options.marker_timeout_s)
             _require_json(facts)
         manifest = self._manifest(pending, facts)
         parse_manifest(path, manifest.to_text())  # a checkpoint that is committed can be read
