@@ -62,7 +62,7 @@ bench: $(VENV)/.installed-bench
 	$(BIN)/python -m benchmarks.live_sinks --json benchmarks/results/live_sinks-$(DEVICE).json
 	$(BIN)/python -m benchmarks.alert_rules --json benchmarks/results/alert_rules-$(DEVICE).json
 	$(BIN)/python -m benchmarks.memory
-	$(BIN)/python -m benchmarks.readme
+	PYTHONPATH=. $(BIN)/python docs/make_pages.py
 
 mutants: $(VENV)/.installed-test
 	$(BIN)/python tests/mutants/run.py
