@@ -18,7 +18,7 @@ PACKAGE = ROOT / "eventtrain"
 
 PHRASES = {
     r"(?<!\bthere )\bis no\b(?! longer\b)": "is not a",
-    r"\banew\b": "again, from scratch",
+    r"(?<!-)\banew\b": "again, from scratch",
     r"\b(?:some|no)body\b": "the component's name",
     r"\bwhoever\b": "the component's name",
     r"\bthrough with\b": "finished with",
@@ -63,8 +63,8 @@ def texts_of(path: Path) -> Iterator[Text]:
 
 
 def paragraphs(path: Path, content: str) -> Iterator[Text]:
-    """The parts between empty lines, so that a phrase may be broken over two lines."""
-    for match in re.finditer(r"(?:.*\S.*\n?)+", content):
+    """Paragraphs, list items and table rows, so that a phrase that is broken over two lines is found."""
+    for match in re.finditer(r"(?m)^.*\S.*\n?(?:(?! *(?:[-*|]|\d+\.) ).*\S.*\n?)*", content):
         yield text(path, content.count("\n", 0, match.start()) + 1, match[0])
 
 
