@@ -24,7 +24,7 @@ import numpy as np
 import eventtrain as et
 from benchmarks.campaign import Campaign
 from eventtrain import subscribers as subs
-from eventtrain.subscribers._shared import disk
+from eventtrain.subscribers._shared import atomic_files
 
 DELAY_S = 5.0
 TOGETHER = 25
@@ -74,7 +74,7 @@ def first_words(seed: int) -> np.ndarray:
 @contextmanager
 def delayed(delay_s: float, taken_s: Mapping[int, float]) -> Generator[dict[int, float]]:
     """Delays the creation of every checkpoint folder; yields step -> the time at which its state was taken."""
-    make_folder: Callable[[Path], None] = disk.make_folder
+    make_folder: Callable[[Path], None] = atomic_files.make_folder
     began_s: dict[int, float] = {}
 
     def later(path: Path) -> None:
@@ -83,11 +83,11 @@ def delayed(delay_s: float, taken_s: Mapping[int, float]) -> Generator[dict[int,
         began_s[step] = time.monotonic()
         make_folder(path)
 
-    disk.make_folder = later
+    atomic_files.make_folder = later
     try:
         yield began_s
     finally:
-        disk.make_folder = make_folder
+        atomic_files.make_folder = make_folder
 
 
 def run(

@@ -1,10 +1,9 @@
-"""What a checkpoint holds besides arrays, so that a run goes on exactly where it was: plain JSON data, validated."""
+"""The records of a checkpoint besides arrays, from which a run continues exactly: plain JSON data, validated."""
 
 from __future__ import annotations
 
 import base64
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
 from datetime import datetime
 from pathlib import Path
 from typing import Any, Literal, Protocol
@@ -28,7 +27,7 @@ class SavedSubscription(Frozen):
 
     @classmethod
     def of(cls, share: SubscriptionState) -> SavedSubscription:
-        """From what a subscription gave."""
+        """Returns the record of ``share``."""
         return cls(
             state=None if share.state is None else dict(share.state),
             unhandled=tuple(event.model_dump(mode="json") for event in share.unhandled),
@@ -39,7 +38,7 @@ class SavedSubscription(Frozen):
         )
 
     def share(self) -> SubscriptionState:
-        """What the subscription gave; raises EventParseError where an event cannot be read."""
+        """Returns what the subscription gave. Raises EventParseError if an event cannot be read."""
         events = tuple(parse_event(data) for data in self.unhandled)
         return SubscriptionState(
             self.state, events, self.decided_on, self.spent, self.disabled, self.failures
@@ -47,7 +46,7 @@ class SavedSubscription(Frozen):
 
 
 class RunRecord(Frozen):
-    """Everything of one cut that is no array."""
+    """Everything of one checkpoint that is not an array."""
 
     schema_version: Literal[1] = 1
     loop: LoopRecord
@@ -56,7 +55,7 @@ class RunRecord(Frozen):
 
     @classmethod
     def wait_for(cls, cut: Barrier, timeout_s: float) -> RunRecord:
-        """What ``cut`` collects. Blocks until everybody has given theirs; raises SnapshotError where one does not."""
+        """Returns what ``cut`` collects. Blocks until it is complete; raises SnapshotError if a subscription fails."""
         shares = cut.wait(timeout_s)
         loop, stream = cut.loop, cut.stream
         assert loop is not None
@@ -71,12 +70,12 @@ class RunRecord(Frozen):
 def _orders_of(
     orders: Iterable[PendingCommand], shares: Mapping[str, SubscriptionState], seq: int
 ) -> Iterator[SavedCommand]:
-    """The commands that belong to a cut: not due, caused before it, by an event that will not be handled once more."""
+    """The commands that belong to a checkpoint: not due, and caused before it by an event that is not redelivered."""
     again = {
         (name, event.seq)
         for name, share in shares.items()
         for event, decided_on in zip(share.unhandled, share.decided_on, strict=True)
-        if decided_on  # others are numbered in another sequence
+        if decided_on  # other events are numbered in another sequence
     }
     for order in orders:
         cause, subscription = order.cause, order.subscription
@@ -93,11 +92,11 @@ def _orders_of(
 
 
 class SavedRun(Protocol):
-    """A checkpoint that a run can go on from."""
+    """A checkpoint from which a run can continue."""
 
     @property
     def path(self) -> Path:
-        """Where it lies."""
+        """Its directory."""
         ...
 
     @property
@@ -112,57 +111,30 @@ class SavedRun(Protocol):
 
     @property
     def facts(self) -> RunRecord | None:
-        """What belongs to it besides arrays; None where only a state was saved."""
+        """Everything that is not an array; None if only a state was saved."""
         ...
 
     def state(self, like: Any) -> Any:
-        """The state, placed as ``like`` is. Raises StateError where it does not fit."""
+        """Returns the state, placed as ``like`` is. Raises StateError if it does not fit."""
         ...
 
     def extensions(self, like: Mapping[str, Any], tag: str | None = None) -> list[Any]:
-        """The leaves of the step extensions, placed as those of ``like`` (by path) and in their order.
+        """Returns the leaves of the step extensions, placed as those of ``like`` (by path) and in their order.
 
-        Those that belong to the state, or to the snapshot ``tag`` of ``kept``.
-        Raises StateError where they do not fit.
+        They belong to the state, or to the snapshot ``tag`` of ``kept``. Raises StateError if they do not fit.
         """
         ...
 
     def kept(self, like: Any) -> dict[str, tuple[int, Any]]:
-        """Other snapshots that the rest of the run needs: tag -> step, and state placed as ``like``."""
+        """Returns the other snapshots that the rest of the run needs: tag -> step, and state placed as ``like``."""
         ...
-
-
-class UndoLog(Protocol):
-    """The trainer and its subscribers as they were."""
-
-    def put_back(self) -> None:
-        """Make it so again."""
-        ...
-
-    def forget(self) -> None:
-        """There is no way back; what was remembered would only take memory."""
-        ...
-
-
-@dataclass(frozen=True)
-class ResumePoint:
-    """What a run starts from when it resumes."""
-
-    saved: SavedRun
-    facts: RunRecord
-    before: UndoLog
-    shares: Mapping[str, SubscriptionState] = field(default_factory=dict[str, SubscriptionState])
-    kept: tuple[str, ...] = ()
-    """Tags of the other snapshots that were saved with it."""
-    ended: str | None = None
-    """Why the run had reached its end, so that nothing is trained."""
 
 
 def pack(state: Any) -> Any:
-    """An iterator's state as JSON data; bytes become ``{"base64": ...}``.
+    """Returns an iterator's state as JSON data; bytes become ``{"base64": ...}``.
 
     Raises:
-        TypeError: it is neither bytes nor JSON data.
+        TypeError: it holds something that is neither bytes nor JSON data.
     """
     if isinstance(state, bytes):
         return {"base64": base64.b64encode(state).decode()}
@@ -175,12 +147,12 @@ def pack(state: Any) -> Any:
     if hasattr(state, "item") and getattr(state, "ndim", None) == 0:
         return state.item()
     raise TypeError(
-        f"the state of the data's iterator holds {type(state).__name__}, and a checkpoint takes bytes and JSON data"
+        f"the state of the data's iterator holds {type(state).__name__}; a checkpoint can hold bytes and JSON data only"
     )
 
 
 def unpack(data: Any) -> Any:
-    """What ``pack`` was given; tuples come back as lists."""
+    """Returns what ``pack`` was given, with lists for tuples."""
     if isinstance(data, Mapping):
         if "base64" in data:
             return base64.b64decode(data["base64"])

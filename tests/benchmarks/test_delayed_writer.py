@@ -15,7 +15,7 @@ import pytest
 import eventtrain as et
 from benchmarks.campaigns import delayed_writer
 from eventtrain import subscribers as subs
-from eventtrain.subscribers._shared import disk
+from eventtrain.subscribers._shared import atomic_files
 
 SHAPE = (70_001,)
 """Of a state that nothing else in this process is like."""
@@ -42,13 +42,13 @@ def test_each_snapshot_in_flight_holds_one_state_and_none_when_it_is_written(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, snapshot: Any
 ) -> None:
     """Beside the one that is trained; the donating step leaves no other."""
-    make_folder, released = disk.make_folder, threading.Event()
+    make_folder, released = atomic_files.make_folder, threading.Event()
 
     def later(path: Path) -> None:
         assert released.wait(60)
         make_folder(path)
 
-    monkeypatch.setattr(disk, "make_folder", later)
+    monkeypatch.setattr(atomic_files, "make_folder", later)
     trainer = et.Trainer(
         lambda state, batch: (state + batch, {}),
         jnp.zeros(SHAPE),

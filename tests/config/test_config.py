@@ -442,7 +442,7 @@ RULE = {"metric": "loss", "above": 1}
         (table(type="early_stopping", patience="3"), STOP + 'patience = "3" should be a valid integer'),
         (table(type="early_stopping", patience=True), STOP + "patience = true should be a valid integer"),
         (table(type="early_stopping", mode="mni"), STOP + "mode = \"mni\" should be 'auto', 'min' or 'max'"),
-        (table(type="early_stopping", patience=-1), STOP + "EarlyStopping(patience=-1): needs"),
+        (table(type="early_stopping", patience=-1), STOP + "EarlyStopping(patience=-1): patience must be"),
         (table(type="early_stopping", every=0), STOP + "every = 0 should be greater than or equal to 1"),
         (
             table(type="early_stopping", lag="x"),

@@ -1,1 +1,1 @@
-"""Used by several groups of subscribers."""
+"""Modules that several groups of subscribers share."""

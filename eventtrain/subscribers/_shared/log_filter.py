@@ -1,4 +1,4 @@
-"""``quiet_libraries``: what other packages would log of a URL while it is used is logged nowhere."""
+"""``quiet_libraries``: suppresses what other packages would log about a URL with secrets while it is used."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from contextlib import contextmanager
 PACKAGES = frozenset(
     {"apprise", "charset_normalizer", "httpcore", "httpx", "paho", "requests", "slixmpp", "urllib3"}
 )
-"""Whose loggers are meant: at DEBUG they write URLs, headers and answers out in full, httpx already at INFO."""
+"""Packages whose loggers write URLs, headers and responses in full, at DEBUG, httpx already at INFO."""
 
 
-class _NotOfQuietThreads(logging.Filter):
-    """Holds back what a thread logs while it is quiet; other threads log as ever."""
+class _QuietThreadFilter(logging.Filter):
+    """Drops the records of threads that are quiet; those of other threads pass."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -24,14 +24,16 @@ class _NotOfQuietThreads(logging.Filter):
         return not getattr(self.here, "quiet", False)
 
 
-_FILTER = _NotOfQuietThreads()  # one for the process, as the loggers are, which take it in once
+_FILTER = (
+    _QuietThreadFilter()
+)  # one for the process, as the loggers are; adding it to a logger again does nothing
 
 
 @contextmanager
 def quiet_libraries() -> Generator[None]:
-    """Within it this thread logs nothing by the loggers of ``PACKAGES``.
+    """Inside the block, the loggers of ``PACKAGES`` log nothing for this thread.
 
-    Those that there are: a package has to be imported before, also where another one would import it when needed.
+    Covers the loggers that exist at entry: import a package before, also one that another package imports on demand.
     """
     for name, found in list(logging.Logger.manager.loggerDict.items()):
         if isinstance(found, logging.Logger) and name.partition(".")[0] in PACKAGES:

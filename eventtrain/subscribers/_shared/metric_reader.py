@@ -1,4 +1,4 @@
-"""``MetricReader``: one metric out of events' metrics, and what to say when it is not there. Shared by all policies."""
+"""``MetricReader``: reads one metric from events, and reports when it is missing."""
 
 from __future__ import annotations
 
@@ -11,15 +11,18 @@ from eventtrain.events.models import Number
 
 logger = logging.getLogger("eventtrain")
 
+MOST_NAMES = 20
+"""Names of metrics in one message."""
+
 
 class MetricReader:
-    """Finds one metric in events' metrics, and says once when it is not there.
+    """Reads one metric from events, and reports once when it is missing.
 
     Args:
-        owner: the subscriber's name in messages.
+        owner: the subscriber's name for messages.
         metric: its name.
-        strict: a metric that is not there is an error instead of a warning.
-        evaluates: the metrics are those of epochs of a run that evaluates. One without any ``val_`` metric then had no
+        strict: a missing metric is an error instead of a warning.
+        evaluates: the metrics are those of epochs of a run that evaluates. An epoch without any ``val_`` metric had no
             evaluation (EvaluateEvery), so a metric with this prefix is not missing yet.
     """
 
@@ -29,10 +32,10 @@ class MetricReader:
         self._strict = strict
         self._evaluates = evaluates and metric.startswith("val_")
         self._without_evaluation = 0
-        self._said = False
+        self._reported = False
 
     def read(self, metrics: Mapping[str, Number], *, unprefixed: bool = False) -> float | None:
-        """The value, or None where it is missing.
+        """Returns the value, or None if it is missing.
 
         Args:
             metrics: of an event.
@@ -47,38 +50,41 @@ class MetricReader:
         if self._evaluates and not any(name.startswith("val_") for name in metrics):
             self._without_evaluation += 1
         else:
-            self._complain(self._explain(metrics))
+            self._report(self._explain(metrics))
         return None
 
     def end(self) -> None:
-        """The run has ended, and ``read`` never gave a value.
+        """Reports a run that ended before ``read`` returned a value.
 
         Raises:
-            ConfigurationError: that was for want of an evaluation, and ``strict``.
+            ConfigurationError: there was no evaluation, and ``strict``.
         """
         if self._without_evaluation:
-            self._complain(
-                f"{self._owner} watches {self.metric!r}, and the run ended before an epoch with an evaluation "
-                f"({self._without_evaluation} without one), so it decided nothing. Have EvaluateEvery(...) evaluate "
+            self._report(
+                f"{self._owner} monitors {self.metric!r}, and the run ended before an epoch with an evaluation "
+                f"({self._without_evaluation} without one), so it had no effect. Make EvaluateEvery(...) evaluate "
                 "more often, or train longer."
             )
 
-    def _complain(self, message: str) -> None:
+    def _report(self, message: str) -> None:
         if self._strict:
             raise ConfigurationError(message)
-        if not self._said:
-            self._said = True
+        if not self._reported:
+            self._reported = True
             logger.warning("%s", message)
 
     def _explain(self, metrics: Mapping[str, Number]) -> str:
         names = sorted(metrics, key=lambda name: -difflib.SequenceMatcher(None, self.metric, name).ratio())
+        listed = ", ".join(names[:MOST_NAMES]) or "none"
+        if len(names) > MOST_NAMES:
+            listed += f" and {len(names) - MOST_NAMES} more"
         hint = (
-            " Metrics of eval_data start with val_; does fit(...) have eval_data? With EvaluateEvery(...) only "
-            "epochs in which it evaluates have them."
+            " Metrics of eval_data start with val_; does fit(...) have eval_data? With EvaluateEvery(...) only epochs "
+            "with an evaluation have them."
             if self.metric.startswith("val_")
             else ""
         )
         return (
-            f"{self._owner} watches {self.metric!r}, which is not among the metrics there are "
-            f"({', '.join(names) or 'none'}), so it decides nothing.{hint}"
+            f"{self._owner} monitors {self.metric!r}, which is not among the metrics ({listed}), so it has no effect."
+            f"{hint}"
         )

@@ -1,4 +1,4 @@
-"""Packages that single features need: imported if they are installed, named with their extra if they are not."""
+"""Imports of packages that only some features need; an error for a missing one names the extra to install."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from eventtrain.errors import ConfigurationError
 
 
 def import_optional(module: str, *, extra: str, used_by: str) -> Any:
-    """Returns ``module``, or a stand-in for it if a package that it needs is not installed.
+    """Returns ``module``, or a placeholder if a package that it needs is not installed.
 
     Args:
         module: full dotted name, written out at the call so that it can be checked.
@@ -29,7 +29,7 @@ def require_installed(module: Any) -> None:
 
 
 class MissingModule:
-    """Stands in for a module that could not be imported: using it raises ConfigurationError with the cause."""
+    """Placeholder for a module that could not be imported: using it raises ConfigurationError with the cause."""
 
     def __init__(self, error: ImportError, extra: str, used_by: str) -> None:
         self._error = error

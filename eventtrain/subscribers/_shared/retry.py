@@ -1,68 +1,54 @@
-"""Many files at once, and each tried again. Blocking; any thread."""
+"""``attempts`` and ``retry``: an action is tried again after delays that double. Blocking; any thread."""
 
 from __future__ import annotations
 
+import math
 import threading
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterator
+from itertools import count
 from typing import TypeVar
 
 from eventtrain.errors import StorageError
 
-T = TypeVar("T")
 R = TypeVar("R")
 
 
-def retried(action: Callable[[], R], *, retries: int, delay_s: float, stopping: threading.Event) -> R:
-    """What ``action`` returns, tried again where that may help, until ``stopping`` is set.
+def attempts(
+    retries: float, delay_s: float, wait: Callable[[float], bool], *, max_delay_s: float = math.inf
+) -> Iterator[int]:
+    """Yields 1, 2, ... for the body of a ``for`` loop that leaves it on success; waits before each but the first.
 
     Args:
-        action: what to do.
-        retries, delay_s: so many more tries, the first after ``delay_s`` seconds, then twice as long each.
-        stopping: no further try.
+        retries: attempts after the first; ``math.inf`` for no limit.
+        delay_s: seconds before the second attempt; doubles each time.
+        wait: waits that long; returns True if there must not be another attempt, as ``threading.Event.wait`` does.
+        max_delay_s: the longest delay.
+    """
+    for attempt in count(1):
+        yield attempt
+        if attempt > retries or wait(delay_s):
+            return
+        delay_s = min(2 * delay_s, max_delay_s)
+
+
+def retry(action: Callable[[], R], *, retries: int, delay_s: float, stopping: threading.Event) -> R:
+    """Returns what ``action`` returns; tries again after a StorageError that may pass, until ``stopping`` is set.
+
+    Args:
+        action: to be tried.
+        retries, delay_s: as of ``attempts``.
+        stopping: once set, there is no further attempt.
 
     Raises:
         StorageError: of the last attempt.
     """
-    for attempt in range(1, retries + 2):
+    failure = None
+    for attempt in attempts(retries, delay_s, stopping.wait):
         try:
             return action()
         except StorageError as error:
-            if not error.may_pass or attempt > retries or stopping.wait(delay_s):
-                raise StorageError(f"{error} (attempt {attempt})") from None
-        delay_s *= 2
-    raise AssertionError("unreachable")
-
-
-def at_once(action: Callable[[T], R], items: Iterable[T], *, threads: int, name: str) -> list[R]:
-    """``action`` of each item, in order, by several threads; the first that raises ends them all.
-
-    The threads are daemons, unlike an executor's: one that hangs on a dead server does not keep a program from ending.
-    """
-    todo = list(enumerate(items))[::-1]
-    results: dict[int, R] = {}
-    failures: list[BaseException] = []
-
-    def work() -> None:
-        while not failures:
-            try:
-                index, item = todo.pop()
-            except IndexError:
-                return
-            try:
-                results[index] = action(item)
-            except BaseException as error:
-                failures.append(error)
-
-    count = min(threads, len(todo))
-    workers = [threading.Thread(target=work, name=f"eventtrain {name}", daemon=True) for _ in range(count)]
-    try:
-        for worker in workers:
-            worker.start()
-        for worker in workers:
-            worker.join()
-    except BaseException as error:
-        failures.append(error)
-        raise
-    if failures:
-        raise failures[0]
-    return [results[index] for index in sorted(results)]
+            failure = StorageError(f"{error} (attempt {attempt})")
+            if not error.may_pass:
+                break
+    assert failure is not None
+    raise failure

@@ -1,4 +1,4 @@
-"""``RollingQuantile``: the exact quantile of the last values, for policies that tell unusual from usual. Pure."""
+"""``RollingQuantile``: the exact quantile of the newest values, for detecting unusual ones. Pure."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ from collections.abc import Iterable, Iterator
 
 
 class RollingQuantile:
-    """The last ``window`` values, and any quantile of them.
+    """Window of the newest values, with any quantile of them.
 
-    They are kept twice: as they came, and sorted. ``push`` finds its places by bisection, O(log window), and moves
-    pointers, O(window) but one memmove each: 0.4 us at a window of 200, 4 us at 10,000 (2-core CPU).
+    The values are kept in order of arrival and sorted. ``push`` finds their places by bisection, O(log window), and
+    moves pointers, O(window) but one memmove each: 0.4 us for a window of 200, 4 us for 10,000 (2-core CPU).
 
     Args:
-        window: how many; at least 1.
-        values: to begin with, oldest first: what ``list`` of another one gave.
+        window: number of values; at least 1.
+        values: initial values, oldest first, as iteration over another instance yields them.
     """
 
     def __init__(self, window: int, values: Iterable[float] = ()) -> None:
@@ -29,30 +29,30 @@ class RollingQuantile:
         return len(self._last)
 
     def __iter__(self) -> Iterator[float]:
-        """Oldest first."""
+        """Yields the values, oldest first."""
         return iter(self._last)
 
     def push(self, value: float) -> None:
-        """Take in a value; the oldest goes where the window is full.
+        """Adds a value, and removes the oldest one of a full window.
 
         Raises:
-            ValueError: it is NaN or infinite: neither can be ordered and interpolated.
+            ValueError: it is NaN or infinite, so that it cannot be sorted and interpolated.
         """
         if not math.isfinite(value):
-            raise ValueError(f"RollingQuantile.push({value!r}): needs a finite number; leave others out.")
+            raise ValueError(f"RollingQuantile.push: value must be a finite number, got {value!r}.")
         if len(self._last) == self._last.maxlen:
             del self._sorted[bisect_left(self._sorted, self._last[0])]
         self._last.append(value)
         insort(self._sorted, value)
 
     def quantile(self, q: float) -> float:
-        """The ``q``-quantile (0 <= q <= 1) of the values, interpolated as by ``numpy.quantile``, to the last bit.
+        """Returns the ``q``-quantile (0 <= q <= 1), interpolated as by ``numpy.quantile`` and equal to the last bit.
 
         Raises:
             ValueError: there is no value yet.
         """
         if not self._sorted:
-            raise ValueError("RollingQuantile.quantile: there is no value yet; look at len() first.")
+            raise ValueError("RollingQuantile.quantile: there is no value yet. Check len() first.")
         place = (len(self._sorted) - 1) * q
         below = math.floor(place)
         low, high = self._sorted[below], self._sorted[min(below + 1, len(self._sorted) - 1)]

@@ -1,4 +1,4 @@
-"""``StepTable``: the steps of a window by columns, and how files write them without an event for each step. Pure."""
+"""``StepTable``: the steps of a window as columns, rows or JSON lines, without one event object for each step. Pure."""
 
 from __future__ import annotations
 
@@ -11,6 +11,12 @@ import numpy as np
 from pydantic_core import to_json
 
 from eventtrain.events import StepCompleted, StepsCompleted
+from eventtrain.events.models import Number
+
+
+def due_steps(window: StepsCompleted, every: int) -> range:
+    """Returns the steps of ``window`` that are multiples of ``every``."""
+    return range(window.first_step + -window.first_step % every, window.last_step + 1, every)
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,9 +31,9 @@ class StepTable:
 
     @classmethod
     def of(cls, window: StepsCompleted, every: int = 1) -> StepTable:
-        """The steps of ``window`` that are multiples of ``every``, as a subscription to StepCompleted has them."""
-        skipped = -window.first_step % every
-        steps = range(window.first_step + skipped, window.last_step + 1, every)
+        """Returns the table of ``due_steps``, the steps that a subscription to StepCompleted would get."""
+        steps = due_steps(window, every)
+        skipped = steps.start - window.first_step
         first_batch = window.first_batch + skipped
         batches = range(first_batch, first_batch + every * len(steps), every)
         metrics: Mapping[str, np.ndarray[Any, Any]] = window.metrics
@@ -37,20 +43,30 @@ class StepTable:
 
     @property
     def size_bytes(self) -> int:
-        """About how much memory it takes."""
+        """Approximate memory use."""
         return 500 + sum(200 + column.nbytes for column in self.window.metrics.values())
 
 
+def step_rows(window: StepsCompleted, every: int = 1) -> list[tuple[int, dict[str, Number]]]:
+    """Returns each of ``due_steps`` with its metrics, as exact Python numbers."""
+    table = StepTable.of(window, every)
+    columns = [column.tolist() for column in table.metrics.values()]
+    return [
+        (step, dict(zip(table.metrics, (column[row] for column in columns), strict=True)))
+        for row, step in enumerate(table.steps)
+    ]
+
+
 def number_texts(values: Iterable[Any]) -> list[bytes]:
-    """Each number as JSON: the shortest digits that are read back as the same number, NaN and infinities as text."""
+    """Returns each number as JSON: the shortest digits that are read back as the same; NaN and infinities as text."""
     text = to_json(list(values), inf_nan_mode="strings")
     return text[1:-1].split(b",") if len(text) > 2 else []
 
 
 def json_lines(table: StepTable) -> bytes:
-    """What ``StepCompleted.model_dump_json()`` gives for each step, joined by line ends, without building the events.
+    """Returns ``StepCompleted.model_dump_json()`` of each step, joined by line ends, without building the events.
 
-    ``run_id`` and ``time`` are those of the window, ``seq`` is 0. 0.5 us a row of three metrics.
+    ``run_id`` and ``time`` are those of the window, ``seq`` is 0. 0.5 us for a row of three metrics.
     """
     window = table.window
     constant: dict[str, Any] = {
@@ -80,5 +96,5 @@ def json_lines(table: StepTable) -> bytes:
 
 
 def _json_name(name: str) -> bytes:
-    """As events write it: half a surrogate pair, which no encoding takes, as replacement characters."""
+    """Returns ``name`` as events write it: a lone surrogate, which UTF-8 cannot hold, as replacement characters."""
     return to_json(name.encode("utf-8", "surrogatepass").decode("utf-8", "replace"))

@@ -1,4 +1,4 @@
-"""Checks of what users give to subscribers' constructors; each error names the subscriber and the argument."""
+"""Checks of the arguments of subscribers' constructors. Each error names the subscriber, the argument and its value."""
 
 from __future__ import annotations
 
@@ -9,35 +9,45 @@ from eventtrain.errors import ConfigurationError
 
 
 def require_number(
-    owner: str, name: str, value: Any, *, at_least: float = -math.inf, above: float = -math.inf
+    owner: str,
+    name: str,
+    value: Any,
+    *,
+    at_least: float | None = None,
+    above: float | None = None,
+    at_most: float | None = None,
+    below: float | None = None,
+    optional: bool = False,
 ) -> None:
-    """Raise ConfigurationError unless ``value`` is a finite number, not below ``at_least``, and above ``above``."""
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
-        raise ConfigurationError(f"{owner}({name}={value!r}): needs a finite number.")
-    if value < at_least:
-        raise ConfigurationError(f"{owner}({name}={value!r}): needs a number of at least {at_least:g}.")
-    if value <= above:
-        raise ConfigurationError(f"{owner}({name}={value!r}): needs a number above {above:g}.")
+    """Raises ConfigurationError unless ``value`` is a finite number within the bounds, or None where ``optional``."""
+    bounds = ((">=", at_least), (">", above), ("<=", at_most), ("<", below))
+    if value is None and optional:
+        return
+    if not isinstance(value, bool) and isinstance(value, (int, float)) and math.isfinite(value):
+        too_small = (at_least is not None and value < at_least) or (above is not None and value <= above)
+        too_large = (at_most is not None and value > at_most) or (below is not None and value >= below)
+        if not too_small and not too_large:
+            return
+    limits = " and ".join(f"{sign} {bound:g}" for sign, bound in bounds if bound is not None)
+    raise _refusal(owner, name, value, f"a finite number {limits}".rstrip(), optional)
 
 
-def require_count(owner: str, name: str, value: Any, *, at_least: int = 0) -> None:
-    """Raise ConfigurationError unless ``value`` is a whole number of at least ``at_least``."""
+def require_count(owner: str, name: str, value: Any, *, at_least: int = 0, optional: bool = False) -> None:
+    """Raises ConfigurationError unless ``value`` is an integer >= ``at_least``, or None where ``optional``."""
+    if value is None and optional:
+        return
     if isinstance(value, bool) or not isinstance(value, int) or value < at_least:
-        raise ConfigurationError(f"{owner}({name}={value!r}): needs a whole number of at least {at_least}.")
-
-
-def require_factor(owner: str, value: Any) -> None:
-    """Raise ConfigurationError unless ``factor=value`` makes a hyperparameter smaller, and not 0."""
-    require_number(owner, "factor", value)
-    if not 0 < value < 1:
-        raise ConfigurationError(
-            f"{owner}(factor={value!r}): the hyperparameter is multiplied by it, so it has to lie between 0 and 1, "
-            "both excluded."
-        )
+        raise _refusal(owner, name, value, f"an integer >= {at_least}", optional)
 
 
 def require_choice(owner: str, name: str, value: Any, choices: tuple[str, ...]) -> None:
-    """Raise ConfigurationError unless ``value`` is one of ``choices``."""
+    """Raises ConfigurationError unless ``value`` is one of ``choices``."""
     if value not in choices:
-        given = ", ".join(f'"{choice}"' for choice in choices)
-        raise ConfigurationError(f"{owner}({name}={value!r}): is none of {given}.")
+        raise _refusal(owner, name, value, "one of " + ", ".join(f'"{choice}"' for choice in choices), False)
+
+
+def _refusal(owner: str, name: str, value: Any, expected: str, optional: bool) -> ConfigurationError:
+    or_none = " or None" if optional else ""
+    return ConfigurationError(
+        f"{owner}({name}={value!r}): {name} must be {expected}{or_none}, got {value!r}."
+    )

@@ -1,4 +1,4 @@
-"""``JobThread``: what a subscriber has to wait for, done in a thread of its own, and said when it is done."""
+"""``WorkerThread`` and ``in_own_thread``: blocking work of subscribers, in threads that never keep a program alive."""
 
 from __future__ import annotations
 
@@ -7,20 +7,51 @@ import queue
 import threading
 from collections.abc import Callable
 from functools import partial
+from typing import TypeVar
+
+import anyio
+import anyio.to_thread
 
 from eventtrain.errors import BusClosed, QueueFull
 from eventtrain.events import Event
-from eventtrain.subscribers._shared.own_thread import in_own_thread
+
+T = TypeVar("T")
 
 logger = logging.getLogger("eventtrain")
 
 QUEUE_FULL_S = 0.01
 
 
-class JobThread(threading.Thread):
-    """Does jobs one after the other, in the order in which they came.
+async def in_own_thread(call: Callable[[], T]) -> T:
+    """Returns what ``call`` returns, run in a thread of its own. If cancelled, the thread is left to finish alone."""
+    # A limiter of its own: anyio's would make it wait for forty blocked handlers of a service, and under trio a call
+    # that was left behind keeps its place in a limiter that several calls share.
+    return await anyio.to_thread.run_sync(call, abandon_on_cancel=True, limiter=anyio.CapacityLimiter(1))
 
-    A daemon: a job that hangs does not keep the program from ending.
+
+def publish_waiting(
+    publish: Callable[[Event], None], event: Event, stopping: threading.Event | None = None
+) -> None:
+    """Publishes ``event`` from a worker thread; waits while a Lossless queue is at its limit, so no event is lost.
+
+    If the bus is closed, or once ``stopping`` is set, the event is dropped with a warning in the log. Blocks.
+    """
+    stopping = stopping or threading.Event()
+    while not stopping.is_set():
+        try:
+            publish(event)
+            return
+        except QueueFull:
+            stopping.wait(QUEUE_FULL_S)
+        except BusClosed:
+            break
+    logger.warning("%s of step %d was not published: the bus is closed", event.kind, event.step)
+
+
+class WorkerThread(threading.Thread):
+    """Runs jobs one at a time, in the order in which they were put.
+
+    A daemon: a job that hangs does not keep the program alive.
 
     Args:
         owner: name of the subscriber.
@@ -32,26 +63,26 @@ class JobThread(threading.Thread):
         self._publish = publish
         self._jobs: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
         self.stopping = threading.Event()
-        """Jobs are to end soon, and to say nothing any more."""
+        """Set when jobs must end soon and publish nothing more."""
 
     def put(self, job: Callable[[], None]) -> None:
-        """Have ``job`` done; what it raises is only logged. Never blocks; any thread."""
+        """Queues ``job``; an exception that it raises is only logged. Never blocks; any thread."""
         self._jobs.put(job)
 
     def finish(self, timeout_s: float) -> bool:
-        """Take no more jobs, and wait for those there are; whether ``timeout_s`` was enough. Blocks."""
+        """Ends the thread after the jobs put so far; returns whether it ended within ``timeout_s``. Blocks."""
         self._jobs.put(None)
         self.join(timeout_s)
         self.stopping.set()
         return not self.is_alive()
 
     async def finish_within(self, timeout_s: float, give_up: Callable[[], None] | None = None) -> bool:
-        """As ``finish``, from the event loop, which goes on.
+        """``finish`` without blocking the event loop.
 
         Args:
             timeout_s: seconds.
-            give_up: called where that was not enough, or where this is cancelled: the trainer's ``drain_timeout_s`` may
-                be shorter. It says what is left.
+            give_up: called if that was too short, or if this call is cancelled, since the trainer's
+                ``drain_timeout_s`` may be shorter; it reports what was not done.
         """
         in_time = False
         try:
@@ -63,21 +94,13 @@ class JobThread(threading.Thread):
         return in_time
 
     def run(self) -> None:
-        """Work until ``finish``."""
+        """Runs jobs until ``finish``."""
         while (job := self._jobs.get()) is not None and not self.stopping.is_set():
             try:
                 job()
-            except Exception as error:  # its text may hold secrets
+            except Exception as error:  # its text may contain secrets
                 logger.error("%s: a job raised %s", self.name, type(error).__name__)
 
-    def say(self, event: Event) -> None:
-        """Publish; waits while a Lossless queue is at its limit, since no event may be lost. Within a job."""
-        while not self.stopping.is_set():
-            try:
-                self._publish(event)
-                return
-            except QueueFull:
-                self.stopping.wait(QUEUE_FULL_S)
-            except BusClosed:
-                break
-        logger.warning("Nobody hears of %s (step %d): the bus has ended", event.kind, event.step)
+    def publish(self, event: Event) -> None:
+        """Publishes ``event``, as ``publish_waiting`` does, until ``stopping`` is set. Only for jobs."""
+        publish_waiting(self._publish, event, self.stopping)

@@ -32,10 +32,10 @@ from eventtrain.events import (
     SubscriberFailed,
     SubscriberLagged,
 )
-from eventtrain.subscribers._shared.own_thread import in_own_thread
 from eventtrain.subscribers._shared.paths import file_path, inside_run_dir
 from eventtrain.subscribers._shared.state import SavedState
 from eventtrain.subscribers._shared.validation import require_count, require_number
+from eventtrain.subscribers._shared.worker_thread import in_own_thread
 from eventtrain.subscribers.alerts.alert_state import Alarms, MetricAlarms, RuleState
 from eventtrain.subscribers.alerts.attachments import Attachments
 from eventtrain.subscribers.alerts.message import AlertEvent

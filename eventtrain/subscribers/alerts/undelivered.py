@@ -11,7 +11,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 from eventtrain.events import Event
-from eventtrain.subscribers._shared.appended_file import AppendedFile
+from eventtrain.subscribers._shared.atomic_files import AppendedFile
 
 logger = logging.getLogger("eventtrain")
 
@@ -51,7 +51,7 @@ class DeadLetters:
 
     def _append(self, data: bytes) -> None:
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        self._file.mend()
+        self._file.repair()
         with open(self.path, "ab+") as file:
             file.seek(max(0, file.seek(0, os.SEEK_END) - 1))
             torn = file.read(1) not in (b"", b"\n")

@@ -24,9 +24,9 @@ from eventtrain.events import (
 )
 from eventtrain.subscribers._shared.metric_goal import Mode
 from eventtrain.subscribers._shared.metric_reader import MetricReader
-from eventtrain.subscribers._shared.own_thread import in_own_thread
 from eventtrain.subscribers._shared.state import SavedState
 from eventtrain.subscribers._shared.validation import require_choice, require_count, require_number
+from eventtrain.subscribers._shared.worker_thread import in_own_thread
 from eventtrain.subscribers.base import RunContext, Subscriber
 from eventtrain.subscribers.checkpointing.best_metric import BestSoFar, BestState, goal_of, require_decidable
 from eventtrain.subscribers.checkpointing.naming import (

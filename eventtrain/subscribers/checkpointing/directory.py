@@ -13,7 +13,7 @@ from itertools import count
 from pathlib import Path
 
 from eventtrain.errors import SnapshotError
-from eventtrain.subscribers._shared import disk
+from eventtrain.subscribers._shared import atomic_files
 from eventtrain.subscribers.checkpointing.manifest import TEMPORARY, Manifest, is_checkpoint, read_manifest
 
 logger = logging.getLogger("eventtrain")
@@ -65,8 +65,8 @@ def temporary_path(directory: Path, name: str) -> Path:
 def delete(path: Path) -> None:
     """Remove a checkpoint; it loses its name first, so that half a one never looks whole. Raises OSError."""
     doomed = temporary_path(path.parent, path.name)
-    disk.rename(path, doomed)
-    disk.remove(doomed)
+    atomic_files.rename(path, doomed)
+    atomic_files.remove(doomed)
 
 
 def remove_stale(directory: Path) -> None:
@@ -80,7 +80,7 @@ def try_to_remove(folder: Path) -> bool:
     """Remove what is no checkpoint; whether it is gone. Where it is not, that is only said."""
     try:
         if folder.exists():
-            disk.remove(folder)
+            atomic_files.remove(folder)
     except OSError as error:
         logger.warning("%s is no checkpoint and could not be removed: %s", folder, error)
         return False

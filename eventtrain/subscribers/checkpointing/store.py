@@ -9,7 +9,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from eventtrain.subscribers._shared import disk
+from eventtrain.subscribers._shared import atomic_files
 from eventtrain.subscribers.checkpointing.directory import (
     Committed,
     committed_in,
@@ -62,7 +62,7 @@ class CheckpointStore:
         self._rubbish = [folder for folder in self._rubbish if not try_to_remove(folder)]
         staging = temporary_path(self.directory, name)
         try:
-            disk.make_folder(staging)
+            atomic_files.make_folder(staging)
             manifest = self._fill(staging, parts, manifest)
             size_bytes = sum(file.stat().st_size for file in files_in(staging))
             self._sync(staging)
@@ -73,7 +73,7 @@ class CheckpointStore:
             raise
         try:
             if self._fsync:
-                disk.sync(self.directory)
+                atomic_files.sync(self.directory)
         except BaseException:
             _take_back(path)
             raise
@@ -85,7 +85,7 @@ class CheckpointStore:
         while True:
             path = free_path(self.directory, name)
             try:
-                disk.rename(staging, path)
+                atomic_files.rename(staging, path)
             except OSError:
                 if not path.exists():
                     raise
@@ -122,16 +122,16 @@ class CheckpointStore:
                 },
             }
         )
-        disk.write_text(folder / MANIFEST, manifest.to_text())
+        atomic_files.write_text(folder / MANIFEST, manifest.to_text())
         return manifest
 
     def _sync(self, folder: Path) -> None:
         if not self._fsync:
             return
         for file in files_in(folder):
-            disk.sync(file)
+            atomic_files.sync(file)
         for parent, _, _ in os.walk(folder, topdown=False):
-            disk.sync(Path(parent))
+            atomic_files.sync(Path(parent))
 
 
 def _take_back(path: Path) -> None:

@@ -19,7 +19,7 @@ import numpy as np
 from pydantic_core import to_json
 
 from eventtrain.errors import ConfigurationError
-from eventtrain.subscribers._shared.atomic_files import named_when_whole
+from eventtrain.subscribers._shared.atomic_files import open_replacement
 from eventtrain.subscribers.loggers.row_buffer import WaitingRows
 from eventtrain.subscribers.loggers.row_file import RowFile, free_name
 
@@ -147,7 +147,7 @@ class CSVFile:
         header = [*self._header, *names]
         heading = _heading(header, self._separator)
         line_end = self._separator.encode() * len(names) + b"\n" if self._header else b"\n"
-        with named_when_whole(self._wider, self.path) as new, open(self.path, "ab+") as old:
+        with open_replacement(self._wider, self.path) as new, open(self.path, "ab+") as old:
             new.write(heading)
             old.seek(len(self._header_bytes))
             while chunk := old.read(CHUNK_BYTES):

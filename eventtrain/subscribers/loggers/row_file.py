@@ -10,8 +10,7 @@ from itertools import count
 from pathlib import Path
 from typing import Generic, TypeVar
 
-from eventtrain.subscribers._shared.appended_file import AppendedFile
-from eventtrain.subscribers._shared.atomic_files import cut_tail
+from eventtrain.subscribers._shared.atomic_files import AppendedFile, cut_tail
 from eventtrain.subscribers.loggers.row_buffer import Entry, WaitingRows
 
 logger = logging.getLogger("eventtrain")
@@ -98,7 +97,7 @@ class RowFile(Generic[Item]):
             OSError: it failed; the file ends where the last group ended, and the other rows still wait.
         """
         with self._lock:
-            self._file.mend()  # what renders may read the file
+            self._file.repair()  # what renders may read the file
             entries, done = self.rows.take(), 0
             try:
                 while done < len(entries):

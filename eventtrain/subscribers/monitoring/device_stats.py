@@ -8,8 +8,8 @@ from functools import partial
 
 from eventtrain.errors import BusClosed, ConfigurationError, QueueFull
 from eventtrain.events import MachineMeasured, RunCompleted, RunFailed
-from eventtrain.subscribers._shared.own_thread import in_own_thread
 from eventtrain.subscribers._shared.validation import require_number
+from eventtrain.subscribers._shared.worker_thread import in_own_thread
 from eventtrain.subscribers.base import RunContext, Subscriber
 
 try:

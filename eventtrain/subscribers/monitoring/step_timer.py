@@ -6,6 +6,8 @@ from collections import deque
 from datetime import datetime
 from functools import partial
 
+import numpy as np
+
 from eventtrain.control.loop_statistics import LoopStatistics
 from eventtrain.errors import ConfigurationError
 from eventtrain.events import (
@@ -18,9 +20,8 @@ from eventtrain.events import (
     StepsCompleted,
 )
 from eventtrain.events.models import Number
-from eventtrain.subscribers._shared.own_thread import in_own_thread
 from eventtrain.subscribers._shared.validation import require_count, require_number
-from eventtrain.subscribers._shared.weighted_quantiles import weighted_quantiles
+from eventtrain.subscribers._shared.worker_thread import in_own_thread
 from eventtrain.subscribers.base import RunContext, Subscriber
 
 WINDOWS_KEPT = 10_000
@@ -137,7 +138,8 @@ class StepTimer(Subscriber):
         await run.publish_async(MachineMeasured(step=step, source=source, metrics=metrics))
 
     def _figures(self, now: LoopStatistics) -> dict[str, Number]:
-        p50, p90, p99 = weighted_quantiles(self._windows, (0.5, 0.9, 0.99))
+        step_s, steps = zip(*self._windows, strict=True)
+        p50, p90, p99 = np.quantile(step_s, (0.5, 0.9, 0.99), weights=steps, method="inverted_cdf").tolist()
         steps_per_s = self._steps / self._seconds
         figures: dict[str, Number] = {
             "step_s": self._seconds / self._steps,

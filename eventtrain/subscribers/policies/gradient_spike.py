@@ -13,7 +13,7 @@ from eventtrain.events import StepCompleted
 from eventtrain.subscribers._shared.metric_reader import MetricReader
 from eventtrain.subscribers._shared.rolling_quantile import RollingQuantile
 from eventtrain.subscribers._shared.state import SavedState
-from eventtrain.subscribers._shared.validation import require_count, require_factor, require_number
+from eventtrain.subscribers._shared.validation import require_count, require_number
 from eventtrain.subscribers.base import RunContext, Subscriber
 from eventtrain.subscribers.policies.patience_units import STEP_LAG
 
@@ -80,7 +80,7 @@ class GradientSpike(Subscriber):
         require_count("GradientSpike", "warmup", warmup, at_least=1)
         require_number("GradientSpike", "quantile", quantile, at_least=0)
         require_number("GradientSpike", "threshold", threshold, at_least=1)
-        require_factor("GradientSpike", factor)
+        require_number("GradientSpike", "factor", factor, above=0, below=1)
         require_number("GradientSpike", "min_lr", min_lr, at_least=0)
         if quantile > 1:
             raise ConfigurationError(

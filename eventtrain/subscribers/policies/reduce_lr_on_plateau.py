@@ -16,7 +16,6 @@ from eventtrain.subscribers._shared.state import SavedState
 from eventtrain.subscribers._shared.validation import (
     require_choice,
     require_count,
-    require_factor,
     require_number,
 )
 from eventtrain.subscribers.base import RunContext, Subscriber
@@ -77,7 +76,7 @@ class ReduceLROnPlateau(Subscriber):
         strict: bool = False,
     ) -> None:
         goal = make_goal("ReduceLROnPlateau", monitor, mode, min_delta, relative=min_delta_relative)
-        require_factor("ReduceLROnPlateau", factor)
+        require_number("ReduceLROnPlateau", "factor", factor, above=0, below=1)
         require_count("ReduceLROnPlateau", "patience", patience)
         require_count("ReduceLROnPlateau", "cooldown", cooldown)
         require_number("ReduceLROnPlateau", "min_lr", min_lr, at_least=0)

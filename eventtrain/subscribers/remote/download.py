@@ -12,9 +12,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from eventtrain.errors import SnapshotError, StorageError
-from eventtrain.subscribers._shared import disk
-from eventtrain.subscribers._shared.retry import at_once, retried
+from eventtrain.subscribers._shared import atomic_files
+from eventtrain.subscribers._shared.retry import retry
 from eventtrain.subscribers.checkpointing.directory import temporary_path, try_to_remove
+from eventtrain.subscribers.remote.parallel import in_parallel
 from eventtrain.subscribers.remote.upload_manifest import (
     UPLOAD_MANIFEST,
     Options,
@@ -68,8 +69,8 @@ def download_checkpoint(
         OSError: it cannot be written here.
     """
     store = connect("download_checkpoint", url, options, timeout_s)
-    again = partial(retried, retries=retries, delay_s=retry_delay_s, stopping=threading.Event())
-    at_the_same_time = partial(at_once, threads=max_concurrency, name="download")
+    again = partial(retry, retries=retries, delay_s=retry_delay_s, stopping=threading.Event())
+    at_the_same_time = partial(in_parallel, threads=max_concurrency, name="download")
 
     def fetch(files: Sequence[UploadedFile], base: str, folder: Path) -> None:
         at_the_same_time(lambda file: again(lambda: _fetch(store, base, file, folder)), files)
@@ -154,9 +155,9 @@ def _fetch(store: ObjectStore, base: str, file: UploadedFile, folder: Path) -> N
 def _name(folder: Path, path: Path) -> None:
     """Have the disk hold a folder, and give it its name."""
     for parent, _, _ in os.walk(folder, topdown=False):
-        disk.sync(Path(parent))
-    disk.rename(folder, path)
-    disk.sync(path.parent)
+        atomic_files.sync(Path(parent))
+    atomic_files.rename(folder, path)
+    atomic_files.sync(path.parent)
 
 
 def _lies_there(path: Path, files: Sequence[UploadedFile]) -> bool:

@@ -15,12 +15,13 @@ from typing import TYPE_CHECKING, TypeVar
 
 from eventtrain.errors import EventTrainError, SnapshotError
 from eventtrain.events import CheckpointUploaded, CheckpointUploadFailed, Event, SubscriberFailed
-from eventtrain.subscribers._shared.retry import at_once, retried
-from eventtrain.subscribers._shared.worker_thread import JobThread
+from eventtrain.subscribers._shared.retry import retry
+from eventtrain.subscribers._shared.worker_thread import WorkerThread
 from eventtrain.subscribers.checkpointing.directory import committed_in
 from eventtrain.subscribers.checkpointing.manifest import MANIFEST as CHECKPOINT_MANIFEST
 from eventtrain.subscribers.checkpointing.manifest import read_manifest
 from eventtrain.subscribers.remote.local_file import LocalFile, open_file, open_files, sha256_of
+from eventtrain.subscribers.remote.parallel import in_parallel
 from eventtrain.subscribers.remote.upload_manifest import UPLOAD_MANIFEST, UploadedFile, UploadManifest
 
 if TYPE_CHECKING:
@@ -60,7 +61,7 @@ class Wanted:
     tag: str | None
 
 
-class UploadThread(JobThread):
+class UploadThread(WorkerThread):
     """Copies what it is told to, in that order.
 
     Args:
@@ -125,7 +126,7 @@ class UploadThread(JobThread):
                     "it was deleted before it was copied. Keep more checkpoints (max_to_keep), or write fewer"
                 )
             logger.error("%s was not copied to %s: %s", wanted.path, self.url, reason)
-            self.say(
+            self.publish(
                 CheckpointUploadFailed(
                     step=wanted.step,
                     path=str(wanted.path),
@@ -139,7 +140,7 @@ class UploadThread(JobThread):
         if size_bytes is None:
             logger.info("%s lies at %s/%s already", wanted.path, self.url, name)
             return
-        self.say(
+        self.publish(
             CheckpointUploaded(
                 step=wanted.step,
                 path=str(wanted.path),
@@ -160,7 +161,7 @@ class UploadThread(JobThread):
             name, there = self._retried(partial(self._place, path, files))
             if there:
                 return name, None
-            uploaded = at_once(
+            uploaded = in_parallel(
                 lambda file: self._put(f"{name}/{file.name}", file),
                 files,
                 threads=options.max_concurrency,
@@ -212,7 +213,7 @@ class UploadThread(JobThread):
                     return
                 text = f"{path.name} was not copied to {self.url}: {_told(error)}"
                 logger.error("%s", text)
-                self.say(
+                self.publish(
                     SubscriberFailed(
                         step=step,
                         subscriber=self._options.owner,
@@ -246,7 +247,7 @@ class UploadThread(JobThread):
 
     def _retried(self, action: Callable[[], T]) -> T:
         options = self._options
-        return retried(action, retries=options.retries, delay_s=options.retry_delay_s, stopping=self.stopping)
+        return retry(action, retries=options.retries, delay_s=options.retry_delay_s, stopping=self.stopping)
 
 
 def _told(error: Exception) -> str:

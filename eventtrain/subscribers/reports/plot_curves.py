@@ -16,10 +16,10 @@ from eventtrain.events import (
     StepsCompleted,
     SubscriberFailed,
 )
-from eventtrain.subscribers._shared.atomic_files import write_whole
+from eventtrain.subscribers._shared.atomic_files import write_atomically
 from eventtrain.subscribers._shared.paths import file_path, inside_run_dir
 from eventtrain.subscribers._shared.validation import require_choice, require_count, require_number
-from eventtrain.subscribers._shared.worker_thread import JobThread
+from eventtrain.subscribers._shared.worker_thread import WorkerThread
 from eventtrain.subscribers.base import RunContext, Subscriber
 from eventtrain.subscribers.reports.run_series import COLLECTED, RunSeries, RunSeriesState
 
@@ -104,7 +104,7 @@ class PlotCurves(Subscriber):
         self._metrics = None if metrics is None else tuple(metrics)
         self._series = RunSeries(self._metrics)
         self._run: RunContext | None = None
-        self._thread: JobThread | None = None
+        self._thread: WorkerThread | None = None
         self._due: deque[tuple[RunSeries, str, Event]] = deque(maxlen=1)
         self._end: Event | None = None
 
@@ -114,7 +114,7 @@ class PlotCurves(Subscriber):
             self._series = RunSeries(self._metrics)
         self._run = run
         self._end = None
-        self._thread = JobThread(self.name or "PlotCurves", run.publish)
+        self._thread = WorkerThread(self.name or "PlotCurves", run.publish)
         self._thread.start()
 
     async def handle(self, event: Event) -> None:
@@ -173,7 +173,7 @@ class PlotCurves(Subscriber):
             thread = self._thread
             if thread is None:  # the run ends; if it still fails, stop says so
                 return
-            thread.say(
+            thread.publish(
                 SubscriberFailed(
                     step=event.step,
                     subscriber=self.name or "PlotCurves",
@@ -207,4 +207,4 @@ class PlotCurves(Subscriber):
         changes = [change for change in series.marked if change.name in self._hyperparams]
         title = run.run_id if self._title is None else self._title
         data = self._render(panels, changes, title=title, note=note)
-        write_whole(inside_run_dir(run.run_dir, self._path, "PlotCurves"), data)
+        write_atomically(inside_run_dir(run.run_dir, self._path, "PlotCurves"), data)

@@ -10,11 +10,11 @@ from typing import Any, Literal
 
 from eventtrain.errors import ConfigurationError, SubscriberError
 from eventtrain.events import Event, StepsCompleted
-from eventtrain.subscribers._shared.atomic_files import write_whole
+from eventtrain.subscribers._shared.atomic_files import write_atomically
 from eventtrain.subscribers._shared.paths import file_path, inside_run_dir
 from eventtrain.subscribers._shared.state import SavedState
 from eventtrain.subscribers._shared.validation import require_number
-from eventtrain.subscribers._shared.worker_thread import JobThread
+from eventtrain.subscribers._shared.worker_thread import WorkerThread
 from eventtrain.subscribers.base import RunContext, Subscriber
 from eventtrain.subscribers.reports.environment import environment
 from eventtrain.subscribers.reports.html import to_html
@@ -126,7 +126,7 @@ class Report(Subscriber):
             )
             for one in run.statistics().values()
         ]
-        thread = JobThread(self.name or "Report", run.publish)
+        thread = WorkerThread(self.name or "Report", run.publish)
         failures: list[Exception] = []
         thread.put(partial(self._write, run, statistics, failures))
         thread.start()
@@ -169,7 +169,7 @@ class Report(Subscriber):
         for path, render in texts:
             if path is not None:
                 try:
-                    write_whole(inside_run_dir(run.run_dir, path, "Report"), render().encode())
+                    write_atomically(inside_run_dir(run.run_dir, path, "Report"), render().encode())
                 except Exception as error:  # of one; the other may still work
                     failures.append(error)
 

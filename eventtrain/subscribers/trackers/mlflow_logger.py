@@ -22,7 +22,7 @@ from eventtrain.events import (
     StepsCompleted,
 )
 from eventtrain.subscribers._shared.state import SavedState
-from eventtrain.subscribers._shared.step_rows import due_steps, step_rows
+from eventtrain.subscribers._shared.step_table import due_steps, step_rows
 from eventtrain.subscribers._shared.validation import require_count, require_number
 from eventtrain.subscribers.base import RunContext, Subscriber
 from eventtrain.subscribers.trackers.curves import Points, TrackedCurves

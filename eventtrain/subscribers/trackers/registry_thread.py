@@ -10,8 +10,8 @@ from typing import Protocol, TypeVar
 
 from eventtrain.errors import StorageError
 from eventtrain.events import Event, SubscriberFailed
-from eventtrain.subscribers._shared.retry import retried
-from eventtrain.subscribers._shared.worker_thread import JobThread
+from eventtrain.subscribers._shared.retry import retry
+from eventtrain.subscribers._shared.worker_thread import WorkerThread
 
 logger = logging.getLogger("eventtrain")
 
@@ -52,14 +52,14 @@ class Registry(Protocol):
         ...
 
 
-class RegistryThread(JobThread):
+class RegistryThread(WorkerThread):
     """Registers what it is told to, in that order.
 
     Args:
         owner: name of the subscriber.
         publish: ``EventBus.publish``.
         registry: where to.
-        retries, retry_delay_s: as of ``retried``.
+        retries, retry_delay_s: as of ``retry``.
     """
 
     def __init__(
@@ -123,7 +123,7 @@ class RegistryThread(JobThread):
 
     def _say_failed(self, step: int, event_kind: str, text: str) -> None:
         logger.error("%s", text)
-        self.say(SubscriberFailed(step=step, subscriber=self._owner, event_kind=event_kind, error=text))
+        self.publish(SubscriberFailed(step=step, subscriber=self._owner, event_kind=event_kind, error=text))
 
     def _retried(self, action: Callable[[], T]) -> T:
-        return retried(action, retries=self._retries, delay_s=self._retry_delay_s, stopping=self.stopping)
+        return retry(action, retries=self._retries, delay_s=self._retry_delay_s, stopping=self.stopping)

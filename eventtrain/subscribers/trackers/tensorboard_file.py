@@ -14,9 +14,7 @@ from itertools import count
 from pathlib import Path
 
 from eventtrain.errors import StorageError
-from eventtrain.subscribers._shared.appended_file import AppendedFile
-from eventtrain.subscribers._shared.atomic_files import cut_tail
-from eventtrain.subscribers._shared.disk import sync
+from eventtrain.subscribers._shared.atomic_files import AppendedFile, cut_tail, sync
 
 OWN_NAME = re.compile(r"events\.out\.tfevents\.(\d{10})\.(\d{6})\.eventtrain")
 """TensorBoard reads the files of a folder in the order of their names, each to its end before it opens the next."""

@@ -25,7 +25,7 @@ from eventtrain.events import (
 )
 from eventtrain.subscribers._shared.paths import file_path
 from eventtrain.subscribers._shared.state import SavedState
-from eventtrain.subscribers._shared.step_rows import due_steps
+from eventtrain.subscribers._shared.step_table import due_steps
 from eventtrain.subscribers._shared.validation import require_count, require_number
 from eventtrain.subscribers.base import RunContext, Subscriber
 from eventtrain.subscribers.trackers import tensorboard_file as event_file

@@ -18,7 +18,7 @@ from tensorboardX.proto import event_pb2, summary_pb2
 from eventtrain.errors import StorageError
 from eventtrain.events import EpochCompleted, RunResumed, RunStarted, StepsCompleted
 from eventtrain.events import Event as Said
-from eventtrain.subscribers._shared.step_rows import step_rows
+from eventtrain.subscribers._shared.step_table import step_rows
 from eventtrain.subscribers.base import StepProgram
 from eventtrain.subscribers.trackers.recorded_values import Array, Record, bin_edges, recorded
 

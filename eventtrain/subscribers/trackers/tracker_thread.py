@@ -16,8 +16,7 @@ from time import monotonic
 
 from eventtrain.errors import BusClosed, EventTrainError, QueueFull, StorageError, SubscriberError
 from eventtrain.events import Event, SubscriberFailed
-from eventtrain.subscribers._shared.own_thread import in_own_thread
-from eventtrain.subscribers._shared.worker_thread import JobThread
+from eventtrain.subscribers._shared.worker_thread import WorkerThread, in_own_thread
 
 logger = logging.getLogger("eventtrain")
 
@@ -50,7 +49,7 @@ class _Job:
     rows: int
 
 
-class TrackerThread(JobThread):
+class TrackerThread(WorkerThread):
     """Does jobs in order; what they raise is said once for each outage, with the number of rows that it cost.
 
     A job that raises ``StorageError(may_pass=True)`` is tried again, with growing delays, until it works or the run
@@ -235,7 +234,7 @@ class TrackerThread(JobThread):
         with self._lock:
             self._count(waiting=-job.rows, written=job.rows)
         if self._unsaid:
-            self.say(self._unsaid.pop(0))
+            self.publish(self._unsaid.pop(0))
         if self._outage is not None and self._statistics.waiting <= self._row_limit // 2:
             self._end_outage()
 
@@ -268,7 +267,7 @@ class TrackerThread(JobThread):
         text = f"{self._target}: {lost} rows were lost"
         logger.error("%s", text)
         last = self._last
-        self.say(
+        self.publish(
             SubscriberFailed(step=last.step, subscriber=self._owner, event_kind=last.event_kind, error=text)
         )
 

@@ -29,7 +29,7 @@ from eventtrain.events import (
 from eventtrain.events.models import Number
 from eventtrain.subscribers._shared.paths import file_path
 from eventtrain.subscribers._shared.state import SavedState
-from eventtrain.subscribers._shared.step_rows import due_steps, step_rows
+from eventtrain.subscribers._shared.step_table import due_steps, step_rows
 from eventtrain.subscribers._shared.validation import require_choice, require_count, require_number
 from eventtrain.subscribers.base import RunContext, StepProgram, Subscriber
 from eventtrain.subscribers.trackers.curves import Points, TrackedCurves

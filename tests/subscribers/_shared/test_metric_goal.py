@@ -202,14 +202,14 @@ def test_a_missing_metric_is_said_once_with_the_nearest_names_first(caplog: pyte
         for _ in range(3):
             assert reader.read({"accuracy": 1.0, "val_loss": 2.0}) is None
     (record,) = caplog.records
-    assert "Policy watches 'val_los'" in record.message
+    assert "Policy monitors 'val_los'" in record.message
     assert "(val_loss, accuracy)" in record.message
     assert "eval_data" in record.message
     assert "EvaluateEvery" in record.message
 
 
 def test_a_missing_metric_is_an_error_where_strict() -> None:
-    with pytest.raises(et.ConfigurationError, match=r"watches 'los'.*\(loss, acc\)"):
+    with pytest.raises(et.ConfigurationError, match=r"monitors 'los'.*\(loss, acc\)"):
         MetricReader("Policy", "los", strict=True).read({"acc": 1.0, "loss": 2.0})
 
 

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 import eventtrain as et
-from eventtrain.subscribers._shared import appended_file
+from eventtrain.subscribers._shared import atomic_files
 from eventtrain.subscribers.alerts import sender as alert_sender
 from eventtrain.subscribers.alerts.message import Message, NotDelivered
 from eventtrain.subscribers.alerts.sender import Sender, SendOptions, finish, give_up
@@ -235,7 +235,7 @@ def test_a_full_disk_leaves_no_torn_row_and_a_torn_one_gets_a_line_of_its_own(
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     with monkeypatch.context() as full:
-        full.setattr(appended_file.os, "write", failing)
+        full.setattr(atomic_files.os, "write", failing)
         assert not letters.write("ops", "why", [alert(3)])
     assert os.strerror(errno.ENOSPC) in caplog.text
     assert letters.path.read_bytes() == before

@@ -244,7 +244,7 @@ def test_a_deadline_says_that_it_says_nothing_where_the_length_is_not_known(
 @pytest.mark.parametrize(
     ("rule", "options", "said"),
     [
-        (subs.StallRule, {"after_s": 0}, "StallRule(after_s=0): needs a number above 0"),
+        (subs.StallRule, {"after_s": 0}, "StallRule(after_s=0): after_s must be a finite number > 0, got 0"),
         (subs.LowDiskRule, {"below_bytes": 0}, "LowDiskRule(below_bytes=0)"),
         (subs.SlowSubscriberRule, {"backlog": 0}, "SlowSubscriberRule(backlog=0)"),
         (subs.DeadlineRule, {}, "give at= or within_s="),

@@ -16,7 +16,7 @@ import pytest
 
 import eventtrain as et
 from eventtrain import subscribers as subs
-from eventtrain.subscribers._shared import disk
+from eventtrain.subscribers._shared import atomic_files
 from eventtrain.subscribers.checkpointing import directory as checkpoint_folder
 from eventtrain.subscribers.checkpointing import store as checkpoint_store
 from eventtrain.subscribers.checkpointing import writer as checkpoint_writer
@@ -204,7 +204,7 @@ def test_a_failed_save_is_said_and_leaves_nothing_behind(
     target, name = {
         "save": (checkpoint_store.ocp.Checkpointer, "save"),
         "sync": (checkpoint_store.CheckpointStore, "_sync"),
-        "rename": (disk, "rename"),
+        "rename": (atomic_files, "rename"),
     }[where]
     monkeypatch.setattr(target, name, failing(getattr(target, name)))
     trainer.fit(batches(10), epochs=1)
@@ -488,5 +488,5 @@ def test_the_best_value_goes_on_with_a_resumed_run(tmp_path: Path) -> None:
     assert steps == [4]
     assert best.state_dict()["best"] == {"version": 1, "value": 10.0, "step": 4, "before": 9.0}
     assert best.state_dict()["runs"] == [first.run_id, second.run_id]
-    with pytest.raises(et.StateError, match="best cannot take over"):
+    with pytest.raises(et.StateError, match="best cannot load"):
         best.load_state_dict({"version": 7})

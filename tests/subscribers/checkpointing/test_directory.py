@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from eventtrain.subscribers._shared import disk
+from eventtrain.subscribers._shared import atomic_files
 from eventtrain.subscribers.checkpointing import directory as checkpoint_folder
 from eventtrain.subscribers.checkpointing.directory import (
     FOREIGN_AGE_S,
@@ -114,7 +114,7 @@ def test_a_checkpoint_loses_its_name_before_its_files(
         assert path.name.startswith(".tmp-")
         raise OSError("half way")
 
-    monkeypatch.setattr(disk, "remove", failing)
+    monkeypatch.setattr(atomic_files, "remove", failing)
     with pytest.raises(OSError, match="half way"):
         delete(tmp_path / "step-00000001")
     assert committed_in(tmp_path) == []

@@ -16,7 +16,7 @@ import pytest
 
 import eventtrain as et
 from eventtrain import subscribers as subs
-from eventtrain.subscribers._shared import disk
+from eventtrain.subscribers._shared import atomic_files
 from eventtrain.subscribers.checkpointing import store as checkpoint_store
 from eventtrain.subscribers.checkpointing.directory import committed_in
 from eventtrain.subscribers.checkpointing.retention import Retention
@@ -33,7 +33,7 @@ class Faults:
         self.count = 0
         self.fails: Callable[[int, str], bool] = lambda number, name: False
         for name in CALLS:
-            monkeypatch.setattr(disk, name, self._counted(name, getattr(disk, name)))
+            monkeypatch.setattr(atomic_files, name, self._counted(name, getattr(atomic_files, name)))
 
     def _counted(self, name: str, original: Any) -> Any:
         def call(*args: Any) -> Any:
@@ -96,7 +96,7 @@ def test_whichever_call_fails_it_is_said_and_older_checkpoints_stay_whole(
             assert last.requested_by == "owner"
             assert whole(directory) == [1]
             assert not list(directory.glob(".tmp-*"))
-        assert writing.plan.in_flight == 0
+        assert writing.request.in_flight == 0
         assert writing.write(3).kind == "checkpoint_committed"
         assert whole(directory) == [3]
         writing.close()

@@ -10,7 +10,9 @@ import jax.numpy as jnp
 
 import eventtrain as et
 from eventtrain.bus.barrier import Barrier, SubscriptionState
-from eventtrain.control.requests import BoundaryRequest, ClaimedSnapshot, RunRequests
+from eventtrain.control.checkpoint_handover import ClaimedSnapshot
+from eventtrain.control.control_plane import ControlPlane
+from eventtrain.control.requests import CheckpointRequest
 from eventtrain.device.snapshot import Snapshot
 from eventtrain.device.state import split_state
 from eventtrain.events.run_records import LoopRecord, StreamRecord
@@ -44,9 +46,10 @@ class Writing:
     def __init__(self, directory: Path, retention: Retention | None = None, **options: Any) -> None:
         options = {"retries": 0, "retry_delay_s": 0.0, **options}
         self.events: list[et.Event] = []
-        self.plan = BoundaryRequest("owner")
-        self.room = RunRequests(et.EventBus())
-        self.room.checkpoints.append(self.plan)
+        self.request = CheckpointRequest("owner")
+        plane = ControlPlane(et.EventBus())
+        plane.requests.checkpoints.append(self.request)
+        self.handover = plane.handover
         self.writer = CheckpointWriter(
             WriterOptions("owner", directory, frozenset({"run"}), retention or Retention(), **options),
             {"['w']": "['params']['w']"},
@@ -57,8 +60,8 @@ class Writing:
     def claim(self, step: int, cut: Barrier | None = None) -> ClaimedSnapshot:
         leaves, skeleton = split_state(state_of(step))
         snapshot = Snapshot(step, [jnp.asarray(leaf) for leaf in leaves], skeleton)
-        self.room.offer(snapshot, {}, cut or complete_cut(step), [self.plan], "owner")
-        claimed = self.room.claim("owner", step, "owner")
+        self.handover.offer(snapshot, {}, cut or complete_cut(step), [self.request], "owner")
+        claimed = self.handover.claim("owner", step, "owner")
         assert claimed is not None
         return claimed
 

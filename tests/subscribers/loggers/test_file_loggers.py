@@ -22,7 +22,7 @@ from pyarrow import parquet
 
 import eventtrain as et
 from eventtrain import subscribers as subs
-from eventtrain.subscribers._shared import appended_file
+from eventtrain.subscribers._shared import atomic_files
 from eventtrain.subscribers.loggers import group_commit, row_file
 from eventtrain.subscribers.loggers import parquet_files as parquet_parts
 from tests.subscribers._shared.test_step_table import make_window
@@ -142,7 +142,7 @@ async def test_a_state_of_another_file_cuts_nothing(tmp_path: Path, kind: Kind) 
 def test_a_state_that_does_not_fit_is_refused_by_name(kind: Kind) -> None:
     logger = kind.make("log")
     for wrong in ({}, {"version": 99}, {**logger.state_dict(), "path": 3}):
-        with pytest.raises(et.StateError, match="Logger cannot take over"):
+        with pytest.raises(et.StateError, match="Logger cannot load"):
             logger.load_state_dict(wrong)
 
 
@@ -169,7 +169,7 @@ def test_a_full_disk_is_said_and_the_run_goes_on_without_losing_a_row(
             raise OSError(errno.ENOSPC, "No space left on device")
         replace(old, new)
 
-    monkeypatch.setattr(appended_file.os, "write", failing_write)
+    monkeypatch.setattr(atomic_files.os, "write", failing_write)
     monkeypatch.setattr(parquet_parts.os, "replace", failing_replace)
     trainer = make_trainer(tmp_path, kind.make("log", flush_interval_s=0.01))
 
@@ -334,7 +334,9 @@ def test_an_absolute_path_is_the_users_own_choice(tmp_path: Path, kind: Kind) ->
 @kinds
 def test_an_interval_that_is_none_is_refused_by_name(kind: Kind) -> None:
     for wrong in (0, -1, float("nan"), "1", True):
-        with pytest.raises(et.ConfigurationError, match=r"Logger\(flush_interval_s="):
+        with pytest.raises(
+            et.ConfigurationError, match=r"Logger\(flush_interval_s=.*must be a finite number > 0"
+        ):
             kind.make("log", flush_interval_s=wrong)
 
 
@@ -349,7 +351,7 @@ async def test_with_fsync_each_group_is_on_the_disk_before_it_counts_as_written(
         fsync(descriptor)
         synced.append(os.fstat(descriptor).st_size)
 
-    monkeypatch.setattr(appended_file.os, "fsync", noting)
+    monkeypatch.setattr(atomic_files.os, "fsync", noting)
     for wanted in (False, True):
         logger: Any = kind.make(f"log-{wanted}", fsync=wanted, flush_interval_s=1000.0)
         await logger.start(context(tmp_path))

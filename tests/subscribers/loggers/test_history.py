@@ -187,5 +187,5 @@ def test_a_broken_state_is_refused(column: dict[str, str]) -> None:
     state = subs.History().state_dict()
     one = {"dtype": "<f4", "data": "AAAAAA=="}
     state["steps"]["columns"] = {"step": one, "loss": column}
-    with pytest.raises(et.errors.StateError, match="History cannot take over its state"):
+    with pytest.raises(et.errors.StateError, match="History cannot load its state"):
         subs.History().load_state_dict(state)

@@ -21,7 +21,7 @@ import pytest
 
 import eventtrain as et
 from eventtrain import subscribers as subs
-from eventtrain.subscribers._shared import appended_file
+from eventtrain.subscribers._shared import atomic_files
 from eventtrain.subscribers.loggers import group_commit
 from eventtrain.subscribers.loggers.jsonl_logger import render
 from eventtrain.subscribers.loggers.row_buffer import WaitingRows
@@ -205,7 +205,7 @@ def test_a_write_error_fails_the_subscriber_and_the_run_goes_on(
             raise OSError(errno.ENOSPC, "No space left on device")
         return write(descriptor, data)
 
-    monkeypatch.setattr(appended_file.os, "write", failing)
+    monkeypatch.setattr(atomic_files.os, "write", failing)
 
     @trainer.on(et.EpochStarted, lag=0)
     async def schedule(event: et.EpochStarted) -> None:

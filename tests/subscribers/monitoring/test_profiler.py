@@ -175,10 +175,10 @@ def test_a_resumed_run_traces_what_is_ahead_and_says_what_it_missed(tmp_path: Pa
 @pytest.mark.parametrize(
     ("steps", "match"),
     [
-        (((0, 3),), "at least 1"),
-        (((5, 4),), "at least 5"),
+        (((0, 3),), "an integer >= 1, got 0"),
+        (((5, 4),), "an integer >= 5, got 4"),
         (((1, 5), (5, 9)), "begins before step 5 is over"),
-        (((1.5, 3),), "whole number"),
+        (((1.5, 3),), "an integer >= 1, got 1.5"),
         ((20, 22), "needs pairs"),
         (((20, 21, 22),), "needs pairs"),
     ],

@@ -20,7 +20,6 @@ from hypothesis import strategies as st
 import eventtrain as et
 from eventtrain import subscribers as subs
 from eventtrain.control.loop_statistics import LoopStatistics
-from eventtrain.subscribers._shared.weighted_quantiles import weighted_quantiles
 from tests.support.models import batches, make_trainer, record
 
 
@@ -135,11 +134,16 @@ def test_arguments_that_cannot_work_are_refused_by_name(arguments: dict[str, Any
 
 
 @given(st.lists(st.tuples(st.floats(0, 10), st.integers(1, 20)), min_size=1, max_size=30))
-def test_weighted_quantiles_are_those_of_the_repeated_values(values: list[tuple[float, int]]) -> None:
-    shares = (0.0, 0.25, 0.5, 0.99, 1.0)
-    repeated = np.repeat([value for value, _ in values], [weight for _, weight in values])
-    expected = np.quantile(repeated, shares, method="inverted_cdf")
-    assert weighted_quantiles(values, shares) == expected.tolist()
+def test_a_window_counts_in_the_quantiles_once_for_each_of_its_steps(
+    windows: list[tuple[float, int]],
+) -> None:
+    timer = subs.StepTimer()
+    timer._windows.extend(windows)
+    timer._steps, timer._seconds = 1, 1.0
+    measured = timer._figures(LoopStatistics())
+    repeated = np.repeat([seconds for seconds, _ in windows], [steps for _, steps in windows])
+    expected = np.quantile(repeated, (0.5, 0.9, 0.99), method="inverted_cdf")
+    assert [measured[f"step_s_p{percent}"] for percent in (50, 90, 99)] == expected.tolist()
 
 
 # --- OverheadMeter --------------------------------------------------------------------------------------------

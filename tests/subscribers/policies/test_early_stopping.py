@@ -323,9 +323,7 @@ def test_a_missing_metric_fails_the_run_where_strict(tmp_path: Path) -> None:
     trainer, run = climbing(
         [1.0, 1.0], subscribers=[subs.EarlyStopping("val_loss", strict=True)], run_dir=tmp_path
     )
-    with pytest.raises(
-        et.SubscriberError, match=r"'val_loss', which is not among the metrics there are \(loss\)"
-    ):
+    with pytest.raises(et.SubscriberError, match=r"'val_loss', which is not among the metrics \(loss\)"):
         trainer.fit(**run)
 
 
@@ -427,7 +425,7 @@ def test_an_evaluation_that_never_comes_is_said_at_the_end_and_fails_the_run_whe
     assert caplog.text.count("the run ended before an epoch with an evaluation (3 without one)") == 1
     trainer, run = evaluating(tmp_path / "fails", kind, 4, strict=True)
     with pytest.raises(
-        et.SubscriberError, match=r"watches 'val_loss', and the run ended before.*EvaluateEvery"
+        et.SubscriberError, match=r"monitors 'val_loss', and the run ended before.*EvaluateEvery"
     ):
         trainer.fit(**run)
 

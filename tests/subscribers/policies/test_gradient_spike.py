@@ -251,7 +251,7 @@ def test_a_missing_metric_is_told_once_and_fails_a_strict_run(
 ) -> None:
     trainer, script, _ = run(tmp_path, subs.GradientSpike("grad_nrm"))
     trainer.fit(script.data, epochs=1)
-    assert caplog.text.count("GradientSpike watches 'grad_nrm', which is not among") == 1
+    assert caplog.text.count("GradientSpike monitors 'grad_nrm', which is not among") == 1
     assert "(grad_norm, learning_rate)" in caplog.text
     trainer, script, _ = run(tmp_path, subs.GradientSpike("grad_nrm", strict=True))
     with pytest.raises(et.SubscriberError, match="grad_nrm"):

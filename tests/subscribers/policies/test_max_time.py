@@ -216,5 +216,5 @@ def test_a_time_that_cannot_be_is_refused(max_time: Any) -> None:
     [{"version": 2}, {"version": 1}, {"version": 1, "elapsed_s": -1}, {"version": 1, "elapsed_s": "nan"}],
 )
 def test_a_state_that_cannot_be_taken_over_is_refused(state: dict[str, Any]) -> None:
-    with pytest.raises(et.StateError, match="MaxTime cannot take over"):
+    with pytest.raises(et.StateError, match="MaxTime cannot load"):
         subs.MaxTime(1).load_state_dict(state)

@@ -133,7 +133,7 @@ def test_it_watches_the_metric_it_is_told_to(tmp_path: Path, caplog: pytest.LogC
     assert trainer.fit(batches(20, 10), epochs=1).stop_reason == "completed"
     trainer, _ = make_trainer(tmp_path, subs.TerminateOnNaN(monitor="los"))
     trainer.fit(batches(3), epochs=1)
-    assert caplog.text.count("TerminateOnNaN watches 'los', which is not among") == 1
+    assert caplog.text.count("TerminateOnNaN monitors 'los', which is not among") == 1
     trainer, _ = make_trainer(tmp_path, subs.TerminateOnNaN(monitor="los", strict=True))
     with pytest.raises(et.SubscriberError, match="'los'"):
         trainer.fit(batches(3), epochs=1)

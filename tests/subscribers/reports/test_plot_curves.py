@@ -22,7 +22,7 @@ from PIL import Image
 
 import eventtrain as et
 from eventtrain import subscribers as subs
-from eventtrain.subscribers._shared import atomic_files as whole_file
+from eventtrain.subscribers._shared import atomic_files
 from eventtrain.subscribers.reports import plot_curves
 from eventtrain.subscribers.reports import plotting as curves
 from eventtrain.subscribers.reports.downsampling import Thinned
@@ -375,7 +375,7 @@ def test_what_cannot_be_written_is_said_and_training_goes_on(
 
     fit(tmp_path, subs.PlotCurves())
     before = (tmp_path / "curves.png").read_bytes()
-    monkeypatch.setattr(whole_file.os, "fsync", full)
+    monkeypatch.setattr(atomic_files.os, "fsync", full)
     failed.recorded.clear()
     assert fit(tmp_path, subs.PlotCurves(), failed).step == 12
     assert "No space left on device" in failed.of(et.SubscriberFailed)[-1].error
@@ -397,7 +397,7 @@ def test_a_disk_that_hangs_delays_the_end_by_no_more_than_was_given(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     released = threading.Event()
-    monkeypatch.setattr(plot_curves, "write_whole", lambda path, data: released.wait(60))
+    monkeypatch.setattr(plot_curves, "write_atomically", lambda path, data: released.wait(60))
     failed = RecordingSubscriber(et.SubscriberFailed)
     try:
         assert fit(tmp_path, subs.PlotCurves(finish_timeout_s=0.2), failed).step == 12

@@ -28,7 +28,7 @@ import pytest
 import eventtrain as et
 from eventtrain import subscribers as subs
 from eventtrain.events.commands import ScaleHyperparam, TakeSnapshot
-from eventtrain.subscribers._shared import atomic_files as whole_file
+from eventtrain.subscribers._shared import atomic_files
 from eventtrain.subscribers.reports import report
 from eventtrain.subscribers.reports import run_summary as report_facts
 from eventtrain.subscribers.reports.downsampling import Thinned
@@ -353,7 +353,7 @@ def test_what_cannot_be_written_is_said_and_the_other_file_is_there(
     def full(descriptor: int) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(whole_file.os, "fsync", full)
+    monkeypatch.setattr(atomic_files.os, "fsync", full)
     trainer, script = scripted(tmp_path / "full", failed)
     assert trainer.fit(script.data, epochs=1).step == 2
     assert "No space left on device" in failed.of(et.SubscriberFailed)[-1].error
@@ -364,7 +364,7 @@ def test_a_disk_that_hangs_delays_the_end_by_no_more_than_was_given(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     released = threading.Event()
-    monkeypatch.setattr(report, "write_whole", lambda path, data: released.wait(60))
+    monkeypatch.setattr(report, "write_atomically", lambda path, data: released.wait(60))
     failed = RecordingSubscriber(et.SubscriberFailed)
     script = ScriptedStep({"loss": [1.0]})
     try:

@@ -18,7 +18,7 @@ import pytest
 
 import eventtrain as et
 from eventtrain import subscribers as subs
-from eventtrain.subscribers._shared import disk
+from eventtrain.subscribers._shared import atomic_files
 from eventtrain.subscribers.trackers import model_registry
 
 mlflow = pytest.importorskip("mlflow", reason="MLflow is not installed: pip install 'eventtrain[mlflow]'")
@@ -107,7 +107,7 @@ def test_what_is_not_committed_is_not_registered(
     def refuse(path: Path, name: Path) -> None:
         raise OSError("no")
 
-    monkeypatch.setattr(disk, "rename", refuse)
+    monkeypatch.setattr(atomic_files, "rename", refuse)
     fit(
         tmp_path,
         subs.Checkpointer("checkpoints", every=1, retries=0),

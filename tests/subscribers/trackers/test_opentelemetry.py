@@ -285,7 +285,7 @@ def test_a_run_that_fails_has_the_status_of_an_error_and_so_has_a_checkpoint(
     def refuse(path: Path, name: Path) -> None:
         raise OSError("no room")
 
-    monkeypatch.setattr("eventtrain.subscribers._shared.disk.rename", refuse)
+    monkeypatch.setattr("eventtrain.subscribers._shared.atomic_files.rename", refuse)
 
     def breaking() -> Iterator[Any]:
         yield np.float32(1)

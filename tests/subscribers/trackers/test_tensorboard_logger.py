@@ -39,7 +39,7 @@ accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_ac
 from tensorboardX.crc32c import crc32c  # noqa: E402
 from tensorboardX.proto.plugin_hparams_pb2 import HParamsPluginData  # noqa: E402
 
-from eventtrain.subscribers._shared import appended_file  # noqa: E402
+from eventtrain.subscribers._shared import atomic_files  # noqa: E402
 from eventtrain.subscribers.trackers import tensorboard_file as event_file  # noqa: E402
 from eventtrain.subscribers.trackers import tensorboard_logger  # noqa: E402
 
@@ -460,7 +460,7 @@ def test_a_full_disk_is_said_once_and_every_row_is_written_when_there_is_room(
             raise OSError(errno.ENOSPC, "No space left on device")
         return write(descriptor, data)
 
-    monkeypatch.setattr(appended_file.os, "write", failing)
+    monkeypatch.setattr(atomic_files.os, "write", failing)
 
     @trainer.on(et.EpochStarted, lag=0)
     async def schedule(event: et.EpochStarted) -> None:
@@ -489,7 +489,7 @@ def test_a_disk_that_hangs_delays_neither_training_nor_the_end(
         hold.wait(120)
         return write(descriptor, data)
 
-    monkeypatch.setattr(appended_file.os, "write", hanging)
+    monkeypatch.setattr(atomic_files.os, "write", hanging)
     monkeypatch.setattr(tensorboard_logger, "SETTLE_S", 0.1)
     logger = subs.TensorBoardLogger(finish_timeout_s=0.2, histogram_every=1)
     checkpointer = subs.Checkpointer("checkpoints", every_epochs=1)
