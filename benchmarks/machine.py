@@ -12,6 +12,8 @@ from typing import Any
 
 import jax
 
+import eventtrain
+
 
 def describe() -> dict[str, Any]:
     """Returns the machine and the versions, without names that identify the machine."""
@@ -22,10 +24,8 @@ def describe() -> dict[str, Any]:
         "backend": jax.default_backend(),
         "system": platform.system(),
         "python": platform.python_version(),
-        **{
-            package: version(package)
-            for package in ("jax", "jaxlib", "optax", "anyio", "pydantic", "eventtrain")
-        },
+        **{package: version(package) for package in ("jax", "jaxlib", "optax", "anyio", "pydantic")},
+        "eventtrain": eventtrain.__version__,
     }
 
 
