@@ -9,12 +9,12 @@ from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
-from importlib.metadata import version
 from itertools import count
 from pathlib import Path
 from time import monotonic
 from typing import BinaryIO, TypeVar
 
+from eventtrain._version import __version__
 from eventtrain.errors import EventTrainError, SnapshotError, StorageError
 from eventtrain.events import CheckpointUploaded, CheckpointUploadFailed, Event, SubscriberFailed
 from eventtrain.subscribers._shared.retry import retry
@@ -222,7 +222,7 @@ class UploadWorker(WorkerThread):
                 name=self._owner,
             )
         manifest = UploadManifest(
-            eventtrain=version("eventtrain"),
+            eventtrain=__version__,
             step=checkpoint.step,
             tag=checkpoint.tag,
             run_id=checkpoint.run_id,
