@@ -13,7 +13,7 @@ import pytest
 
 import eventtrain as et
 from eventtrain import subscribers as subs
-from eventtrain.subscribers.loggers.columns import Columns
+from eventtrain.subscribers.loggers.column_store import ColumnStore
 from eventtrain.testing import RecordingSubscriber, ScriptedStep
 from tests.support.models import batches, new_state, step_fn
 from tests.support.saved_in_memory import MemoryCheckpointer
@@ -121,7 +121,7 @@ async def test_of_too_many_rows_the_newest_are_kept_and_the_others_counted() -> 
 
 
 def test_few_chunks_are_held_however_small_the_windows_are() -> None:
-    columns = Columns(100_000)
+    columns = ColumnStore(100_000)
     for row in range(3000):
         columns.add({"step": np.array([row])})
         assert len(columns._chunks) <= 14
