@@ -9,9 +9,10 @@ from __future__ import annotations
 import csv
 import io
 import logging
+from collections import deque
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from itertools import repeat
+from itertools import islice, repeat
 from pathlib import Path
 from typing import Any
 
@@ -110,7 +111,7 @@ class CSVFile(RowFile[CSVRows]):
             names |= dict.fromkeys(name for name in item.columns if name not in known)
         if names:
             self._widen(list(names))
-        return b"\n".join(self._lines(item) for item in items)
+        return b"\n".join([*map(self._lines, items), b""])
 
     def _lines(self, item: CSVRows) -> bytes:
         columns: list[Iterable[Any]] = []
@@ -172,19 +173,10 @@ class CSVFile(RowFile[CSVRows]):
 
     def _offset_of(self, row_count: int) -> int:
         """Returns the offset at which row ``row_count`` ends, or the header."""
-        offset = len(self._header_bytes)
         with open(self.path, "rb") as file:
-            file.seek(offset)
-            while chunk := file.read(CHUNK_BYTES):
-                lines = chunk.count(b"\n")
-                if lines >= row_count:
-                    break
-                row_count -= lines
-                offset += len(chunk)
-        place = 0
-        for _ in range(row_count):
-            place = chunk.index(b"\n", place) + 1
-        return offset + place
+            file.seek(len(self._header_bytes))
+            deque(islice(file, row_count), maxlen=0)
+            return file.tell()
 
 
 def _heading(names: list[str], separator: str) -> bytes:

@@ -74,7 +74,7 @@ class FileLogger(Subscriber, ABC, Generic[F, S]):
 
     @abstractmethod
     def _state_of(self, file: F | None) -> S:
-        """Returns how far ``file`` is written; None stands for an empty one."""
+        """Returns how far ``file`` is written; None means an empty one."""
 
     @abstractmethod
     def _cut(self, file: F, saved: S) -> None:

@@ -32,7 +32,8 @@ class JSONLFile(RowFile[bytes | StepTable]):
     """A file of JSON lines, of single rows and of windows."""
 
     def _render(self, items: list[bytes | StepTable]) -> bytes:
-        return b"\n".join(item if isinstance(item, bytes) else json_lines(item) for item in items)
+        lines = [item if isinstance(item, bytes) else json_lines(item) for item in items]
+        return b"\n".join([*lines, b""])
 
 
 class JSONLLoggerState(FileLoggerState):

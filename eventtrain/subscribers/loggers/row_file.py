@@ -31,29 +31,28 @@ class Entry(NamedTuple, Generic[Item]):
 
 
 class RowBuffer(Generic[Item]):
-    """Rows that are not in a file yet. One thread puts them, and one thread at a time takes them."""
+    """Rows that are not in a file yet. One thread puts them, and one thread at a time reads and removes them."""
 
     def __init__(self) -> None:
-        self._entries: deque[Entry[Item]] = deque()
+        self._put: deque[Entry[Item]] = deque()
+        self._taken: list[Entry[Item]] = []  # the oldest; only the thread that removes uses it
         self._put_rows = self._put_bytes = 0  # written by the thread that puts
-        self._written_rows = self._written_bytes = 0  # written by the thread that takes
+        self._written_rows = self._written_bytes = 0  # written by the thread that removes
 
     def put(self, item: Item, rows: int, size_bytes: int) -> None:
         """Adds an item of ``rows`` rows that uses about ``size_bytes`` bytes."""
         self._put_rows += rows
         self._put_bytes += size_bytes
-        self._entries.append(Entry(item, rows, size_bytes))
+        self._put.append(Entry(item, rows, size_bytes))
 
-    def take(self) -> list[Entry[Item]]:
-        """Removes and returns every entry; they count as waiting until ``note_written``."""
-        return [self._entries.popleft() for _ in range(len(self._entries))]
+    def entries(self) -> list[Entry[Item]]:
+        """Returns every entry, oldest first."""
+        self._taken += [self._put.popleft() for _ in range(len(self._put))]
+        return self._taken.copy()
 
-    def give_back(self, entries: Sequence[Entry[Item]]) -> None:
-        """Puts entries that were taken back, before all others."""
-        self._entries.extendleft(reversed(entries))
-
-    def note_written(self, entries: Sequence[Entry[Item]]) -> None:
-        """Stops counting these entries as waiting."""
+    def remove(self, entries: Sequence[Entry[Item]]) -> None:
+        """Removes the oldest entries, which are written."""
+        del self._taken[: len(entries)]
         self._written_rows += sum(entry.rows for entry in entries)
         self._written_bytes += sum(entry.size_bytes for entry in entries)
 
@@ -96,15 +95,9 @@ class LogFile(ABC, Generic[Item]):
             OSError: the groups before are written, and the other rows still wait.
         """
         with self._lock:
-            entries, done = self.waiting.take(), 0
-            try:
-                for group in self._groups(entries):
-                    self._write([entry.item for entry in group], sum(entry.rows for entry in group))
-                    self.waiting.note_written(group)
-                    done += len(group)
-            except BaseException:
-                self.waiting.give_back(entries[done:])
-                raise
+            for group in self._groups(self.waiting.entries()):
+                self._write([entry.item for entry in group], sum(entry.rows for entry in group))
+                self.waiting.remove(group)
 
     @abstractmethod
     def _groups(self, entries: Sequence[Entry[Item]]) -> Iterator[Sequence[Entry[Item]]]:
@@ -132,30 +125,25 @@ class RowFile(LogFile[Item]):
 
     @abstractmethod
     def _render(self, items: list[Item]) -> bytes:
-        """Returns the lines of some items, without the last line end."""
+        """Returns the lines of some items, each with its line end."""
 
     def prepare(self) -> None:
         """Creates the folder; moves a last row without a line end, as a killed run leaves it, to ``<path>.torn``."""
         self.path.parent.mkdir(parents=True, exist_ok=True)
         with open(self.path, "ab+") as file:
-            begin = end = self.size_bytes = file.seek(0, os.SEEK_END)
-            while begin > 0:
-                chunk = min(4096, begin)
-                file.seek(begin - chunk)
-                found = file.read(chunk).rfind(b"\n")
-                if found >= 0:
-                    begin += found + 1 - chunk
-                    break
-                begin -= chunk
-            if begin == end:
+            size, length, tail = file.seek(0, os.SEEK_END), 0, b""
+            while length < size and b"\n" not in tail:
+                length = min(size, 2 * length + 4096)
+                file.seek(size - length)
+                tail = file.read()
+            tail = tail.rpartition(b"\n")[2]
+            self.size_bytes = size - len(tail)
+            if not tail:
                 return
-            file.seek(begin)
-            tail = file.read()
             torn = self.path.with_name(self.path.name + ".torn")
             with open(torn, "ab") as beside:
                 beside.write(tail + b"\n")
-            file.truncate(begin)
-            self.size_bytes = begin
+            file.truncate(self.size_bytes)
         logger.warning(
             "%s ended in a torn row of %d bytes, which was moved to %s", self.path, len(tail), torn
         )
@@ -187,7 +175,7 @@ class RowFile(LogFile[Item]):
 
     def _write(self, items: list[Item], rows: int) -> None:
         self._file.repair()  # _render may read the file
-        self.size_bytes = self._file.append(self._render(items) + b"\n")
+        self.size_bytes = self._file.append(self._render(items))
 
 
 def free_name(path: Path, purpose: str) -> Path:

@@ -67,12 +67,9 @@ class EarlyStopping(MonitorPolicy):
     ) -> None:
         goal = make_goal("EarlyStopping", monitor, mode, min_delta, relative=min_delta_relative)
         require_count("EarlyStopping", "start_from_epoch", start_from_epoch)
-        for name, value in (
-            ("baseline", baseline),
-            ("stopping_threshold", stopping_threshold),
-            ("divergence_threshold", divergence_threshold),
-        ):
-            require_number("EarlyStopping", name, value, optional=True)
+        require_number("EarlyStopping", "baseline", baseline, optional=True)
+        require_number("EarlyStopping", "stopping_threshold", stopping_threshold, optional=True)
+        require_number("EarlyStopping", "divergence_threshold", divergence_threshold, optional=True)
         super().__init__(
             monitor,
             MetricMonitor(
@@ -99,11 +96,7 @@ class EarlyStopping(MonitorPolicy):
         return self._monitor.state.best_epoch
 
     async def start(self, run: RunContext) -> None:
-        """Starts from scratch, unless a state was loaded.
-
-        Raises:
-            ConfigurationError: ``lag`` would keep later weights than the best.
-        """
+        """Starts from scratch, unless a state was loaded. Raises ConfigurationError if ``lag`` was changed."""
         await super().start(run)
         kept = run.control.snapshots.get(self._best_tag)
         if not self._loaded and kept is not None:

@@ -103,11 +103,7 @@ class GradientSpike(Policy[GradientSpikeState]):
         self._set_state(self._initial)
 
     async def start(self, run: RunContext) -> None:
-        """Starts from scratch, unless a state was loaded.
-
-        Raises:
-            HyperparamError: the hyperparameter cannot be set.
-        """
+        """Starts from scratch, unless a state was loaded. Raises HyperparamError for an unusable hyperparameter."""
         run.require_hyperparam(self._hyperparam, self._path)
         self._reader = self._reader.for_run(self._name)
         await super().start(run)

@@ -24,13 +24,9 @@ logger = logging.getLogger("eventtrain")
 
 @dataclass
 class RangeTest:
-    """Arithmetic of the test of Smith (2017, arXiv:1506.01186), as in fastai and Lightning's ``lr_find``.
+    """Arithmetic of the test, pure; the arguments are those of ``LRFinder``.
 
-    Args:
-        min_lr, max_lr: of the first and the last step; it grows exponentially between them.
-        num_steps: at least 2.
-        smoothing: weight of the past in the average of the losses, from 0 to below 1.
-        divergence: ends the test when the average is this many times its best value; None: never.
+    Attributes:
         learning_rates, losses, smoothed: the observations so far, one entry for each finite loss.
     """
 
@@ -200,10 +196,8 @@ class LRFinder(Policy[LRFinderState]):
     async def start(self, run: RunContext) -> None:
         """Starts from scratch, unless a state was loaded.
 
-        Raises:
-            ConfigurationError: the run is too short for the test, or resumes without a state of it.
-            HyperparamError: the hyperparameter cannot be set.
-            StateError: the test was cut short, and the state before it is lost.
+        Raises ConfigurationError if the run is too short or resumes without a state of the test, StateError if the
+        state before the test is lost, HyperparamError if the hyperparameter cannot be set.
         """
         run.require_hyperparam(self._hyperparam, self._path)
         self._reader = self._reader.for_run(self._name)

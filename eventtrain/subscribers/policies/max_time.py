@@ -48,7 +48,7 @@ class MaxTime(Policy[MaxTimeState]):
     Args:
         max_time: seconds, a ``timedelta``, or "DD:HH:MM:SS" as for Lightning's Timer.
         clock: returns seconds since some moment, never decreasing.
-        timer: calls a function after a number of seconds, on a thread of its own.
+        timer: ``threading.Timer``, or a fake of it: calls a function after a number of seconds, on its own thread.
 
     The time counts from the start of the run; compiling, evaluations, pauses and waiting for data are part of it. When
     it is over the run stops at the next boundary, also while it waits for data or is paused; a step or a compilation

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
 from typing import Any, Generic, TypeVar
 
 from eventtrain.subscribers._shared.state import SavedState
@@ -14,19 +13,22 @@ STEP_LAG = 64
 """Default lag of decisions on every step: four times ``max_in_flight_steps``, so that the loop need not wait."""
 
 
-class Policy(Subscriber, ABC, Generic[S]):
-    """Every ``fit`` starts with ``_initial``, unless a state was loaded before it; that state holds for one ``fit``."""
+class Policy(Subscriber, Generic[S]):
+    """Every ``fit`` starts with ``_initial``, unless a state was loaded before it; that state holds for one ``fit``.
+
+    A subclass keeps its state in ``_state``, or overrides ``_get_state`` and ``_set_state``.
+    """
 
     _initial: S
     _loaded = False
 
-    @abstractmethod
     def _get_state(self) -> S:
         """Returns what must survive a restart."""
+        return self._state
 
-    @abstractmethod
     def _set_state(self, state: S) -> None:
         """Continues from ``state``."""
+        self._state = state
 
     @property
     def _name(self) -> str:

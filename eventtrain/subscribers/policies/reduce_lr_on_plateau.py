@@ -87,11 +87,7 @@ class ReduceLROnPlateau(MonitorPolicy):
         return self._monitor.state.cooldown_left
 
     async def start(self, run: RunContext) -> None:
-        """Starts from scratch, unless a state was loaded.
-
-        Raises:
-            HyperparamError: the hyperparameter cannot be set.
-        """
+        """Starts from scratch, unless a state was loaded. Raises HyperparamError for an unusable hyperparameter."""
         self._label = run.require_hyperparam(self._hyperparam, self._path)
         lag = self.lag.get(StepCompleted) if isinstance(self.lag, Mapping) else self.lag
         if self._monitor.unit == "steps" and lag is not None:
@@ -117,5 +113,5 @@ class ReduceLROnPlateau(MonitorPolicy):
         if isinstance(event, StepCompleted):
             return True  # the value at the boundary of the effect is not known yet; the command clips it
         values = event.hyperparams if isinstance(event, EpochCompleted) else control.hyperparams
-        # In float32, as Keras compares: the device holds 0.001 as 0.0010000000475, which is no reason for a cut.
+        # In float32, as Keras compares: the device holds 0.001 as 0.0010000000475, which must not cause a cut.
         return bool(np.float32(values[self._label]) > np.float32(self._min_lr))

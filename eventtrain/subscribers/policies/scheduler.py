@@ -74,7 +74,7 @@ class HyperparamScheduler(Policy[ScheduleState]):
         self._by_step = by == "step"
         self._lag = lag
         self._checked: CheckedSchedule | None = None
-        self._sent: Number | None = None
+        self._state = self._initial
         self._end: int | None = None
         self._block = max(1, lag // 2) if self._by_step else 1
         """Number of boundaries whose values are sent at once."""
@@ -87,12 +87,10 @@ class HyperparamScheduler(Policy[ScheduleState]):
         self.lag = self._lags
 
     async def start(self, run: RunContext) -> None:
-        """Checks that the hyperparameter can be set, and the schedule followed.
+        """Checks that it can follow the schedule.
 
-        Raises:
-            ConfigurationError: ``every`` or ``lag`` was changed, or JAX has no CPU backend.
-            HyperparamError: the hyperparameter cannot be set.
-            StateError: by step, the run resumes without a state of this scheduler.
+        Raises ConfigurationError if ``every`` or ``lag`` was changed, StateError if a run by step resumes without a
+        state of this scheduler, HyperparamError if the hyperparameter cannot be set.
         """
         name = self._name
         if self._by_step and (self.every, self.lag) != (self._block, self._lags):
@@ -117,14 +115,16 @@ class HyperparamScheduler(Policy[ScheduleState]):
         if isinstance(event, EpochStarted):
             await self._set_for_epoch(event, control)
         elif isinstance(event, RunStarted):
-            self._sent = None
+            self._state = ScheduleState()
             next_event = (step // self._block + 1) * self._block
             await self._set_for_steps(step, range(step, next_event + self._lag), control)
         elif isinstance(event, StepCompleted):
             first = step + self._lag
             await self._set_for_steps(step, range(first, first + self._block), control)
         elif isinstance(event, CheckpointRestored) and event.part == "all":
-            self._sent = None  # an older value was restored, so the next one is sent even if it is the same
+            self._state = (
+                ScheduleState()
+            )  # an older value was restored: the next one is sent even if it is the same
 
     async def _set_for_epoch(self, event: EpochStarted, control: Control) -> None:
         assert self._checked is not None
@@ -143,20 +143,14 @@ class HyperparamScheduler(Policy[ScheduleState]):
                 if self._end is not None and step < self._end <= boundary:
                     return  # for example a table of values that ends with the run: no step needs this one
                 raise
-            if value != self._sent:
-                self._sent = value
+            if value != self._state.sent:
+                self._state = ScheduleState(sent=value)
                 self._set(value, control, boundary, f"step {boundary}")
 
     def _set(self, value: Number, control: Control, boundary: int, where: str) -> None:
         control.set_hyperparam(
             self._hyperparam, value, path=self._path, at_step=boundary, reason=f"schedule, {where}"
         )
-
-    def _get_state(self) -> ScheduleState:
-        return ScheduleState(sent=self._sent)
-
-    def _set_state(self, state: ScheduleState) -> None:
-        self._sent = state.sent
 
 
 class LearningRateScheduler(HyperparamScheduler):

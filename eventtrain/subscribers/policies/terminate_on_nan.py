@@ -123,9 +123,8 @@ class TerminateOnNaN(Policy[TerminateOnNaNState]):
     async def start(self, run: RunContext) -> None:
         """Starts from scratch, unless a state was loaded.
 
-        Raises:
-            ConfigurationError: for "rollback", ``every`` or ``lag`` is not the constructor's.
-            HyperparamError: for "rollback", the hyperparameter cannot be set.
+        For "rollback" raises ConfigurationError if ``every`` or ``lag`` was changed, HyperparamError if the
+        hyperparameter cannot be set.
         """
         self._reader = self._reader.for_run(self._name)
         await super().start(run)
@@ -235,13 +234,5 @@ class TerminateOnNaN(Policy[TerminateOnNaNState]):
     def _tag(self, place: Place) -> str:
         return f"{self._name}/{place}"
 
-    # --- state --------------------------------------------------------------------------------------------------
-
     def _change(self, **fields: Any) -> None:
         self._state = self._state.model_copy(update=fields)
-
-    def _get_state(self) -> TerminateOnNaNState:
-        return self._state
-
-    def _set_state(self, state: TerminateOnNaNState) -> None:
-        self._state = state

@@ -189,3 +189,23 @@ def test_a_broken_state_is_refused(column: dict[str, str]) -> None:
     state["steps"]["columns"] = {"step": one, "loss": column}
     with pytest.raises(et.errors.StateError, match="History cannot load its state"):
         subs.History().load_state_dict(state)
+
+
+def test_a_state_of_an_earlier_release_is_loaded_and_saved_with_the_same_keys() -> None:
+    columns = {
+        "step": {"dtype": "<i8", "data": "BwAAAAAAAAAIAAAAAAAAAA=="},
+        "loss": {"dtype": "<f4", "data": "AAAAPwAAgD8="},
+    }
+    state = {
+        "version": 1,
+        "epochs": {"version": 1, "dropped": 0, "columns": {}},
+        "steps": {"version": 1, "dropped": 6, "columns": columns},
+    }
+    history = subs.History(steps=True)
+    history.load_state_dict(state)
+    assert {name: column.tolist() for name, column in history.steps.items()} == {
+        "step": [7, 8],
+        "loss": [0.5, 1.0],
+    }
+    assert history.dropped_steps == 6
+    assert history.state_dict() == state

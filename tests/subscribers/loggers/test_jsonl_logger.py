@@ -273,6 +273,7 @@ async def test_what_was_written_after_the_checkpoint_is_cut_off_at_resume_and_ke
         await logger.handle(step_event(step))
     await logger.flush()
     saved = json.loads(json.dumps(logger.state_dict()))
+    assert saved == {"version": 1, "path": "run.jsonl", "offset": path.stat().st_size}
     for step in (4, 5):
         await logger.handle(step_event(step))
     await logger.stop()
