@@ -112,7 +112,7 @@ class Observed:
                 began_s = perf_counter()
                 session.begin_epoch()
                 for _ in range(0, steps, self.steps_per_call):
-                    session.advance(group, self.steps_per_call)
+                    session._run.advance(group, self.steps_per_call)
             session.block_until_ready()
             loop_s = perf_counter() - began_s
             session.end_epoch()

@@ -26,6 +26,7 @@ from eventtrain.errors import (
     AmbiguousHyperparam,
     BusClosed,
     BusError,
+    CommandRejectedError,
     ConfigurationError,
     DataError,
     EventParseError,
@@ -87,8 +88,9 @@ from eventtrain.events import (
 )
 from eventtrain.events.commands import Cause, Command
 from eventtrain.subscribers.base import RunContext, Subscriber
+from eventtrain.trainer.fit import FitResult
 from eventtrain.trainer.session import Session
-from eventtrain.trainer.trainer import FitResult, Trainer
+from eventtrain.trainer.trainer import Trainer
 
 if _TYPE_CHECKING:
     from eventtrain.config.load import load_subscribers
@@ -119,6 +121,7 @@ __all__ = [
     "CommandApplied",
     "CommandConflict",
     "CommandRejected",
+    "CommandRejectedError",
     "ConfigurationError",
     "Control",
     "DataError",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -109,7 +109,7 @@ def run(
         raise typer.Exit(130) from None
 
 
-def _train(job: Job, fit: FitConfig, resume: bool) -> eventtrain.FitResult:
+def _train(job: Job, fit: FitConfig, resume: bool) -> eventtrain.FitResult[Any]:
     has_bar = any(isinstance(subscriber, ProgressBar) for subscriber in job.trainer.subscribers)
     try:
         return job.trainer.fit(
@@ -125,7 +125,7 @@ def _train(job: Job, fit: FitConfig, resume: bool) -> eventtrain.FitResult:
         raise
 
 
-def _summary(result: eventtrain.FitResult, epochs: int) -> str:
+def _summary(result: eventtrain.FitResult[Any], epochs: int) -> str:
     metrics = result.history[-1].metrics if result.history else {}
     values = " ".join(f"{name}={value:.6g}" for name, value in metrics.items())
     after = f"{epochs} epoch{'s' * (epochs != 1)}"

@@ -27,7 +27,7 @@ EXAMPLE = """For example:
 class Job:
     """What a script wants to have trained: the arguments of ``trainer.fit`` but for its length."""
 
-    trainer: et.Trainer
+    trainer: et.Trainer[Any]
     data: Any
     eval_data: Any = None
 
@@ -118,7 +118,7 @@ def _takes_subscribers(make_trainer: Callable[..., Any], module: ModuleType) -> 
     return "subscribers" in parameters
 
 
-def _check_taken(trainer: et.Trainer, subscribers: Sequence[et.Subscriber], module: ModuleType) -> None:
+def _check_taken(trainer: et.Trainer[Any], subscribers: Sequence[et.Subscriber], module: ModuleType) -> None:
     left = [
         type(one).__name__ for one in subscribers if not any(one is taken for taken in trainer.subscribers)
     ]

@@ -1,156 +1,181 @@
-"""Commands on their way to the training thread, which alone takes them out, and where that thread waits."""
+"""Commands on their way to the training thread, which alone takes them out and waits here for them."""
 
 from __future__ import annotations
 
 import logging
 import threading
 from collections import deque
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from types import MappingProxyType
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Protocol
 
 from eventtrain.bus.barrier import Barrier
-from eventtrain.bus.bus import EventBus
-from eventtrain.bus.subscription import Subscription
-from eventtrain.bus.wakeup import Answer
-from eventtrain.control.snapshots import KeptSnapshot
-from eventtrain.errors import CommandRejected
-from eventtrain.events import CommandApplied, Event
-from eventtrain.events import CommandRejected as CommandRejectedEvent
+from eventtrain.bus.core import BusCore
+from eventtrain.bus.subscription import SubscriptionCore
+from eventtrain.bus.wakeup import CrossLoopFuture
+from eventtrain.control.run_state import LoopRecord, StreamRecord
+from eventtrain.control.run_view import RunView
+from eventtrain.errors import CommandRejectedError
+from eventtrain.events import CommandApplied, CommandRejected, Event
 from eventtrain.events.commands import AnyCommand, Stop
-from eventtrain.events.models import Number
 
 logger = logging.getLogger("eventtrain")
 
 POLL_S = 0.1
-"""The longest time the training thread waits without looking at the signal flags, which cannot ring a bell."""
+"""The longest time the training thread waits before it looks at ``arrived`` again: a signal handler adds a ``Stop``
+without waking it."""
+
+
+@dataclass
+class RunPart:
+    """The training side's part of a checkpoint, collected by a barrier beside the states of the subscriptions.
+
+    Attributes:
+        loop: the state of the loop; None until it was recorded.
+        stream: the state of the training stream; None until the marker has passed the fetch thread.
+        commands: commands that were not due, or arrived while the barrier was open.
+    """
+
+    loop: LoopRecord | None = None
+    stream: StreamRecord | None = None
+    commands: list[PendingCommand] = field(default_factory=list["PendingCommand"])
+
+
+class EventSink(Protocol):
+    """Publishes one event."""
+
+    def emit(self, event: Event) -> None:
+        """Publish ``event``. Never blocks."""
+        ...
 
 
 @dataclass(slots=True)
 class PendingCommand:
-    """One command on its way to the loop, with what decides its place among others due at the same boundary."""
+    """A command that was not applied yet, with its place among the commands due at the same boundary."""
 
     command: AnyCommand
-    answer: Answer[CommandApplied]
+    reply: CrossLoopFuture[CommandApplied]
     cause: Event | None = None
-    subscription: Subscription | None = None
+    subscription: SubscriptionCore | None = None
     issue: int = 0
     """Which of its handler's commands this is, from 0."""
 
     @property
     def rank(self) -> tuple[float, int, int, int]:
-        """Commands due together are applied by the step of the cause, its number, subscription, issue."""
+        """Sort key: step of the cause, its number in the stream, subscription, issue; those without a cause last."""
         if self.cause is None or self.subscription is None:
             return (float("inf"), 0, 0, self.issue)
         return (self.cause.step, self.cause.seq, self.subscription.index, self.issue)
 
 
 class CommandQueue:
-    """Where commands wait for the training thread, and where that thread waits for anything at all.
+    """The queue of one trainer's commands, with the condition on which its training thread waits.
 
-    ``post`` and ``ring`` are for any thread; ``take``, ``wait``, ``open`` and ``close`` for the training thread.
+    ``post``, ``ask_to_stop`` and ``wake`` are for any thread; everything else is for the training thread.
+
+    Attributes:
+        arrived: commands that nothing has looked at yet. The training loop tests its truth before every step;
+            appending and popping are atomic.
+        due: commands of a finite lag that wait for their boundary. Training thread only.
     """
 
-    def __init__(self, bus: EventBus) -> None:
-        self.bus = bus
+    def __init__(self, bus: BusCore, view: RunView) -> None:
         self.arrived: deque[PendingCommand] = deque()
-        """Orders nobody has looked at yet; the loop tests its truth before every step."""
         self.due: list[PendingCommand] = []
-        """Orders of finite lag that wait for their boundary."""
-        self.hyperparams: Mapping[str, Number] = MappingProxyType({})
-        """Values in effect, by label, as the loop last wrote them."""
-        self.scheduled: Callable[[], Mapping[str, Number]] = dict
-        """The hyperparameters that follow a schedule, as of the newest step fetched."""
-        self.snapshots: dict[str | int, KeptSnapshot] = {}
-        self.step = 0
-        self._bell = threading.Event()
-        self._cuts: list[Barrier] = []
+        self._bus = bus
+        self._view = view
+        self._wakeup = threading.Event()
         self._waiting = False
-        self._closed: str | None = "no run is in progress"
+        # The lock orders posting against the end of a run and against the barriers of checkpoints.
         self._lock = threading.Lock()
+        self._barriers: list[Barrier[RunPart]] = []
+        self._closed: str | None = "no run is in progress"
 
-    def post(self, orders: list[PendingCommand]) -> None:
-        """Hand orders over, together and in order; rejected at once when no run is in progress."""
+    # --- any thread -------------------------------------------------------------------------------------------
+
+    def post(self, commands: list[PendingCommand]) -> None:
+        """Add commands, together and in order. Rejects them at once if no run is in progress. Never blocks."""
         with self._lock:
             reason = self._closed
             if (
-                self._cuts
-            ):  # also at the end of a run: the one that goes on from its last cut carries them out
-                self._note_in_cuts(orders)
+                self._barriers
+            ):  # also when the run has ended: one that resumes from its last barrier applies them
+                self._add_to_barriers(commands)
             if reason is None:
-                self.arrived.extend(orders)
+                self.arrived.extend(commands)
         if reason is None:
-            self.ring()
+            self.wake()
             return
-        for order in orders:
-            self.reject(order, reason)
-
-    def show(self, hyperparams: Mapping[str, Number]) -> None:
-        """These values are in effect. Training thread."""
-        self.hyperparams = MappingProxyType(dict(hyperparams))
-
-    def open_cut(self, cut: Barrier) -> None:
-        """Note in ``cut`` the orders that wait, and those that come while it is open. Training thread.
-
-        A handler may be anywhere between the loop's boundary and the marker: what it asks for in between belongs to
-        the cut as much as what it asked for before.
-        """
-        with self._lock:
-            cut.orders += [*self.due, *self.arrived]
-            self._cuts = [*(other for other in self._cuts if other.open), cut]
-
-    def _note_in_cuts(self, orders: list[PendingCommand]) -> None:
-        self._cuts = [cut for cut in self._cuts if cut.open]
-        for cut in self._cuts:
-            cut.orders += orders
-
-    def kept(self) -> dict[str | int, KeptSnapshot]:
-        """The snapshots taken by tag that were not released."""
-        return {tag: kept for tag, kept in list(self.snapshots.items()) if not kept.device.released}
+        for command in commands:
+            self.reject(command, reason)
 
     def ask_to_stop(self, reason: str) -> None:
-        """End the run at the next boundary. Any thread, and signal handlers: it takes no lock and rings no bell."""
-        self.arrived.append(PendingCommand(Stop(reason=reason), Answer()))
+        """Add a ``Stop``. Also for signal handlers: it takes no lock and wakes no thread."""
+        self.arrived.append(PendingCommand(Stop(reason=reason), CrossLoopFuture()))
+
+    def wake(self) -> None:
+        """Wake the training thread if it waits. Not for signal handlers, which may interrupt the owner of the lock."""
+        if self._waiting:
+            self._wakeup.set()
 
     def reject(
         self,
-        order: PendingCommand,
+        pending: PendingCommand,
         reason: str,
-        publish: Callable[[Event], None] | None = None,
+        sink: EventSink | None = None,
         level: int = logging.WARNING,
     ) -> None:
-        """Say no: to the one who awaits the result, by an event (through ``publish``), and in the log at ``level``."""
-        logger.log(level, "Command %s was not carried out: %s", order.command.kind, reason)
-        order.answer.fail(
-            CommandRejected(f"The command {order.command.kind} was not carried out: {reason}", reason=reason)
+        """Reject one command: by its result, by an event (through ``sink``, or the bus) and in the log."""
+        kind = pending.command.kind
+        logger.log(level, "Command %s was rejected: %s", kind, reason)
+        pending.reply.set_exception(
+            CommandRejectedError(f"The command {kind} was rejected: {reason}", reason=reason)
         )
-        (publish or self.bus.notify)(
-            CommandRejectedEvent(step=self.step, command=order.command, reason=reason)
-        )
+        event = CommandRejected(step=self._view.step, command=pending.command, reason=reason)
+        if sink is None:
+            self._bus.notify(event)
+        else:
+            sink.emit(event)
 
-    def ring(self) -> None:
-        """Wake the training thread if it waits. Not for signal handlers, which could meet its lock."""
-        if self._waiting:
-            self._bell.set()
-
-    def wait(self, ready: Callable[[], object], timeout_s: float) -> None:
-        """Sleep until rung, ``ready()`` or the timeout: the one place where the training thread waits for the bus."""
-        self._waiting = True
-        self._bell.clear()
-        if not ready() and not self.arrived:
-            self._bell.wait(timeout_s)
-        self._waiting = False
+    # --- training thread --------------------------------------------------------------------------------------
 
     def open(self) -> None:
-        """A run begins: commands are taken from now on."""
+        """Accept commands from now on: a run begins."""
         with self._lock:
             self._closed = None
 
     def close(self, reason: str) -> list[PendingCommand]:
-        """The run ends: later commands are rejected at once. Returns those still open."""
+        """Reject commands from now on: the run ends. Returns the commands that were not applied."""
         with self._lock:
             self._closed = reason
             left = [*self.due, *self.arrived]
             self.due.clear()
             self.arrived.clear()
         return left
+
+    def open_barrier(self, barrier: Barrier[RunPart]) -> None:
+        """Record in ``barrier`` the commands that wait, and those that are posted while it is open.
+
+        A handler may be anywhere between the loop's boundary and the marker. A command that it issues in between
+        belongs to the checkpoint as much as one that it issued before.
+        """
+        with self._lock:
+            barrier.run.commands += [*self.due, *self.arrived]
+            self._barriers = [*(other for other in self._barriers if other.open), barrier]
+
+    def _add_to_barriers(self, commands: list[PendingCommand]) -> None:
+        self._barriers = [barrier for barrier in self._barriers if barrier.open]
+        for barrier in self._barriers:
+            barrier.run.commands += commands
+
+    def wait(self, ready: Callable[[], object], timeout_s: float = POLL_S) -> None:
+        """Sleep until woken, until ``ready()``, until a command arrives, or for ``timeout_s``.
+
+        ``_waiting`` is set before ``ready()`` is asked, and a waker changes what ``ready`` looks at before it reads
+        ``_waiting``: whichever comes second sees the other, so no wake-up is lost.
+        """
+        self._waiting = True
+        self._wakeup.clear()
+        if not ready() and not self.arrived:
+            self._wakeup.wait(timeout_s)
+        self._waiting = False

@@ -1,7 +1,7 @@
-"""How subscribers and services steer a run: typed commands into an inbox that only the training loop empties.
+"""How subscribers and services steer a run: typed commands into a queue that only the training thread empties.
 
-Nothing here touches the device. A command says when it is due; the loop carries it out between two steps and
-answers, by an event in its stream and by the ``Answer`` that ``await command.result()`` waits for.
+Nothing here touches the device. A command says when it is due. The training loop applies it between two steps and
+answers twice: by an event in its stream, and by the future that ``await command.result()`` waits for.
 """
 
 from __future__ import annotations
@@ -10,11 +10,12 @@ from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Any, Literal
 
-from eventtrain.bus.subscription import Subscription
-from eventtrain.bus.wakeup import Answer
+from eventtrain.bus.subscription import SubscriptionCore
+from eventtrain.bus.wakeup import CrossLoopFuture
 from eventtrain.control.command_queue import CommandQueue, PendingCommand
+from eventtrain.control.run_view import RunView
 from eventtrain.control.snapshots import KeptSnapshot
-from eventtrain.errors import CommandRejected, ConfigurationError
+from eventtrain.errors import CommandRejectedError, ConfigurationError
 from eventtrain.events import CommandApplied, Event
 from eventtrain.events.commands import (
     Cause,
@@ -34,25 +35,17 @@ from eventtrain.events.models import Number
 
 
 class Control:
-    """What handlers and services may ask of the run. Every method returns at once, on any thread.
+    """The commands that handlers and services issue to a run, and the values they may read.
 
-    Each command method returns the ``Command`` sent; ``await command.result()`` gives the ``CommandApplied`` event or
-    raises ``eventtrain.errors.CommandRejected``. ``lag`` of the subscription decides when it takes effect.
+    Every method returns at once, on any thread. Each command method returns the ``Command`` that was sent:
+    ``await command.result()`` returns its ``CommandApplied`` event or raises
+    ``eventtrain.CommandRejectedError``. When it takes effect depends on the ``lag`` of the subscription.
     """
 
-    def __init__(
-        self,
-        inbox: CommandQueue,
-        cause: Event | None = None,
-        subscription: Subscription | None = None,
-        lag: int | None = None,
-    ) -> None:
-        self._inbox = inbox
-        self._cause = cause
-        self._subscription = subscription
-        self._lag = lag
-        self._held: list[PendingCommand] | None = [] if lag is not None else None
-        self._issued = 0
+    def __init__(self, queue: CommandQueue, view: RunView, transaction: Transaction | None = None) -> None:
+        self._queue = queue
+        self._view = view
+        self._transaction = transaction
 
     # --- commands -------------------------------------------------------------------------------------------
 
@@ -65,13 +58,18 @@ class Control:
         reason: str = "",
         at_step: int | None = None,
     ) -> Command:
-        """Write ``value`` (a Python, NumPy or 0-d array number) where ``optax.inject_hyperparams`` keeps ``name``.
+        """Set a hyperparameter in the optimiser state, where ``optax.inject_hyperparams`` keeps it.
 
-        ``path`` (the full path or a unique part of it) decides where the name stands in several places. The value takes
-        the dtype of the one it replaces; nothing is recompiled. ``at_step`` names a boundary later than the one the
-        lag gives (step ``at_step + 1`` is the first computed with the value); only where the lag is finite.
+        The value takes the dtype of the one it replaces. Nothing is recompiled. The command is rejected if the
+        hyperparameter is unknown, ambiguous or follows a schedule, or if the value is not finite.
 
-        Rejected: an unknown, ambiguous or scheduled hyperparameter, or a value that is no finite number.
+        Args:
+            name: of the hyperparameter.
+            value: a Python or NumPy number, or a 0-d array.
+            path: its full path or a unique part of it, if the name occurs in several places.
+            reason: for logs and events.
+            at_step: a boundary later than the one that the lag gives: step ``at_step + 1`` is the first computed with
+                the value. Requires a finite lag.
         """
         return self._send(
             SetHyperparam,
@@ -89,11 +87,11 @@ class Control:
         path: str | None = None,
         reason: str = "",
     ) -> Command:
-        """Multiply the value in effect *when the command is applied* by ``factor``, within ``minimum`` and ``maximum``.
+        """Multiply a hyperparameter by ``factor``, within ``minimum`` and ``maximum``.
 
-        A value that is beyond a limit already is not moved further, nor back to it.
-
-        Use it instead of reading, computing and setting: between the event and the effect the value may change.
+        The value multiplied is the one in effect when the command is applied. A handler that reads, computes and sets
+        would lose what changed between its event and the effect. A value that is already beyond a limit is neither
+        moved further nor brought back to it.
         """
         return self._send(
             ScaleHyperparam,
@@ -102,35 +100,38 @@ class Control:
         )  # fmt: skip
 
     def stop(self, reason: str = "stopped", *, final: bool = True) -> Command:
-        """End the run at the boundary where this takes effect; ``reason`` becomes the run's ``stop_reason``.
+        """End the run at the boundary where this takes effect.
 
-        ``final``: a later ``fit(resume=True)`` with the same aim trains nothing more. False: it goes on from here.
+        Args:
+            reason: becomes the ``stop_reason`` of the run.
+            final: whether a later ``fit(resume=True)`` with the same aim trains nothing more. False: it continues
+                here.
         """
         return self._send(Stop, reason=reason, final=final)
 
     def checkpoint(self, tag: str | None = None, *, reason: str = "") -> Command:
-        """Have the state of the boundary made durable by the run's ``Checkpointer``.
+        """Have the run's ``Checkpointer`` write the state of the boundary.
 
-        Applied means that the snapshot is taken; ``CheckpointCommitted`` follows when it is on disk.
+        The command is applied when the snapshot is taken. ``CheckpointCommitted`` follows when it is on disk.
         """
         return self._send(SaveCheckpoint, tag=tag, reason=reason)
 
     def snapshot(self, tag: str, *, reason: str = "") -> Command:
-        """Keep the device state under ``tag``; once applied it stands in ``snapshots[tag]`` until released."""
+        """Keep the device state. Once applied it is in ``snapshots[tag]``, until it is released."""
         return self._send(TakeSnapshot, tag=tag, reason=reason)
 
     def restore(
         self, tag_or_step: str | int, part: Literal["all", "params"] = "all", *, reason: str = ""
     ) -> Command:
-        """Put a kept snapshot's state (or only its params) back. The step count goes on; it never goes back."""
+        """Restore the state of a kept snapshot, or only its params. The step count never goes back."""
         return self._send(Restore, target=tag_or_step, part=part, reason=reason)
 
     def pause(self, *, reason: str = "") -> Command:
-        """Hold the loop at the next boundary; everything published so far is delivered meanwhile."""
+        """Hold the training loop at the next boundary. Everything published so far is delivered meanwhile."""
         return self._send(Pause, reason=reason)
 
     def resume(self, *, reason: str = "") -> Command:
-        """Let a paused loop go on, at once; from a handler with a finite lag, as soon as it has succeeded."""
+        """Let a paused loop continue: at once, or as soon as a handler with a finite lag has succeeded."""
         return self._send(Resume, reason=reason)
 
     def evaluate(self, *, reason: str = "") -> Command:
@@ -138,81 +139,114 @@ class Control:
         return self._send(Evaluate, reason=reason)
 
     def profile(self, steps: int, *, reason: str = "") -> Command:
-        """Have the ``steps`` steps after the boundary where this takes effect traced by JAX's profiler.
+        """Trace the ``steps`` steps after the boundary where this takes effect with JAX's profiler.
 
-        Needs a ``Profiler`` among the subscribers, which says where the trace goes. ``ProfileCaptured`` tells when it
-        is written; training waits for that.
+        Requires a ``Profiler`` among the subscribers, which gives the trace its folder. Training waits until the
+        trace is written; ``ProfileCaptured`` follows.
         """
         return self._send(Profile, steps=steps, reason=reason)
 
-    # --- looking --------------------------------------------------------------------------------------------
+    # --- reading --------------------------------------------------------------------------------------------
 
     @property
     def hyperparams(self) -> Mapping[str, Number]:
-        """The values in effect, read-only: name (or path, where a name is ambiguous) -> number."""
-        return MappingProxyType({**self._inbox.hyperparams, **self._inbox.scheduled()})
+        """The values in effect, read-only: name (or path, if a name is ambiguous) -> number."""
+        return MappingProxyType({**self._view.hyperparams, **self._view.scheduled})
 
     @property
     def snapshots(self) -> Mapping[str | int, KeptSnapshot]:
-        """Kept snapshots by tag; ``.step``, ``await .to_host()``, ``.release()``."""
-        return MappingProxyType(self._inbox.kept())
+        """The kept snapshots by tag: ``.step``, ``await .to_host()``, ``.release()``."""
+        return MappingProxyType(self._view.kept())
 
     @property
     def step(self) -> int:
-        """Steps dispatched so far; the device may be some behind."""
-        return self._inbox.step
+        """Steps dispatched so far. The device may be some steps behind."""
+        return self._view.step
 
     # --- sending --------------------------------------------------------------------------------------------
 
     def _send(self, kind: type[Command], at_step: int | None = None, /, **fields: Any) -> Command:
-        cause = None
-        due = None
-        if at_step is not None and self._lag is None:
+        transaction = self._transaction
+        lag = transaction.lag if transaction is not None else None
+        if at_step is not None and lag is None:
             raise ConfigurationError(
-                f"{kind.__name__}(at_step={at_step!r}): without a finite lag the command may arrive after that step, "
-                "and a rerun would differ. Subscribe with a lag, or leave at_step out."
+                f"Cannot issue {kind.__name__} with at_step={at_step!r}: without a finite lag the command may arrive "
+                "after that step, and a rerun would differ. Subscribe with a lag, or leave at_step out."
             )
-        if self._cause is not None and self._subscription is not None:
-            cause = Cause(event=self._cause.kind, step=self._cause.step, subscriber=self._subscription.name)
-            # Resume applies at once: a paused loop stays before the boundary at which a lag would let it through.
-            due = None if self._lag is None or kind is Resume else self._cause.step + self._lag
-            due = due if at_step is None or due is None else max(due, at_step)
+        cause, due = None, None
+        if transaction is not None:
+            event = transaction.event
+            cause = Cause(event=event.kind, step=event.step, subscriber=transaction.subscription.name)
+            # Resume is applied at once: a paused loop never reaches the boundary that a lag would give.
+            if lag is not None and kind is not Resume:
+                due = max(event.step + lag, at_step or 0)
         try:
             command: Any = kind(cause=cause, due=due, **fields)
         except ValueError as error:
             raise ConfigurationError(f"Cannot issue {kind.__name__}: {error}") from error
-        answer: Answer[CommandApplied] = Answer()
-        command._reply = answer if self._lag is None else _NoWaiting(command.kind)
-        order = PendingCommand(command, answer, self._cause, self._subscription, self._issued)
-        self._issued += 1
-        if self._lag is None:
-            self._inbox.post([order])
-        elif self._held is None:
-            raise CommandRejected(
-                f"Cannot issue {command.kind}: the control of a handler with a finite lag closes when it returns, "
-                "since the loop may have passed the boundary. Issue it before returning, or subscribe with lag=None.",
-                reason="the handler has returned",
-            )
+        reply: CrossLoopFuture[CommandApplied] = CrossLoopFuture()
+        command._reply = reply if lag is None else _NoWaiting(command.kind)
+        if transaction is None:
+            self._queue.post([PendingCommand(command, reply)])
         else:
-            self._held.append(order)
+            transaction.send(command, reply)
         return command
 
-    # --- one handler call -------------------------------------------------------------------------------------
+
+class Transaction:
+    """The commands of one handler call. With a finite lag they are held until it succeeds, and dropped if it fails.
+
+    Attributes:
+        event, subscription: the cause of its commands.
+        lag: of the subscription, for this event.
+    """
+
+    __slots__ = ("_held", "_issued", "_queue", "_view", "event", "lag", "subscription")
+
+    def __init__(
+        self, queue: CommandQueue, view: RunView, event: Event, subscription: SubscriptionCore
+    ) -> None:
+        self.event = event
+        self.subscription = subscription
+        self.lag = subscription.filter.lag_for(type(event))
+        self._queue = queue
+        self._view = view
+        self._issued = 0
+        self._held: list[PendingCommand] | None = [] if self.lag is not None else None
 
     @property
     def control(self) -> Control:
-        """The handler's view of this attempt: itself."""
-        return self
+        """What the handler is given."""
+        return Control(self._queue, self._view, self)
+
+    def send(self, command: Any, reply: CrossLoopFuture[CommandApplied]) -> None:
+        """Send ``command`` at once, or hold it if the lag is finite.
+
+        Raises:
+            CommandRejectedError: the handler has returned, and its lag is finite.
+        """
+        pending = PendingCommand(command, reply, self.event, self.subscription, self._issued)
+        if self.lag is None:
+            self._queue.post([pending])
+        elif self._held is not None:
+            self._held.append(pending)
+        else:
+            raise CommandRejectedError(
+                f"Cannot issue {command.kind}: the control of a handler with a finite lag closes when the handler "
+                "returns, since the loop may have passed the boundary. Issue it before returning, or subscribe with "
+                "lag=None.",
+                reason="the handler has returned",
+            )
+        self._issued += 1
 
     def commit(self) -> None:
-        """The handler succeeded: send what a finite lag held back, and close."""
-        if self._held is not None:
-            held, self._held = self._held, None
-            if held:
-                self._inbox.post(held)
+        """Send the held commands and close: the handler succeeded."""
+        held, self._held = self._held, None
+        if held:
+            self._queue.post(held)
 
     def discard(self) -> None:
-        """The handler failed, or will be tried again: drop what a finite lag held back, and close."""
+        """Drop the held commands and close: the handler failed, or will be tried again."""
         self._held = None
 
 
@@ -221,16 +255,16 @@ class _NoWaiting:
         self._kind = kind
 
     async def wait(self) -> CommandApplied:
-        raise CommandRejected(
-            f"Cannot await the result of {self._kind} from a handler with a finite lag: the loop may be waiting for "
-            "this very handler. Subscribe to CommandApplied, or use lag=None.",
+        raise CommandRejectedError(
+            f"Cannot await the result of {self._kind} in a handler with a finite lag: the loop may be waiting for this "
+            "very handler. Subscribe to CommandApplied, or use lag=None.",
             reason="awaited inside a handler with a finite lag",
         )
 
 
 def _number(method: str, value: Any) -> float | int | bool:
-    """A Python number from a Python, NumPy or 0-d array one."""
+    """Returns a Python number for a Python or NumPy number or a 0-d array."""
     item = value.item() if hasattr(value, "item") and getattr(value, "ndim", None) == 0 else value
     if not isinstance(item, (int, float)):
-        raise ConfigurationError(f"{method}: the value must be a number or a 0-d array, not {value!r}.")
+        raise ConfigurationError(f"{method}: expected a number or a 0-d array, got {value!r}.")
     return item

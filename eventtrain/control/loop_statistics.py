@@ -1,4 +1,4 @@
-"""Where the training thread's time goes. A few clock readings a step; what reads them may be on any thread."""
+"""The training thread's time by what it was spent on. Costs a few clock readings a step."""
 
 from __future__ import annotations
 
@@ -12,31 +12,31 @@ T = TypeVar("T")
 
 @dataclass(frozen=True, slots=True)
 class LoopStatistics:
-    """Where the training thread's time went since the run began, in seconds; no moment counts twice.
+    """The training thread's time since the run began, in seconds, by what it was spent on. No moment counts twice.
 
-    What is left of ``duration_s`` went to compiling, evaluating, commands, pauses and, in a ``session``, your own code.
+    The rest of ``duration_s`` is compiling, evaluating, commands, pauses and, in a ``session``, your own code.
     """
 
     step: int = 0
-    """Completed in all, those that are still on the device counted."""
+    """Steps completed, including those still on the device."""
     steps: int = 0
-    """Of them, those of this run; since it resumed, of one that did."""
+    """Steps of this run; of a run that resumed, since then."""
     duration_s: float = 0.0
-    """Since the run began, and to its end at most."""
+    """From the beginning of the run, to its end at most."""
     data_wait_s: float = 0.0
-    """Getting batches. Not those that you hand to ``session.step``, nor those of evaluations."""
+    """Getting batches, except those given to ``session.step`` and those of evaluations."""
     dispatch_s: float = 0.0
-    """In the compiled step: its dispatch, and on some backends the computation; compiling for a new kind of batch."""
+    """Calling the compiled step: dispatch, on some backends the computation, and compiling for a new kind of batch."""
     device_wait_s: float = 0.0
     """Waiting for the device, because the loop was ``max_in_flight_steps`` ahead of it."""
     observer_wait_s: float = 0.0
-    """Waiting for subscribers: decisions that were due, full queues, writers of checkpoints."""
+    """Waiting for subscribers: decisions that were due, full queues, checkpoints being written."""
     observing_s: float = 0.0
-    """Handing windows of metrics over, and keeping count of what is to be decided."""
+    """Handing over windows of metrics, and counting the events that subscriptions with a finite lag decide on."""
 
 
 class LoopClock:
-    """Adds up the times of ``LoopStatistics``. Written by the training thread; readable from any."""
+    """Accumulates the times of ``LoopStatistics``. Written by the training thread, readable from any."""
 
     __slots__ = (
         "_began_s",
@@ -58,18 +58,18 @@ class LoopClock:
         self.observing_s = 0.0
 
     def stop(self) -> None:
-        """The run has ended: ``duration_s`` stays as it is."""
+        """Stop ``duration_s``: the run has ended."""
         self._ended_s = perf_counter()
 
     def for_data(self, fetch: Callable[[], T]) -> T:
-        """Charge the time of ``fetch()``, but for what it waits for observers."""
+        """Charge the time of ``fetch()`` to data, except what it waited for observers."""
         began_s, waited_s = perf_counter(), self.observer_wait_s
         fetched = fetch()
         self.data_wait_s += perf_counter() - began_s - (self.observer_wait_s - waited_s)
         return fetched
 
     def for_observers(self, wait: Callable[[], T]) -> T:
-        """Charge the time of ``wait()``, once where such waits are nested."""
+        """Charge the time of ``wait()`` to observers, once if such waits are nested."""
         began_s, waited_s = perf_counter(), self.observer_wait_s
         try:
             return wait()
@@ -77,7 +77,7 @@ class LoopClock:
             self.observer_wait_s = waited_s + perf_counter() - began_s
 
     def read(self, step: int, steps: int) -> LoopStatistics:
-        """The figures of this moment."""
+        """Returns the figures of this moment."""
         now_s = self._ended_s if self._ended_s is not None else perf_counter()
         return LoopStatistics(
             step,

@@ -1,23 +1,96 @@
-"""What a checkpoint holds besides arrays, so that a run goes on exactly where it was: plain JSON data, validated."""
+"""The records of a checkpoint besides arrays, from which a run continues exactly: plain JSON data, validated."""
 
 from __future__ import annotations
 
 import base64
-from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Mapping
 from datetime import datetime
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
-from eventtrain.bus.barrier import Barrier, SubscriptionState
-from eventtrain.control.command_queue import PendingCommand
+from pydantic import Field
+
+from eventtrain.bus.barrier import SubscriptionCheckpoint
 from eventtrain.events import parse_event
-from eventtrain.events.models import Frozen
-from eventtrain.events.run_records import LoopRecord, SavedCommand, StreamRecord
+from eventtrain.events.commands import AnyCommand
+from eventtrain.events.models import Frozen, Number
+
+
+class SavedMeans(Frozen):
+    """The sums behind the means of an epoch or an evaluation."""
+
+    sums: dict[str, float] = Field(default_factory=dict)
+    total: float = 0.0
+
+
+class SavedCommand(Frozen):
+    """A command that was not due when the checkpoint was taken."""
+
+    command: AnyCommand
+    cause_step: int
+    cause_seq: int
+    subscriber: str
+    issue: int
+
+
+class LoopRecord(Frozen):
+    """The state of the training loop.
+
+    Attributes:
+        step, epoch, batch: completed; ``batch`` counts those of the epoch in progress.
+        in_epoch: EpochStarted of ``epoch`` was published, and EpochCompleted was not.
+        step_started: StepStarted of the next step was published, for deciders.
+        evaluation: how far the evaluation of this boundary is.
+        evaluated_batches: of the evaluation that was cut short at this boundary; None if none was.
+        epoch_first_step: steps completed before the epoch in progress.
+        start_step, start_epoch: completed when the call of ``fit`` began whose aim the run has.
+        epochs, steps: the aim of that call; both None in a session.
+        ended: why the run ended, if a command ended it for good.
+        data: the state of the data's iterator after the last batch trained on, by ``pack``; None if it has none.
+        orders: commands that were not due.
+        deterministic: nothing that depends on timing has taken effect.
+        fingerprint: what an exact continuation depends on: versions, devices, options.
+    """
+
+    step: int
+    epoch: int
+    batch: int
+    in_epoch: bool
+    step_started: bool = False
+    evaluation: Literal["none", "pending", "done"] = "none"
+    evaluated_batches: int | None = None
+    epoch_first_step: int
+    start_step: int
+    start_epoch: int
+    epochs: int | None = None
+    steps: int | None = None
+    ended: str | None = None
+    data: Any = None
+    orders: tuple[SavedCommand, ...] = ()
+    deterministic: bool = True
+    fingerprint: dict[str, Any] = Field(default_factory=dict)
+
+
+class StreamRecord(Frozen):
+    """The state of the training stream.
+
+    Attributes:
+        seq: number of the last event before the marker.
+        epoch_means: of the epoch in progress.
+        eval_means: of the evaluation that was cut short.
+        evaluated: means of the epoch's last evaluation, for its EpochCompleted.
+        watched: values of the hyperparameters that follow a schedule.
+    """
+
+    seq: int = 0
+    epoch_means: SavedMeans = SavedMeans()
+    eval_means: SavedMeans = SavedMeans()
+    evaluated: dict[str, Number] | None = None
+    watched: dict[str, Number] = Field(default_factory=dict)
 
 
 class SavedSubscription(Frozen):
-    """``SubscriptionState`` of one subscription as JSON."""
+    """``SubscriptionCheckpoint`` of one subscription as JSON."""
 
     state: dict[str, Any] | None = None
     unhandled: tuple[dict[str, Any], ...] = ()
@@ -27,8 +100,8 @@ class SavedSubscription(Frozen):
     failures: int = 0
 
     @classmethod
-    def of(cls, share: SubscriptionState) -> SavedSubscription:
-        """From what a subscription gave."""
+    def of(cls, share: SubscriptionCheckpoint) -> SavedSubscription:
+        """Returns the record of ``share``."""
         return cls(
             state=None if share.state is None else dict(share.state),
             unhandled=tuple(event.model_dump(mode="json") for event in share.unhandled),
@@ -38,66 +111,29 @@ class SavedSubscription(Frozen):
             failures=share.failures,
         )
 
-    def share(self) -> SubscriptionState:
-        """What the subscription gave; raises EventParseError where an event cannot be read."""
+    def share(self) -> SubscriptionCheckpoint:
+        """Returns what the subscription gave. Raises EventParseError if an event cannot be read."""
         events = tuple(parse_event(data) for data in self.unhandled)
-        return SubscriptionState(
+        return SubscriptionCheckpoint(
             self.state, events, self.decided_on, self.spent, self.disabled, self.failures
         )
 
 
 class RunRecord(Frozen):
-    """Everything of one cut that is no array."""
+    """Everything of one checkpoint that is not an array."""
 
     schema_version: Literal[1] = 1
     loop: LoopRecord
     stream: StreamRecord
     shares: dict[str, SavedSubscription]
 
-    @classmethod
-    def wait_for(cls, cut: Barrier, timeout_s: float) -> RunRecord:
-        """What ``cut`` collects. Blocks until everybody has given theirs; raises SnapshotError where one does not."""
-        shares = cut.wait(timeout_s)
-        loop, stream = cut.loop, cut.stream
-        assert loop is not None
-        assert stream is not None  # both were there before the marker was routed
-        return cls(
-            loop=loop.model_copy(update={"orders": tuple(_orders_of(cut.orders, shares, stream.seq))}),
-            stream=stream,
-            shares={name: SavedSubscription.of(share) for name, share in shares.items()},
-        )
-
-
-def _orders_of(
-    orders: Iterable[PendingCommand], shares: Mapping[str, SubscriptionState], seq: int
-) -> Iterator[SavedCommand]:
-    """The commands that belong to a cut: not due, caused before it, by an event that will not be handled once more."""
-    again = {
-        (name, event.seq)
-        for name, share in shares.items()
-        for event, decided_on in zip(share.unhandled, share.decided_on, strict=True)
-        if decided_on  # others are numbered in another sequence
-    }
-    for order in orders:
-        cause, subscription = order.cause, order.subscription
-        if order.command.due is None or cause is None or subscription is None or cause.seq > seq:
-            continue
-        if (subscription.name, cause.seq) not in again:
-            yield SavedCommand(
-                command=order.command,
-                cause_step=cause.step,
-                cause_seq=cause.seq,
-                subscriber=subscription.name,
-                issue=order.issue,
-            )
-
 
 class SavedRun(Protocol):
-    """A checkpoint that a run can go on from."""
+    """A checkpoint from which a run can continue."""
 
     @property
     def path(self) -> Path:
-        """Where it lies."""
+        """Its directory."""
         ...
 
     @property
@@ -112,57 +148,30 @@ class SavedRun(Protocol):
 
     @property
     def facts(self) -> RunRecord | None:
-        """What belongs to it besides arrays; None where only a state was saved."""
+        """Everything that is not an array; None if only a state was saved."""
         ...
 
     def state(self, like: Any) -> Any:
-        """The state, placed as ``like`` is. Raises StateError where it does not fit."""
+        """Returns the state, placed as ``like`` is. Raises StateError if it does not fit."""
         ...
 
     def extensions(self, like: Mapping[str, Any], tag: str | None = None) -> list[Any]:
-        """The leaves of the step extensions, placed as those of ``like`` (by path) and in their order.
+        """Returns the leaves of the step extensions, placed as those of ``like`` (by path) and in their order.
 
-        Those that belong to the state, or to the snapshot ``tag`` of ``kept``.
-        Raises StateError where they do not fit.
+        They belong to the state, or to the snapshot ``tag`` of ``kept``. Raises StateError if they do not fit.
         """
         ...
 
     def kept(self, like: Any) -> dict[str, tuple[int, Any]]:
-        """Other snapshots that the rest of the run needs: tag -> step, and state placed as ``like``."""
+        """Returns the other snapshots that the rest of the run needs: tag -> step, and state placed as ``like``."""
         ...
-
-
-class UndoLog(Protocol):
-    """The trainer and its subscribers as they were."""
-
-    def put_back(self) -> None:
-        """Make it so again."""
-        ...
-
-    def forget(self) -> None:
-        """There is no way back; what was remembered would only take memory."""
-        ...
-
-
-@dataclass(frozen=True)
-class ResumePoint:
-    """What a run starts from when it resumes."""
-
-    saved: SavedRun
-    facts: RunRecord
-    before: UndoLog
-    shares: Mapping[str, SubscriptionState] = field(default_factory=dict[str, SubscriptionState])
-    kept: tuple[str, ...] = ()
-    """Tags of the other snapshots that were saved with it."""
-    ended: str | None = None
-    """Why the run had reached its end, so that nothing is trained."""
 
 
 def pack(state: Any) -> Any:
-    """An iterator's state as JSON data; bytes become ``{"base64": ...}``.
+    """Returns an iterator's state as JSON data; bytes become ``{"base64": ...}``.
 
     Raises:
-        TypeError: it is neither bytes nor JSON data.
+        TypeError: it holds something that is neither bytes nor JSON data.
     """
     if isinstance(state, bytes):
         return {"base64": base64.b64encode(state).decode()}
@@ -175,12 +184,12 @@ def pack(state: Any) -> Any:
     if hasattr(state, "item") and getattr(state, "ndim", None) == 0:
         return state.item()
     raise TypeError(
-        f"the state of the data's iterator holds {type(state).__name__}, and a checkpoint takes bytes and JSON data"
+        f"the state of the data's iterator holds {type(state).__name__}; a checkpoint can hold bytes and JSON data only"
     )
 
 
 def unpack(data: Any) -> Any:
-    """What ``pack`` was given; tuples come back as lists."""
+    """Returns what ``pack`` was given, with lists for tuples."""
     if isinstance(data, Mapping):
         if "base64" in data:
             return base64.b64decode(data["base64"])

@@ -1,151 +1,180 @@
-"""Keeping the state of a boundary for Checkpointers, with everything that belongs to it. Training thread only."""
+"""Takes the snapshots that Checkpointers write, at exactly the boundaries that requests and commands name.
+
+A checkpoint of step k is one consistent cut: a ``Barrier`` collects the state of every subscription at its marker,
+which travels in the stream behind the last event of step k; the ledger keeps the device state; the record says where
+the loop was. None of it waits, unless a Checkpointer with ``when_full="wait"`` is still writing as many as it may.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
 from time import monotonic
 
 from eventtrain.bus.barrier import Barrier, Marker
-from eventtrain.bus.bus import EventBus
-from eventtrain.control.requests import BoundaryRequest, RunRequests
-from eventtrain.events import CheckpointFailed, CheckpointSkipped, Event, LoopStalled
+from eventtrain.control.command_queue import RunPart
+from eventtrain.control.requests import CheckpointRequest
+from eventtrain.errors import SnapshotError
+from eventtrain.events import CheckpointFailed, CheckpointSkipped, LoopStalled, SnapshotTaken
 from eventtrain.events.commands import SaveCheckpoint
-from eventtrain.events.run_records import LoopRecord
 from eventtrain.loop.backpressure import STALL_REPORT_S
-from eventtrain.loop.command_executor import CommandExecutor
-from eventtrain.loop.metric_windows import MetricWindows, Position
+from eventtrain.loop.evaluation import Evaluations
+from eventtrain.loop.metric_windows import MetricWindows
 from eventtrain.loop.request_schedule import RequestSchedule
+from eventtrain.loop.run_recorder import RunRecorder
+from eventtrain.loop.run_resources import RunResources
+from eventtrain.loop.run_status import RunStatus
+from eventtrain.loop.snapshot_ledger import SnapshotLedger
+from eventtrain.loop.waiting import WaitingPlace
 
 
+@dataclass(eq=False, kw_only=True)
 class Checkpoints:
-    """Takes cuts where plans and commands ask for them.
+    """The checkpoints of one run. Training thread only.
 
-    Args:
-        room: holds the plans and what was taken.
-        effects: keeps the device state.
-        windows: carry the marker, behind everything that was said up to the boundary.
-        position: of the run.
-        bus: which hears of waits.
-        wait: the loop's waiting place; False where the run has to end.
-        describe: says where the run is; raises TypeError where a checkpoint cannot hold it.
+    Attributes:
+        requested: commands whose checkpoint is taken when all other commands of the boundary are applied.
+        no_step_follows: the state is the last one, so that keeping it takes no memory and needs no room.
     """
 
-    def __init__(
-        self,
-        room: RunRequests,
-        effects: CommandExecutor,
-        windows: MetricWindows,
-        position: Position,
-        bus: EventBus,
-        wait: Callable[[Callable[[], object]], bool],
-        describe: Callable[[], LoopRecord],
-    ) -> None:
-        self.schedule = RequestSchedule(
-            room.checkpoints, position, lambda plan: self._take([(None, plan.owner)])
-        )
-        self._room = room
-        self._effects = effects
-        self._windows = windows
-        self._position = position
-        self._bus = bus
-        self._wait = wait
-        self._describe = describe
+    status: RunStatus
+    resources: RunResources
+    windows: MetricWindows
+    ledger: SnapshotLedger
+    recorder: RunRecorder
+    evaluations: Evaluations
+    requested: list[SaveCheckpoint] = field(default_factory=list[SaveCheckpoint])
+    no_step_follows: bool = False
+
+    def __post_init__(self) -> None:
         self._taking = False
-        self.no_step_follows = False
-        """The state is the last one: keeping it takes no memory, so that it needs no room."""
+        self.schedule = RequestSchedule(self.resources.plane.requests.checkpoints, self.status)
 
-    def take_asked(self) -> None:
-        """Those that commands asked for at this boundary."""
-        self._take([])
+    def request(self, command: SaveCheckpoint) -> None:
+        """Take one at this boundary: a command asked for it. Raises SnapshotError if nothing would write it."""
+        if not self.resources.plane.requests.checkpoints:
+            raise SnapshotError(
+                "no Checkpointer is subscribed. Add subs.Checkpointer(...) to the subscribers."
+            )
+        self.requested.append(command)
 
-    def take_final(self, *, unchanged: bool) -> None:
-        """After the last step, for those who want the state as it is then and do not have it yet.
+    def take_due(self, place: WaitingPlace) -> bool:
+        """Take what is due at this boundary by step and by clock. Returns whether anything was."""
+        due = self.schedule.take_due()
+        self._take([request.owner for request in due], place)
+        return bool(due)
 
-        ``unchanged``: the run resumed from a checkpoint of this very state, so that another would only push out an
-        older one.
+    def take_epoch(self, epochs: int, place: WaitingPlace) -> None:
+        """Take what is due at the end of the ``epochs``-th epoch."""
+        self._take([request.owner for request in self.schedule.take_epoch(epochs)], place)
+
+    def take_requested(self, place: WaitingPlace) -> None:
+        """Take what commands asked for at this boundary."""
+        self._take([], place)
+
+    def take_final(self, place: WaitingPlace) -> None:
+        """Take the state after the last step for the Checkpointers that want it and do not have it yet.
+
+        Not if the run resumed from a checkpoint of this very state: another would only push out an older one.
         """
         self.no_step_follows = True
-        self.take_asked()
-        if unchanged:
-            return
-        now = self._now
-        owners = [plan.owner for plan in self._room.checkpoints if plan.at_end and plan.kept != now]
-        self._take([(None, owner) for owner in owners])
+        self.take_requested(place)
+        if not self.recorder.unchanged(self.status):
+            requests = self.resources.plane.requests.checkpoints
+            owners = [request.owner for request in requests if request.at_end and request.taken != self._now]
+            self._take(owners, place)
 
     @property
     def _now(self) -> tuple[int, int, str | None]:
-        """Tells two states apart: a cut that does not know that the run has ended is not its last one."""
-        return self._position.step, self._effects.changes, self._effects.ended
+        """Identifies a state: a checkpoint that does not know that the run has ended is not its last one."""
+        return self.status.step, self.status.changes, self.status.ended
 
-    def _take(self, wanted: Iterable[tuple[str | None, str | None]]) -> None:
-        """Keep the state for each tag and subscriber ``wanted``, and for the commands that have come by then."""
+    def _take(self, owners: list[str], place: WaitingPlace) -> None:
+        """Take one for each of ``owners``, and for the commands that have arrived by then."""
         if self._taking:
-            return  # a command that came while the one below waits, and is looked at there
+            return  # a command that arrived while the call below waits; that call takes it
         self._taking = True
         try:
-            for tag, owner in wanted:
-                self._keep(tag, owner)
-            while self._effects.checkpoints_asked:
-                command = self._effects.checkpoints_asked.pop(0)
-                self._keep(command.tag, self._asked_by(command))
+            for owner in owners:
+                self._take_one(None, owner, place)
+            while self.requested:
+                command = self.requested.pop(0)
+                self._take_one(command.tag, self._addressee(command), place)
         finally:
             self._taking = False
 
-    def _asked_by(self, command: SaveCheckpoint) -> str | None:
-        """A Checkpointer that asks means itself; anybody else means all of them."""
+    def _addressee(self, command: SaveCheckpoint) -> str | None:
+        """A Checkpointer that issues the command means itself; anything else means all of them."""
         name = command.cause.subscriber if command.cause is not None else None
-        return name if any(plan.owner == name for plan in self._room.checkpoints) else None
+        owners = {request.owner for request in self.resources.plane.requests.checkpoints}
+        return name if name in owners else None
 
-    def _keep(self, tag: str | None, requested_by: str | None) -> None:
-        position, room, windows = self._position, self._room, self._windows
-        plans = [plan for plan in room.plans_of(requested_by) if self._has_room(plan, tag)]
-        if not plans:
+    def _take_one(self, tag: str | None, requested_by: str | None, place: WaitingPlace) -> None:
+        status, plane, windows = self.status, self.resources.plane, self.windows
+        requests = plane.handover.requests_of(requested_by)
+        requests = [request for request in requests if self._has_room(request, tag, place)]
+        if not requests:
             return
-        cut = Barrier(position.step)
+        barrier = Barrier(status.step, RunPart())
         try:
-            cut.loop = self._describe()
-            room.inbox.open_cut(cut)
+            barrier.run.loop = self.recorder.record(
+                status,
+                self.resources.gates,
+                evaluation=self.evaluations.state,
+                evaluated_batches=self.evaluations.evaluated_batches,
+            )
+            plane.queue.open_barrier(barrier)
         except TypeError as error:
-            cut.abandon(str(error))
-        for plan in plans:
-            plan.kept = self._now
-        windows.put(Marker(cut))
-        snapshot, taken = self._effects.take_checkpoint(position.step, position.epoch, tag, requested_by)
-        room.offer(snapshot, self._effects.kept_for_the_end(), cut, plans, requested_by)
+            barrier.abandon(str(error))
+        for request in requests:
+            request.taken = self._now
+        windows.put(Marker(barrier))
+        taken = SnapshotTaken(
+            step=status.step,
+            tag=tag or f"step-{status.step}",
+            purpose="checkpoint",
+            epoch=status.epoch,
+            requested_by=requested_by,
+        )
+        snapshot = self.ledger.take(taken)
+        plane.handover.offer(snapshot, self.ledger.needed_at_end(), barrier, requests, requested_by)
         windows.emit(taken)
 
-    def _has_room(self, plan: BoundaryRequest, tag: str | None) -> bool:
-        """Whether its Checkpointer can take one more, perhaps after a wait; where not, that is said."""
-        has_room = (
+    # --- room -------------------------------------------------------------------------------------------------
+
+    def _has_room(self, request: CheckpointRequest, tag: str | None, place: WaitingPlace) -> bool:
+        """Whether the Checkpointer can take one more, perhaps after a wait. Publishes that it cannot."""
+        if (
             self.no_step_follows
-            or plan.in_flight < plan.max_in_flight
-            or (plan.when_full == "wait" and self._wait_for_room(plan))
-        )
-        if not has_room:
-            self._windows.emit(self._refused(plan, tag))
-        return has_room
+            or request.in_flight < request.max_in_flight
+            or (request.when_full == "wait" and self._wait_for_room(request, place))
+        ):
+            return True
+        step, count = self.status.step, request.in_flight
+        if request.when_full == "skip":
+            refused = CheckpointSkipped(step=step, tag=tag, requested_by=request.owner, in_flight=count)
+        else:
+            error = (
+                f"{count} checkpoints of {request.owner} are still being written, which is its max_in_flight"
+            )
+            refused = CheckpointFailed(step=step, path="", tag=tag, requested_by=request.owner, error=error)
+        self.windows.emit(refused)
+        return False
 
-    def _wait_for_room(self, plan: BoundaryRequest) -> bool:
-        """Hold training until one less is being written; False where that takes too long.
+    def _wait_for_room(self, request: CheckpointRequest, place: WaitingPlace) -> bool:
+        """Hold training until one checkpoint less is in flight. Returns False if that takes too long.
 
-        Commands are served meanwhile: a handler that awaits one may be what the writer waits for.
+        Commands are served meanwhile: the writer may wait for a handler that awaits the result of one.
         """
         began_s = monotonic()
-        deadline_s = began_s + plan.wait_timeout_s
-        self._windows.flush()
+        deadline_s = began_s + request.wait_timeout_s
+        self.windows.flush()
 
         def has_room() -> bool:
-            return plan.in_flight < plan.max_in_flight or self._room.is_gone(plan)
+            return request.in_flight < request.max_in_flight or self.resources.plane.handover.is_gone(request)
 
-        going_on = self._wait(lambda: has_room() or monotonic() >= deadline_s)
+        continues = place.wait_for_observers(lambda: has_room() or monotonic() >= deadline_s)
         waited_s = monotonic() - began_s
         if waited_s >= STALL_REPORT_S:
-            self._bus.notify(LoopStalled(step=self._position.step, subscriber=plan.owner, waited_s=waited_s))
-        return not going_on or has_room()
-
-    def _refused(self, plan: BoundaryRequest, tag: str | None) -> Event:
-        step, count = self._position.step, plan.in_flight
-        if plan.when_full == "skip":
-            return CheckpointSkipped(step=step, tag=tag, requested_by=plan.owner, in_flight=count)
-        reason = f"{count} checkpoints of {plan.owner} are still being written, and no more may be at a time"
-        return CheckpointFailed(step=step, path="", tag=tag, requested_by=plan.owner, error=reason)
+            stalled = LoopStalled(step=self.status.step, subscriber=request.owner, waited_s=waited_s)
+            self.resources.bus.notify(stalled)
+        return not continues or has_room()

@@ -1,4 +1,4 @@
-"""From windows of rows to events, in the one order of the training stream. Runs on the fetch thread."""
+"""Builds events from windows of metrics, in the one order of the training stream. Runs on the fetch thread."""
 
 from __future__ import annotations
 
@@ -12,7 +12,10 @@ from typing import Any
 import numpy as np
 
 from eventtrain.bus.barrier import Marker
-from eventtrain.bus.bus import Activation, EventBus, EventSeries
+from eventtrain.bus.core import BusCore
+from eventtrain.bus.training_stream import Activation, EventSeries
+from eventtrain.control.run_state import SavedMeans, StreamRecord
+from eventtrain.control.run_view import RunView
 from eventtrain.device.fetcher import MetricColumns
 from eventtrain.errors import MetricsError
 from eventtrain.events import (
@@ -27,26 +30,29 @@ from eventtrain.events import (
     StepStarted,
 )
 from eventtrain.events.models import FrozenDict, Number, copies
-from eventtrain.events.run_records import SavedMeans, StreamRecord
 
 
 @dataclass(frozen=True, slots=True)
 class TrainWindow:
-    """What the rows of a training ring are: the steps from ``first_step`` on, of one epoch."""
+    """The meaning of the rows of a training ring: consecutive steps of one epoch.
+
+    Attributes:
+        first_step, first_batch: of the first row.
+        between: events published at boundaries inside this window, in order.
+        announced: whether they include StepStarted of each step.
+    """
 
     first_step: int
     rows: int
     epoch: int
     first_batch: int
-    notes: tuple[Event, ...]
-    """What the loop said at boundaries inside this window, in order."""
+    between: tuple[Event, ...]
     announced: bool
-    """The loop said StepStarted itself, among the notes."""
 
 
 @dataclass(frozen=True, slots=True)
 class EvalWindow:
-    """What the rows of an evaluation ring are: consecutive batches, all at one training step."""
+    """The meaning of the rows of an evaluation ring: consecutive batches, all at one training step."""
 
     step: int
     epoch: int
@@ -55,7 +61,7 @@ class EvalWindow:
 
 @dataclass(frozen=True, slots=True)
 class EvalEnd:
-    """All rows of an evaluation are on their way; EvalCompleted can be built behind them."""
+    """Follows all rows of an evaluation: EvalCompleted can be built."""
 
     step: int
     epoch: int
@@ -65,7 +71,7 @@ class EvalEnd:
 
 @dataclass(frozen=True, slots=True)
 class EpochEnd:
-    """All rows of an epoch are on their way; EpochCompleted can be built behind them."""
+    """Follows all rows of an epoch: EpochCompleted can be built."""
 
     step: int
     epoch: int
@@ -75,7 +81,7 @@ class EpochEnd:
 
 
 class RunningMeans:
-    """Means over rows that arrive in windows, in float64, the same however the rows were cut into windows.
+    """Means over rows that arrive in windows, in float64. How the rows are cut into windows does not change them.
 
     Args:
         weight: name of the metric that weights the others; its own entry is its sum. None: every row counts once.
@@ -87,12 +93,12 @@ class RunningMeans:
         self._total = 0.0
 
     def add(self, columns: Mapping[str, np.ndarray], rows: int) -> None:
-        """Take in ``rows`` rows: name -> column of that length, any real dtype."""
+        """Add ``rows`` rows: name -> column of that length, any real dtype."""
         if self._weight is not None and self._weight not in columns:
             raise MetricsError(
-                f"Trainer(weight={self._weight!r}): the metrics are {', '.join(columns) or 'none'}, and that one is "
-                "not among them, so nothing can be weighted. Return it from step_fn and eval_fn, for example the "
-                "batch's number of examples."
+                f"Trainer(weight={self._weight!r}): this metric is not among those returned "
+                f"({', '.join(columns) or 'none'}). Return it from step_fn and eval_fn, for example the number of "
+                "examples of the batch."
             )
         weights = np.ones(rows) if self._weight is None else columns[self._weight].astype(np.float64)
         self._total = _add_in_order(self._total, weights)
@@ -108,82 +114,94 @@ class RunningMeans:
         return SavedMeans(sums=dict(self._sums), total=self._total)
 
     def resume(self, saved: SavedMeans) -> None:
-        """Go on from these sums."""
+        """Continue from these sums."""
         self._sums, self._total = dict(saved.sums), saved.total
 
     def means(self) -> dict[str, float]:
-        """The means so far; NaN where the weights sum to zero."""
+        """Returns the means so far; NaN where the weights sum to zero."""
         total = self._total or float("nan")
         return {name: value if name == self._weight else value / total for name, value in self._sums.items()}
 
 
 def _add_in_order(total: float, values: np.ndarray) -> float:
-    # One after the other, not pairwise: the cut into windows depends on timing, the sum must not.
+    # One after the other, not pairwise: how rows are cut into windows depends on timing, and the sum must not.
     return float(np.add.accumulate(np.concatenate(([total], values)))[-1])
 
 
 class EventBuilder:
-    """Turns what the fetcher delivers into what the bus routes. One per run; fetch thread only.
+    """Builds the events of what the fetcher delivers, and feeds them to the bus. One per run; fetch thread only.
 
     Args:
-        bus: where the stream goes.
+        bus: gets the stream.
+        view: shows the hyperparameters that follow a schedule.
         weight: name of the metric that weights the means of the others.
+
+    Attributes:
+        history: the EpochCompleted events so far.
+        evaluated: the means of the last evaluation that ended.
     """
 
-    def __init__(self, bus: EventBus, *, weight: str | None = None) -> None:
+    def __init__(self, bus: BusCore, view: RunView, *, weight: str | None = None) -> None:
         self._bus = bus
+        self._view = view
         self._weight = weight
-        self._watched_names: Mapping[int, str] = {}
-        self.watched: Mapping[str, Number] = MappingProxyType({})
-        """The scheduled hyperparameters as of the newest step fetched. Any thread may read it."""
+        self._scheduled: Mapping[int, str] = {}
         self.history: list[EpochCompleted] = []
         self.evaluated: Mapping[str, Number] | None = None
-        """The means of the last evaluation that ended."""
         self._epoch_means = RunningMeans(weight)
         self._eval_means = RunningMeans(weight)
         self._fetched_s = 0.0
 
     def watch(self, names: Mapping[int, str]) -> None:
-        """Follow the scheduled hyperparameters: state leaf index -> name. Before the first window."""
-        self._watched_names = names
+        """Follow the scheduled hyperparameters: index of the state leaf -> name. Before the first window."""
+        self._scheduled = names
 
-    def resume(self, facts: StreamRecord) -> None:
-        """Go on from a cut. Before the first item."""
-        self._epoch_means.resume(facts.epoch_means)
-        self._eval_means.resume(facts.eval_means)
-        self.evaluated = facts.evaluated
-        self.watched = MappingProxyType(dict(facts.watched))
+    def resume(self, record: StreamRecord) -> None:
+        """Continue from a checkpoint. Before the first item."""
+        self._epoch_means.resume(record.epoch_means)
+        self._eval_means.resume(record.eval_means)
+        self.evaluated = record.evaluated
+        self._view.scheduled = MappingProxyType(dict(record.watched))
 
-    def tell(self, item: Any) -> None:
-        """Take one item of the fetcher, in order, and feed the bus with what it means."""
-        if isinstance(item, MetricColumns):
-            if isinstance(item.meta, TrainWindow):
-                self._bus.feed(self._train_window(item, item.meta))
-            else:
+    def take(self, item: Any) -> None:
+        """Take the next item from the fetcher, and feed the events that it means to the bus."""
+        match item:
+            case MetricColumns(meta=TrainWindow() as window):
+                self._bus.feed(self._train_window(item, window))
+            case MetricColumns():
                 self._bus.feed(self._eval_window(item, item.meta))
-        elif isinstance(item, EvalEnd):
-            self._bus.feed([self._end_eval(item)])
-        elif isinstance(item, EpochEnd):
-            self._bus.feed([self._end_epoch(item)])
-        elif isinstance(item, Marker):
-            item.cut.stream = StreamRecord(
-                epoch_means=self._epoch_means.saved,
-                eval_means=self._eval_means.saved,
-                evaluated=None if self.evaluated is None else dict(self.evaluated),
-                watched=dict(self.watched),
-            )
-            self._bus.feed([item])
-        else:
-            if isinstance(item, EpochStarted):
+            case EvalEnd():
+                self._bus.feed([self._end_eval(item)])
+            case EpochEnd():
+                self._bus.feed([self._end_epoch(item)])
+            case _:
+                self._bus.feed([self._noted(item)])
+
+    def emit(self, event: Event) -> None:
+        """Feed ``event`` at once. Only when the fetch thread has ended, on the thread that ended it."""
+        self.take(event)
+
+    def _noted(self, item: Any) -> Any:
+        """``item``, with what only this thread knows; it changes the means that are being computed."""
+        match item:
+            case EpochStarted():
                 self._epoch_means = RunningMeans(self._weight)
                 self.evaluated = None
-                if self.watched:  # the loop does not know where a schedule stands
-                    item = item.model_copy(
-                        update={"hyperparams": FrozenDict({**item.hyperparams, **self.watched})}
-                    )
-            elif isinstance(item, EvalStarted):
+                if self._view.scheduled:  # the loop does not know the values of a schedule
+                    hyperparams = FrozenDict({**item.hyperparams, **self._view.scheduled})
+                    return item.model_copy(update={"hyperparams": hyperparams})
+            case EvalStarted():
                 self._eval_means = RunningMeans(self._weight)
-            self._bus.feed([item])
+            case Marker():
+                item.barrier.run.stream = StreamRecord(
+                    epoch_means=self._epoch_means.saved,
+                    eval_means=self._eval_means.saved,
+                    evaluated=None if self.evaluated is None else dict(self.evaluated),
+                    watched=dict(self._view.scheduled),
+                )
+            case _:
+                pass
+        return item
 
     # --- training ---------------------------------------------------------------------------------------
 
@@ -192,19 +210,19 @@ class EventBuilder:
     ) -> list[Event | EventSeries | Activation]:
         self._fetched_s = perf_counter()
         self._epoch_means.add(columns.metrics, columns.rows)
-        if self._watched_names:
-            last = {name: columns.watched[index][-1].item() for index, name in self._watched_names.items()}
-            self.watched = MappingProxyType(last)
+        if self._scheduled:
+            last = {name: columns.watched[index][-1].item() for index, name in self._scheduled.items()}
+            self._view.scheduled = MappingProxyType(last)
         steps = range(window.first_step, window.first_step + columns.rows)
         build = _step_builder(columns.metrics, window)
         pieces: list[Event | EventSeries | Activation] = []
         announce = not window.announced and self._bus.has_subscribers(StepStarted)
         begin = steps.start
-        for note in window.notes:
-            if note.step >= begin:
-                pieces += self._pieces(range(begin, note.step + 1), build, window, announce)
-                begin = note.step + 1
-            pieces.append(note)
+        for event in window.between:
+            if event.step >= begin:
+                pieces += self._pieces(range(begin, event.step + 1), build, window, announce)
+                begin = event.step + 1
+            pieces.append(event)
         pieces += self._pieces(range(begin, steps.stop), build, window, announce)
         if self._bus.has_subscribers(StepsCompleted):
             pieces.append(
@@ -240,7 +258,7 @@ class EventBuilder:
             step=end.step,
             epoch=end.epoch,
             metrics=metrics,
-            hyperparams={**end.hyperparams, **self.watched},
+            hyperparams={**end.hyperparams, **self._view.scheduled},
             steps=end.steps,
             duration_s=max(0.0, self._fetched_s - end.began_s),
         )
@@ -274,7 +292,7 @@ class EventBuilder:
 
 
 def _rows(columns: Mapping[str, np.ndarray], rows: int) -> list[dict[str, Number]]:
-    """Row by row what ``columns`` hold, read-only."""
+    """Returns the values of ``columns`` row by row, read-only."""
     if not columns:
         return [FrozenDict() for _ in range(rows)]
     names = list(columns)
@@ -287,16 +305,16 @@ def _rows(columns: Mapping[str, np.ndarray], rows: int) -> list[dict[str, Number
 def _step_builder(
     columns: Mapping[str, np.ndarray], window: TrainWindow
 ) -> Callable[[Iterable[int]], Sequence[Event]]:
-    """Builds StepCompleted events of a window on demand: one is validated, the others are copies of it.
+    """Returns a function that builds StepCompleted events of a window: one is validated, the others are copies of it.
 
-    Their values come out of the ring, so they have the same types; a copy costs 1.1 us where validating costs 4.2.
+    Their values come from the same ring, so they have the same types. A copy costs 1.1 us, validating 4.2.
     """
     rows: list[dict[str, Number]] = []
     pattern: list[StepCompleted] = []
     first_step, first_batch = window.first_step, window.first_batch
 
     def build(steps: Iterable[int]) -> list[StepCompleted]:
-        if not pattern:  # once per window, and only if someone wants any of it
+        if not pattern:  # once per window, and only if an event of it is wanted
             rows.extend(_rows(columns, window.rows))
             pattern.append(
                 StepCompleted(step=first_step, epoch=window.epoch, batch=first_batch, metrics=rows[0])

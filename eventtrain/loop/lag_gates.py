@@ -1,46 +1,52 @@
-"""What the loop owes to subscriptions with a finite lag: when to flush, and where to wait for whom.
+"""Tracks which subscriptions with a finite lag must have handled which events before each step boundary.
 
-For every event that such a subscription will examine, the loop counts one up and remembers the boundary by which the
-subscription must be through with so many. The subscription counts the same events from its side (``passed``).
+Such a subscription is a *decider*: a command caused by the event of step k takes effect at boundary k + lag, so the
+loop may not pass that boundary before the decider has handled the event. For every event that a decider will be
+given, the loop counts one up and remembers the boundary by which the decider must have handled that many. The decider
+counts the same events from its side (``Subscription.passed``).
 """
 
 from __future__ import annotations
 
 import heapq
 
-from eventtrain.bus.bus import EventBus
-from eventtrain.bus.subscription import Subscription
+from eventtrain.bus.core import BusCore
+from eventtrain.bus.subscription import SubscriptionCore
 from eventtrain.events import EpochEvent, EvalStepCompleted, Event, RunEvent, StepCompleted, StepStarted
 
 NEVER = 1 << 62
 
 
 class LagGates:
-    """The obligations of one run. Training thread only; nothing here blocks."""
+    """The gates of one run: a gate is open when every decider has handled what a boundary depends on.
 
-    def __init__(self, bus: EventBus) -> None:
+    Training thread only; never blocks.
+
+    Attributes:
+        flush_by: the step at which the open window must be sent: half the lag after the oldest event in it.
+        next_step_event: the next step whose StepCompleted a decider will be given.
+        announces_steps: whether a decider is given StepStarted, so that the loop publishes it before each dispatch.
+    """
+
+    def __init__(self, bus: BusCore) -> None:
         self._bus = bus
-        self._known: tuple[Subscription, ...] = ()
-        self._expected: dict[Subscription, int] = {}
-        self._counts_from: dict[
-            Subscription, int
-        ] = {}  # the value of ``run`` from which ``passed`` is of this run
-        self._obligations: list[tuple[int, int, int, Subscription]] = []
+        self._known: tuple[SubscriptionCore, ...] = ()
+        self._expected: dict[SubscriptionCore, int] = {}
+        # The value of ``Subscription.run`` from which ``passed`` counts the events of this run.
+        self._counts_from: dict[SubscriptionCore, int] = {}
+        self._gates: list[tuple[int, int, int, SubscriptionCore]] = []
         self._tie = 0
         self.flush_by = NEVER
-        """The step at which what is in the ring must be on its way: half the lag after the oldest event in it."""
         self.next_step_event = NEVER
-        """The next step whose StepCompleted some decider will examine."""
         self.announces_steps = False
-        """Some decider examines StepStarted, so the loop must say it before each dispatch."""
 
     @property
     def stale(self) -> bool:
-        """Whether subscriptions with a finite lag came or went since ``refresh``."""
+        """Whether deciders came or went since ``refresh``."""
         return self._bus.deciders is not self._known
 
-    def refresh(self, step: int) -> list[Subscription]:
-        """Take note of who decides now; returns the newcomers, which the stream must activate at this very point."""
+    def refresh(self, step: int) -> list[SubscriptionCore]:
+        """Look at the deciders again. Returns the new ones, which the stream must activate at this very point."""
         self._known = self._bus.deciders
         newcomers = [s for s in self._known if s not in self._expected]
         for subscription in newcomers:
@@ -59,12 +65,12 @@ class LagGates:
         self.next_step_event = min(steps, default=NEVER)
 
     def note_step(self, step: int) -> None:
-        """Step ``step`` was dispatched, and ``step >= next_step_event``."""
+        """Count StepCompleted of ``step``, which was dispatched; ``step >= next_step_event``."""
         self.note(StepCompleted, step)
         self._plan_step_event(step)
 
     def note(self, kind: type[Event], step: int, epoch: int = 0) -> None:
-        """The loop publishes an event of class ``kind`` at ``step``, or will out of the ring."""
+        """Count an event of class ``kind`` that the loop publishes at ``step``, now or from the ring."""
         for subscription in self._known:
             lag = _lag(subscription, kind)
             if lag is None:
@@ -76,45 +82,45 @@ class LagGates:
             if issubclass(kind, (StepCompleted, EvalStepCompleted)):
                 self.flush_by = min(self.flush_by, step + lag // 2)
 
-    def owe(self, subscription: Subscription, kind: type[Event], step: int) -> None:
-        """A run resumes: ``subscription`` had an event of ``step`` before it that it is not through with."""
+    def owe(self, subscription: SubscriptionCore, kind: type[Event], step: int) -> None:
+        """Count an event of ``step`` that ``subscription`` had not handled at the checkpoint: the run resumes."""
         lag = _lag(subscription, kind)
         if lag is not None and subscription in self._expected:
             self._expect(subscription, step + lag)
 
-    def _expect(self, subscription: Subscription, due: int) -> None:
+    def _expect(self, subscription: SubscriptionCore, due: int) -> None:
         self._expected[subscription] += 1
         self._tie += 1
-        heapq.heappush(self._obligations, (due, self._tie, self._expected[subscription], subscription))
+        heapq.heappush(self._gates, (due, self._tie, self._expected[subscription], subscription))
 
     def flushed(self) -> None:
-        """The ring is on its way."""
+        """Record that the open window was sent."""
         self.flush_by = NEVER
 
     @property
     def next_due(self) -> int:
-        """The next boundary at which some decider must be through; NEVER if none."""
-        return self._obligations[0][0] if self._obligations else NEVER
+        """The next boundary that depends on a decider; NEVER if none does."""
+        return self._gates[0][0] if self._gates else NEVER
 
-    def blocking(self, step: int) -> Subscription | None:
-        """The decider that boundary ``step`` still has to wait for; None when the gate is open."""
-        while self._obligations and self._obligations[0][0] <= step:
-            _, _, expected, subscription = self._obligations[0]
-            # Until the stream has brought its activation, ``passed`` is what an earlier run left.
+    def blocking(self, step: int) -> SubscriptionCore | None:
+        """Returns the decider for which boundary ``step`` has to wait; None if the gate is open."""
+        while self._gates and self._gates[0][0] <= step:
+            _, _, expected, subscription = self._gates[0]
+            # Until the stream delivers its activation, ``passed`` is the count of an earlier run.
             counting = subscription.run >= self._counts_from[subscription]
             if subscription.state == "active" and not (counting and subscription.passed >= expected):
                 return subscription
-            heapq.heappop(self._obligations)
+            heapq.heappop(self._gates)
         return None
 
     def timed_out(self) -> bool:
-        """Whether any decider ever exceeded its ``timeout_s``."""
-        return any(subscription.timed_out for subscription in self._expected)
+        """Returns whether any decider ever exceeded its ``timeout_s``."""
+        return any(subscription.failures.timed_out for subscription in self._expected)
 
 
-def _lag(subscription: Subscription, kind: type[Event]) -> int | None:
+def _lag(subscription: SubscriptionCore, kind: type[Event]) -> int | None:
     return (
-        subscription.lag_for(kind)
+        subscription.filter.lag_for(kind)
         if subscription.state == "active" and issubclass(kind, subscription.types)
         else None
     )

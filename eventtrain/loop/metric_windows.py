@@ -1,62 +1,48 @@
-"""The open window: what was dispatched and said since the last flush, and the way it goes to the fetch thread."""
+"""The open window: the steps dispatched since the last flush, and the events published between them."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from time import perf_counter
 from typing import Any
 
-from eventtrain.control.loop_statistics import LoopClock
 from eventtrain.device.compiled_step import Carry, CompiledStep
-from eventtrain.device.fetcher import Fetcher, Ring
+from eventtrain.device.fetcher import Ring
 from eventtrain.events import Event
 from eventtrain.loop.event_builder import TrainWindow
-from eventtrain.loop.lag_gates import LagGates
-
-
-@dataclass(slots=True)
-class Position:
-    """Where the run is: steps and epochs completed (those on the device counted), steps of the epoch so far."""
-
-    step: int
-    epoch: int
-    batch: int = 0
-    in_epoch: bool = False
-    """EpochStarted of ``epoch`` was said, and EpochCompleted was not."""
+from eventtrain.loop.run_resources import RunResources
+from eventtrain.loop.run_status import RunStatus
 
 
 class MetricWindows:
-    """Collects the rows of the ring with what the loop says between them. Training thread only; never blocks.
+    """Collects the rows of the metric ring and the events between them. Training thread only; never blocks.
 
     Args:
-        compiled, carry: whose ring holds the rows.
-        fetcher: gets full windows, and what is said while the ring is empty, in one order.
-        gates: hear of every event, since some may be decided on.
-        position: of the run.
-        clock: gets the time that sending takes.
+        compiled, carry: have the ring.
+        status, resources: of the run. The fetcher gets full windows, and events while the ring is empty, in one
+            order.
         interval_s: how long a row may wait while the loop runs.
+
+    Attributes:
+        flush_at_s: when the open window is due, in ``perf_counter`` time.
     """
 
     def __init__(
         self,
         compiled: CompiledStep,
         carry: Carry,
-        fetcher: Fetcher,
-        gates: LagGates,
-        position: Position,
-        clock: LoopClock,
+        status: RunStatus,
+        resources: RunResources,
         interval_s: float,
     ) -> None:
         self.flush_at_s = 0.0
-        """When the open window is due, in ``perf_counter`` time."""
         self._compiled = compiled
         self._carry = carry
-        self._fetcher = fetcher
-        self._gates = gates
-        self._position = position
-        self._clock = clock
+        self._status = status
+        self._fetcher = resources.fetcher
+        self._gates = resources.gates
+        self._clock = resources.clock
         self._interval_s = interval_s
-        self._notes: list[Event] = []
+        self._between: list[Event] = []
         self._first_batch = 0
 
     @property
@@ -65,36 +51,40 @@ class MetricWindows:
         return self._carry.rows > 0
 
     def emit(self, event: Event) -> None:
-        """Say something in the training stream, behind the steps dispatched so far."""
+        """Publish ``event`` in the training stream, behind the steps dispatched so far."""
         self._gates.note(type(event), event.step, getattr(event, "epoch", 0))
         if self.open:
-            self._notes.append(event)
+            self._between.append(event)
         else:
             self._fetcher.put(event)
 
     def put(self, item: Any) -> None:
-        """Send something behind everything dispatched and said so far, and at once."""
+        """Send ``item`` at once, behind everything dispatched and published so far."""
         self.flush()
         self._fetcher.put(item)
 
     def flush(self) -> None:
-        """Send the rows to the fetch thread, with what was said between them; go on with a fresh ring."""
+        """Send the rows to the fetch thread, with the events between them. The loop continues with a fresh ring."""
         began_s = perf_counter()
+        status = self._status
         if self.open:
-            notes, self._notes = tuple(self._notes), []
+            between, self._between = tuple(self._between), []
             ring, rows = self._compiled.take_ring(self._carry)
-            position = self._position
-            first_step = position.step - rows + 1
             window = TrainWindow(
-                first_step, rows, position.epoch, self._first_batch, notes, self._gates.announces_steps
+                first_step=status.step - rows + 1,
+                rows=rows,
+                epoch=status.epoch,
+                first_batch=self._first_batch,
+                between=between,
+                announced=self._gates.announces_steps,
             )
             self._fetcher.put(Ring(ring, rows, self._compiled.layout, window))
-        self._first_batch = self._position.batch
+        self._first_batch = status.batch
         self._gates.flushed()
         now_s = perf_counter()
         self.flush_at_s = now_s + self._interval_s
         self._clock.observing_s += now_s - began_s
 
     def begin_epoch(self) -> None:
-        """Count the batches of a new epoch; everything before was flushed."""
-        self._position.batch = self._first_batch = 0
+        """Count batches from 0: a new epoch begins, and everything before was flushed."""
+        self._status.batch = self._first_batch = 0

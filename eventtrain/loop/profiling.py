@@ -1,8 +1,8 @@
-"""The profiler's traces: begun and ended between two steps, so that each covers exactly the steps it was asked for."""
+"""Traces of JAX's profiler, begun and ended between two steps, so that each covers exactly the steps requested."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,82 +11,91 @@ from typing import Any
 
 import jax
 
-from eventtrain.bus.bus import EventBus
+from eventtrain.bus.core import BusCore
 from eventtrain.control.requests import TraceRequest
+from eventtrain.device.compiled_step import Carry
+from eventtrain.errors import ConfigurationError
 from eventtrain.events import ProfileCaptured, SubscriberFailed
-from eventtrain.loop.command_executor import CommandExecutor
 from eventtrain.loop.lag_gates import NEVER
-from eventtrain.loop.metric_windows import Position
+from eventtrain.loop.run_status import RunStatus
 
 
 @dataclass
 class _Trace:
-    plan: TraceRequest
+    request: TraceRequest
     first: int
     last: int
     path: Path
 
 
-class Tracer:
-    """Runs JAX's profiler where plans and commands ask for it. Training thread only.
+class StepProfiler:
+    """Runs JAX's profiler where requests and commands ask for it. Training thread only.
 
     It waits for the device before a trace begins and before it ends, and while the trace is written: profiling is the
-    one thing that holds training up by design. Whatever fails is said by SubscriberFailed and ends nothing.
+    one thing that holds training by design. A failure is published as SubscriberFailed and ends nothing.
 
     Args:
-        plans: of all subscribers.
-        position, effects: of the run.
-        bus: hears of each trace.
-        wait_for_device: returns when everything dispatched so far is complete.
-        marks_steps: whether the trace names each step, as TensorBoard wants it; not where several go in one dispatch.
+        requests: of all subscribers.
+        status, carry, bus: of the run.
+        marks_steps: whether the trace names each step, as TensorBoard expects. Not if a dispatch runs several.
     """
 
     def __init__(
         self,
-        plans: Sequence[TraceRequest],
-        position: Position,
-        effects: CommandExecutor,
-        bus: EventBus,
-        wait_for_device: Callable[[], object],
+        requests: Sequence[TraceRequest],
+        status: RunStatus,
+        carry: Carry,
+        bus: BusCore,
         *,
         marks_steps: bool,
     ) -> None:
-        self._position = position
-        self._effects = effects
+        self._requests = requests
+        self._status = status
+        self._carry = carry
         self._bus = bus
-        self._wait_for_device = wait_for_device
         self._marks_steps = marks_steps
-        self._plans = plans
         ranges = [
-            (first, last, plan) for plan in plans for first, last in plan.ranges if last > position.step
+            (first, last, request)
+            for request in requests
+            for first, last in request.ranges
+            if last > status.step
         ]
         self._wanted = sorted(ranges, key=lambda wanted: wanted[:2])
+        self._commanded: list[int] = []
         self._trace: _Trace | None = None
         self._mark: AbstractContextManager[Any] | None = None
 
+    def request(self, steps: int) -> None:
+        """Trace the next ``steps`` steps: a command asked for it. Raises ConfigurationError without a Profiler."""
+        if not self._requests:
+            raise ConfigurationError(
+                "no Profiler is subscribed, so the trace has no folder. Add subs.Profiler()."
+            )
+        self._commanded.append(steps)
+
     def next_step(self) -> int:
-        """The next boundary at which there is something to do; NEVER if none."""
-        step = self._position.step
+        """Returns the next boundary at which a trace begins or ends; NEVER if none does."""
+        step = self._status.step
         if self._trace is not None:
             return step + 1 if self._marks_steps else self._trace.last
         return max(step, self._wanted[0][0] - 1) if self._wanted else NEVER
 
     def before_step(self) -> None:
-        """The next step is about to be dispatched: begin a trace, or go on with one."""
+        """Begin a trace, or mark the next step in it: that step is about to be dispatched."""
         self.end_due()
-        while self._effects.traces_asked:
-            first, steps = self._position.step + 1, self._effects.traces_asked.pop(0)
-            self._wanted.insert(0, (first, first + steps - 1, self._plans[0]))
-        while self._trace is None and self._wanted and self._wanted[0][0] <= self._position.step + 1:
+        while self._commanded:
+            first, steps = self._status.step + 1, self._commanded.pop(0)
+            self._wanted.insert(0, (first, first + steps - 1, self._requests[0]))
+        while self._trace is None and self._wanted and self._wanted[0][0] <= self._status.step + 1:
             self._begin(*self._wanted.pop(0))
         if self._trace is not None and self._marks_steps:
             self._unmark()
-            self._mark = jax.profiler.StepTraceAnnotation("train", step_num=self._position.step + 1)
+            self._mark = jax.profiler.StepTraceAnnotation("train", step_num=self._status.step + 1)
             self._mark.__enter__()
 
     def end_due(self) -> None:
-        """End the trace if its last step was dispatched. Before anything but a step."""
-        if self._trace is not None and self._position.step >= self._trace.last:
+        """End the trace if its last step was dispatched. Called before anything but a step."""
+        if self._trace is not None and self._status.step >= self._trace.last:
             self.close()
 
     def close(self) -> None:
@@ -94,49 +103,56 @@ class Tracer:
         trace, self._trace = self._trace, None
         if trace is None:
             return
-        last, began_s = self._position.step, perf_counter()
+        last, began_s = self._status.step, perf_counter()
         try:
-            self._wait_for_device()
+            self._carry.cursor.block_until_ready()
             self._unmark()
         finally:
             try:
                 jax.profiler.stop_trace()
             except Exception as error:
-                self._failed(trace.plan, error)
+                self._report_failure(trace.request, error)
                 return
-        held_s = perf_counter() - began_s
-        said = ProfileCaptured(
-            step=last, path=str(trace.path), first_step=trace.first, last_step=last, duration_s=held_s
+        self._bus.notify(
+            ProfileCaptured(
+                step=last,
+                path=str(trace.path),
+                first_step=trace.first,
+                last_step=last,
+                duration_s=perf_counter() - began_s,
+            )
         )
-        self._bus.notify(said)
 
-    def _begin(self, first: int, last: int, plan: TraceRequest) -> None:
-        step = self._position.step
+    def _begin(self, first: int, last: int, request: TraceRequest) -> None:
+        step = self._status.step
         if first != step + 1:
-            reason = f"steps {first} to {last} cannot be traced: step {first} is over (this is step {step})"
-            self._failed(plan, RuntimeError(reason))
+            reason = f"cannot trace steps {first} to {last}: step {first} is over (this is step {step})"
+            self._report_failure(request, RuntimeError(reason))
             return
-        path = plan.folder / f"steps-{first}-{last}"
+        path = request.folder / f"steps-{first}-{last}"
         try:
             path.mkdir(parents=True, exist_ok=True)
-            self._wait_for_device()
-            jax.profiler.start_trace(path, profiler_options=_options(plan.python))
-        except Exception as error:  # another trace is running, no space is left ...
-            self._failed(plan, error)
+            self._carry.cursor.block_until_ready()
+            jax.profiler.start_trace(path, profiler_options=_options(request.python))
+        except Exception as error:  # for example, another trace is running, or the disk is full
+            self._report_failure(request, error)
         else:
-            self._trace = _Trace(plan, first, last, path)
+            self._trace = _Trace(request, first, last, path)
 
     def _unmark(self) -> None:
         mark, self._mark = self._mark, None
         if mark is not None:
             mark.__exit__(None, None, None)
 
-    def _failed(self, plan: TraceRequest, error: Exception) -> None:
-        text = f"{type(error).__name__}: {error}"
-        failed = SubscriberFailed(
-            step=self._position.step, subscriber=plan.owner, event_kind="profile", error=text
+    def _report_failure(self, request: TraceRequest, error: Exception) -> None:
+        self._bus.notify(
+            SubscriberFailed(
+                step=self._status.step,
+                subscriber=request.owner,
+                event_kind="profile",
+                error=f"{type(error).__name__}: {error}",
+            )
         )
-        self._bus.notify(failed)
 
 
 def _options(python: bool) -> Any:

@@ -1,78 +1,78 @@
-"""What is wanted every so many steps, epochs or seconds, at exactly those boundaries."""
+"""Finds the periodic requests that are due at a boundary: every so many steps, epochs or seconds."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from time import monotonic
+from typing import Generic, TypeVar
 
-from eventtrain.control.requests import BoundaryRequest
+from eventtrain.control.requests import PeriodicRequest
 from eventtrain.loop.lag_gates import NEVER
-from eventtrain.loop.metric_windows import Position
+from eventtrain.loop.run_status import RunStatus
+
+R = TypeVar("R", bound=PeriodicRequest)
 
 
-class RequestSchedule:
-    """Does what plans ask for where they ask for it. Training thread only; never blocks.
+class RequestSchedule(Generic[R]):
+    """The requests of one kind, of all subscribers of a run. Training thread only; never blocks."""
 
-    Args:
-        plans: of all subscribers.
-        position: of the run.
-        carry_out: does it for one plan, at the present boundary.
-    """
-
-    def __init__(
-        self,
-        plans: Sequence[BoundaryRequest],
-        position: Position,
-        carry_out: Callable[[BoundaryRequest], None],
-    ) -> None:
-        self._plans = plans
-        self._position = position
-        self._carry_out = carry_out
-        self._last_step = position.step
+    def __init__(self, requests: Sequence[R], status: RunStatus) -> None:
+        self._requests = requests
+        self._status = status
+        self._last_step = status.step
 
     def __bool__(self) -> bool:
-        return bool(self._plans)
+        return bool(self._requests)
 
     @property
     def by_clock(self) -> bool:
-        """Whether some plan goes by the clock, so that it has to be asked again and again."""
-        return any(plan.every_s is not None for plan in self._plans)
+        """Whether a request goes by the clock, so that ``take_due`` has to be asked again and again."""
+        return any(request.every_s is not None for request in self._requests)
 
     def next_step(self) -> int:
-        """The next step after which something is wanted; NEVER if by none."""
-        step = self._position.step
+        """Returns the next step after which a request is due; NEVER if none is."""
+        step = self._status.step
         return min(
-            ((step // p.every + 1) * p.every for p in self._plans if p.every is not None), default=NEVER
+            ((step // r.every + 1) * r.every for r in self._requests if r.every is not None), default=NEVER
         )
 
     def is_due(self) -> bool:
-        """Whether a plan by step is due at this boundary and was not carried out yet."""
-        step = self._position.step
-        return step > self._last_step and any(
-            p.every is not None and step % p.every == 0 for p in self._plans
+        """Returns whether a request by step is due at this boundary and was not taken yet."""
+        return self._status.step > self._last_step and any(map(self._by_step, self._requests))
+
+    def take_due(self) -> list[R]:
+        """Returns the requests by step and by clock that are due at this boundary; each boundary once."""
+        step, now_s = self._status.step, monotonic()
+        due = [
+            request
+            for request in self._requests
+            if request.at_start
+            or (step > self._last_step and self._by_step(request))
+            or (request.every_s is not None and now_s >= request.next_s)
+        ]
+        self._last_step = max(step, self._last_step)
+        for request in due:
+            request.at_start = False
+        return self._taken(due)
+
+    def take_epoch(self, epochs: int) -> list[R]:
+        """Returns the requests due at the end of the ``epochs``-th epoch, except those that its last step served."""
+        return self._taken(
+            [
+                request
+                for request in self._requests
+                if request.every_epochs is not None
+                and epochs % request.every_epochs == 0
+                and not self._by_step(request)
+            ]
         )
 
-    def take_due(self) -> bool:
-        """Carry out, at this boundary, the plans by step and by clock that are due; whether there were any."""
-        step, now_s, taken = self._position.step, monotonic(), False
-        for plan in self._plans:
-            by_step = plan.every is not None and step % plan.every == 0 and step > self._last_step
-            by_clock = plan.every_s is not None and now_s >= plan.next_s
-            if by_step or by_clock or plan.at_start:
-                plan.at_start = False
-                self._take(plan)
-                taken = True
-        self._last_step = max(step, self._last_step)
-        return taken
+    def _by_step(self, request: R) -> bool:
+        return request.every is not None and self._status.step % request.every == 0
 
-    def take_epoch(self, epochs: int) -> None:
-        """Carry out, at the end of the ``epochs``-th epoch, the plans by epoch; not those that its last step served."""
-        for plan in self._plans:
-            by_step_too = plan.every is not None and self._position.step % plan.every == 0
-            if plan.every_epochs is not None and epochs % plan.every_epochs == 0 and not by_step_too:
-                self._take(plan)
-
-    def _take(self, plan: BoundaryRequest) -> None:
-        if plan.every_s is not None:
-            plan.next_s = monotonic() + plan.every_s
-        self._carry_out(plan)
+    @staticmethod
+    def _taken(requests: list[R]) -> list[R]:
+        for request in requests:
+            if request.every_s is not None:
+                request.next_s = monotonic() + request.every_s
+        return requests

@@ -6,23 +6,23 @@ import difflib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from time import monotonic
 from typing import Any, Literal
 
 import anyio
 
-from eventtrain.bus.bus import EventBus
+from eventtrain.bus.bus import EventBus, core_of
 from eventtrain.bus.handlers import is_async, takes_control
-from eventtrain.bus.options import EventTypes, Lag, OnError
+from eventtrain.bus.options import OPTION_NAMES, EventTypes, Lag, OnError
 from eventtrain.bus.queues import Queue
 from eventtrain.bus.subscription import Subscription, SubscriptionStatistics
+from eventtrain.control.checkpoint_handover import ClaimedSnapshot
 from eventtrain.control.control import Control
+from eventtrain.control.control_plane import ControlPlane
 from eventtrain.control.loop_statistics import LoopStatistics
 from eventtrain.control.requests import (
-    BoundaryRequest,
-    ClaimedSnapshot,
-    RestoreAtEnd,
-    RunRequests,
+    CheckpointRequest,
+    FinalRestore,
+    PeriodicRequest,
     TraceRequest,
     WhenFull,
 )
@@ -69,7 +69,7 @@ class RunContext:
     ended: str | None = None
     params: Mapping[str, str | None] = field(default_factory=dict[str, str | None])
     _hyperparams: tuple[Hyperparam, ...] = ()
-    _room: RunRequests | None = None
+    _plane: ControlPlane | None = None
     _statistics: Callable[[], dict[str, SubscriptionStatistics]] = dict
     _loop_statistics: Callable[[], LoopStatistics] = LoopStatistics
     _program: Callable[[], StepProgram | None] = lambda: None
@@ -129,8 +129,8 @@ class RunContext:
         Args:
             where: asked on the training thread when all deciders are through; False: it is only released.
         """
-        assert self._room is not None
-        self._room.final_restores.append(RestoreAtEnd(tag, part, where))
+        assert self._plane is not None
+        self._plane.requests.final_restores.append(FinalRestore(tag, part, where))
 
     def schedule_evaluations(
         self,
@@ -148,15 +148,13 @@ class RunContext:
         Raises:
             ConfigurationError: the run has nothing to evaluate on.
         """
-        assert self._room is not None
+        assert self._plane is not None
         if not self.can_evaluate:
             raise ConfigurationError(
                 f"{owner} wants evaluations, and this run has nothing to evaluate on. Give Trainer(eval_fn=...) and "
                 "fit(eval_data=...)."
             )
-        self._room.evaluations.append(
-            BoundaryRequest(owner, every, every_epochs, every_s, monotonic() + (every_s or 0.0))
-        )
+        self._plane.requests.evaluations.append(PeriodicRequest(owner, every, every_epochs, every_s))
 
     def schedule_traces(
         self, owner: str, folder: Path, ranges: Sequence[tuple[int, int]] = (), *, python: bool = False
@@ -172,8 +170,8 @@ class RunContext:
             ranges: first and last step of each; both are traced.
             python: also trace the calls of Python functions, which makes the steps slower and the trace larger.
         """
-        assert self._room is not None
-        self._room.traces.append(TraceRequest(owner, folder, tuple(ranges), python))
+        assert self._plane is not None
+        self._plane.requests.traces.append(TraceRequest(owner, folder, tuple(ranges), python))
 
     def schedule_checkpoints(
         self,
@@ -204,19 +202,19 @@ class RunContext:
         Raises:
             ConfigurationError: another subscriber of that name has done so.
         """
-        assert self._room is not None
-        if any(plan.owner == owner for plan in self._room.checkpoints):
+        assert self._plane is not None
+        requests = self._plane.requests.checkpoints
+        if any(request.owner == owner for request in requests):
             raise ConfigurationError(
                 f"Two subscribers named {owner!r} ask for checkpoints. Set the name of one of them."
             )
-        self._room.checkpoints.append(
-            BoundaryRequest(
+        requests.append(
+            CheckpointRequest(
                 owner,
                 every,
                 every_epochs,
                 every_s,
-                monotonic() + (every_s or 0.0),
-                at_start=at_start,
+                at_start,
                 at_end=at_end,
                 on_command=on_command,
                 max_in_flight=max_in_flight,
@@ -230,8 +228,8 @@ class RunContext:
         None where nothing is held for it: others have asked for it, it was claimed before, or ``owner`` had too many in
         flight, which the loop has said. Where the device had no room for it, its snapshot is released.
         """
-        assert self._room is not None
-        return self._room.claim(owner, event.step, event.requested_by)
+        assert self._plane is not None
+        return self._plane.handover.claim(owner, event.step, event.requested_by)
 
 
 class Subscriber:
@@ -316,33 +314,16 @@ def subscribe(bus: EventBus, subscriber: Subscriber) -> Subscription:
             f"{name} has state_dict and concurrency={subscriber.concurrency}: what it saves would depend on which of "
             "its handlers was faster. Use concurrency=1."
         )
-    subscription = bus.subscribe(
-        event_type,
-        handler,
-        every=subscriber.every,
-        every_s=subscriber.every_s,
-        where=subscriber.where,
-        once=subscriber.once,
-        queue=subscriber.queue,
-        lag=subscriber.lag,
-        concurrency=subscriber.concurrency,
-        on_error=subscriber.on_error,
-        retries=subscriber.retries,
-        retry_delay_s=subscriber.retry_delay_s,
-        disable_after=subscriber.disable_after,
-        timeout_s=subscriber.timeout_s,
-        name=name,
-    )
+
+    async def save() -> dict[str, Any]:
+        await subscriber.flush()
+        return subscriber.state_dict()
+
+    options = {**{option: getattr(subscriber, option) for option in OPTION_NAMES}, "name": name}
+    subscription = core_of(bus).subscribe(event_type, handler, options, save=save if stateful else None)
     if subscription.name != name:
         subscriber.name = subscription.name
-    if stateful:
-
-        async def save() -> dict[str, Any]:
-            await subscriber.flush()
-            return subscriber.state_dict()
-
-        subscription.save = save
-    return subscription
+    return Subscription(subscription)
 
 
 def event_routes(subscriber: Subscriber, name: str) -> tuple[EventTypes, Callable[..., Any]]:

@@ -1,4 +1,4 @@
-"""What a trainer does at present: one thing at a time, on the thread that asked for it or beside its event loop."""
+"""Runs one thing at a time for a trainer: on the calling thread, or in a thread beside the running event loop."""
 
 from __future__ import annotations
 
@@ -13,40 +13,42 @@ import anyio.to_thread
 import jax
 from anyio.from_thread import start_blocking_portal
 
-from eventtrain.bus.bus import EventBus
+from eventtrain.bus.core import BusCore
 from eventtrain.control.command_queue import CommandQueue
 from eventtrain.device.jax_compat import sixty_four_bit
+from eventtrain.device.model import CallOnCaller, Model, call_here
 from eventtrain.errors import AlreadyRunning, ConfigurationError
-from eventtrain.trainer.model import CallOnCaller, Model, call_here
 
 T = TypeVar("T")
 
 
 class Execution:
-    """``claim`` it, then do the work under ``serving``, or give it to ``beside_loop``.
+    """``claim`` it, then work under ``serving``, or pass the work to ``beside_loop``.
 
     Args:
-        model: what is traced for it is traced on the thread that asked.
-        inbox: where cancellation asks the run to stop.
+        model: is traced on the calling thread.
+        queue: gets the stop on cancellation.
         bus: of the trainer.
-        backend, backend_options: of an event loop of our own.
+        backend, backend_options: of the event loop that ``serving`` starts.
+
+    Attributes:
+        name: of the method in progress, for messages; empty if there is none.
     """
 
     def __init__(
         self,
         model: Model,
-        inbox: CommandQueue,
-        bus: EventBus,
+        queue: CommandQueue,
+        bus: BusCore,
         backend: str,
         backend_options: dict[str, Any] | None,
     ) -> None:
         self._model = model
-        self._inbox = inbox
+        self._queue = queue
         self._bus = bus
         self._backend = (backend, backend_options)
         self._claimed = threading.Lock()
         self.name = ""
-        """What was called, for messages; empty while nothing is in progress."""
 
     @property
     def busy(self) -> bool:
@@ -55,7 +57,7 @@ class Execution:
 
     @contextmanager
     def claim(self, name: str) -> Generator[None]:
-        """Let nothing else begin for the length of the block.
+        """Keep others from beginning for the length of the block.
 
         Raises:
             AlreadyRunning: something is in progress.
@@ -66,7 +68,7 @@ class Execution:
                 "stop it with control.stop(), or use another Trainer."
             )
         self.name = name
-        self._inbox.arrived.clear()  # a stop that came too late for the last run is none for this one
+        self._queue.arrived.clear()  # a stop that came too late for the last run is not for this one
         try:
             yield
         finally:
@@ -76,14 +78,14 @@ class Execution:
 
     @contextmanager
     def serving(self) -> Generator[None]:
-        """Have the bus served: by its owner's event loop if that runs, else by one in a thread of our own.
+        """Have the bus served for the length of the block: by its owner's event loop, or by one in a new thread.
 
         Raises:
-            ConfigurationError: the caller blocks the event loop that serves the bus.
+            ConfigurationError: the caller would block the event loop that serves the bus.
         """
         if self._bus.served_here:
             raise ConfigurationError(
-                f"{self.name}() blocks, and was called on the event loop that serves its bus: it would wait for "
+                f"{self.name}() blocks and was called on the event loop that serves its bus, so it would wait for "
                 f"itself. Await fit_async, evaluate_async or predict_async there, or call {self.name} in a thread."
             )
         if self._bus.running:
@@ -97,7 +99,7 @@ class Execution:
             yield
 
     async def beside_loop(self, work: Callable[[], T]) -> T:
-        """Run ``work`` in a thread while this event loop serves the bus, to the end even when cancelled."""
+        """Run ``work`` in a thread while this event loop serves the bus. Cancellation stops it, and waits."""
         outcome: list[T] = []
         failure: list[BaseException] = []
         finished = anyio.Event()
@@ -135,8 +137,8 @@ class Execution:
             try:
                 await finished.wait()
             except anyio.get_cancelled_exc_class():
-                self._inbox.ask_to_stop("cancelled")
-                self._inbox.ring()
+                self._queue.ask_to_stop("cancelled")
+                self._queue.wake()
                 raise
         if failure:
             raise failure[0]

@@ -1,105 +1,121 @@
-"""From data to steps: the epochs of ``fit``, written on a session as a user's own loop may be. Training thread only."""
+"""The epochs of ``fit``, driven on a ``Run`` as a user's own loop may drive a session. Training thread only."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
+from typing import Any, Generic, TypeVar
 
-from eventtrain.control.run_state import ResumePoint
+from eventtrain.control.run_state import LoopRecord
 from eventtrain.data.epoch_iterator import EpochIterator
 from eventtrain.data.sources import place_of, rewound
-from eventtrain.events.run_records import LoopRecord
-from eventtrain.trainer.session import Session
+from eventtrain.events import EpochCompleted
+from eventtrain.loop.run_recorder import Aim
+from eventtrain.trainer.resume import ResumePoint
+from eventtrain.trainer.run import Run
+
+S = TypeVar("S")
 
 
-def train(
-    session: Session,
-    data: Any,
-    epochs: int | None,
-    steps: int | None,
-    steps_per_call: int,
-    resumption: ResumePoint | None = None,
-) -> None:
-    """Epoch after epoch until the aim is reached or the run has to end.
+@dataclass(frozen=True)
+class FitResult(Generic[S]):
+    """The result of ``fit``. Its repr leaves out the state and the history, which may fill many screens.
+
+    Attributes:
+        state: the state reached, on the device. It belongs to the caller. With a step extension whose ``use_for`` has
+            "final" it holds the weights of the extension; ``trainer.state`` holds those that training continues with.
+        step: updates completed over the trainer's life.
+        epochs_completed: of this call.
+        stop_reason: "completed", or the reason given to ``control.stop``, "interrupted", "preempted", "cancelled".
+        history: the EpochCompleted events of this call.
+        undelivered: subscription name -> events not handled within ``drain_timeout_s``; empty if all were.
+    """
+
+    state: S = field(repr=False)
+    step: int
+    epochs_completed: int
+    stop_reason: str
+    history: list[EpochCompleted] = field(repr=False)
+    undelivered: Mapping[str, int]
+
+
+def train(run: Run, data: Any, aim: Aim, point: ResumePoint | None = None) -> None:
+    """Train epoch after epoch until ``aim`` is reached or the run has to end.
 
     Args:
-        session: a run that has begun.
+        run: has begun.
         data: as for ``Trainer.fit``.
-        epochs, steps: still to go; one of them.
-        steps_per_call: batches in a group.
-        resumption: where the first epoch goes on, of a run that resumes.
+        aim: what is still to do: epochs or steps.
+        point: where the first epoch continues, if the run resumes.
     """
-    left = steps
-    epochs_left = epochs
-    clock = session.clock
-    facts = resumption.facts.loop if resumption is not None else None
-    opening = place_of(data) if facts is not None else None
-    if resumption is not None and resumption.ended is not None:
-        # What is due at the end of the run still is.
-        _prepare_without_a_step(session, data, steps_per_call, opening)
+    steps_left, epochs_left = aim.steps, aim.epochs
+    for_data = run.resources.clock.for_data
+    record = point.record.loop if point is not None else None
+    start_of_data = place_of(data) if record is not None else None
+    if point is not None and point.ended is not None:
+        # Nothing is trained, but what is due at the end of the run still is.
+        _prepare_without_a_step(run, data, start_of_data)
         return
-    # An epoch that was cut short behind the last step wanted still has to end.
-    while (facts is not None and facts.in_epoch) or (
-        (epochs_left is None or epochs_left > 0) and (left is None or left > 0)
+    # An epoch that was cut short behind the last step of the aim still has to end.
+    while (record is not None and record.in_epoch) or (
+        (epochs_left is None or epochs_left > 0) and (steps_left is None or steps_left > 0)
     ):
-        # It fetches the first batch.
-        feed = clock.for_data(partial(_opened, session, data, steps_per_call, facts))
+        batches = for_data(partial(_open, run, data, record))  # it fetches the first batch
         try:
-            group = clock.for_data(feed.next)
+            group = for_data(batches.next)
             if group is not None:
-                session.prepare(group.batches if steps_per_call > 1 else group.batches[0])
-            elif facts is None or not facts.in_epoch or not feed.exhausted:
+                run.prepare(group.batches if run.grouped else group.batches[0])
+            elif record is None or not record.in_epoch or not batches.exhausted:
                 return
-            elif not _prepare_without_a_step(session, data, steps_per_call, opening):
+            elif not _prepare_without_a_step(run, data, start_of_data):
                 return  # all of the epoch was trained on
-            if not session.in_epoch and not session.begin_epoch():
+            if not run.status.in_epoch and not run.begin_epoch():
                 return
-            facts = None
-            while group is not None and left != 0:
-                count = group.steps if left is None else min(group.steps, left)
-                done = session.advance(group.batches, count, group.positions)
+            record = None
+            while group is not None and steps_left != 0:
+                count = group.steps if steps_left is None else min(group.steps, steps_left)
+                done = run.advance(group.batches, count, group.positions)
                 if done < count:
                     return
-                left = None if left is None else left - done
-                group = clock.for_data(feed.next) if left != 0 else None
+                steps_left = None if steps_left is None else steps_left - done
+                group = for_data(batches.next) if steps_left != 0 else None
         finally:
-            feed.close()
-        if session.stop_reason is not None or not session.end_epoch():
+            batches.close()
+        if run.status.stop_reason is not None or not run.end_epoch():
             return
         epochs_left = None if epochs_left is None else epochs_left - 1
 
 
-def _prepare_without_a_step(session: Session, data: Any, steps_per_call: int, opening: Any) -> bool:
-    """Compile for the first batches of the epoch, none of which is trained on. False: the run has to end.
+def _prepare_without_a_step(run: Run, data: Any, start_of_data: Any) -> bool:
+    """Compile for the first batch of the epoch, which is not trained on. Returns False if the run has to end.
 
     Args:
-        opening: where data that is one iterator has a batch, though it may stand behind its last one.
+        start_of_data: the state of data that is one iterator, before it was moved to where the run resumes.
     """
-    if session.compiled:
-        session.prepare(None)
+    if run.source.model.compiled is not None:
+        run.prepare(None)
         return True
-    with rewound(data, opening):
-        feed = _opened(session, data, steps_per_call)
+    with rewound(data, start_of_data):
+        batches = _open(run, data)
         try:
-            example = feed.next()
+            group = batches.next()
         finally:
-            feed.close()
-    if example is not None:
-        session.prepare(example.batches if steps_per_call > 1 else example.batches[0])
-    return example is not None
+            batches.close()
+    if group is not None:
+        run.prepare(group.batches if run.grouped else group.batches[0])
+    return group is not None
 
 
-def _opened(
-    session: Session, data: Any, steps_per_call: int, facts: LoopRecord | None = None
-) -> EpochIterator:
-    """The batches of the session's epoch, from where ``facts`` say on."""
+def _open(run: Run, data: Any, record: LoopRecord | None = None) -> EpochIterator:
+    """Returns the batches of the epoch in progress, from where ``record`` says on."""
     return EpochIterator(
         data,
-        session.epoch,
-        steps_per_call=steps_per_call,
-        sharding=session.sharding,
-        wait=session.wait,
-        on_ready=session.ring,
-        start=facts.batch if facts is not None and facts.in_epoch else 0,
-        data_state=facts.data if facts is not None else None,
+        run.status.epoch,
+        steps_per_call=run.source.model.options.steps_per_call,
+        sharding=run.sharding,
+        wait=run.wait,
+        on_ready=run.wake,
+        start=record.batch if record is not None and record.in_epoch else 0,
+        data_state=record.data if record is not None else None,
     )

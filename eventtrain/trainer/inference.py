@@ -1,4 +1,4 @@
-"""``evaluate`` and ``predict``: the state is only read, and what happens is said on the bus."""
+"""``evaluate`` and ``predict`` outside a run: the state is only read, and the events are published on the bus."""
 
 from __future__ import annotations
 
@@ -12,57 +12,59 @@ from typing import Any
 import jax
 import numpy as np
 
-from eventtrain.bus.bus import EventBus
+from eventtrain.bus.core import BusCore
+from eventtrain.control.loop_statistics import LoopClock
+from eventtrain.control.run_view import RunView
 from eventtrain.data.epoch_iterator import EpochIterator
 from eventtrain.device.fetcher import Fetcher
+from eventtrain.device.model import Model
 from eventtrain.device.state import PyTree, replicated_sharding
 from eventtrain.errors import AlreadyRunning, DataError
 from eventtrain.events import PredictCompleted, PredictStarted, PredictStepCompleted
 from eventtrain.events.models import Number
-from eventtrain.loop.evaluation import run_evaluation
+from eventtrain.loop.evaluation import dispatch_evaluation
 from eventtrain.loop.event_builder import EventBuilder
-from eventtrain.trainer.model import Model, RunOptions
+from eventtrain.loop.run_ahead import RunAhead
+from eventtrain.loop.run_status import RunStatus
+from eventtrain.trainer.run import RunOptions
 
 
 class Inference:
-    """Runs eval_fn and predict_fn over data, on the calling thread, while the bus is served elsewhere. Blocks."""
+    """Runs eval_fn and predict_fn over data on the calling thread, while the bus is served elsewhere. Blocks."""
 
-    def __init__(self, model: Model, options: RunOptions, bus: EventBus) -> None:
+    def __init__(self, model: Model, options: RunOptions, bus: BusCore) -> None:
         self._model = model
         self._options = options
         self._bus = bus
 
     def evaluate(self, data: Any) -> dict[str, Number]:
-        """The means of eval_fn's metrics, in float64."""
+        """Returns the means of eval_fn's metrics, in float64."""
         self._require_free_bus()
-        model, tokens = self._model, deque[jax.Array]()
-        narrator = EventBuilder(self._bus, weight=self._options.weight)
-        fetcher = Fetcher(narrator.tell)
+        model = self._model
+        builder = EventBuilder(self._bus, RunView(), weight=self._options.weight)
+        fetcher = Fetcher(builder.take)
         fetcher.start()
-
-        def before_batch() -> bool:
-            if len(tokens) >= self._options.pace.max_in_flight_calls:
-                tokens.popleft().block_until_ready()
-            return fetcher.failure is None
-
         try:
-            with self._feed(data) as batches:
-                evaluation = model.evaluation(model.leaves)
-                leaves = model.leaves_for("eval", model.leaves, model.ext_leaves)
-                step, epoch = model.step, model.epoch
-                run_evaluation(
-                    evaluation, leaves, batches, step, epoch, fetcher.put, before_batch, tokens.append
+            with self._open(data) as batches:
+                dispatch_evaluation(
+                    model.evaluation(model.leaves),
+                    model.leaves_for("eval", model.leaves, model.ext_leaves),
+                    batches,
+                    RunStatus(model.step, model.epoch),
+                    fetcher=fetcher,
+                    ahead=RunAhead(self._options.pace.max_in_flight_calls, LoopClock()),
+                    continues=lambda: fetcher.failure is None,
                 )
         finally:
             fetcher.close()
         if fetcher.failure is not None:
             raise fetcher.failure
         self._drain()
-        assert narrator.evaluated is not None
-        return dict(narrator.evaluated)
+        assert builder.evaluated is not None
+        return dict(builder.evaluated)
 
     def predict(self, data: Any) -> PyTree:
-        """predict_fn's outputs as NumPy arrays, joined along the first axis."""
+        """Returns the outputs of predict_fn as NumPy arrays, joined along the first axis."""
         self._require_free_bus()
         model, step = self._model, self._model.step
         prediction = model.prediction()
@@ -73,7 +75,7 @@ class Inference:
             self._bus.feed([PredictStepCompleted(step=step, batch=len(done) - 1)])
 
         self._bus.feed([PredictStarted(step=step)])
-        with self._feed(data) as batches:
+        with self._open(data) as batches:
             first = next(batches, None)
             if first is None:
                 raise DataError("The data to predict on is empty: it ended before its first batch.")
@@ -92,14 +94,14 @@ class Inference:
         return jax.tree.map(_join, *done)
 
     def _require_free_bus(self) -> None:
-        if self._bus.on_progress is not None:
+        if self._bus.progress.listener is not None:
             raise AlreadyRunning(
-                "Another trainer's run uses this bus, and its stream takes one voice at a time. Wait for it, or give "
-                "each trainer a bus of its own."
+                "Another trainer's run uses this bus. One bus serves one run at a time: wait for it, or give each "
+                "trainer a bus of its own."
             )
 
     @contextmanager
-    def _feed(self, data: Any) -> Generator[Iterator[Any]]:
+    def _open(self, data: Any) -> Generator[Iterator[Any]]:
         ready = threading.Event()
 
         def wait(is_ready: Callable[[], object]) -> bool:
@@ -108,7 +110,7 @@ class Inference:
                 ready.clear()
             return True
 
-        feed = EpochIterator(
+        iterator = EpochIterator(
             data,
             self._model.epoch,
             steps_per_call=1,
@@ -117,9 +119,9 @@ class Inference:
             on_ready=ready.set,
         )
         try:
-            yield feed.batches()
+            yield iterator.batches()
         finally:
-            feed.close()
+            iterator.close()
 
     def _drain(self) -> None:
         self._bus.submit(self._bus.wait_until_quiet, self._options.drain_timeout_s).result()

@@ -1,177 +1,213 @@
-"""The first moments of a run that goes on from a checkpoint. Training thread only."""
+"""Resuming: finding the checkpoint, and putting model, loop and stream where it was. Training thread only."""
 
 from __future__ import annotations
 
+import copy
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from importlib.metadata import version
+from pathlib import Path
 from typing import Any
 
 import jax
 import optax
 
-from eventtrain.bus.barrier import Redelivery, SubscriptionState
-from eventtrain.bus.bus import EventBus
-from eventtrain.bus.wakeup import Answer
-from eventtrain.control.command_queue import CommandQueue, PendingCommand
-from eventtrain.control.run_state import ResumePoint, SavedRun, unpack
+from eventtrain.bus.barrier import SubscriptionCheckpoint, SubscriptionRestore
+from eventtrain.bus.wakeup import CrossLoopFuture
+from eventtrain.control.command_queue import PendingCommand
+from eventtrain.control.run_state import LoopRecord, RunRecord, SavedRun, unpack
+from eventtrain.control.run_view import RunView
 from eventtrain.control.snapshots import KeptSnapshot
-from eventtrain.device.extensions import StepExtension
+from eventtrain.device.model import Model
 from eventtrain.device.snapshot import Snapshot
-from eventtrain.device.state import Skeleton, split_state
-from eventtrain.errors import SnapshotError, StateError
+from eventtrain.device.state import split_state
+from eventtrain.errors import ConfigurationError, SnapshotError, StateError
 from eventtrain.events import Event, RunResumed
-from eventtrain.loop.event_builder import EventBuilder
-from eventtrain.loop.lag_gates import LagGates
+from eventtrain.loop.run_recorder import Aim
+from eventtrain.loop.run_resources import RunResources
 from eventtrain.loop.train_loop import TrainingLoop
 from eventtrain.subscribers.base import Subscriber
-from eventtrain.trainer.model import Model
-from eventtrain.trainer.rollback import Rollback
 
 logger = logging.getLogger("eventtrain")
 
 JAXLIB = version("jaxlib")
 
 
-def resume_loop(resumption: ResumePoint, loop: TrainingLoop) -> None:
-    """Put a loop that was just made where that of the checkpoint was. From here on there is no way back."""
-    facts = resumption.facts.loop
-    resumption.before.forget()
-    loop.effects.deterministic = facts.deterministic
-    if resumption.ended is not None:
-        loop.effects.stop_reason = loop.effects.ended = facts.ended
-    if facts.in_epoch:
-        loop.windows.flush()
-        loop.resume_epoch(facts)
+@dataclass(frozen=True)
+class ResumePoint:
+    """The checkpoint that a run resumes from, once model and subscribers have taken it over.
 
-
-def resume_stream(
-    resumption: ResumePoint,
-    bus: EventBus,
-    gates: LagGates,
-    inbox: CommandQueue,
-    narrator: EventBuilder,
-    put: Callable[[Any], None],
-) -> None:
-    """Put back what was on its way at the cut: unhandled events, what the loop owes them, commands not due yet.
-
-    After the deciders were activated, before the first step.
+    Attributes:
+        saved: gives the arrays.
+        record: everything else.
+        backup: of the trainer, as it was before.
+        shares: by subscription, what it held at the checkpoint.
+        kept: tags of the other snapshots that were saved with it.
+        ended: why the run had reached its end, so that nothing is trained; None if it continues.
     """
-    facts, shares = resumption.facts, resumption.shares
-    bus.continue_stream(facts.stream.seq)
-    narrator.resume(facts.stream)
-    names = {subscription.name: subscription for subscription in bus.subscriptions}
-    for name, share in shares.items():
-        subscription = names.get(name)
-        if subscription is None:
-            if share.state is not None or share.unhandled:
-                logger.warning(
-                    "The checkpoint holds the state of %s, and nobody of that name is subscribed", name
-                )
-            continue
-        put(Redelivery(name, share))
-        for event, decided_on in zip(share.unhandled, share.decided_on, strict=True):
-            if decided_on:
-                gates.owe(subscription, type(event), event.step)
-    causes: dict[tuple[int, int], Event] = {}
-    for saved in facts.loop.orders:
-        key = (saved.cause_step, saved.cause_seq)
-        cause = causes.setdefault(key, Event(step=saved.cause_step, seq=saved.cause_seq))
-        order = PendingCommand(saved.command, Answer(), cause, names.get(saved.subscriber), saved.issue)
-        inbox.due.append(order)
-    position = facts.loop
-    put(
-        RunResumed(
-            step=position.step, epoch=position.epoch, batch=position.batch, path=str(resumption.saved.path)
+
+    saved: SavedRun
+    record: RunRecord
+    backup: Backup
+    shares: Mapping[str, SubscriptionCheckpoint] = field(default_factory=dict[str, SubscriptionCheckpoint])
+    kept: tuple[str, ...] = ()
+    ended: str | None = None
+
+
+class Backup:
+    """The state of a trainer between two runs, restored if resuming fails. Copies no array."""
+
+    def __init__(self, model: Model, view: RunView, subscribers: Sequence[Subscriber]) -> None:
+        self._model = model
+        self._view = view
+        self._model_state: tuple[list[jax.Array], list[jax.Array] | None, int, int] | None = (
+            model.leaves,
+            model.ext_leaves,
+            model.step,
+            model.epoch,
         )
-    )
+        self._snapshots = dict(view.snapshots)
+        self._subscribers = [(one, dict(vars(one)), _state_of(one)) for one in subscribers]
+
+    def restore(self) -> None:
+        """Restore it. Does nothing after ``discard``."""
+        if self._model_state is None:
+            return
+        model = self._model
+        model.leaves, model.ext_leaves, model.step, model.epoch = self._model_state
+        self._view.snapshots = self._snapshots
+        for subscriber, attributes, state in self._subscribers:
+            if state is not None:
+                try:
+                    subscriber.load_state_dict(state)  # into the objects that it holds, and may have changed
+                except Exception as error:
+                    logger.warning("%s refuses the state it had before: %s", type(subscriber).__name__, error)
+            vars(subscriber).clear()
+            vars(subscriber).update(attributes)
+
+    def discard(self) -> None:
+        """Free the memory: there is no way back."""
+        self._model_state = None
+        self._subscribers.clear()
+        self._snapshots = {}
+
+
+def _state_of(subscriber: Subscriber) -> dict[str, Any] | None:
+    """What it would save; None if it saves nothing, or cannot before its first run."""
+    if type(subscriber).state_dict is Subscriber.state_dict:
+        return None
+    try:
+        return copy.deepcopy(subscriber.state_dict())
+    except Exception:
+        return None
+
+
+# --- finding it -------------------------------------------------------------------------------------------------
+
+
+def find_saved_run(
+    resume: bool | str | int | Path, run_dir: Path, subscribers: Sequence[Subscriber]
+) -> SavedRun | None:
+    """Returns the checkpoint to resume from, of all that ``subscribers`` keep; None if there is none yet.
+
+    Args:
+        resume: True for the one committed last that holds a run; or a step, a tag or a path.
+        run_dir: of the run.
+        subscribers: of the trainer.
+
+    Raises:
+        ConfigurationError: no Checkpointer is subscribed.
+        SnapshotError: no subscriber has the one that ``resume`` names.
+    """
+    finders = [subscriber for subscriber in subscribers if subscriber.resumes_runs]
+    if not finders:
+        raise ConfigurationError(
+            f"fit(resume={resume!r}) requires a Checkpointer: Trainer(subscribers=[subs.Checkpointer(...)])."
+        )
+    found: list[SavedRun] = []
+    missing: list[SnapshotError] = []
+    for subscriber in finders:
+        try:
+            saved = subscriber.saved_run(run_dir, resume)
+        except SnapshotError as error:  # another one may have it
+            missing.append(error)
+        else:
+            found += [saved] if saved is not None else []
+    if not found and missing:
+        raise missing[0]
+    return max(found, key=lambda saved: (saved.facts is not None, saved.time, saved.step), default=None)
+
+
+def remaining(record: LoopRecord, aim: Aim) -> Aim:
+    """Returns what is left of ``aim``, which counts from the beginning of the run."""
+    epochs = None if aim.epochs is None else max(0, record.start_epoch + aim.epochs - record.epoch)
+    steps = None if aim.steps is None else max(0, record.start_step + aim.steps - record.step)
+    return replace(aim, epochs=epochs, steps=steps)
+
+
+def why_ended(record: LoopRecord, aim: Aim, *, named: bool) -> str | None:
+    """Returns why the run has reached its end already; None if there is something to do.
+
+    Args:
+        record: of the checkpoint.
+        aim: of this call.
+        named: the checkpoint was named, to continue from it whatever had ended the run.
+    """
+    left = remaining(record, aim)
+    if not record.in_epoch and 0 in (left.epochs, left.steps):
+        return "completed"
+    if record.ended is None or named:
+        return None
+    higher = (aim.epochs or 0) > (record.epochs or 0) or (aim.steps or 0) > (record.steps or 0)
+    return None if higher else record.ended
+
+
+# --- taking it over ---------------------------------------------------------------------------------------------
 
 
 def take_over(
-    saved: SavedRun,
-    model: Model,
-    inbox: CommandQueue,
-    subscribers: Sequence[Subscriber],
-    now: Mapping[str, Any],
+    saved: SavedRun, model: Model, view: RunView, subscribers: Sequence[Subscriber], now: Mapping[str, Any]
 ) -> ResumePoint:
-    """Put the state of ``saved`` into ``model``, and its subscribers' states into those of the same name.
+    """Load the state of ``saved`` into ``model``, and the states of its subscribers into those of the same name.
 
     Args:
-        now: the fingerprint of this trainer; what differs from the saved one is said in the log.
+        now: the fingerprint of this trainer. Differences from the saved one are logged.
 
     Raises:
         SnapshotError: only a state was saved. StateError: something does not fit. Nothing has changed then.
     """
-    facts = saved.facts
-    if facts is None:
+    record = saved.facts
+    if record is None:
         raise SnapshotError(
             f"Cannot resume from {saved.path}: it holds weights only. Start with them: "
             "Trainer(state=et.load_state(path, like=state))."
         )
-    changed = differences(facts.loop.fingerprint, now)
+    changed = differences(record.loop.fingerprint, now)
     if changed:
         logger.warning(
-            "The run resumes from %s in other circumstances and may not repeat bit for bit: %s",
+            "The run resumes from %s under different conditions and may not repeat bit for bit: %s",
             saved.path, "; ".join(changed),
         )  # fmt: skip
-    shares = {name: share.share() for name, share in facts.shares.items()}
+    shares = {name: share.share() for name, share in record.shares.items()}
     like = model.skeleton.join(model.leaves)
     leaves, kept = _leaves_of(saved.state(like)), saved.kept(like)
-    resumed_loop = facts.loop.model_copy(update={"data": unpack(facts.loop.data)})
-    before = Rollback(model, inbox, subscribers)
+    loop_record = record.loop.model_copy(update={"data": unpack(record.loop.data)})
+    backup = Backup(model, view, subscribers)
     try:
         _load_states(subscribers, shares)
     except BaseException:
-        before.put_back()
+        backup.restore()
         raise
     model.leaves, model.ext_leaves = leaves, None
-    model.step, model.epoch = facts.loop.step, facts.loop.epoch
+    model.step, model.epoch = loop_record.step, loop_record.epoch
     for tag, (step, state) in kept.items():
-        inbox.snapshots[tag] = KeptSnapshot(Snapshot(step, _leaves_of(state), model.skeleton, tag=tag))
-    facts = facts.model_copy(update={"loop": resumed_loop})
-    return ResumePoint(saved, facts, before, shares, tuple(kept))
+        view.snapshots[tag] = KeptSnapshot(Snapshot(step, _leaves_of(state), model.skeleton, tag=tag))
+    record = record.model_copy(update={"loop": loop_record})
+    return ResumePoint(saved, record, backup, shares, tuple(kept))
 
 
-def take_over_extensions(
-    resumption: ResumePoint, types: Mapping[str, Any], inbox: CommandQueue
-) -> list[jax.Array] | None:
-    """What step extensions had computed by the cut; that of the other snapshots is put beside them.
-
-    When the step is compiled, since their ``types`` (path -> shape, dtype, placement) are known only then.
-    """
-    saved, there = resumption.saved, inbox.kept()
-    if not types:
-        return None
-    for tag in resumption.kept:
-        if tag in there:
-            whole = there[tag].device.with_extensions(saved.extensions(types, tag), tuple(types))
-            inbox.snapshots[tag] = KeptSnapshot(whole)
-    return saved.extensions(types)
-
-
-def fingerprint(
-    skeleton: Skeleton,
-    leaves: Sequence[jax.Array],
-    steps_per_call: int,
-    extensions: Sequence[StepExtension],
-) -> dict[str, Any]:
-    """What an exact continuation depends on, as plain JSON data."""
-    devices = sorted({device for leaf in leaves for device in leaf.devices()}, key=lambda device: device.id)
-    return {
-        "jax": jax.__version__,
-        "jaxlib": JAXLIB,
-        "optax": optax.__version__,
-        "devices": [device.device_kind for device in devices],
-        "x64": bool(jax.config.read("jax_enable_x64")),
-        "steps_per_call": steps_per_call,
-        "step_extensions": [repr(extension) for extension in extensions],
-        "state": {
-            path: f"{leaf.dtype}{list(leaf.shape)}" for path, leaf in zip(skeleton.paths, leaves, strict=True)
-        },
-    }
-
-
-def _load_states(subscribers: Sequence[Subscriber], shares: Mapping[str, SubscriptionState]) -> None:
+def _load_states(subscribers: Sequence[Subscriber], shares: Mapping[str, SubscriptionCheckpoint]) -> None:
     for subscriber in subscribers:
         name = subscriber.name or type(subscriber).__name__
         share = shares.get(name)
@@ -183,15 +219,98 @@ def _load_states(subscribers: Sequence[Subscriber], shares: Mapping[str, Subscri
             raise StateError(f"The run cannot resume: {name} refuses its state: {error}") from error
 
 
-def differences(saved: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
-    """What is not as it was when the checkpoint was written, one phrase each."""
-    names = sorted({*saved, *now})
-    return [
-        f"{name}: {saved.get(name)!r} then, {now.get(name)!r} now"
-        for name in names
-        if saved.get(name) != now.get(name)
-    ]
-
-
 def _leaves_of(state: Any) -> list[Any]:
     return list(split_state(state)[0])
+
+
+def take_over_extensions(
+    point: ResumePoint, types: Mapping[str, Any], view: RunView
+) -> list[jax.Array] | None:
+    """Returns the leaves of the step extensions at the checkpoint, and adds those of the other kept snapshots to
+    them.
+
+    When the step is compiled: only then are their ``types`` (path -> shape, dtype, placement) known.
+    """
+    saved, kept = point.saved, view.kept()
+    if not types:
+        return None
+    for tag in point.kept:
+        if tag in kept:
+            whole = kept[tag].device.with_extensions(saved.extensions(types, tag), tuple(types))
+            view.snapshots[tag] = KeptSnapshot(whole)
+    return saved.extensions(types)
+
+
+def resume_stream(point: ResumePoint, resources: RunResources) -> None:
+    """Put back what was under way at the checkpoint: unhandled events, open decisions, commands not due yet.
+
+    After the deciders were activated, before the first step.
+    """
+    record, bus, fetcher = point.record, resources.bus, resources.fetcher
+    bus.stream.continue_from(record.stream.seq)
+    resources.builder.resume(record.stream)
+    names = {subscription.name: subscription for subscription in bus.subscriptions}
+    for name, share in point.shares.items():
+        subscription = names.get(name)
+        if subscription is None:
+            if share.state is not None or share.unhandled:
+                logger.warning(
+                    "The checkpoint holds the state of %s, and no subscription has that name", name
+                )
+            continue
+        fetcher.put(SubscriptionRestore(name, share))
+        for event, decided_on in zip(share.unhandled, share.decided_on, strict=True):
+            if decided_on:
+                resources.gates.owe(subscription, type(event), event.step)
+    causes: dict[tuple[int, int], Event] = {}
+    for saved in record.loop.orders:
+        key = (saved.cause_step, saved.cause_seq)
+        cause = causes.setdefault(key, Event(step=saved.cause_step, seq=saved.cause_seq))
+        pending = PendingCommand(
+            saved.command, CrossLoopFuture(), cause, names.get(saved.subscriber), saved.issue
+        )
+        resources.plane.queue.due.append(pending)
+    loop, path = record.loop, str(point.saved.path)
+    fetcher.put(RunResumed(step=loop.step, epoch=loop.epoch, batch=loop.batch, path=path))
+
+
+def resume_loop(point: ResumePoint, loop: TrainingLoop) -> None:
+    """Put a loop that was just made where the loop of the checkpoint was. From here on there is no way back."""
+    record, status = point.record.loop, loop.status
+    point.backup.discard()
+    status.deterministic = record.deterministic
+    if point.ended is not None:
+        status.stop_reason = status.ended = record.ended
+    if record.in_epoch:
+        loop.resume_epoch(record)
+
+
+# --- what an exact continuation depends on ----------------------------------------------------------------------
+
+
+def fingerprint(model: Model) -> dict[str, Any]:
+    """Returns what an exact continuation depends on, as plain JSON data."""
+    leaves = model.leaves
+    devices = sorted({device for leaf in leaves for device in leaf.devices()}, key=lambda device: device.id)
+    return {
+        "jax": jax.__version__,
+        "jaxlib": JAXLIB,
+        "optax": optax.__version__,
+        "devices": [device.device_kind for device in devices],
+        "x64": bool(jax.config.read("jax_enable_x64")),
+        "steps_per_call": model.options.steps_per_call,
+        "step_extensions": [repr(extension) for extension in model.extensions],
+        "state": {
+            path: f"{leaf.dtype}{list(leaf.shape)}"
+            for path, leaf in zip(model.skeleton.paths, leaves, strict=True)
+        },
+    }
+
+
+def differences(saved: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    """Returns what differs from the fingerprint of the checkpoint, one phrase each."""
+    return [
+        f"{name}: {saved.get(name)!r} then, {now.get(name)!r} now"
+        for name in sorted({*saved, *now})
+        if saved.get(name) != now.get(name)
+    ]

@@ -1,8 +1,8 @@
-"""Ctrl-C and SIGTERM as a request to the loop instead of an exception in the middle of it.
+"""Turns Ctrl-C and SIGTERM into a stop at the next boundary.
 
 Python's default handler raises between any two bytecodes, also between the call that donates the state and the
-assignment of its result, which loses the state. Here the first signal asks for a stop at the next boundary, and the
-exception comes when state and bus are settled; a second one aborts.
+assignment of its result, which loses the state. Here the first signal stops the run at the next boundary, and its
+exception is raised when state and bus are settled. A second signal aborts.
 """
 
 from __future__ import annotations
@@ -17,9 +17,10 @@ REASONS = {signal.SIGINT: "interrupted", signal.SIGTERM: "preempted"}
 
 
 class SignalGuard:
-    """While entered, on the main thread, the default SIGINT and SIGTERM handlers give way to ``ask_to_stop(reason)``.
+    """Replaces the default handlers of SIGINT and SIGTERM by ``ask_to_stop(reason)`` while entered on the main
+    thread.
 
-    Handlers that somebody installed on purpose (a server's, say) stay as they are. On other threads it does nothing.
+    Other handlers, for example those of a server, stay as they are. On other threads it does nothing.
     """
 
     def __init__(self, ask_to_stop: Callable[[str], None]) -> None:
@@ -45,12 +46,12 @@ class SignalGuard:
     def _handle(self, number: int, frame: FrameType | None) -> None:
         # No lock is taken here: the thread that this interrupts may hold it.
         if self.received is not None:
-            raise KeyboardInterrupt("a second signal aborts without settling")
+            raise KeyboardInterrupt("A second signal aborts the run at once.")
         self.received = signal.Signals(number)
         self._ask_to_stop(REASONS[self.received])
 
     def raise_received(self) -> None:
-        """Raise what the signal would have raised: KeyboardInterrupt, or SystemExit(143) for SIGTERM."""
+        """Raise the exception of the signal received: KeyboardInterrupt, or SystemExit(143) for SIGTERM."""
         if self.received is signal.SIGINT:
             raise KeyboardInterrupt
         if self.received is signal.SIGTERM:

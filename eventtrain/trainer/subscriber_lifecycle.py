@@ -1,4 +1,4 @@
-"""The subscribers of one run, from their start until everything was handled and they are stopped."""
+"""Starts the subscribers of a run, and stops them when everything was handled."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Literal
 
 import anyio
 
-from eventtrain.bus.bus import EventBus
+from eventtrain.bus.core import BusCore
 from eventtrain.errors import BusClosed, EventTrainError
 from eventtrain.events import SubscriberFailed
 from eventtrain.subscribers.base import RunContext, Subscriber
@@ -20,32 +20,32 @@ logger = logging.getLogger("eventtrain")
 
 
 class SubscriberLifecycle:
-    """Starts them and ends them. Training thread only; every method blocks. Times are ``monotonic`` ones."""
+    """The subscribers of one run. Training thread only; every method blocks. Deadlines are in ``monotonic`` time."""
 
-    def __init__(self, bus: EventBus, subscribers: Sequence[Subscriber]) -> None:
+    def __init__(self, bus: BusCore, subscribers: Sequence[Subscriber]) -> None:
         self._bus = bus
         self._subscribers = subscribers
         self._started: list[Subscriber] = []
 
     def start(self, context: RunContext) -> None:
-        """Start one after the other. Raises what one of them raises; those behind it are not started then."""
+        """Start one after the other. If one raises, the rest is not started and its error is raised."""
         for subscriber in self._subscribers:
             self._started.append(subscriber)
             try:
                 self._bus.submit(subscriber.start, context).result()
             except EventTrainError as error:
                 name = subscriber.name or type(subscriber).__name__
-                error.add_note(f"It was raised by the subscriber {name} when the run started.")
+                error.add_note(f"Raised by the subscriber {name} when the run started.")
                 raise
 
     def drain(self, deadline_s: float) -> dict[str, int]:
-        """Let every handler finish; what was not handled in time. Raises BusClosed."""
+        """Wait for every handler. Returns what was not handled in time, by subscription. Raises BusClosed."""
         return self._bus.submit(
             partial(self._bus.wait_until_quiet, max(0.0, deadline_s - monotonic()))
         ).result()
 
-    def settle(self, deadline_s: float, step: int) -> dict[str, int]:
-        """Let every handler finish, then stop the subscribers; what was not handled in time, by subscription."""
+    def stop(self, deadline_s: float, step: int) -> dict[str, int]:
+        """Wait for every handler, then stop the subscribers. Returns what was not handled in time, by subscription."""
         try:
             self.drain(deadline_s)
             for subscriber in self._started:
@@ -60,7 +60,7 @@ class SubscriberLifecycle:
     def _end(
         self, subscriber: Subscriber, how: Literal["finish", "stop"], deadline_s: float, step: int
     ) -> None:
-        """Call ``finish`` or ``stop``; cancel it when the time is over, and do not wait much longer even then."""
+        """Call ``finish`` or ``stop``. It is cancelled at the deadline, and not waited for a second after that."""
         name = subscriber.name or type(subscriber).__name__
         timeout_s = max(1.0, deadline_s - monotonic())
 

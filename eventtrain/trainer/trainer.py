@@ -1,79 +1,99 @@
-"""``Trainer``: the facade. It holds what is trained and how, and runs it on this thread or beside an event loop."""
+"""``Trainer``: what is trained and how. It runs on the calling thread, or beside a running event loop."""
 
 from __future__ import annotations
 
 import uuid
 from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Generic, Literal, TypeVar, Unpack
 
-from eventtrain.bus.bus import EventBus
-from eventtrain.bus.handlers import Handler
-from eventtrain.bus.options import EventTypes
+from eventtrain.bus.bus import EventBus, core_of
+from eventtrain.bus.handlers import HandlerDecorator
+from eventtrain.bus.options import SubscriptionOptions
 from eventtrain.bus.subscription import Subscription
 from eventtrain.control.control import Control
-from eventtrain.control.requests import RunRequests
-from eventtrain.control.run_state import ResumePoint
+from eventtrain.control.control_plane import ControlPlane
 from eventtrain.device.extensions import StepExtension
+from eventtrain.device.model import Model, StepOptions
 from eventtrain.device.state import PyTree
 from eventtrain.errors import AlreadyRunning, ConfigurationError, StateInUse
+from eventtrain.events import Event
 from eventtrain.events.models import Number
+from eventtrain.loop.evaluation import EvaluationSource
+from eventtrain.loop.run_recorder import Aim, RunRecorder
 from eventtrain.loop.train_loop import Pace
 from eventtrain.subscribers.base import Subscriber, subscribe
 from eventtrain.subscribers.progress.display import shows_progress
 from eventtrain.subscribers.progress.progress_bar import ProgressBar
 from eventtrain.trainer.execution import Execution
-from eventtrain.trainer.fit import train
-from eventtrain.trainer.fit_result import FitResult
+from eventtrain.trainer.fit import FitResult, train
 from eventtrain.trainer.inference import Inference
-from eventtrain.trainer.model import Aim, Model, RunOptions
-from eventtrain.trainer.resume import fingerprint
-from eventtrain.trainer.resume_point import find_resumption
+from eventtrain.trainer.resume import (
+    ResumePoint,
+    find_saved_run,
+    fingerprint,
+    logger,
+    remaining,
+    take_over,
+    why_ended,
+)
+from eventtrain.trainer.run import Run, RunOptions
 from eventtrain.trainer.session import Session
 from eventtrain.trainer.signals import SignalGuard
 
+if TYPE_CHECKING:
+    from eventtrain.bus.options import EventTypesOf
 
-class Trainer:
+E = TypeVar("E", bound=Event)
+S = TypeVar("S")
+
+
+class Trainer(Generic[S]):
     """Trains ``state`` with ``step_fn`` and publishes what happens on an event bus.
 
     Args:
-        step_fn: ``(state, batch) -> (state, metrics)``; pure, traced once per batch shape. ``metrics`` is a flat
-            dict of scalars of any real dtype; each keeps its exact value.
+        step_fn: ``(state, batch) -> (state, metrics)``. Pure; traced once per batch shape. ``metrics`` is a flat dict
+            of scalars of any real dtype; each keeps its exact value.
         state: any pytree of arrays (TrainState, Flax, Equinox, plain dict), sharded or not. It stays valid for its
-            owner: it is copied once at the start, then donated from step to step. Leaves that are no arrays are static.
+            owner: it is copied once at the start, and the copy is donated from step to step. Leaves that are not
+            arrays are static.
         eval_fn: ``(state, batch) -> metrics``, for ``eval_data`` and ``evaluate``.
         predict_fn: ``(state, batch) -> outputs``, a pytree of arrays, for ``predict``.
-        params: lens ``state -> weights``; ``state.params`` or ``state["params"]`` if there, else the whole state.
-        subscribers: ``Subscriber`` objects; functions subscribe with ``trainer.on``.
-        step_extensions: run inside the jitted step (``EMA(0.999)``).
-        bus: a running EventBus to share with a service, which stays its owner's; made if None.
-        run_dir: where relative paths of subscribers lie; ``runs/<run_id>`` if None.
-        run_id: stamped on every event; made if None.
+        params: lens ``state -> weights``. By default ``state.params`` or ``state["params"]`` if there, else the whole
+            state.
+        subscribers: ``Subscriber`` objects. Functions subscribe with ``trainer.on``.
+        step_extensions: run inside the jitted step, for example ``EMA(0.999)``.
+        bus: a running EventBus to share with a service, which stays its owner. None: the trainer makes one.
+        run_dir: where relative paths of subscribers are. None: ``runs/<run_id>``.
+        run_id: stamped on every event. None: a random one.
         donate: whether each step may overwrite the state before it.
-        steps_per_call: K > 1 runs up to K steps in one dispatch; events are still per step, effects still exact.
+        steps_per_call: K > 1 runs up to K steps in one dispatch. There is still an event per step, and commands still
+            take effect at exactly their boundary.
         flush_interval_s: the longest time a metric waits on the device while the loop runs.
         max_in_flight_steps: how far the loop may run ahead of the device.
-        weight: name of the metric (say "examples") that weights the means of the others; its own mean is its sum.
-        snapshot: how a snapshot survives: "keep" (the next step leaves the state alone), "copy" (a device copy),
-            "host" (a copy in pinned host memory).
-        backend, backend_options: event loop of the bus for ``fit``; ``fit_async`` uses the running one.
+        weight: name of the metric, for example "examples", that weights the means of the others; its own mean is its
+            sum.
+        snapshot: how a snapshot survives: "keep" (the next step does not donate the state), "copy" (a copy on the
+            device), "host" (a copy in pinned host memory).
+        backend, backend_options: event loop of the bus for ``fit``. ``fit_async`` uses the running one.
         drain_timeout_s: how long the end of a run waits for handlers.
 
     One run at a time. ``fit`` trains on the calling thread and serves the bus in another; ``fit_async`` trains in a
     thread and serves the bus on the running event loop.
 
     Raises:
-        ConfigurationError, StateError: what cannot work, found before anything runs.
+        ConfigurationError, StateError: an argument is invalid.
     """
 
     def __init__(
         self,
-        step_fn: Callable[[PyTree, PyTree], tuple[PyTree, Mapping[str, Any]]],
-        state: PyTree,
-        eval_fn: Callable[[PyTree, PyTree], Mapping[str, Any]] | None = None,
-        predict_fn: Callable[[PyTree, PyTree], PyTree] | None = None,
-        params: Callable[[PyTree], PyTree] | None = None,
+        step_fn: Callable[[S, Any], tuple[S, Mapping[str, Any]]],
+        state: S,
+        eval_fn: Callable[[S, Any], Mapping[str, Any]] | None = None,
+        predict_fn: Callable[[S, Any], PyTree] | None = None,
+        params: Callable[[S], PyTree] | None = None,
         subscribers: Sequence[Subscriber] = (),
         step_extensions: Sequence[StepExtension] = (),
         bus: EventBus | None = None,
@@ -93,48 +113,49 @@ class Trainer:
         _require_positive("max_in_flight_steps", max_in_flight_steps)
         if not flush_interval_s > 0:
             raise ConfigurationError(
-                f"flush_interval_s={flush_interval_s!r}: needs a positive number of seconds."
+                f"flush_interval_s must be a number of seconds > 0, got {flush_interval_s!r}."
             )
         if snapshot not in ("keep", "copy", "host"):
-            raise ConfigurationError(f'snapshot={snapshot!r}: is none of "keep", "copy", "host".')
+            raise ConfigurationError(f'snapshot must be "keep", "copy" or "host", got {snapshot!r}.')
         self.run_id = run_id or uuid.uuid4().hex[:12]
         self.run_dir = (Path(run_dir) if run_dir is not None else Path("runs") / self.run_id).absolute()
         self.bus = bus if bus is not None else EventBus(run_id=self.run_id, drain_timeout_s=drain_timeout_s)
-        self._model = model = Model.of(step_fn, state, eval_fn, predict_fn, params, step_extensions)
+        self._model = Model.of(
+            step_fn, state, eval_fn, predict_fn, params, step_extensions,
+            StepOptions(donate=donate, steps_per_call=steps_per_call, snapshot=snapshot),
+        )  # fmt: skip
         self._options = RunOptions(
             run_id=self.run_id,
             run_dir=self.run_dir,
             run_dir_is_new=run_dir is None and run_id is None,
-            donate=donate,
-            steps_per_call=steps_per_call,
             pace=Pace(flush_interval_s, max(1, max_in_flight_steps // steps_per_call)),
             weight=weight,
-            snapshot=snapshot,
             drain_timeout_s=drain_timeout_s,
-            fingerprint=fingerprint(model.skeleton, model.leaves, steps_per_call, step_extensions),
         )
-        self._room = RunRequests(self.bus)
-        if not self.bus.has_control:
-            self.bus.attach_control(self._room)
+        self._fingerprint = fingerprint(self._model)
+        self._core = core_of(self.bus)
+        self._plane = ControlPlane(self._core)
+        if self._core.control_source is None:
+            self._core.control_source = self._plane
         self._subscribers: tuple[Subscriber, ...] = ()
         for subscriber in subscribers:
             self._add(subscriber)
-        self._inference = Inference(self._model, self._options, self.bus)
-        self._activity = Execution(self._model, self._room.inbox, self.bus, backend, backend_options)
-        self._session: Session | None = None
+        self._inference = Inference(self._model, self._options, self._core)
+        self._execution = Execution(self._model, self._plane.queue, self._core, backend, backend_options)
+        self._run: Run | None = None
 
-    # --- looking ----------------------------------------------------------------------------------------------
+    # --- reading ----------------------------------------------------------------------------------------------
 
     @property
-    def state(self) -> PyTree:
-        """The state reached, on the device; it stays valid when training goes on.
+    def state(self) -> S:
+        """The state reached, on the device. It stays valid when training continues.
 
         Raises:
-            StateInUse: a run owns it now; ``control.snapshot(tag)`` keeps a copy of it.
+            StateInUse: a run owns it now. ``control.snapshot(tag)`` keeps it.
         """
         if not self._model.leaves:
             raise StateInUse(
-                f"trainer.state cannot be read while {self._activity.name or 'a run'} is in progress: the next step "
+                f"trainer.state cannot be read while {self._execution.name or 'a run'} is in progress: the next step "
                 "overwrites it. Use control.snapshot(tag) and await control.snapshots[tag].to_host()."
             )
         return self._model.skeleton.join(self._model.leaves)
@@ -142,38 +163,40 @@ class Trainer:
     @property
     def step(self) -> int:
         """Updates completed; during a run, those dispatched."""
-        return self._room.inbox.step if self._activity.busy else self._model.step
+        return self._plane.view.step if self._execution.busy else self._model.step
 
     @property
     def epoch(self) -> int:
         """Epochs completed; during a run, those whose steps are all dispatched."""
-        session = self._session
-        return session.epoch if session is not None else self._model.epoch
+        run = self._run
+        return run.status.epoch if run is not None else self._model.epoch
 
     @property
     def control(self) -> Control:
         """Commands without a cause, for services: they take effect as soon as they arrive. Any thread."""
-        return Control(self._room.inbox)
+        return self._plane.control
 
-    def on(self, event_type: EventTypes, **options: Any) -> Callable[[Handler], Handler]:
-        """Subscribe the decorated function, which comes back unchanged; options as in ``EventBus.subscribe``."""
+    def on(
+        self, event_type: EventTypesOf[E], **options: Unpack[SubscriptionOptions[E]]
+    ) -> HandlerDecorator[E, Control]:
+        """Subscribe the decorated function, and return it unchanged. Options as in ``EventBus.subscribe``."""
         return self.bus.on(event_type, **options)
 
     @property
     def subscribers(self) -> tuple[Subscriber, ...]:
-        """The subscribers of the runs to come, in the order in which they are started."""
+        """The subscribers of the next runs, in the order in which they are started."""
         return self._subscribers
 
     def subscribe(self, subscriber: Subscriber) -> Subscription:
-        """Add a ``Subscriber`` for the runs to come, behind those that are there.
+        """Add a ``Subscriber`` for the next runs, behind the others.
 
         Raises:
-            AlreadyRunning: a run is in progress, so that it could not be started any more.
-            ConfigurationError: it handles nothing, is there already, or its options cannot work.
+            AlreadyRunning: a run is in progress, and subscribers start with their run.
+            ConfigurationError: it handles nothing, was added before, or has invalid options.
         """
-        if self._activity.busy:
+        if self._execution.busy:
             raise AlreadyRunning(
-                f"subscribe({type(subscriber).__name__}) was called while {self._activity.name} is in progress, and a "
+                f"Cannot subscribe {type(subscriber).__name__} while {self._execution.name} is in progress: a "
                 "Subscriber starts with its run. Subscribe it before, or use trainer.on(...) for a function."
             )
         return self._add(subscriber)
@@ -181,18 +204,18 @@ class Trainer:
     def _add(self, subscriber: Subscriber) -> Subscription:
         if any(other is subscriber for other in self._subscribers):
             raise ConfigurationError(
-                f"This {type(subscriber).__name__} is a subscriber already, and would get every event twice. Make "
-                "another one if two are meant."
+                f"This {type(subscriber).__name__} is subscribed already and would get every event twice. Make a "
+                "second one if you want two."
             )
         subscription = subscribe(self.bus, subscriber)
         self._subscribers = (*self._subscribers, subscriber)
         return subscription
 
     def extension_states(self) -> dict[str, PyTree]:
-        """The states of the step extensions by name, on the device. As ``state``: not while a run is in progress."""
+        """Returns the states of the step extensions by name, on the device. Raises StateInUse as ``state`` does."""
         if not self._model.leaves:
             raise StateInUse(
-                "The extensions' states cannot be read while a run is in progress. Read them after it."
+                "The states of the step extensions cannot be read while a run is in progress. Read them after it."
             )
         compiled, leaves = self._model.compiled, self._model.ext_leaves
         return compiled.extension_states(leaves) if compiled is not None and leaves is not None else {}
@@ -208,34 +231,32 @@ class Trainer:
         eval_data: Any = None,
         resume: bool | str | int | Path = False,
         progress: bool | None = None,
-    ) -> FitResult:
-        """Train for ``epochs`` epochs or ``steps`` steps more, on this thread; blocks until everything has settled.
+    ) -> FitResult[S]:
+        """Train for ``epochs`` epochs or ``steps`` steps more, on this thread. Blocks until everything has settled.
 
         Ctrl-C stops at the next boundary, delivers what was published, and then raises KeyboardInterrupt; the state
         reached is in ``state``. SIGTERM does the same and raises SystemExit(143).
 
         Args:
-            data: an iterable of batches, iterated anew each epoch; or a callable ``epoch -> iterable``, such as
+            data: an iterable of batches, iterated again in each epoch; or a callable ``epoch -> iterable``, such as
                 ``ArrayLoader``. NumPy batches are put on the device ahead of time.
-            epochs, steps: of this call; one of them. The last epoch ends where its data or ``steps`` end.
-            eval_data: like ``data``; evaluated at the end of each epoch. Needs ``eval_fn``.
-            resume: go on from the newest checkpoint (True) of this trainer's Checkpointers, or from the one with this
-                path, tag or step; ``epochs`` and ``steps`` are then those of the whole run. With nothing saved yet,
-                True begins anew and says so. A run that has ended trains nothing more, unless the aim is higher.
-            progress: show a progress display; by default on a terminal or in a notebook.
+            epochs, steps: of this call; exactly one of them. The last epoch ends where its data or ``steps`` end.
+            eval_data: like ``data``; evaluated at the end of each epoch. Requires ``eval_fn``.
+            resume: continue from the newest checkpoint (True) of this trainer's Checkpointers, or from the one with
+                this path, tag or step. ``epochs`` and ``steps`` are then those of the whole run. If nothing is saved
+                yet, True starts from scratch and logs that. A run that has ended trains nothing more, unless the aim
+                is higher.
+            progress: show a progress display. By default on a terminal or in a notebook.
 
         Raises:
-            ConfigurationError, DataError, StepError, StateError, MetricsError: bad input, by name.
+            ConfigurationError, DataError, StepError, StateError, MetricsError: invalid input, by name.
             SubscriberError: a subscription with ``on_error="fail"`` failed.
             AlreadyRunning: a run of this trainer is in progress.
         """
         self._check_fit(epochs, steps, eval_data)
         extra = [ProgressBar()] if (shows_progress() if progress is None else progress) else []
-        activity, inbox = self._activity, self._room.inbox
-        with activity.claim("fit"), SignalGuard(inbox.ask_to_stop) as signals, activity.serving():
-            result = self._fit(data, epochs, steps, eval_data, extra, resume)
-        signals.raise_received()
-        return result
+        with self._on_this_thread("fit"):
+            return self._fit(data, epochs, steps, eval_data, extra, resume)
 
     async def fit_async(
         self,
@@ -246,71 +267,88 @@ class Trainer:
         eval_data: Any = None,
         resume: bool | str | int | Path = False,
         progress: bool = False,
-    ) -> FitResult:
+    ) -> FitResult[S]:
         """Like ``fit``, in a thread of its own beside the running event loop, which stays free.
 
-        step_fn is traced on this event loop's thread (where its JAX settings hold), so it pauses for that long; it is
-        compiled elsewhere. Cancellation stops the run at the next boundary, delivers what was published within
-        ``drain_timeout_s``, and then goes on; the state reached is in ``state``.
+        step_fn is traced on the thread of this event loop, where its JAX settings apply; the loop is blocked for that
+        long. It is compiled in the other thread. Cancellation stops the run at the next boundary and delivers what
+        was published within ``drain_timeout_s`` before it is raised; the state reached is in ``state``.
         """
         self._check_fit(epochs, steps, eval_data)
         extra = [ProgressBar()] if progress else []
-        with self._activity.claim("fit_async"):
-            return await self._activity.beside_loop(
+        with self._execution.claim("fit_async"):
+            return await self._execution.beside_loop(
                 lambda: self._fit(data, epochs, steps, eval_data, extra, resume)
             )
 
     @contextmanager
     def session(self, *, eval_data: Any = None) -> Generator[Session]:
-        """Keep your own loop: ``with trainer.session() as session: session.step(batch)``.
+        """Drive the run from your own loop: ``with trainer.session() as session: session.step(batch)``.
 
-        Leaving the block settles the run as the end of ``fit`` does; an exception in it becomes RunFailed and goes on.
-        The commands, events and waits are those of ``fit``. Ctrl-C makes ``step`` return False and raises at the end.
+        Leaving the block settles the run as the end of ``fit`` does. An exception in it is published as RunFailed and
+        raised again. Commands, events and waits are those of ``fit``. Ctrl-C makes ``step`` return False and raises at
+        the end of the block.
         """
         if eval_data is not None:
-            self._need_eval_fn()
-        activity, inbox = self._activity, self._room.inbox
-        with activity.claim("session"), SignalGuard(inbox.ask_to_stop) as signals, activity.serving():
-            session = self._new_session(Aim(), eval_data)
-            with self._settling(session):
-                yield session
+            self._require_eval_fn("session(eval_data=...)")
+        with self._on_this_thread("session"):
+            run = self._new_run(Aim(), eval_data)
+            with self._running(run):
+                yield Session(run, self._plane.control)
+
+    @contextmanager
+    def _on_this_thread(self, name: str) -> Generator[None]:
+        """Claim the trainer, handle signals, and have the bus served, for the length of the block."""
+        execution, queue = self._execution, self._plane.queue
+        with execution.claim(name), SignalGuard(queue.ask_to_stop) as signals, execution.serving():
+            yield
         signals.raise_received()
 
     def _check_fit(self, epochs: int | None, steps: int | None, eval_data: Any) -> None:
         if (epochs is None) == (steps is None):
             raise ConfigurationError(
-                f"fit(epochs={epochs!r}, steps={steps!r}): give exactly one, how many epochs or steps to train."
+                f"fit requires exactly one of epochs and steps, got epochs={epochs!r} and steps={steps!r}."
             )
         _require_positive("epochs", epochs)
         _require_positive("steps", steps)
-        if eval_data is not None and self._model.eval_fn is None:
-            raise ConfigurationError(
-                "fit(eval_data=...) needs an eval_fn: Trainer(..., eval_fn=(state, batch) -> metrics)."
-            )
+        if eval_data is not None:
+            self._require_eval_fn("fit(eval_data=...)")
 
-    def _new_session(
+    def _new_run(
         self,
         aim: Aim,
         eval_data: Any,
         extra: Sequence[Subscriber] = (),
-        resumption: ResumePoint | None = None,
+        point: ResumePoint | None = None,
         *,
         restarts: bool = False,
-    ) -> Session:
-        subscribers = (*self._subscribers, *extra)
-        return Session(
-            self._model, self._options, self.bus, self._room, subscribers,
-            aim=aim, eval_data=eval_data, resumption=resumption, restarts=restarts,
-        )  # fmt: skip
+    ) -> Run:
+        model = self._model
+        return Run(
+            EvaluationSource(model, eval_data),
+            self._options,
+            self._core,
+            self._plane,
+            (*self._subscribers, *extra),
+            recorder=RunRecorder(
+                model.step,
+                model.epoch,
+                aim,
+                self._fingerprint,
+                point.record.loop if point is not None else None,
+            ),
+            resume_point=point,
+            restarts=restarts,
+        )
 
     @contextmanager
-    def _settling(self, session: Session) -> Generator[None]:
-        self._session = session
+    def _running(self, run: Run) -> Generator[None]:
+        self._run = run
         try:
-            with session.running():
+            with run.running():
                 yield
         finally:
-            self._session = None
+            self._run = None
 
     def _fit(
         self,
@@ -320,25 +358,19 @@ class Trainer:
         eval_data: Any,
         extra: Sequence[Subscriber],
         resume: bool | str | int | Path,
-    ) -> FitResult:
+    ) -> FitResult[S]:
         model = self._model
         aim = Aim(epochs, steps, len(data) if hasattr(data, "__len__") else None)
-        resumption, left = None, aim
-        if resume is not False:
-            resumption, left = find_resumption(
-                resume, aim, model, self._options, self._room.inbox, self._subscribers
-            )
-        session = self._new_session(
-            aim, eval_data, extra, resumption, restarts=resume is not False and resumption is None
-        )
-        temporary: list[Subscription] = [subscribe(self.bus, subscriber) for subscriber in extra]
+        point, left = self._resume(resume, aim) if resume is not False else (None, aim)
+        run = self._new_run(aim, eval_data, extra, point, restarts=resume is not False and point is None)
+        temporary = [subscribe(self.bus, subscriber) for subscriber in extra]
         first_epoch = model.epoch
         try:
-            with self._settling(session):
-                train(session, data, left.epochs, left.steps, self._options.steps_per_call, resumption)
+            with self._running(run):
+                train(run, data, left, point)
         except BaseException:
-            if resumption is not None and not session.prepared:
-                resumption.before.put_back()
+            if point is not None and run.loop is None:
+                point.backup.restore()
             raise
         finally:
             for subscription in temporary:
@@ -347,62 +379,83 @@ class Trainer:
             state=model.skeleton.join(model.leaves_for("final", model.leaves, model.ext_leaves)),
             step=model.step,
             epochs_completed=model.epoch - first_epoch,
-            stop_reason=session.ended_by,
-            history=session.history,
-            undelivered=session.undelivered,
+            stop_reason=run.ended_by,
+            history=run.resources.builder.history,
+            undelivered=run.undelivered,
         )
 
-    # --- evaluation and prediction ------------------------------------------------------------------------------
+    def _resume(self, resume: bool | str | int | Path, aim: Aim) -> tuple[ResumePoint | None, Aim]:
+        """Take over the checkpoint that ``resume`` names. Returns it, if there is one, and what is left of ``aim``."""
+        run_dir = self.run_dir
+        saved = find_saved_run(resume, run_dir, self._subscribers)
+        if saved is None:
+            hint = ""
+            if self._options.run_dir_is_new:
+                hint = " Pass Trainer(run_dir=...): without it, each trainer has a new directory."
+            logger.warning("No checkpoint is in %s yet, so the run starts from scratch.%s", run_dir, hint)
+            return None, aim
+        point = take_over(saved, self._model, self._plane.view, self._subscribers, self._fingerprint)
+        record = point.record.loop
+        ended = why_ended(record, aim, named=resume is not True)
+        if ended is not None:
+            logger.warning(
+                "The run in %s has ended at step %d (%s), so nothing more is trained. Set a higher aim, or name the "
+                "checkpoint to continue from: fit(resume=%d).",
+                run_dir, record.step, ended, record.step,
+            )  # fmt: skip
+        return replace(point, ended=ended), remaining(record, aim)
+
+    # --- evaluation and prediction ----------------------------------------------------------------------------
 
     def evaluate(self, data: Any) -> dict[str, Number]:
-        """The means of eval_fn's metrics over ``data`` (weighted by ``weight``), in float64; blocks.
+        """Return the means of eval_fn's metrics over ``data`` (weighted by ``weight``), in float64. Blocks.
 
         Publishes EvalStarted, EvalStepCompleted and EvalCompleted.
 
         Raises:
-            ConfigurationError: there is no eval_fn. DataError: no batch.
+            ConfigurationError: there is no eval_fn. DataError: there is no batch.
         """
-        self._need_eval_fn()
-        with self._activity.claim("evaluate"), self._activity.serving():
+        self._require_eval_fn("evaluate()")
+        with self._execution.claim("evaluate"), self._execution.serving():
             return self._inference.evaluate(data)
 
     async def evaluate_async(self, data: Any) -> dict[str, Number]:
-        """Like ``evaluate``, in a thread, beside the running event loop. Cancellation waits for it to end."""
-        self._need_eval_fn()
-        with self._activity.claim("evaluate_async"):
-            return await self._activity.beside_loop(lambda: self._inference.evaluate(data))
+        """Like ``evaluate``, in a thread beside the running event loop. Cancellation waits for it to end."""
+        self._require_eval_fn("evaluate_async()")
+        with self._execution.claim("evaluate_async"):
+            return await self._execution.beside_loop(lambda: self._inference.evaluate(data))
 
     def predict(self, data: Any) -> PyTree:
-        """predict_fn over ``data``: its outputs as NumPy arrays, joined along the first axis; blocks.
+        """Return the outputs of predict_fn over ``data`` as NumPy arrays, joined along the first axis. Blocks.
 
         Outputs of shape () are stacked. Publishes PredictStarted, PredictStepCompleted and PredictCompleted.
 
         Raises:
-            ConfigurationError: there is no predict_fn. DataError: no batch.
+            ConfigurationError: there is no predict_fn. DataError: there is no batch.
         """
-        self._need_predict_fn()
-        with self._activity.claim("predict"), self._activity.serving():
+        self._require_predict_fn()
+        with self._execution.claim("predict"), self._execution.serving():
             return self._inference.predict(data)
 
     async def predict_async(self, data: Any) -> PyTree:
-        """Like ``predict``, in a thread, beside the running event loop. Cancellation waits for it to end."""
-        self._need_predict_fn()
-        with self._activity.claim("predict_async"):
-            return await self._activity.beside_loop(lambda: self._inference.predict(data))
+        """Like ``predict``, in a thread beside the running event loop. Cancellation waits for it to end."""
+        self._require_predict_fn()
+        with self._execution.claim("predict_async"):
+            return await self._execution.beside_loop(lambda: self._inference.predict(data))
 
-    def _need_eval_fn(self) -> None:
+    def _require_eval_fn(self, what: str) -> None:
         if self._model.eval_fn is None:
             raise ConfigurationError(
-                "evaluate() needs an eval_fn: Trainer(..., eval_fn=(state, batch) -> metrics)."
+                f"{what} requires an eval_fn: Trainer(..., eval_fn=(state, batch) -> metrics)."
             )
 
-    def _need_predict_fn(self) -> None:
+    def _require_predict_fn(self) -> None:
         if self._model.predict_fn is None:
             raise ConfigurationError(
-                "predict() needs a predict_fn: Trainer(..., predict_fn=(state, batch) -> outputs)."
+                "predict() requires a predict_fn: Trainer(..., predict_fn=(state, batch) -> outputs)."
             )
 
 
 def _require_positive(name: str, value: object) -> None:
     if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
-        raise ConfigurationError(f"{name}={value!r}: needs a whole number of at least 1.")
+        raise ConfigurationError(f"{name} must be an integer >= 1, got {value!r}.")

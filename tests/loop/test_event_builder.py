@@ -9,17 +9,20 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from eventtrain.bus.bus import EventBus, EventSeries
+from eventtrain.bus.bus import EventBus, core_of
+from eventtrain.bus.core import BusCore
+from eventtrain.bus.training_stream import EventSeries
+from eventtrain.control.run_view import RunView
 from eventtrain.device.fetcher import MetricColumns
 from eventtrain.events import EpochStarted, HyperparamChanged, StepCompleted
 from eventtrain.loop.event_builder import EpochEnd, EventBuilder, RunningMeans, TrainWindow
 
 
-class Fed(EventBus):
+class Fed(BusCore):
     """A bus that keeps what it is fed."""
 
     def __init__(self) -> None:
-        super().__init__()
+        vars(self).update(vars(core_of(EventBus())))
         self.items: list[Any] = []
 
     def feed(self, items: Any) -> None:
@@ -66,7 +69,7 @@ def test_what_was_said_at_a_boundary_stands_between_its_step_and_the_next():
     notes = tuple(
         HyperparamChanged(step=step, name="learning_rate", path="", old=1.0, new=0.5) for step in (3, 5, 5)
     )
-    EventBuilder(bus).tell(columns(first_step=4, rows=4, notes=notes))
+    EventBuilder(bus, RunView()).take(columns(first_step=4, rows=4, notes=notes))
     told = [item.steps if isinstance(item, EventSeries) else item.step for item in bus.items]
     assert told == [3, range(4, 6), 5, 5, range(6, 8)]
     events = [e for item in bus.items if isinstance(item, EventSeries) for e in item.build(item.steps)]
@@ -81,7 +84,7 @@ def test_what_was_said_at_a_boundary_stands_between_its_step_and_the_next():
 
 def test_a_built_event_equals_the_validated_one():
     bus = Fed()
-    EventBuilder(bus).tell(columns(first_step=1, rows=2))
+    EventBuilder(bus, RunView()).take(columns(first_step=1, rows=2))
     (series,) = bus.items
     built = series.build(range(2, 3))[0]
     expected = StepCompleted(step=2, epoch=0, batch=1, metrics={"loss": 1.0})
@@ -94,14 +97,15 @@ def test_a_built_event_equals_the_validated_one():
 
 def test_scheduled_hyperparameters_follow_the_newest_row():
     bus = Fed()
-    narrator = EventBuilder(bus)
-    narrator.watch({7: "learning_rate"})
-    narrator.tell(columns(1, 2, watched={7: np.array([0.5, 0.25], np.float32)}))
-    assert narrator.watched == {"learning_rate": 0.25}
-    narrator.tell(EpochStarted(step=2, epoch=1, hyperparams={"learning_rate": 1.0, "b1": 0.9}))
+    view = RunView()
+    builder = EventBuilder(bus, view)
+    builder.watch({7: "learning_rate"})
+    builder.take(columns(1, 2, watched={7: np.array([0.5, 0.25], np.float32)}))
+    assert view.scheduled == {"learning_rate": 0.25}
+    builder.take(EpochStarted(step=2, epoch=1, hyperparams={"learning_rate": 1.0, "b1": 0.9}))
     assert bus.items[-1].hyperparams == {"learning_rate": 0.25, "b1": 0.9}
-    narrator.tell(EpochEnd(step=2, epoch=1, steps=0, began_s=0.0, hyperparams={"b1": 0.9}))
-    assert narrator.history[-1].hyperparams == {"b1": 0.9, "learning_rate": 0.25}
+    builder.take(EpochEnd(step=2, epoch=1, steps=0, began_s=0.0, hyperparams={"b1": 0.9}))
+    assert builder.history[-1].hyperparams == {"b1": 0.9, "learning_rate": 0.25}
 
 
 def test_infinities_of_both_signs_make_a_mean_that_is_nan_and_no_warning() -> None:

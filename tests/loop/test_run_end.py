@@ -18,7 +18,7 @@ from tests.support.models import batches, make_trainer, record
 def test_a_stop_that_comes_too_late_for_a_run_does_not_end_the_next(tmp_path):
     trainer = make_trainer(tmp_path)
     trainer.fit(batches(2), epochs=1)
-    trainer._room.inbox.ask_to_stop("interrupted")  # as a signal in the final drain does
+    trainer._plane.queue.ask_to_stop("interrupted")  # as a signal in the final drain does
     assert trainer.fit(batches(2), epochs=1).stop_reason == "completed"
 
 

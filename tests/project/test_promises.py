@@ -158,7 +158,7 @@ def test_promise_4_no_donated_leaf_survives_outside_keeping_steps(tmp_path):
     with trainer.session() as session:
         session.step(data[0])
         for index in range(200):
-            loop = session._loop
+            loop = session._run.loop
             before, taken = list(loop.carry.leaves), dict(session.control.snapshots)
             session.step(data[index % 8])
             if dict(session.control.snapshots) == taken:

@@ -62,8 +62,8 @@ class MemoryCheckpointer(et.Subscriber):
     async def start(self, run: et.RunContext) -> None:
         self._run = run
         run.schedule_checkpoints("memory", **self._schedule)
-        assert run._room is not None
-        run._room.checkpoints[-1].at_end = self._at_end
+        assert run._plane is not None
+        run._plane.requests.checkpoints[-1].at_end = self._at_end
 
     async def on_snapshot_taken(self, event: et.SnapshotTaken) -> None:
         if event.purpose == "checkpoint":
@@ -72,7 +72,7 @@ class MemoryCheckpointer(et.Subscriber):
             await anyio.to_thread.run_sync(self._keep, claimed, event.step)
 
     def _keep(self, claimed: Any, step: int) -> None:
-        facts = RunRecord.wait_for(claimed.cut, 30.0)
+        facts = claimed.record(30.0)
         self.saved[step] = InMemory(
             step,
             RunRecord.model_validate(json.loads(facts.model_dump_json())),

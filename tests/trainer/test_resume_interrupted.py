@@ -98,7 +98,7 @@ def changes(record: Heard) -> list[tuple[int, float]]:
 def test_cuts_that_are_complete_are_let_go_though_nobody_sends_a_command(tmp_path: Any) -> None:
     trainer, _ = make(tmp_path, MemoryCheckpointer(every=1))
     trainer.fit(batches(12), epochs=2)
-    assert len(trainer._room.inbox._cuts) <= 4
+    assert len(trainer._plane.queue._barriers) <= 4
 
 
 def test_what_a_decider_asks_for_behind_the_end_of_a_failed_run_belongs_to_its_last_checkpoint(
@@ -114,7 +114,7 @@ def test_what_a_decider_asks_for_behind_the_end_of_a_failed_run_belongs_to_its_l
         async def decide(event: et.StepCompleted, control: et.Control) -> None:
             entered.set()
             if fails:
-                await until(lambda: trainer._room.inbox._closed is not None)
+                await until(lambda: trainer._plane.queue._closed is not None)
             control.set_hyperparam("learning_rate", 0.125)
 
         def read(epoch: int, start: int = 0) -> Iterator[Any]:
@@ -467,7 +467,7 @@ def test_failures_in_a_row_are_counted_across_a_resumption(
     share = checkpointer.saved[step].facts.shares["decider"]
     assert (share.disabled, share.failures) == saved
     trainer, resumed = run(checkpointer, resume=step)
-    assert [s.state for s in trainer.bus.subscriptions if s.name == "decider"] == ["disabled"]
+    assert [s.statistics().state for s in trainer.bus.subscriptions if s.name == "decider"] == ["disabled"]
     assert changes(whole) == changes(resumed) == []
 
 

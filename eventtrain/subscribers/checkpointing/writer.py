@@ -13,7 +13,7 @@ from pathlib import Path
 from time import monotonic, sleep
 from typing import Any, Literal, TypeVar
 
-from eventtrain.control.requests import ClaimedSnapshot
+from eventtrain.control.checkpoint_handover import ClaimedSnapshot
 from eventtrain.control.run_state import RunRecord
 from eventtrain.errors import BusClosed, QueueFull, SnapshotError
 from eventtrain.events import CheckpointCommitted, CheckpointFailed, CheckpointStarted, Event
@@ -154,7 +154,7 @@ class CheckpointWriter:
         """Give up what has not begun, do not try again, and wait for no subscriber."""
         self._stopping.set()
         for job in list(self.unfinished):
-            job.claimed.cut.abandon("the run ended before")
+            job.claimed.barrier.abandon("the run ended before")
 
     # --- on the thread ----------------------------------------------------------------------------------------
 
@@ -221,7 +221,7 @@ class CheckpointWriter:
         parts = self._copy_to_host(job.claimed)
         facts = None
         if not self._options.weights_only:
-            facts = RunRecord.wait_for(job.claimed.cut, self._options.marker_timeout_s)
+            facts = job.claimed.record(self._options.marker_timeout_s)
             _require_json(facts)
         return self._write(job.name, parts, self._manifest(job, facts))
 

@@ -369,7 +369,7 @@ def test_weights_only_holds_the_params_and_fills_params_or_a_whole_state(tmp_pat
         make_trainer(tmp_path, subscribers=[subs.Checkpointer("ck")]).fit(
             batches(4), epochs=2, resume="step-4"
         )
-    with pytest.raises(et.ConfigurationError, match="somebody who keeps checkpoints"):
+    with pytest.raises(et.ConfigurationError, match="requires a Checkpointer"):
         make_trainer(tmp_path, subscribers=[checkpointer]).fit(batches(4), epochs=2, resume=True)
 
 
@@ -472,7 +472,7 @@ def test_at_the_limit_training_waits_and_commands_are_served_meanwhile(
 
         async def handle(self, event: et.StepCompleted, control: et.Control) -> None:
             if event.step == 3:
-                while not (trainer.step == 4 and trainer._room.inbox._waiting):  # noqa: ASYNC110  of another thread
+                while not (trainer.step == 4 and trainer._plane.queue._waiting):  # noqa: ASYNC110  of another thread
                     await anyio.sleep(0.001)
                 await control.snapshot("mine").result()
                 held_up.released.set()
@@ -614,7 +614,7 @@ def test_a_pause_that_comes_while_training_waits_for_the_writer_holds_at_once(
 
     @trainer.on(et.SnapshotTaken, where=lambda event: event.step == 1)
     async def pause(event: et.SnapshotTaken, control: et.Control) -> None:
-        inbox = trainer._room.inbox
+        inbox = trainer._plane.queue
         while not (trainer.step == 2 and inbox._waiting):  # noqa: ASYNC110  of another thread
             await anyio.sleep(0.001)
         await control.pause().result()

@@ -96,7 +96,7 @@ def test_whichever_call_fails_it_is_said_and_older_checkpoints_stay_whole(
             assert last.requested_by == "owner"
             assert whole(directory) == [1]
             assert not list(directory.glob(".tmp-*"))
-        assert writing.plan.in_flight == 0
+        assert writing.request.in_flight == 0
         assert writing.write(3).kind == "checkpoint_committed"
         assert whole(directory) == [3]
         writing.close()

@@ -1,11 +1,10 @@
-"""What is trained and how to run it: all that outlives one run."""
+"""``Model``: what is trained, over all runs of a trainer."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import jax
 
@@ -16,7 +15,6 @@ from eventtrain.device.hyperparams import Hyperparam
 from eventtrain.device.params_override import ParamsOverride, params_indices, stand_ins
 from eventtrain.device.state import PyTree, Skeleton, place, split_state
 from eventtrain.errors import ConfigurationError
-from eventtrain.loop.train_loop import Pace
 
 CallOnCaller = Callable[[Callable[[], Any]], Any]
 
@@ -27,37 +25,25 @@ def call_here(function: Callable[[], Any]) -> Any:
 
 
 @dataclass(frozen=True)
-class RunOptions:
-    """How to run: the options of ``Trainer`` that concern every run."""
+class StepOptions:
+    """How the step is compiled: the options of ``Trainer`` of the same names."""
 
-    run_id: str
-    run_dir: Path
-    run_dir_is_new: bool
-    """Nobody said where it is to be, so that there can be nothing in it."""
-    donate: bool
-    steps_per_call: int
-    pace: Pace
-    weight: str | None
-    snapshot: str
-    drain_timeout_s: float
-    fingerprint: Mapping[str, Any]
-    """What an exact continuation of a run depends on."""
-
-
-@dataclass(frozen=True)
-class Aim:
-    """What one call of ``fit`` aims at, for the subscribers' information."""
-
-    epochs: int | None = None
-    steps: int | None = None
-    steps_per_epoch: int | None = None
+    donate: bool = True
+    steps_per_call: int = 1
+    snapshot: Literal["keep", "copy", "host"] = "keep"
 
 
 @dataclass
 class Model:
-    """What is trained: the functions, and the state as leaves between runs.
+    """The functions, and the state between runs.
 
-    ``leaves`` is empty while a run owns the state.
+    Attributes:
+        leaves: of the state; empty while a run owns it.
+        ext_leaves: of the step extensions; None before the first run.
+        step, epoch: completed.
+        compiled: the step; None before the first batch.
+        compile_on_caller: calls a function on the thread that called ``fit``, where JAX settings such as ``set_mesh``
+            and ``enable_x64`` apply. Tracing and lowering go through it.
     """
 
     step_fn: Callable[[PyTree, PyTree], tuple[PyTree, Mapping[str, Any]]]
@@ -65,6 +51,7 @@ class Model:
     predict_fn: Callable[[PyTree, PyTree], PyTree] | None
     params: Callable[[PyTree], PyTree]
     extensions: Sequence[StepExtension]
+    options: StepOptions
     skeleton: Skeleton
     leaves: list[jax.Array]
     ext_leaves: list[jax.Array] | None = None
@@ -72,7 +59,6 @@ class Model:
     epoch: int = 0
     compiled: CompiledStep | None = None
     compile_on_caller: CallOnCaller = call_here
-    """Runs tracing and lowering on the thread that called fit, where the JAX settings meant hold."""
     _evaluation: CompiledEval | None = None
     _prediction: CompiledPredict | None = None
     _stand_ins: dict[Use, ParamsOverride] = field(init=False)
@@ -89,11 +75,12 @@ class Model:
         predict_fn: Callable[[PyTree, PyTree], PyTree] | None,
         params: Callable[[PyTree], PyTree] | None,
         extensions: Sequence[StepExtension],
+        options: StepOptions,
     ) -> Model:
-        """From the arguments of ``Trainer``, of the same names; ``state`` is copied.
+        """Returns the model for the arguments of ``Trainer`` of the same names. ``state`` is copied.
 
         Raises:
-            ConfigurationError, StateError: what cannot work.
+            ConfigurationError, StateError: an argument is invalid.
         """
         _require_callable("step_fn", step_fn, "(state, batch) -> (state, metrics)")
         for name, function in (("eval_fn", eval_fn), ("predict_fn", predict_fn), ("params", params)):
@@ -108,39 +95,35 @@ class Model:
             predict_fn,
             params or _default_params,
             tuple(extensions),
+            options,
             skeleton,
             place(leaves),
         )
 
-    def compiled_for(
-        self, batch: PyTree, hyperparams: Sequence[Hyperparam], options: RunOptions
-    ) -> CompiledStep:
-        """The step for this state, prepared for ``batch``; it also records the scheduled ones of ``hyperparams``.
+    def prepare(self, batch: PyTree, hyperparams: Sequence[Hyperparam]) -> CompiledStep:
+        """Returns the step, compiled for ``batch`` if this is the first run. Blocks until compiled.
 
-        Made once; of a later run ``batch`` is not looked at.
+        The step also records the values of those ``hyperparams`` that follow a schedule.
         """
         if self.compiled is None:
-            compiled = self._compile_step(hyperparams, options)
+            compiled = CompiledStep(
+                self.step_fn,
+                self.skeleton,
+                self.leaves,
+                extensions=self.extensions,
+                params=self.params,
+                hyperparams_watched=[h.leaf_index for h in hyperparams if h.scheduled],
+                steps_per_call=self.options.steps_per_call,
+                donate=self.options.donate,
+                keep=self.options.snapshot == "keep",
+                compile_on_caller=self._lower,
+            )
             compiled.prepare(batch)
             self.compiled = compiled
         return self.compiled
 
-    def _compile_step(self, hyperparams: Sequence[Hyperparam], options: RunOptions) -> CompiledStep:
-        return CompiledStep(
-            self.step_fn,
-            self.skeleton,
-            self.leaves,
-            extensions=self.extensions,
-            params=self.params,
-            hyperparams_watched=[h.leaf_index for h in hyperparams if h.scheduled],
-            steps_per_call=options.steps_per_call,
-            donate=options.donate,
-            keep=options.snapshot == "keep",
-            compile_on_caller=self._lower,
-        )
-
     def evaluation(self, leaves: Sequence[jax.Array]) -> CompiledEval:
-        """eval_fn for a state with leaves like ``leaves``; made once."""
+        """Returns eval_fn, compiled for a state with leaves like ``leaves``; made once."""
         assert self.eval_fn is not None
         if self._evaluation is None:
             self._evaluation = CompiledEval(
@@ -149,7 +132,7 @@ class Model:
         return self._evaluation
 
     def prediction(self) -> CompiledPredict:
-        """predict_fn; made once."""
+        """Returns predict_fn; made once."""
         assert self.predict_fn is not None
         if self._prediction is None:
             self._prediction = CompiledPredict(
@@ -161,22 +144,23 @@ class Model:
         return self.compile_on_caller(function)
 
     def params_indices(self) -> list[int]:
-        """Which leaves the params lens covers."""
+        """Returns the indices of the leaves that the params lens selects."""
         found = params_indices(self.params, self.skeleton, self.leaves)
         return [index for index in found.values() if index is not None]
 
     def params_paths(self) -> dict[str, str | None]:
-        """Path of each array that the params lens gives -> its path in the state; None if it is no leaf of it."""
+        """Returns, for the path of each array that the params lens selects, its path in the state, if it has one."""
         found, paths = params_indices(self.params, self.skeleton, self.leaves), self.skeleton.paths
         return {path: None if index is None else paths[index] for path, index in found.items()}
 
     def leaves_for(
         self, use: Use, leaves: Sequence[jax.Array], ext_leaves: Sequence[jax.Array] | None
     ) -> Sequence[jax.Array]:
-        """``leaves``, with the weights of the step extension that stands in for the params in ``use``, if one does.
+        """Returns ``leaves``, with the params replaced by the weights of the step extension for ``use``, if there is
+        one.
 
         One dispatch, which changes neither ``leaves`` nor ``ext_leaves``. Before the first run there are no
-        ``ext_leaves``, and the params stand for themselves.
+        ``ext_leaves``, and nothing is replaced.
         """
         stand_in = self._stand_ins.get(use)
         if stand_in is None or not ext_leaves or self.compiled is None:
@@ -186,7 +170,7 @@ class Model:
 
 def _require_callable(name: str, function: object, shape: str) -> None:
     if not callable(function):
-        raise ConfigurationError(f"{name} must be a function ({shape}), not {type(function).__name__}.")
+        raise ConfigurationError(f"{name} must be a function ({shape}), got {type(function).__name__}.")
 
 
 def _default_params(state: PyTree) -> PyTree:

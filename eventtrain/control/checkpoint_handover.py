@@ -1,0 +1,183 @@
+"""Hands snapshots for checkpoints from the training thread to the Checkpointers that requested them."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+
+from eventtrain.bus.barrier import Barrier, SubscriptionCheckpoint
+from eventtrain.bus.core import BusCore
+from eventtrain.control.command_queue import CommandQueue, RunPart
+from eventtrain.control.requests import CheckpointRequest, RunRequests
+from eventtrain.control.run_state import RunRecord, SavedCommand, SavedSubscription
+from eventtrain.control.snapshots import KeptSnapshot
+from eventtrain.device.snapshot import Snapshot
+from eventtrain.errors import SnapshotError
+
+
+@dataclass(frozen=True)
+class ClaimedSnapshot:
+    """What one Checkpointer writes. Call ``finish`` in any case.
+
+    Attributes:
+        snapshot: the device state.
+        kept: other snapshots that the rest of the run needs, by tag.
+        barrier: what belongs to the checkpoint besides arrays.
+    """
+
+    snapshot: KeptSnapshot
+    kept: Mapping[str, Snapshot]
+    barrier: Barrier[RunPart]
+    _handover: CheckpointHandover
+    _owner: str
+    _offer: _Offer
+
+    def record(self, timeout_s: float) -> RunRecord:
+        """Returns everything of the checkpoint that is not an array. Blocks until the barrier is complete.
+
+        Raises:
+            SnapshotError: a subscription did not contribute its state within ``timeout_s``.
+        """
+        barrier = self.barrier
+        shares = barrier.wait(timeout_s)
+        loop, stream = barrier.run.loop, barrier.run.stream
+        assert loop is not None
+        assert stream is not None  # both were recorded before the marker was routed
+        return RunRecord(
+            loop=loop.model_copy(update={"orders": tuple(_commands_of(barrier, shares))}),
+            stream=stream.model_copy(update={"seq": barrier.seq}),
+            shares={name: SavedSubscription.of(share) for name, share in shares.items()},
+        )
+
+    def finish(self) -> None:
+        """Report that it was written or given up, so that the next one may be taken. Any thread; once."""
+        self.snapshot.release()
+        self._handover.finished(self._owner, self._offer)
+
+
+@dataclass
+class _Offer:
+    snapshot: Snapshot
+    kept: Mapping[str, Snapshot]
+    barrier: Barrier[RunPart]
+    owners: list[str]
+    """Checkpointers that have not claimed it yet."""
+    claims: int = 0
+    """Claimed and not finished."""
+
+    def abandon_if_unwanted(self) -> None:
+        if not self.owners and not self.claims:
+            self.barrier.abandon("it was given up")
+
+
+class CheckpointHandover:
+    """Holds each snapshot until every Checkpointer that requested it has claimed it. Any thread; never blocks."""
+
+    def __init__(self, bus: BusCore, queue: CommandQueue, requests: RunRequests) -> None:
+        self._bus = bus
+        self._queue = queue
+        self._requests = requests
+        self._offers: dict[tuple[int, str | None], _Offer] = {}
+        self._lock = threading.Lock()
+
+    def requests_of(self, requested_by: str | None) -> list[CheckpointRequest]:
+        """Returns the requests that one checkpoint is taken for.
+
+        Args:
+            requested_by: a Checkpointer. None, for a command: all that serve commands, or all if none does.
+        """
+        there = [request for request in self._requests.checkpoints if not self.is_gone(request)]
+        if requested_by is not None:
+            return [request for request in there if request.owner == requested_by]
+        return [request for request in there if request.on_command] or there
+
+    def is_gone(self, request: CheckpointRequest) -> bool:
+        """Returns whether the subscription was cancelled or disabled, so that nothing will claim its snapshots."""
+        return self._bus.has_ended(request.owner)
+
+    def offer(
+        self,
+        snapshot: Snapshot,
+        kept: Mapping[str, Snapshot],
+        barrier: Barrier[RunPart],
+        requests: Sequence[CheckpointRequest],
+        requested_by: str | None,
+    ) -> None:
+        """Hold ``snapshot`` until the owner of each of ``requests`` has claimed it. Training thread."""
+        key = (snapshot.step, requested_by)
+        with self._lock:
+            self._drop_the_gone()
+            for request in requests:
+                request.in_flight += 1
+            owners = [request.owner for request in requests]
+            if key in self._offers:  # requested twice at one boundary: the same state serves both
+                owners += self._offers[key].owners
+            self._offers[key] = _Offer(snapshot, kept, barrier, owners)
+
+    def claim(self, owner: str, step: int, requested_by: str | None) -> ClaimedSnapshot | None:
+        """Returns what ``SnapshotTaken`` announced; None if nothing is held for ``owner``."""
+        with self._lock:
+            offer = self._offers.get((step, requested_by))
+            if offer is None or owner not in offer.owners:
+                return None
+            offer.owners.remove(owner)
+            offer.claims += 1
+            snapshot = offer.snapshot
+            if offer.owners:
+                with suppress(SnapshotError):  # the device had no room for it; reading it will raise the same
+                    snapshot = snapshot.share()
+            else:
+                del self._offers[step, requested_by]
+        return ClaimedSnapshot(KeptSnapshot(snapshot), offer.kept, offer.barrier, self, owner, offer)
+
+    def finished(self, owner: str, offer: _Offer) -> None:
+        """Count one checkpoint of ``owner`` less in flight, and wake the training thread, which may wait for that."""
+        with self._lock:
+            offer.claims -= 1
+            offer.abandon_if_unwanted()
+            for request in self._requests.checkpoints:
+                if request.owner == owner:
+                    request.in_flight -= 1
+        self._queue.wake()
+
+    def release_all(self) -> None:
+        """Drop what was not claimed: the run is over. Snapshots taken by tag stay until they are released."""
+        with self._lock:
+            for offer in self._offers.values():
+                offer.owners.clear()
+                offer.abandon_if_unwanted()
+            self._offers.clear()
+
+    def _drop_the_gone(self) -> None:
+        gone = {request.owner for request in self._requests.checkpoints if self.is_gone(request)}
+        for key, offer in list(self._offers.items()) if gone else ():
+            offer.owners = [owner for owner in offer.owners if owner not in gone]
+            if not offer.owners:
+                offer.abandon_if_unwanted()
+                del self._offers[key]
+
+
+def _commands_of(
+    barrier: Barrier[RunPart], shares: Mapping[str, SubscriptionCheckpoint]
+) -> Iterator[SavedCommand]:
+    """The commands of a checkpoint: not due, and caused before the marker by an event that is not redelivered."""
+    redelivered = {
+        (name, event.seq)
+        for name, share in shares.items()
+        for event, decided_on in zip(share.unhandled, share.decided_on, strict=True)
+        if decided_on  # other events are numbered in another sequence
+    }
+    for pending in barrier.run.commands:
+        cause, subscription = pending.cause, pending.subscription
+        if pending.command.due is None or cause is None or subscription is None or cause.seq > barrier.seq:
+            continue
+        if (subscription.name, cause.seq) not in redelivered:
+            yield SavedCommand(
+                command=pending.command,
+                cause_step=cause.step,
+                cause_seq=cause.seq,
+                subscriber=subscription.name,
+                issue=pending.issue,
+            )

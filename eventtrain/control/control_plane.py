@@ -1,0 +1,35 @@
+"""``ControlPlane``: the control side of one trainer."""
+
+from __future__ import annotations
+
+from eventtrain.bus.core import BusCore
+from eventtrain.bus.subscription import SubscriptionCore
+from eventtrain.control.checkpoint_handover import CheckpointHandover
+from eventtrain.control.command_queue import CommandQueue
+from eventtrain.control.control import Control, Transaction
+from eventtrain.control.requests import RunRequests
+from eventtrain.control.run_view import RunView
+from eventtrain.events import Event
+
+
+class ControlPlane:
+    """What a trainer's handlers, subscribers and training thread share, over all of its runs.
+
+    Attributes:
+        view: what ``Control`` shows.
+        queue: commands on their way to the training thread.
+        requests: of the subscribers of the run in progress.
+        handover: snapshots on their way to Checkpointers.
+        control: commands without a cause: they take effect as soon as they arrive.
+    """
+
+    def __init__(self, bus: BusCore) -> None:
+        self.view = RunView()
+        self.queue = CommandQueue(bus, self.view)
+        self.requests = RunRequests()
+        self.handover = CheckpointHandover(bus, self.queue, self.requests)
+        self.control = Control(self.queue, self.view)
+
+    def begin_transaction(self, subscription: SubscriptionCore, event: Event) -> Transaction:
+        """Returns the control of one handler call."""
+        return Transaction(self.queue, self.view, event, subscription)

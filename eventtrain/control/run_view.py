@@ -1,0 +1,33 @@
+"""``RunView``: what ``Control`` shows of a run."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from types import MappingProxyType
+
+from eventtrain.control.snapshots import KeptSnapshot
+from eventtrain.events.models import Number
+
+NONE: Mapping[str, Number] = MappingProxyType({})
+
+
+class RunView:
+    """The values of a run that any thread may read. Each is replaced as a whole, never changed in place.
+
+    Attributes:
+        step: updates dispatched so far. Written by the training thread.
+        hyperparams: values in effect, by label. Written by the training thread.
+        scheduled: the hyperparameters that follow a schedule, as of the newest step fetched. Written by the fetch
+            thread.
+        snapshots: taken by tag, released ones included. Written by the training thread.
+    """
+
+    def __init__(self) -> None:
+        self.step = 0
+        self.hyperparams = NONE
+        self.scheduled = NONE
+        self.snapshots: dict[str | int, KeptSnapshot] = {}
+
+    def kept(self) -> dict[str | int, KeptSnapshot]:
+        """Returns the snapshots that were not released, by tag. Any thread."""
+        return {tag: kept for tag, kept in list(self.snapshots.items()) if not kept.device.released}

@@ -1,0 +1,115 @@
+"""``RunRecorder``: the record of where a run is, from which another run can continue. Training thread only."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from eventtrain.control.run_state import LoopRecord, pack
+from eventtrain.loop.lag_gates import LagGates
+from eventtrain.loop.run_status import RunStatus
+
+
+class DataPosition:
+    """The state of the data's iterator after each batch trained on. Later batches may have been prefetched already."""
+
+    def __init__(self, batch: int = 0, state: Any = None) -> None:
+        self._first_batch = batch
+        self._states: Sequence[Any] = ()
+        self._state_before = state
+
+    def begin_group(self, batch: int, states: Sequence[Any]) -> None:
+        """The next batches are those from number ``batch`` of the epoch on; ``states`` follow each of them."""
+        self._state_before = self.after(batch)
+        self._first_batch, self._states = batch, states
+
+    def begin_epoch(self) -> None:
+        """No batch of the epoch was trained on."""
+        self._first_batch, self._states, self._state_before = 0, (), None
+
+    def after(self, batch: int) -> Any:
+        """Returns the state after ``batch`` batches of the epoch; None if the iterator has no state."""
+        count = batch - self._first_batch
+        return self._states[count - 1] if 0 < count <= len(self._states) else self._state_before
+
+
+@dataclass(frozen=True)
+class Aim:
+    """The aim of one call of ``fit``: epochs or steps; neither in a session. ``steps_per_epoch`` if it is known."""
+
+    epochs: int | None = None
+    steps: int | None = None
+    steps_per_epoch: int | None = None
+
+
+class RunRecorder:
+    """Adds to the status of the loop what a checkpoint holds besides: the beginning of the run, its aim, its data.
+
+    Args:
+        start_step, start_epoch: completed when the run begins.
+        aim: of this call of ``fit``.
+        fingerprint: what an exact continuation depends on.
+        resumed: the record from which the run resumes. The run then began where that run began.
+    """
+
+    def __init__(
+        self,
+        start_step: int,
+        start_epoch: int,
+        aim: Aim,
+        fingerprint: Mapping[str, Any],
+        resumed: LoopRecord | None = None,
+    ) -> None:
+        self.aim = aim
+        self.data = DataPosition()
+        self.start_step, self.start_epoch = start_step, start_epoch
+        self._fingerprint = fingerprint
+        self._resumed = resumed
+        if resumed is not None:
+            self.start_step, self.start_epoch = resumed.start_step, resumed.start_epoch
+            self.data = DataPosition(resumed.batch, resumed.data)
+
+    def record(
+        self,
+        status: RunStatus,
+        gates: LagGates,
+        *,
+        evaluation: Literal["none", "pending", "done"],
+        evaluated_batches: int | None,
+    ) -> LoopRecord:
+        """Returns where the run is.
+
+        Args:
+            evaluation, evaluated_batches: how far the evaluation of this boundary is.
+
+        Raises:
+            TypeError: the state of the data's iterator cannot be saved.
+        """
+        return LoopRecord(
+            step=status.step,
+            epoch=status.epoch,
+            batch=status.batch,
+            in_epoch=status.in_epoch,
+            step_started=status.announced_step == status.step,
+            evaluation=evaluation,
+            evaluated_batches=evaluated_batches,
+            epoch_first_step=status.epoch_first_step,
+            start_step=self.start_step,
+            start_epoch=self.start_epoch,
+            epochs=self.aim.epochs,
+            steps=self.aim.steps,
+            ended=status.ended,
+            data=pack(self.data.after(status.batch)),
+            deterministic=status.deterministic and not gates.timed_out(),
+            fingerprint=dict(self._fingerprint),
+        )
+
+    def unchanged(self, status: RunStatus) -> bool:
+        """Returns whether the checkpoint from which the run resumed still describes it completely."""
+        resumed = self._resumed
+        if resumed is None or status.cut_short:
+            return False
+        return (status.step, status.in_epoch, status.ended, status.changes) == (
+            resumed.step, resumed.in_epoch, resumed.ended, 0,
+        )  # fmt: skip

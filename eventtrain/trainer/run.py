@@ -1,0 +1,397 @@
+"""``Run``: one run of a trainer, from RunStarted to RunCompleted. ``Session`` and ``fit`` drive it."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Generator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from time import monotonic
+from typing import Any
+
+import jax
+
+from eventtrain.bus.core import BusCore
+from eventtrain.bus.training_stream import Activation
+from eventtrain.control.command_queue import POLL_S
+from eventtrain.control.control_plane import ControlPlane
+from eventtrain.control.loop_statistics import LoopClock, LoopStatistics
+from eventtrain.control.run_view import NONE
+from eventtrain.device.fetcher import Fetcher
+from eventtrain.device.hyperparams import find_hyperparams, values_of
+from eventtrain.device.program import StepProgram
+from eventtrain.device.state import replicated_sharding
+from eventtrain.errors import AlreadyRunning, BusClosed, ConfigurationError, StepError
+from eventtrain.events import RunCompleted, RunFailed, RunStarted
+from eventtrain.loop.evaluation import EvaluationSource
+from eventtrain.loop.event_builder import EventBuilder
+from eventtrain.loop.lag_gates import LagGates
+from eventtrain.loop.run_recorder import RunRecorder
+from eventtrain.loop.run_resources import RunResources
+from eventtrain.loop.run_status import RunStatus
+from eventtrain.loop.train_loop import Pace, TrainingLoop
+from eventtrain.subscribers.base import RunContext, Subscriber
+from eventtrain.trainer.resume import ResumePoint, resume_loop, resume_stream, take_over_extensions
+from eventtrain.trainer.subscriber_lifecycle import SubscriberLifecycle
+
+logger = logging.getLogger("eventtrain")
+
+
+@dataclass(frozen=True)
+class RunOptions:
+    """How to run: the options of ``Trainer`` that concern every run.
+
+    Attributes:
+        run_dir_is_new: no run_dir and no run_id were given, so that the directory cannot hold anything yet.
+    """
+
+    run_id: str
+    run_dir: Path
+    run_dir_is_new: bool
+    pace: Pace
+    weight: str | None
+    drain_timeout_s: float
+
+
+class Run:
+    """One run. All methods belong to the training thread, unless stated otherwise.
+
+    Args:
+        source: the model, and what it is evaluated on.
+        options: of the trainer.
+        bus, plane: of the trainer.
+        subscribers: to be started and stopped.
+        recorder: has the aim, and what a checkpoint says of the beginning.
+        resume_point: where the run resumes.
+        restarts: it should have resumed, and nothing was saved.
+
+    Attributes:
+        loop: None until the step is compiled for the first batch.
+        status: where the run is.
+        ended_by: why the run ended; empty until its end.
+        undelivered: after the end, subscription name -> events that were not handled within the drain timeout.
+    """
+
+    def __init__(
+        self,
+        source: EvaluationSource,
+        options: RunOptions,
+        bus: BusCore,
+        plane: ControlPlane,
+        subscribers: Sequence[Subscriber],
+        *,
+        recorder: RunRecorder,
+        resume_point: ResumePoint | None = None,
+        restarts: bool = False,
+    ) -> None:
+        model = source.model
+        self.source = source
+        self.options = options
+        self.recorder = recorder
+        self.loop: TrainingLoop | None = None
+        self.status = RunStatus(
+            model.step, model.epoch, resume_point.record.loop.batch if resume_point else 0
+        )
+        self.ended_by = ""
+        self.undelivered: dict[str, int] = {}
+        self._model = model
+        self._bus = bus
+        self._plane = plane
+        self._subscribers = subscribers
+        self._lifecycle = SubscriberLifecycle(bus, subscribers)
+        self._resume_point = resume_point
+        self._restarts = restarts
+        self._first_step = model.step
+        builder = EventBuilder(bus, plane.view, weight=options.weight)
+        fetcher = Fetcher(builder.take, self._fetch_failed)
+        self.resources = RunResources(bus, plane, LagGates(bus), builder, fetcher, LoopClock())
+        self._bus_failed = False
+
+    # --- reading: any thread ----------------------------------------------------------------------------------
+
+    def statistics(self) -> LoopStatistics:
+        """Returns where the training thread's time went so far. Any thread; never blocks."""
+        return self.resources.clock.read(self.status.step, self.status.step - self._first_step)
+
+    def program(self) -> StepProgram | None:
+        """Returns what the step was compiled to; None before the first one. Any thread; never blocks."""
+        compiled = self._model.compiled
+        return compiled.program() if compiled is not None else None
+
+    @property
+    def grouped(self) -> bool:
+        """Whether one dispatch runs several steps."""
+        return self._model.options.steps_per_call > 1
+
+    @property
+    def sharding(self) -> jax.sharding.Sharding:
+        """Where batches of NumPy arrays are put."""
+        return replicated_sharding(self.loop.carry.leaves if self.loop is not None else self._model.leaves)
+
+    # --- steps and epochs -------------------------------------------------------------------------------------
+
+    def prepare(self, batch: Any) -> None:
+        """Compile the step for ``batch`` (a tuple of ``steps_per_call`` batches if that is above 1); once per run.
+
+        If an earlier run compiled the step, ``batch`` is not looked at.
+        """
+        if self.loop is not None:
+            return
+        model, point = self._model, self._resume_point
+        hyperparams = find_hyperparams(model.skeleton.join(model.leaves))
+        compiled = model.prepare(batch, hyperparams)
+        if point is not None:
+            model.ext_leaves = take_over_extensions(point, compiled.extension_types, self._plane.view)
+        carry = compiled.initial(model.leaves, model.ext_leaves, step=model.step)
+        self.loop = TrainingLoop(
+            self.source,
+            compiled,
+            carry,
+            hyperparams,
+            status=self.status,
+            resources=self.resources,
+            recorder=self.recorder,
+            pace=self.options.pace,
+        )
+        # The loop owns the state: a reference would keep its memory.
+        model.leaves, model.ext_leaves = [], None
+        if point is not None:
+            resume_loop(point, self.loop)
+
+    def advance(self, batches: tuple[Any, ...], count: int, positions: Sequence[Any] = ()) -> int:
+        """Run the first ``count`` steps of a group. Returns how many were dispatched before the run had to end.
+
+        Args:
+            batches: a tuple of ``steps_per_call`` batches.
+            count: steps to run.
+            positions: the states of the data's iterator after each batch.
+        """
+        self.require_open()
+        self.prepare(batches if self.grouped else batches[0])
+        loop = self.loop
+        assert loop is not None
+        if not self.status.in_epoch and not self.begin_epoch():
+            return 0
+        self.recorder.data.begin_group(self.status.batch, positions)
+        if not self.grouped:
+            return loop.step(batches[0])
+        done = 0
+        while done < count:
+            dispatched = loop.step(batches, done, count)
+            if not dispatched:
+                break
+            done += dispatched
+        return done
+
+    def begin_epoch(self) -> bool:
+        """Publish EpochStarted. Returns False if the run has to end."""
+        self.require_open()
+        if self.loop is None:
+            return True  # the first step compiles the loop, and begins the epoch then
+        if self.status.in_epoch:
+            raise ConfigurationError(
+                "begin_epoch() was called in the middle of an epoch. Call end_epoch() first."
+            )
+        self.recorder.data.begin_epoch()
+        return self.loop.begin_epoch()
+
+    def end_epoch(self) -> bool:
+        """Evaluate, and publish EpochCompleted. Returns False if the run has to end."""
+        self.require_open()
+        if self.loop is None or not self.status.in_epoch:
+            return self.status.stop_reason is None
+        return self.loop.end_epoch()
+
+    def wait(self, ready: Callable[[], object]) -> bool:
+        """Wait until ``ready()``, serving commands. Returns False if the run has to end first."""
+        if self.loop is not None:
+            return self.loop.wait(ready)
+        queue = self._plane.queue
+        while not ready():
+            if self._early_stop() is not None:
+                return False
+            queue.wait(ready, POLL_S)
+        return True
+
+    def wake(self) -> None:
+        """Wake the training thread if it waits. Any thread."""
+        self._plane.queue.wake()
+
+    def require_open(self) -> None:
+        """Raises ConfigurationError if the run has ended."""
+        if self.ended_by:
+            raise ConfigurationError(
+                f"This session has ended ({self.ended_by}), and its state belongs to the trainer again. Open another."
+            )
+
+    # --- beginning and end ------------------------------------------------------------------------------------
+
+    @contextmanager
+    def running(self) -> Generator[None]:
+        """Begin the run, and end it whatever happens. It has the bus to itself for the length of the block.
+
+        Raises:
+            AlreadyRunning: another run uses the bus.
+            SubscriberError, StepError, BusClosed: the run failed because of a subscriber with ``on_error="fail"``, on
+                the device, or because the bus was stopped. Not if the block raised.
+        """
+        if self._bus.progress.listener is not None:
+            raise AlreadyRunning(
+                "Another trainer's run uses this bus. One bus serves one run at a time: wait for it, or give each "
+                "trainer a bus of its own."
+            )
+        self._bus.progress.listener = self._on_progress
+        try:
+            try:
+                self._begin()
+                yield
+            except BaseException as error:
+                self._finish(error)
+                raise
+            self._finish()
+        finally:
+            self._bus.progress.listener = None
+            self._bus.failure = None
+
+    def _begin(self) -> None:
+        """Start subscribers and threads, and publish RunStarted. Blocks until every subscriber has started."""
+        model, plane, gates, fetcher = self._model, self._plane, self.resources.gates, self.resources.fetcher
+        if self._subscribers:
+            self.options.run_dir.mkdir(parents=True, exist_ok=True)
+        plane.requests.clear()
+        self._bus.control_source = plane
+        self._bus.run_id = self.options.run_id
+        hyperparams = tuple(find_hyperparams(model.skeleton.join(model.leaves)))
+        plane.view.step = model.step
+        plane.view.hyperparams = values_of(hyperparams, model.leaves)
+        plane.view.scheduled = NONE
+        aim, point = self.recorder.aim, self._resume_point
+        context = RunContext(
+            run_id=self.options.run_id,
+            run_dir=self.options.run_dir,
+            control=plane.control,
+            publish=self._bus.publish,
+            start_step=self.recorder.start_step,
+            epochs=aim.epochs,
+            steps=aim.steps,
+            steps_per_epoch=aim.steps_per_epoch,
+            start_epoch=self.recorder.start_epoch,
+            can_evaluate=self.source.available,
+            resumed=point is not None,
+            restarts=self._restarts,
+            ended=point.ended if point is not None else None,
+            params=model.params_paths() if self._subscribers else {},
+            _hyperparams=hyperparams,
+            _plane=plane,
+            _statistics=self._bus.statistics,
+            _loop_statistics=self.statistics,
+            _program=self.program,
+        )
+        self._lifecycle.start(context)
+        fetcher.start()
+        plane.queue.open()
+        for newcomer in gates.refresh(model.step):
+            fetcher.put(Activation(newcomer))
+        if point is not None:
+            resume_stream(point, self.resources)
+        else:
+            gates.note(RunStarted, model.step)
+            fetcher.put(RunStarted(step=model.step))
+
+    def _finish(self, raised: BaseException | None = None) -> None:
+        """Settle everything: the state, what is due, the last events, the subscribers.
+
+        Args:
+            raised: what ended the run, and is raised again afterwards; None if it ended by itself.
+
+        Raises:
+            SubscriberError, StepError, BusClosed: as ``running``. Not if ``raised`` is given.
+        """
+        deadline_s = monotonic() + self.options.drain_timeout_s
+        plane, builder, clock = self._plane, self.resources.builder, self.resources.clock
+        status, error = self.status, raised
+        if self.loop is not None:
+            try:
+                self._leave_loop(self.loop, deadline_s, raised)
+            except Exception as failed:  # in an evaluation or a snapshot, or the bus was stopped
+                error = error or failed
+        clock.stop()
+        self._give_state_back()
+        reason = (status.stop_reason if self.loop is not None else self._early_stop()) or "completed"
+        self.ended_by = reason
+        never_due = f"the run ended ({reason}) before it was due"
+        left = plane.queue.close(never_due)
+        self.resources.fetcher.close()
+        # The fetch thread has ended: from here on this thread feeds the stream.
+        for pending in left:  # not a fault: a lag may reach beyond the last step
+            plane.queue.reject(pending, never_due, builder, logging.INFO)
+        try:
+            # A handler that may fail the run has to be heard before the last event.
+            self._lifecycle.drain(deadline_s)
+        except BusClosed as closed:
+            error = error or closed
+        error = error or self._bus.failure or self._device_failure()
+        if error is None:
+            deterministic = (
+                status.deterministic and not status.cut_short and not self.resources.gates.timed_out()
+            )
+            builder.emit(RunCompleted(step=status.step, reason=reason, deterministic=deterministic))
+        else:
+            builder.emit(RunFailed(step=status.step, error=f"{type(error).__name__}: {error}"))
+        self.undelivered = self._lifecycle.stop(deadline_s, status.step)
+        if self.undelivered:
+            listing = ", ".join(f"{name}: {count}" for name, count in self.undelivered.items())
+            logger.warning("Events were not handled within %.1f s: %s", self.options.drain_timeout_s, listing)
+        if self.loop is not None:
+            self.loop.compiled.close()
+        plane.handover.release_all()  # not before: a Checkpointer may claim until its queue is empty
+        error = error or self._bus.failure
+        if error is not None and raised is None:
+            raise error
+
+    def _leave_loop(self, loop: TrainingLoop, deadline_s: float, raised: BaseException | None) -> None:
+        """Settle the last boundary, send the last window, and take the final checkpoints."""
+        loop.profiler.close()
+        if raised is None and self._bus.failure is None and self.resources.fetcher.failure is None:
+            loop.finish(deadline_s)
+        if loop.windows.open:
+            loop.windows.flush()
+        if raised is None and not self.status.cut_short:
+            loop.restore_at_end()
+        if self.resources.fetcher.failure is None and self._bus.running:
+            loop.checkpoints.take_final(loop.boundary)
+
+    def _give_state_back(self) -> None:
+        loop, model = self.loop, self._model
+        if loop is not None:
+            model.leaves, model.ext_leaves = loop.carry.leaves, loop.carry.ext_leaves
+            model.step, model.epoch = self.status.step, self.status.epoch
+
+    # --- failures ---------------------------------------------------------------------------------------------
+
+    def _on_progress(self) -> None:
+        if self._bus.failure is not None and not self._bus_failed:
+            self._bus_failed = True
+            self._plane.queue.ask_to_stop("failed")
+        self.wake()
+
+    def _fetch_failed(self, error: BaseException) -> None:
+        self._plane.queue.ask_to_stop("failed")
+        self.wake()
+
+    def _device_failure(self) -> BaseException | None:
+        fetcher = self.resources.fetcher
+        if fetcher.failure is not None and not isinstance(fetcher.failure, StepError):
+            failure = StepError(
+                f"The device failed while computing a step: {type(fetcher.failure).__name__}: {fetcher.failure}. The "
+                "state is lost. Resume from a checkpoint."
+            )
+            failure.__cause__ = fetcher.failure
+            fetcher.failure = failure
+        return fetcher.failure
+
+    def _early_stop(self) -> str | None:
+        """The reason of a stop that arrived before the loop was made."""
+        arrived = list(self._plane.queue.arrived)
+        return next((p.command.reason for p in arrived if p.command.kind == "stop"), None)
