@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import math
 from abc import abstractmethod
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from time import monotonic
 from typing import Literal
+
+from pydantic import ConfigDict
 
 from eventtrain.control.control import Control
 from eventtrain.events import TO_BE_CONTINUED, EpochCompleted, EvalCompleted, RunCompleted, StepCompleted
@@ -47,8 +49,9 @@ class Verdict:
     stop: bool = False
 
 
-class MonitorState(SavedState, frozen=False):
-    """State of a ``MetricMonitor``.
+@dataclass(slots=True)
+class MonitorState:
+    """State of a ``MetricMonitor``, and a part of ``MonitorPolicyState``; not a model, since steps change it.
 
     Attributes:
         best, best_epoch, best_step: the best value so far and where it was observed; None before the first.
@@ -58,6 +61,8 @@ class MonitorState(SavedState, frozen=False):
         last_step: of the last observation.
         elapsed_s: for "seconds": time from the first to the last observation, without the time between two runs.
     """
+
+    __pydantic_config__ = ConfigDict(extra="forbid", ser_json_inf_nan="strings")
 
     version: Literal[1] = 1
     best: float | None = None
@@ -107,7 +112,7 @@ class MetricMonitor:
 
     def load(self, state: MonitorState) -> None:
         """Continues from a copy of ``state``."""
-        self.state = state.model_copy()
+        self.state = replace(state)
         self._last_s: float | None = None
 
     @property
