@@ -24,7 +24,7 @@ from anyio.lowlevel import cancel_shielded_checkpoint, checkpoint_if_cancelled
 
 from eventtrain.bus.clock import Clock
 from eventtrain.bus.event_stream import EventStream, require_no_wait_for_itself
-from eventtrain.bus.handlers import CommandTransaction, Handler, describe, takes_control
+from eventtrain.bus.handlers import CommandTransaction, Handler, describe, require_annotation, takes_control
 from eventtrain.bus.options import Options, event_classes
 from eventtrain.bus.publish_queue import PublishQueue
 from eventtrain.bus.routing_table import RoutingTable
@@ -163,8 +163,10 @@ class BusCore:
             options: ``SubscriptionOptions``.
             save: gives the state that belongs to a checkpoint, if the handler has one.
         """
+        types, name = event_classes(event_types), describe(handler)
         takes_control(handler)
-        return self._add(event_classes(event_types), handler, options, describe(handler), save)
+        require_annotation(handler, types, name)
+        return self._add(types, handler, options, name, save)
 
     def _add(
         self,

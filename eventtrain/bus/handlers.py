@@ -7,7 +7,8 @@ from collections import deque
 from collections.abc import Awaitable, Callable
 from functools import partial
 from time import thread_time
-from typing import Any, Protocol, TypeVar, overload
+from types import SimpleNamespace, UnionType
+from typing import Any, Protocol, TypeVar, Union, get_args, get_origin, get_type_hints, overload
 
 import anyio.to_thread
 from anyio import CapacityLimiter
@@ -85,6 +86,38 @@ def takes_control(handler: Handler) -> bool:
             f"and this one cannot be ({error}). Give further parameters a default."
         ) from None
     return with_control
+
+
+def require_annotation(handler: Handler, types: tuple[type[Event], ...], name: str) -> None:
+    """Raises ConfigurationError if the annotation of the handler's first parameter contradicts one of ``types``.
+
+    It does if neither is a subclass of the other. An annotation that cannot be resolved, such as a name imported for
+    type checkers only, says nothing.
+    """
+    try:
+        parameter = next(iter(inspect.signature(handler).parameters.values()))
+        written = SimpleNamespace(__annotations__={"event": parameter.annotation})
+        annotation = get_type_hints(written, _globals_of(handler))["event"]
+        annotated = get_args(annotation) if get_origin(annotation) in (Union, UnionType) else (annotation,)
+        contradicted = [t for t in types if not any(issubclass(t, a) or issubclass(a, t) for a in annotated)]
+    except Exception:
+        return  # no signature, a name that does not exist at run time, a type that is not a class
+    if contradicted and Any not in annotated and parameter.annotation is not parameter.empty:
+        wanted, found = (" | ".join(t.__name__ for t in classes) for classes in (types, annotated))
+        raise ConfigurationError(
+            f"Cannot subscribe {name} to {wanted}: its parameter {parameter.name!r} is annotated as {found}, which a "
+            f"{contradicted[0].__name__} is not. Correct the event type or the annotation."
+        )
+
+
+def _globals_of(handler: Handler) -> dict[str, Any]:
+    """Returns the names that are known where ``handler`` was written."""
+    while isinstance(handler, partial):
+        handler = handler.func
+    function: Any = inspect.unwrap(handler)
+    if not hasattr(function, "__globals__"):  # an object with __call__
+        function = type(function).__call__
+    return function.__globals__
 
 
 def is_async(handler: Handler) -> bool:

@@ -17,6 +17,7 @@ from eventtrain.bus.training_stream import Activation
 from eventtrain.control.command_queue import POLL_S
 from eventtrain.control.control_plane import ControlPlane
 from eventtrain.control.loop_statistics import LoopClock, LoopStatistics
+from eventtrain.control.run_context import RunContext
 from eventtrain.control.run_view import NONE
 from eventtrain.device.compiled_step import StepProgram
 from eventtrain.device.fetcher import Fetcher
@@ -31,7 +32,7 @@ from eventtrain.loop.run_recorder import RunRecorder
 from eventtrain.loop.run_resources import RunResources
 from eventtrain.loop.run_status import RunStatus
 from eventtrain.loop.train_loop import Pace, TrainingLoop
-from eventtrain.subscribers.base import RunContext, Subscriber
+from eventtrain.subscribers.base import Subscriber
 from eventtrain.trainer.resume import ResumePoint, resume_loop, resume_stream, take_over_extensions
 from eventtrain.trainer.subscriber_lifecycle import SubscriberLifecycle
 
@@ -282,11 +283,10 @@ class Run:
             restarts=self._restarts,
             ended=point.ended if point is not None else None,
             params=model.params_paths() if self._subscribers else {},
+            _bus=self._bus,
+            _figures=self,
             _hyperparams=hyperparams,
             _plane=plane,
-            _statistics=self._bus.statistics,
-            _loop_statistics=self.statistics,
-            _program=self.program,
         )
         self._lifecycle.start(context)
         fetcher.start()

@@ -12,9 +12,10 @@ from typing import Literal
 import anyio
 
 from eventtrain.bus.core import BusCore
+from eventtrain.control.run_context import RunContext
 from eventtrain.errors import BusClosed, EventTrainError
 from eventtrain.events import SubscriberFailed
-from eventtrain.subscribers.base import RunContext, Subscriber
+from eventtrain.subscribers.base import Subscriber
 
 logger = logging.getLogger("eventtrain")
 

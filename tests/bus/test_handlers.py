@@ -236,3 +236,73 @@ async def test_cpu_time_of_a_plain_handler_is_charged(anyio_backend: object) -> 
         bus.publish(Ping())
         await bus.drain()
         assert 0.03 <= subscription.statistics().handler_cpu_s < 0.06
+
+
+# --- annotations ------------------------------------------------------------------------------------------------
+
+
+async def takes_ping(event: Ping) -> None: ...
+
+
+async def takes_steps_or_epochs(event: et.StepCompleted | et.EpochCompleted) -> None: ...
+
+
+async def takes_what_does_not_exist(event: Missing) -> None: ...  # noqa: F821
+
+
+async def takes_anything(event) -> None: ...
+
+
+class TakesPing:
+    async def __call__(self, event: Ping) -> None: ...
+
+    async def method(self, event: Ping, control: et.Control) -> None: ...
+
+
+@pytest.mark.parametrize(
+    ("handler", "event_type"),
+    [
+        (takes_ping, et.StepCompleted),
+        (takes_ping, Ping | et.StepCompleted),
+        (takes_steps_or_epochs, et.EvalCompleted),
+        (TakesPing(), et.StepCompleted),
+        (TakesPing().method, et.StepCompleted),
+        (partial(takes_ping), et.StepCompleted),
+        (lambda event: None, Ping),
+    ],
+)
+def test_an_annotation_that_contradicts_the_event_is_refused_by_name(handler: Any, event_type: Any) -> None:
+    if handler.__class__ is type(lambda: None) and handler.__name__ == "<lambda>":
+        handler.__annotations__["event"] = int
+    with pytest.raises(
+        et.ConfigurationError, match=r"Cannot subscribe .* 'event' is annotated as .* is not\."
+    ):
+        et.EventBus().subscribe(event_type, handler)
+
+
+def test_the_refusal_names_the_handler_the_events_and_the_annotation() -> None:
+    with pytest.raises(et.ConfigurationError) as refused:
+        et.EventBus().on(et.StepCompleted | Ping)(takes_steps_or_epochs)
+    assert str(refused.value) == (
+        "Cannot subscribe takes_steps_or_epochs to StepCompleted | Ping: its parameter 'event' is annotated as "
+        "StepCompleted | EpochCompleted, which a Ping is not. Correct the event type or the annotation."
+    )
+
+
+@pytest.mark.parametrize(
+    ("handler", "event_type"),
+    [
+        (takes_ping, Ping),
+        (takes_ping, et.Event),  # a `where` may select
+        (takes_steps_or_epochs, et.StepCompleted | et.EpochCompleted),
+        (takes_steps_or_epochs, et.StepCompleted),
+        (takes_what_does_not_exist, Ping),
+        (takes_anything, Ping),
+        (anything, Ping),
+        (observe, Ping),
+        ([].append, Ping),
+        (partial(decide, control=None), Ping),
+    ],
+)
+def test_an_annotation_that_fits_or_says_nothing_is_accepted(handler: Any, event_type: Any) -> None:
+    assert et.EventBus().subscribe(event_type, handler).active

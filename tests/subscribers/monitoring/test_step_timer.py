@@ -7,6 +7,7 @@ import logging
 import time
 from itertools import pairwise
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, cast
 
 import anyio
@@ -179,9 +180,8 @@ async def test_what_is_raised_is_resolved_by_the_run_that_resumes(tmp_path: Path
 
     def run(*loops: LoopStatistics) -> et.RunContext:
         left = list(loops)
-        return et.RunContext(
-            "run", tmp_path, cast(Any, None), said.append, _loop_statistics=lambda: left.pop(0)
-        )
+        figures: Any = SimpleNamespace(statistics=lambda: left.pop(0))
+        return et.RunContext("run", tmp_path, cast(Any, None), said.append, _figures=figures)
 
     first, second, other = (subs.OverheadMeter(every_s=0.5) for _ in range(3))
     await first.start(run(loops[2]))
