@@ -13,17 +13,32 @@ from eventtrain.bus.barrier import Barrier
 from eventtrain.bus.core import BusCore
 from eventtrain.bus.subscription import SubscriptionCore
 from eventtrain.bus.wakeup import CrossLoopFuture
+from eventtrain.control.run_state import LoopRecord, StreamRecord
 from eventtrain.control.run_view import RunView
 from eventtrain.errors import CommandRejectedError
 from eventtrain.events import CommandApplied, CommandRejected, Event
 from eventtrain.events.commands import AnyCommand, Stop
-from eventtrain.events.run_records import LoopRecord, StreamRecord
 
 logger = logging.getLogger("eventtrain")
 
 POLL_S = 0.1
 """The longest time the training thread waits before it looks at ``arrived`` again: a signal handler adds a ``Stop``
 without waking it."""
+
+
+@dataclass
+class RunPart:
+    """The training side's part of a checkpoint, collected by a barrier beside the states of the subscriptions.
+
+    Attributes:
+        loop: the state of the loop; None until it was recorded.
+        stream: the state of the training stream; None until the marker has passed the fetch thread.
+        commands: commands that were not due, or arrived while the barrier was open.
+    """
+
+    loop: LoopRecord | None = None
+    stream: StreamRecord | None = None
+    commands: list[PendingCommand] = field(default_factory=list["PendingCommand"])
 
 
 class EventSink(Protocol):
@@ -39,7 +54,7 @@ class PendingCommand:
     """A command that was not applied yet, with its place among the commands due at the same boundary."""
 
     command: AnyCommand
-    answer: CrossLoopFuture[CommandApplied]
+    reply: CrossLoopFuture[CommandApplied]
     cause: Event | None = None
     subscription: SubscriptionCore | None = None
     issue: int = 0
@@ -51,21 +66,6 @@ class PendingCommand:
         if self.cause is None or self.subscription is None:
             return (float("inf"), 0, 0, self.issue)
         return (self.cause.step, self.cause.seq, self.subscription.index, self.issue)
-
-
-@dataclass
-class RunPart:
-    """The training side's part of a checkpoint, collected beside the contributions of the subscriptions.
-
-    Attributes:
-        loop: the state of the loop; None until the loop has described it.
-        stream: the state of its event stream; None until the marker was put into it.
-        commands: commands that were not due, or arrived while the barrier was open.
-    """
-
-    loop: LoopRecord | None = None
-    stream: StreamRecord | None = None
-    commands: list[PendingCommand] = field(default_factory=list[PendingCommand])
 
 
 class CommandQueue:
@@ -128,8 +128,9 @@ class CommandQueue:
         """Reject one command: by its result, by an event (through ``sink``, or the bus) and in the log."""
         kind = pending.command.kind
         logger.log(level, "Command %s was rejected: %s", kind, reason)
-        error = CommandRejectedError(f"The command {kind} was rejected: {reason}", reason=reason)
-        pending.answer.set_exception(error)
+        pending.reply.set_exception(
+            CommandRejectedError(f"The command {kind} was rejected: {reason}", reason=reason)
+        )
         event = CommandRejected(step=self._view.step, command=pending.command, reason=reason)
         if sink is None:
             self._bus.notify(event)

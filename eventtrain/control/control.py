@@ -42,10 +42,10 @@ class Control:
     ``eventtrain.CommandRejectedError``. When it takes effect depends on the ``lag`` of the subscription.
     """
 
-    def __init__(self, queue: CommandQueue, view: RunView, attempt: Attempt | None = None) -> None:
+    def __init__(self, queue: CommandQueue, view: RunView, transaction: Transaction | None = None) -> None:
         self._queue = queue
         self._view = view
-        self._attempt = attempt
+        self._transaction = transaction
 
     # --- commands -------------------------------------------------------------------------------------------
 
@@ -166,17 +166,17 @@ class Control:
     # --- sending --------------------------------------------------------------------------------------------
 
     def _send(self, kind: type[Command], at_step: int | None = None, /, **fields: Any) -> Command:
-        attempt = self._attempt
-        lag = attempt.lag if attempt is not None else None
+        transaction = self._transaction
+        lag = transaction.lag if transaction is not None else None
         if at_step is not None and lag is None:
             raise ConfigurationError(
                 f"Cannot issue {kind.__name__} with at_step={at_step!r}: without a finite lag the command may arrive "
                 "after that step, and a rerun would differ. Subscribe with a lag, or leave at_step out."
             )
         cause, due = None, None
-        if attempt is not None:
-            event = attempt.event
-            cause = Cause(event=event.kind, step=event.step, subscriber=attempt.subscription.name)
+        if transaction is not None:
+            event = transaction.event
+            cause = Cause(event=event.kind, step=event.step, subscriber=transaction.subscription.name)
             # Resume is applied at once: a paused loop never reaches the boundary that a lag would give.
             if lag is not None and kind is not Resume:
                 due = max(event.step + lag, at_step or 0)
@@ -184,17 +184,17 @@ class Control:
             command: Any = kind(cause=cause, due=due, **fields)
         except ValueError as error:
             raise ConfigurationError(f"Cannot issue {kind.__name__}: {error}") from error
-        answer: CrossLoopFuture[CommandApplied] = CrossLoopFuture()
-        command._reply = answer if lag is None else _NoWaiting(command.kind)
-        if attempt is None:
-            self._queue.post([PendingCommand(command, answer)])
+        reply: CrossLoopFuture[CommandApplied] = CrossLoopFuture()
+        command._reply = reply if lag is None else _NoWaiting(command.kind)
+        if transaction is None:
+            self._queue.post([PendingCommand(command, reply)])
         else:
-            attempt.send(command, answer)
+            transaction.send(command, reply)
         return command
 
 
-class Attempt:
-    """One call of a handler. Commands of a finite lag are held until it succeeds, and dropped if it fails.
+class Transaction:
+    """The commands of one handler call. With a finite lag they are held until it succeeds, and dropped if it fails.
 
     Attributes:
         event, subscription: the cause of its commands.
@@ -219,13 +219,13 @@ class Attempt:
         """What the handler is given."""
         return Control(self._queue, self._view, self)
 
-    def send(self, command: Any, answer: CrossLoopFuture[CommandApplied]) -> None:
+    def send(self, command: Any, reply: CrossLoopFuture[CommandApplied]) -> None:
         """Send ``command`` at once, or hold it if the lag is finite.
 
         Raises:
             CommandRejectedError: the handler has returned, and its lag is finite.
         """
-        pending = PendingCommand(command, answer, self.event, self.subscription, self._issued)
+        pending = PendingCommand(command, reply, self.event, self.subscription, self._issued)
         if self.lag is None:
             self._queue.post([pending])
         elif self._held is not None:

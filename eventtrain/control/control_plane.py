@@ -6,7 +6,7 @@ from eventtrain.bus.core import BusCore
 from eventtrain.bus.subscription import SubscriptionCore
 from eventtrain.control.checkpoint_handover import CheckpointHandover
 from eventtrain.control.command_queue import CommandQueue
-from eventtrain.control.control import Attempt, Control
+from eventtrain.control.control import Control, Transaction
 from eventtrain.control.requests import RunRequests
 from eventtrain.control.run_view import RunView
 from eventtrain.events import Event
@@ -30,6 +30,6 @@ class ControlPlane:
         self.handover = CheckpointHandover(bus, self.queue, self.requests)
         self.control = Control(self.queue, self.view)
 
-    def begin_transaction(self, subscription: SubscriptionCore, event: Event) -> Attempt:
+    def begin_transaction(self, subscription: SubscriptionCore, event: Event) -> Transaction:
         """Returns the control of one handler call."""
-        return Attempt(self.queue, self.view, event, subscription)
+        return Transaction(self.queue, self.view, event, subscription)

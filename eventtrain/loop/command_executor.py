@@ -99,7 +99,7 @@ class CommandExecutor:
         self.windows.emit(applied)
         for event in events:
             self.windows.emit(event)
-        pending.answer.set_result(applied)
+        pending.reply.set_result(applied)
 
     def _changes_the_run(self, command: object) -> bool:
         """Whether a rerun without this command would differ."""

@@ -14,6 +14,7 @@ import numpy as np
 from eventtrain.bus.barrier import Marker
 from eventtrain.bus.core import BusCore
 from eventtrain.bus.training_stream import Activation, EventSeries
+from eventtrain.control.run_state import SavedMeans, StreamRecord
 from eventtrain.control.run_view import RunView
 from eventtrain.device.fetcher import MetricColumns
 from eventtrain.errors import MetricsError
@@ -29,7 +30,6 @@ from eventtrain.events import (
     StepStarted,
 )
 from eventtrain.events.models import FrozenDict, Number, copies
-from eventtrain.events.run_records import SavedMeans, StreamRecord
 
 
 @dataclass(frozen=True, slots=True)

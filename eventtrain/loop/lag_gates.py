@@ -3,7 +3,7 @@
 Such a subscription is a *decider*: a command caused by the event of step k takes effect at boundary k + lag, so the
 loop may not pass that boundary before the decider has handled the event. For every event that a decider will be
 given, the loop counts one up and remembers the boundary by which the decider must have handled that many. The decider
-counts the same events from its side (``SubscriptionCore.passed``).
+counts the same events from its side (``Subscription.passed``).
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ class LagGates:
         self._bus = bus
         self._known: tuple[SubscriptionCore, ...] = ()
         self._expected: dict[SubscriptionCore, int] = {}
-        # The value of ``SubscriptionCore.run`` from which ``passed`` counts the events of this run.
+        # The value of ``Subscription.run`` from which ``passed`` counts the events of this run.
         self._counts_from: dict[SubscriptionCore, int] = {}
         self._gates: list[tuple[int, int, int, SubscriptionCore]] = []
         self._tie = 0

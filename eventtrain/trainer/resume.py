@@ -16,7 +16,7 @@ import optax
 from eventtrain.bus.barrier import SubscriptionCheckpoint, SubscriptionRestore
 from eventtrain.bus.wakeup import CrossLoopFuture
 from eventtrain.control.command_queue import PendingCommand
-from eventtrain.control.run_state import RunRecord, SavedRun, unpack
+from eventtrain.control.run_state import LoopRecord, RunRecord, SavedRun, unpack
 from eventtrain.control.run_view import RunView
 from eventtrain.control.snapshots import KeptSnapshot
 from eventtrain.device.model import Model
@@ -24,7 +24,6 @@ from eventtrain.device.snapshot import Snapshot
 from eventtrain.device.state import split_state
 from eventtrain.errors import ConfigurationError, SnapshotError, StateError
 from eventtrain.events import Event, RunResumed
-from eventtrain.events.run_records import LoopRecord
 from eventtrain.loop.run_recorder import Aim
 from eventtrain.loop.run_resources import RunResources
 from eventtrain.loop.train_loop import TrainingLoop

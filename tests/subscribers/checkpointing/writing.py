@@ -15,9 +15,9 @@ from eventtrain.control.checkpoint_handover import ClaimedSnapshot
 from eventtrain.control.command_queue import RunPart
 from eventtrain.control.control_plane import ControlPlane
 from eventtrain.control.requests import CheckpointRequest
+from eventtrain.control.run_state import LoopRecord, StreamRecord
 from eventtrain.device.snapshot import Snapshot
 from eventtrain.device.state import split_state
-from eventtrain.events.run_records import LoopRecord, StreamRecord
 from eventtrain.subscribers.checkpointing.retention import Retention
 from eventtrain.subscribers.checkpointing.writer import CheckpointWriter, Job, WriterOptions
 
