@@ -1,7 +1,6 @@
 """eventtrain: a jitted JAX step publishes typed events, async subscribers act on them, the loop never waits.
 
-``import eventtrain as et``. Subscribers stand in ``eventtrain.subscribers``, what tests need in
-``eventtrain.testing``.
+``import eventtrain as et``. Subscribers are in ``eventtrain.subscribers``, tools for tests in ``eventtrain.testing``.
 """
 
 import importlib as _importlib
@@ -192,7 +191,7 @@ __all__ = [
     "subscriber_config",
 ]
 
-_LAZY = {  # what few programs need, or what takes long to import, as Orbax does
+_LAZY = {  # needed by few programs, or slow to import, like Orbax
     "load_state": "eventtrain.subscribers.checkpointing.reader",
     "load_subscribers": "eventtrain.config.load",
     "subscriber_config": "eventtrain.config.model",
