@@ -1,7 +1,7 @@
-# Everything starts from Python, make and a package index: `make demo` shows the library, `make test` checks it.
+# Requires Python, make and a package index. `make demo` shows the library, `make test` tests it.
 PYTHON ?= python3
 VENV ?= .venv
-# Named in the file of results: cpu, or the accelerator that was measured.
+# Part of the names of results files: cpu, or the accelerator that was measured.
 DEVICE ?= cpu
 VENV_LOWEST ?= .venv-lowest
 PYTEST_ARGS ?=
@@ -9,24 +9,26 @@ CAMPAIGN ?=
 N ?=
 
 BIN := $(VENV)/bin
-# -qq: warnings of the installer stay out of the way, errors do not.
+# -qq hides the installer's warnings, but not its errors.
 PIP_INSTALL := -m pip --disable-pip-version-check install -qq
 
 .PHONY: help demo test test-lowest lint format types docs bench mutants faults faults-slice clean
 .DELETE_ON_ERROR:
-# Two installations into one environment at a time would break it.
+# Two installations at the same time would break the environment.
 .NOTPARALLEL:
 
 help:
 	@echo "make demo         train a small network on real digits with every kind of subscriber"
-	@echo "make test         run the tests (PYTEST_ARGS='-k name')"
-	@echo "make test-lowest  run the tests on the lowest versions declared (PYTHON=python3.11)"
-	@echo "make lint types   ruff; pyright strict        make format  apply ruff's fixes"
+	@echo "make test         run all tests, or some of them (PYTEST_ARGS='-k name')"
+	@echo "make test-lowest  run the tests on the lowest supported versions (PYTHON=python3.11)"
+	@echo "make lint types   check style (ruff) and types (pyright)"
+	@echo "make format       format the code and apply ruff's fixes"
 	@echo "make docs         build the documentation into site/"
-	@echo "make bench        benchmarks: a table, and JSON beside it"
-	@echo "make faults       campaigns of many random trials, which go on where they were (CAMPAIGN=keras N=2000)"
-	@echo "make mutants      remove each promised mechanism; its test has to go red"
-	@echo "make clean        remove build output and caches (environments stay)"
+	@echo "make bench        run the benchmarks and fill their tables in the documentation"
+	@echo "make faults       run or continue campaigns of random trials (CAMPAIGN=keras N=2000)"
+	@echo "make faults-slice run a few new trials of each campaign, as in CI"
+	@echo "make mutants      check that tests fail when a promised mechanism is removed"
+	@echo "make clean        remove build output and caches, but not the environments"
 
 demo: $(VENV)/.installed-demo
 	$(BIN)/eventtrain demo
@@ -62,20 +64,20 @@ bench: $(VENV)/.installed-bench
 	$(BIN)/python -m benchmarks.live_sinks --json benchmarks/results/live_sinks-$(DEVICE).json
 	$(BIN)/python -m benchmarks.alert_rules --json benchmarks/results/alert_rules-$(DEVICE).json
 	$(BIN)/python -m benchmarks.memory
-	$(BIN)/python -m benchmarks.readme
+	PYTHONPATH=. $(BIN)/python docs/make_pages.py
 
 mutants: $(VENV)/.installed-test
 	$(BIN)/python tests/mutants/run.py
 
-# Every campaign unless CAMPAIGN names one, with as many trials as it is defined with unless N says how many.
+# All campaigns, or the one named by CAMPAIGN; N trials, or the number that the campaign defines.
 faults: $(VENV)/.installed-test
 	$(BIN)/python -m benchmarks.faults $(CAMPAIGN) $(if $(N),--trials $(N))
 
-# Some trials of each that no other run has had; nothing is kept of them.
+# A few new trials of each; their results are not written.
 faults-slice: $(VENV)/.installed-test
 	$(BIN)/python -m benchmarks.faults $(CAMPAIGN) --slice $(if $(N),--trials $(N))
 
-# One stamp for each extra, renewed only when pyproject.toml changes. bin/pip is the last thing venv writes, so an
+# One stamp per extra, renewed only when pyproject.toml changes. bin/pip is the last file that venv writes, so an
 # interrupted creation is repeated.
 $(VENV)/.installed-%: pyproject.toml | $(BIN)/pip
 	$(BIN)/python $(PIP_INSTALL) --editable ".[$*]"
@@ -87,7 +89,7 @@ $(VENV_LOWEST)/.installed-lowest: pyproject.toml tests/lowest.txt | $(VENV_LOWES
 
 $(BIN)/pip $(VENV_LOWEST)/bin/pip:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
-		{ echo "eventtrain needs Python 3.11 or later: make PYTHON=python3.11 ..." >&2; exit 1; }
+		{ echo "eventtrain requires Python 3.11 or later. Use make PYTHON=python3.11 ..." >&2; exit 1; }
 	$(PYTHON) -m venv $(patsubst %/bin/pip,%,$@)
 
 clean:

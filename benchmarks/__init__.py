@@ -1,1 +1,1 @@
-"""What observing costs, measured side by side. ``make bench`` runs everything; each module runs alone too."""
+"""Benchmarks of the cost of observing a run; ``make bench`` runs them, and results are in ``benchmarks/results/``."""

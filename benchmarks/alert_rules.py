@@ -1,10 +1,10 @@
-"""What twenty alert rules that look at every step cost the training loop.
+"""Cost of twenty alert rules that check every step.
 
-Every figure is a ratio of two loops run one after the other in this process, in alternating order; the median of all
-pairs is quoted, with the quartiles. "bare" is the jitted loop with the same donation, the same batches on the device,
-no sync per step and one block at the end; "trainer" is a session without subscribers. The rules judge each of the
-three metrics at each step: thresholds, spikes, no improvement, forecasts, and those that go by the clock. None of them
-is met, as in a run that goes well.
+Each figure is a ratio of two loops, which run one after the other in this process, in alternating order: the median of
+all pairs, with the quartiles. "bare" is the jitted loop with the same donation, the same batches on the device, no
+synchronisation per step and one block at the end; "trainer" is a session without subscribers. The rules check each of
+the three metrics at each step: thresholds, spikes, no improvement, forecasts, and rules about time. None of them is
+    met.
 
     python -m benchmarks.alert_rules [--pairs 21] [--seconds 1] [--json PATH]
 """
@@ -30,7 +30,7 @@ SIZES = (("70 us", 70e-6), ("0.7 ms", 0.7e-3))
 
 
 def rules() -> list[Any]:
-    """Twenty, each on every step where it is about a metric."""
+    """Returns twenty rules; those about a metric check every step."""
     step = et.StepCompleted
     thresholds = [
         subs.Rule(metric, above=1e9, name=f"{metric} high {number}", event=step)
@@ -55,7 +55,7 @@ def rules() -> list[Any]:
 
 
 def trained(workload: Workload, run_dir: str, subscribers: list[et.Subscriber], seen: list[et.Event]) -> Loop:
-    """A session of a trainer; alerts go to ``seen``."""
+    """Returns a session of a trainer that appends raised alerts to ``seen``."""
     trainer = et.Trainer(workload.step_fn, workload.state, subscribers=subscribers, run_dir=run_dir)
 
     @trainer.on(et.AlertRaised)
@@ -66,7 +66,7 @@ def trained(workload: Workload, run_dir: str, subscribers: list[et.Subscriber], 
 
 
 def compared(loops: dict[str, Loop], pairs: int, seconds: float) -> dict[str, Any]:
-    """Runs all in turn, in alternating order; ratios of "alerts" to the others."""
+    """Runs all loops in alternating order; returns the ratios of "alerts" to the others."""
     for loop in loops.values():
         loop(50)  # compiles
     steps = max(200, int(seconds / (loops["bare"](200) / 200)))
@@ -79,12 +79,12 @@ def compared(loops: dict[str, Loop], pairs: int, seconds: float) -> dict[str, An
 
 
 def main(
-    pairs: Annotated[int, typer.Option(help="Rounds; each loop runs once in each.")] = 21,
-    seconds: Annotated[float, typer.Option(help="Length of each run.")] = 1.0,
-    json: Annotated[Path | None, typer.Option(help="Where to write the figures.")] = None,
+    pairs: Annotated[int, typer.Option(help="Rounds; each loop runs once per round.")] = 21,
+    seconds: Annotated[float, typer.Option(help="Seconds of each run.")] = 1.0,
+    json: Annotated[Path | None, typer.Option(help="File to write the figures to.")] = None,
 ) -> None:
-    """Measure and print the table."""
-    table = Table(title="20 alert rules on every step / without, median of paired runs")
+    """Measures and prints the table."""
+    table = Table(title="Time per step with 20 alert rules / without, median of paired runs")
     for heading in ("step", "bare", "with rules", "to bare", "quartiles", "to trainer", "quartiles"):
         table.add_column(heading, no_wrap=True, justify="right")
     figures: list[dict[str, Any]] = []
@@ -99,9 +99,7 @@ def main(
             }
             found = {"step": name, "rules": len(rules())} | compared(loops, pairs, seconds)
         if seen:
-            raise SystemExit(
-                f"{len(seen)} alerts were raised: the figures are not those of a run that goes well"
-            )
+            raise SystemExit(f"{len(seen)} alerts were raised, expected none: the figures are not valid")
         figures.append(found)
         table.add_row(
             name,

@@ -1,7 +1,7 @@
-"""What the bus costs: publishing from a thread, and handing events to 1 and to 10 async handlers.
+"""Cost of the bus: publishing from a thread, and delivering events to 1 and to 10 async handlers.
 
-Every figure of eventtrain is a ratio to the plain thing, run alternately in this process; the median of all pairs is
-quoted. Other libraries' figures stand beside it, for the same events and handlers.
+Each figure of eventtrain is a ratio to the simplest alternative. Both run in this process in alternating order, and the
+figure is the median of all pairs. Other libraries are measured with the same events and handlers.
 
     python -m benchmarks.bus_throughput [--pairs 9] [--json PATH]
 """
@@ -41,9 +41,9 @@ except ImportError:
     abxbus = None
 
 EVENTS = 10_000
-"""Events per run: fewer than a Lossless queue holds, so that nobody is refused."""
+"""Events per run: fewer than the limit of a Lossless queue, so that none is refused."""
 WINDOW = 256
-"""Events between two turns of the event loop in the fan-out: what a window of the training loop brings."""
+"""Events between two turns of the event loop in the fan-out: about one window of the training loop."""
 
 
 class Ping(et.Event):
@@ -83,7 +83,7 @@ class Flag:
 
 
 class BareInbox:
-    """The least that hands something to another thread: one append, and a look at whether it sleeps."""
+    """Minimal way to hand an item to another thread: one append, and a check whether that thread sleeps."""
 
     def __init__(self) -> None:
         self.waiting: deque[Any] = deque()
@@ -114,7 +114,7 @@ def time_calls(publish: Callable[[Any], None], events: list[Ping]) -> float:
 
 
 def publish_ratios(pairs: int) -> dict[str, float]:
-    """Publish from this thread while the event loop, in another, is busy in a handler."""
+    """Publishes from this thread while a handler keeps the event loop, in another thread, busy."""
     by_call: list[float] = []
     inline: list[float] = []
     nanoseconds: list[float] = []
@@ -188,7 +188,7 @@ async def fan_out_eventtrain(handlers: list[Handler]) -> float:
 
 
 async def fan_out_queue(handlers: list[Handler]) -> float:
-    """One asyncio.Queue and one task per handler: what one would write by hand."""
+    """Hand-written alternative: one asyncio.Queue and one task per handler."""
     queues: list[asyncio.Queue[Any]] = [asyncio.Queue() for _ in handlers]
 
     async def work(queue: asyncio.Queue[Any], handler: Handler) -> None:
@@ -214,7 +214,7 @@ async def fan_out_queue(handlers: list[Handler]) -> float:
 
 
 async def fan_out_blinker(handlers: list[Handler]) -> float:
-    """Its asynchronous form awaits the handlers one after the other, in the publisher."""
+    """blinker's asynchronous form awaits the handlers one after the other, in the publisher."""
     assert blinker is not None
     signal = blinker.Signal()
     for handler in handlers:
@@ -227,7 +227,7 @@ async def fan_out_blinker(handlers: list[Handler]) -> float:
 
 
 async def fan_out_pyee(handlers: list[Handler]) -> float:
-    """One task per event and handler."""
+    """pyee starts one task per event and handler."""
     assert AsyncIOEventEmitter is not None
     emitter = AsyncIOEventEmitter()
     for handler in handlers:
@@ -243,7 +243,7 @@ async def fan_out_pyee(handlers: list[Handler]) -> float:
 
 
 ABXBUS_EVENTS = 200
-"""It takes about a millisecond for each, so fewer are enough."""
+"""abxbus takes about a millisecond per event, so fewer events are enough."""
 
 
 async def fan_out_abxbus(handlers: list[Handler]) -> float:
@@ -271,7 +271,7 @@ async def fan_out_abxbus(handlers: list[Handler]) -> float:
 
 
 async def fan_out_ratios(handlers: int, pairs: int, note: Callable[[str], None]) -> dict[str, float]:
-    """Each way's time over awaiting the same handlers directly, and microseconds per event."""
+    """Returns the time of each library over awaiting the same handlers, and its microseconds per event."""
     ways: dict[str, Callable[[list[Handler]], Awaitable[float]]] = {
         "eventtrain": fan_out_eventtrain,
         "asyncio.Queue": fan_out_queue,
@@ -310,10 +310,10 @@ TARGETS = {
 
 
 def main(
-    pairs: Annotated[int, typer.Option(help="alternating runs; the median counts")] = 9,
-    json: Annotated[Path | None, typer.Option(help="where to write the figures")] = None,
+    pairs: Annotated[int, typer.Option(help="alternating runs, of which the median is taken")] = 9,
+    json: Annotated[Path | None, typer.Option(help="file to write the figures to")] = None,
 ) -> None:
-    """Measure and print the table."""
+    """Measures and prints the table."""
     logging.disable(logging.WARNING)
     console = Console()
     notes: list[str] = []

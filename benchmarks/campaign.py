@@ -1,4 +1,4 @@
-"""What a campaign is: ``benchmarks/campaigns/NAME.py`` holds one as ``CAMPAIGN``; ``benchmarks/faults.py`` runs it."""
+"""``Campaign``: ``benchmarks/campaigns/NAME.py`` defines one as ``CAMPAIGN``, and ``benchmarks/faults.py`` runs it."""
 
 from __future__ import annotations
 
@@ -11,14 +11,15 @@ class Campaign:
     """Many random trials of one claim.
 
     Attributes:
-        name: of its module, and of its file of results.
-        trial: takes a seed, from which everything random about the trial follows. Raises where the claim does not hold;
-            else returns what is to be counted (name -> number, summed over the trials).
-        trials: how many make the whole campaign.
-        slice: how many CI runs.
-        batch: how many share one line of the results; an interruption loses at most so many.
-        least: name of a count -> the share that it has to reach of ten or more trials, lest they test nothing.
-        packages: whose versions the results name, besides those that every result names.
+        name: name of its module and of its results file.
+        trial: takes a seed, which determines everything random in the trial. Raises if the claim does not hold; else
+            returns counts (name -> number, summed over the trials).
+        trials: number of trials in the complete campaign.
+        slice: number of trials in CI.
+        batch: number of trials in one line of the results; an interruption loses at most one batch.
+        least: name of a count -> the share of trials that it must reach, from ten trials on. A campaign below that
+            share tests nothing.
+        packages: further packages whose versions the results name.
     """
 
     name: str

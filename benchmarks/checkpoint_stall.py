@@ -1,20 +1,20 @@
-"""What checkpoints cost the training loop: the steps around a snapshot, and the whole time, against none.
+"""Cost of checkpoints: the steps around a snapshot, and the total time, against a run without checkpoints.
 
-Each step is waited for, so that its duration says what it cost; every way has the same steps on the same state:
+The loop waits for each step, so that its duration shows the cost. All variants run the same steps on the same state:
 
 - ``none``: a Trainer without a Checkpointer;
 - ``eventtrain``: with ``Checkpointer(every=10)``;
-- ``orbax async``: the bare jitted loop, and ``AsyncCheckpointer.save`` called in it every 10 steps;
+- ``orbax async``: the bare jitted loop, which calls ``AsyncCheckpointer.save`` every 10 steps;
 - ``orbax sync``: the same with ``Checkpointer.save``.
 
-"slowest" is the slowest of the steps around a snapshot (the one before it to the two after it) over the median step of
-the run: the median over the snapshots, and beside it the worst of them. "total" is the time of all steps over that of
-``none`` in the same pair. What is still being written when the steps end is not waited for in either, and its time is
-said as "afterwards". "states" is the most that lived on the device after a step, in sizes of the state, beyond that of
-``none``. Ways alternate within a pair; medians.
+"slowest" is the slowest of the steps around a snapshot (from the one before it to the second after it) over the median
+step of the run, as the median and the maximum over the snapshots. "total" is the time of all steps over that of
+``none`` in the same pair. It does not include checkpoints that are still being written when the steps end; "afterwards"
+is the time that these take. "states" is the maximum memory on the device after a step, in sizes of the state, beyond
+that of ``none``. The variants alternate within a pair, and the figures are medians.
 
-On a CPU the step computes on all cores but one (``NPROC``), since an accelerator leaves the host free; and how much
-it computes grows with the state, as in training.
+On a CPU the step uses all cores but one (``NPROC``), because an accelerator leaves the host free. The amount of
+computation grows with the state, as in training.
 
     python -m benchmarks.checkpoint_stall [--pairs 7] [--megabytes 120] [--steps 100] [--json PATH]
 """
@@ -31,7 +31,7 @@ from statistics import median
 from time import perf_counter
 from typing import Annotated, Any
 
-os.environ.setdefault("NPROC", str(max(1, (os.cpu_count() or 2) - 1)))  # read when XLA makes its threads
+os.environ.setdefault("NPROC", str(max(1, (os.cpu_count() or 2) - 1)))  # before XLA creates threads
 
 import jax
 import jax.numpy as jnp
@@ -48,11 +48,11 @@ from eventtrain import subscribers as subs
 EVERY = 10
 WIDTH = 1024
 ROWS_PER_MEGABYTE = 17
-"""Of the batch: 120 MB and 2,040 rows take some 0.2 s on one core here, a hundredth of what such a model computes."""
+"""Rows of the batch per MB: 120 MB and 2,040 rows take about 0.2 s on one core, a hundredth of a real model."""
 
 
 def step_fn(state: Any, batch: Any) -> tuple[Any, dict[str, jax.Array]]:
-    """A large state, all of which changes, and as much arithmetic on the batch as makes that a usual step."""
+    """A large state that changes completely, with as much arithmetic on the batch as in a typical step."""
     hidden = batch
     for _ in range(8):
         hidden = jnp.tanh(hidden @ state["weight"])
@@ -61,9 +61,9 @@ def step_fn(state: Any, batch: Any) -> tuple[Any, dict[str, jax.Array]]:
 
 
 def new_state(megabytes: int) -> Any:
-    """``megabytes`` MB of float32: one matrix that computes, the rest that is only carried and updated.
+    """Returns ``megabytes`` MB of float32: one matrix is used in the computation, the others are only updated.
 
-    Random, since Orbax compresses.
+    The values are random, because Orbax compresses.
     """
     rest = megabytes * 250_000 - WIDTH * WIDTH
     weight, moments = jax.random.split(jax.random.key(0))
@@ -74,7 +74,7 @@ def new_state(megabytes: int) -> Any:
 
 
 class Run:
-    """Durations of all steps, and how long what was left took afterwards."""
+    """Durations of all steps, and the time that pending checkpoints took afterwards."""
 
     def __init__(self, durations_s: list[float], afterwards_s: float, most_bytes: int) -> None:
         self.total_s = sum(durations_s)
@@ -90,12 +90,12 @@ class Run:
 
 
 def live_bytes() -> int:
-    """Of all buffers on the device; several arrays may be of one."""
+    """Returns the size of all buffers on the device; several arrays may share one."""
     return sum({array.unsafe_buffer_pointer(): array.nbytes for array in jax.live_arrays()}.values())
 
 
 def with_trainer(state: Any, batch: Any, steps: int, folder: Path, every: int | None) -> Run:
-    """Through a session."""
+    """Runs the steps in a session."""
     checkpointer = (
         [] if every is None else [subs.Checkpointer("checkpoints", every=every, max_to_keep=2, at_end=False)]
     )
@@ -118,7 +118,7 @@ def with_trainer(state: Any, batch: Any, steps: int, folder: Path, every: int | 
 
 
 def with_orbax(state: Any, batch: Any, steps: int, folder: Path, checkpointer: Any) -> Run:
-    """The bare loop, with ``checkpointer.save`` in it."""
+    """Runs the bare loop, which calls ``checkpointer.save``."""
     jitted = jax.jit(step_fn, donate_argnums=0)
     state = jax.tree.map(jnp.copy, state)
     durations_s: list[float] = []
@@ -140,12 +140,12 @@ def with_orbax(state: Any, batch: Any, steps: int, folder: Path, checkpointer: A
 
 
 def main(
-    pairs: Annotated[int, typer.Option(help="How often each way is measured.")] = 7,
+    pairs: Annotated[int, typer.Option(help="Number of measurements of each variant.")] = 7,
     megabytes: Annotated[int, typer.Option(help="Size of the state.")] = 120,
     steps: Annotated[int, typer.Option(help="Steps of each run.")] = 100,
-    json: Annotated[Path | None, typer.Option(help="Where to write the figures.")] = None,
+    json: Annotated[Path | None, typer.Option(help="File to write the figures to.")] = None,
 ) -> None:
-    """Measure, print a table, and write the figures."""
+    """Measures, prints a table, and writes the figures."""
     state = new_state(megabytes)
     batch = jnp.asarray(
         np.random.default_rng(0).normal(size=(ROWS_PER_MEGABYTE * megabytes, WIDTH)), jnp.float32
@@ -163,7 +163,7 @@ def main(
     for pair in range(pairs):
         names = list(ways) if pair % 2 == 0 else list(reversed(ways))
         for name in names:
-            gc.collect()  # what the way before left in cycles is not this one's
+            gc.collect()  # garbage of the previous variant does not count here
             folder = Path(tempfile.mkdtemp())
             try:
                 runs[name].append(ways[name](folder))

@@ -1,9 +1,9 @@
 """Campaigns of many random trials: ``python -m benchmarks.faults [NAME ...] [--trials N]``.
 
-Every trial follows from its seed. Each batch of trials appends one line to ``benchmarks/results/faults/NAME.jsonl``:
-the seeds, what failed, counts, the machine and the versions. Seeds that stand there without a failure are not run
-again, so an interrupted campaign goes on where it was, and failures are tried anew once they are mended. Ends with 1 if
-the last trial of any seed failed, or if too few trials tested what they were meant to.
+A seed determines its trial. Each batch of trials appends one line to ``benchmarks/results/faults/NAME.jsonl``: the
+seeds, the failures, counts, the machine and the versions. Seeds that are recorded there without a failure are not run
+again, so an interrupted campaign continues, and failed seeds run again after a fix. The exit code is 1 if the last
+trial of any seed failed, or if too few trials tested what they were meant to test.
 """
 
 from __future__ import annotations
@@ -28,24 +28,24 @@ from benchmarks.campaign import Campaign
 
 RESULTS = Path(__file__).parent / "results" / "faults"
 SLICE_FROM = 1_000_000
-"""First seed of a slice: other trials than those of the whole campaign and of the test suite."""
+"""First seed of a slice, which differs from the seeds of the campaign and of the test suite."""
 
 
 def names() -> list[str]:
-    """Every campaign: the modules of ``benchmarks.campaigns``."""
+    """Returns the name of every campaign, which is a module of ``benchmarks.campaigns``."""
     return [module.name for module in pkgutil.iter_modules(campaigns.__path__)]
 
 
 def load(name: str) -> Campaign:
-    """The campaign of this name; imports what only that one needs."""
+    """Returns the campaign of this name; imports only its module."""
     return importlib.import_module(f"{campaigns.__name__}.{name}").CAMPAIGN
 
 
 class Ledger:
-    """What was tried so far, one line for each batch.
+    """Trials so far, one line per batch.
 
     Args:
-        path: the file; None keeps nothing.
+        path: the file; None writes no file.
     """
 
     def __init__(self, path: Path | None) -> None:
@@ -55,7 +55,7 @@ class Ledger:
             self.lines = [json.loads(line) for line in path.read_text().splitlines()]
 
     def append(self, line: dict[str, Any]) -> None:
-        """Keep one batch, at once: an interruption costs no more than the batch it hits."""
+        """Writes one batch at once, so that an interruption loses only the current batch."""
         self.lines.append(line)
         if self._path is not None:
             self._path.parent.mkdir(parents=True, exist_ok=True)
@@ -63,7 +63,7 @@ class Ledger:
                 file.write(json.dumps(line) + "\n")
 
     def failures(self) -> dict[int, str]:
-        """Seed -> what failed, of those whose last trial failed."""
+        """Seed -> failure, for each seed whose last trial failed."""
         failed: dict[int, str] = {}
         for line in self.lines:
             for seed in range(line["first_seed"], line["last_seed"] + 1):
@@ -72,12 +72,12 @@ class Ledger:
         return failed
 
     def missing(self, seeds: range) -> list[int]:
-        """Those of ``seeds`` that were not tried, or failed."""
+        """Returns those of ``seeds`` that were not tried, or that failed."""
         tried = {seed for line in self.lines for seed in range(line["first_seed"], line["last_seed"] + 1)}
         return sorted(set(seeds) - (tried - self.failures().keys()))
 
     def counts(self) -> Counter[str]:
-        """The counts of all batches, ``trials`` among them."""
+        """The counts of all batches, including ``trials``."""
         total: Counter[str] = Counter()
         for line in self.lines:
             total.update(line["counts"])
@@ -85,11 +85,11 @@ class Ledger:
 
 
 FEWEST_JUDGED = 10
-"""Trials below which a share is chance, and no least share is asked for."""
+"""Number of trials from which on the least shares are checked."""
 
 
 def run(campaign: Campaign, seeds: range, ledger: Ledger) -> bool:
-    """Run the trials that ``ledger`` lacks; true if no seed fails and every least share is reached."""
+    """Runs the trials that ``ledger`` lacks; returns whether no seed fails and every least share is reached."""
     missing = ledger.missing(seeds)
     print(f"{campaign.name}: {len(missing)} of {len(seeds)} trials to run", flush=True)
     began_s, done = time.monotonic(), 0
@@ -113,7 +113,7 @@ def run(campaign: Campaign, seeds: range, ledger: Ledger) -> bool:
 
 
 def run_batch(campaign: Campaign, seeds: range) -> dict[str, Any]:
-    """Run the trials of ``seeds``; their line."""
+    """Runs the trials of ``seeds``; returns their line."""
     began_s = time.monotonic()
     counts: Counter[str] = Counter(trials=len(seeds))
     failures: list[dict[str, Any]] = []
@@ -136,7 +136,7 @@ def run_batch(campaign: Campaign, seeds: range) -> dict[str, Any]:
 
 
 def batches(seeds: Sequence[int], size: int) -> Iterator[range]:
-    """Seeds in order, in runs without a gap, of at most ``size``."""
+    """Yields the seeds in order, in groups without a gap, of at most ``size``."""
     first = 0
     for index in range(1, len(seeds) + 1):
         if index == len(seeds) or index - first == size or seeds[index] != seeds[index - 1] + 1:
@@ -145,7 +145,7 @@ def batches(seeds: Sequence[int], size: int) -> Iterator[range]:
 
 
 def revision() -> str:
-    """The commit that was tested; ``-dirty`` behind it where files differ from it."""
+    """Returns the tested commit, with the suffix ``-dirty`` if files differ from it."""
     command = ["git", "describe", "--always", "--dirty"]
     done = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True)
     return done.stdout.strip() or "no checkout"
@@ -155,21 +155,22 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
+    parser.add_argument("names", nargs="*", metavar="NAME", help=f"default: all; known: {', '.join(names())}")
     parser.add_argument(
-        "names", nargs="*", metavar="NAME", help=f"all of them by default: {', '.join(names())}"
+        "--trials",
+        type=int,
+        metavar="N",
+        help="run the seeds 0 to N - 1; default: the number that the campaign defines",
     )
     parser.add_argument(
-        "--trials", type=int, metavar="N", help="seeds 0 to N - 1; else as many as it is defined with"
-    )
-    parser.add_argument(
-        "--slice", action="store_true", help="a few other trials, of which nothing is kept: for CI"
+        "--slice", action="store_true", help="run a few other seeds and write no results, as in CI"
     )
     options = parser.parse_args(arguments)
     if unknown := sorted(set(options.names) - set(names())):
-        parser.error(f"There is no campaign {', '.join(unknown)}; there are {', '.join(names())}.")
+        parser.error(f"Unknown campaign: {', '.join(unknown)}. Known campaigns: {', '.join(names())}.")
     logger = logging.getLogger("eventtrain")
     level = logger.level
-    logger.setLevel(logging.CRITICAL)  # faults are what these are about
+    logger.setLevel(logging.CRITICAL)  # faults are injected on purpose, so the warnings are expected
     passed = True
     try:
         for name in options.names or names():

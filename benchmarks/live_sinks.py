@@ -1,10 +1,11 @@
-"""What all file sinks, TensorBoard and Prometheus together cost a training loop that they are live on.
+"""Cost of all file loggers, TensorBoard and Prometheus together.
 
-Every figure is a ratio of two loops run one after the other in this process, in alternating order; the median of all
-pairs is quoted. "bare" is the jitted loop with the same donation, the same batches on the device, no sync per step and
-one block at the end. Each observed run has a trainer and a folder of its own, epochs, and every step in each of its
-logs: CSV, JSON lines, Parquet, the history, TensorBoard; a scrape each second; curves and a report at the end. What a
-sink does when training is over is told by "drained". Afterwards the files are read: a sink that loses rows is fast.
+Each figure is a ratio of two loops, which run one after the other in this process, in alternating order: the median of
+all pairs. "bare" is the jitted loop with the same donation, the same batches on the device, no synchronisation per step
+and one block at the end. Each observed run has its own trainer and folder, epochs, and every step in each of its logs:
+CSV, JSON Lines, Parquet, the history, TensorBoard. There is one scrape per second, and curves and a report at the end.
+"drained" includes the work after training. Afterwards the files are read and checked, because a logger that loses rows
+would be fast.
 
     python -m benchmarks.live_sinks [--pairs 9] [--seconds 4] [--json PATH]
 """
@@ -35,12 +36,12 @@ from eventtrain import subscribers as subs
 SIZES = (("70 us", 70e-6), ("0.7 ms", 0.7e-3))
 EPOCHS = 4
 SCRAPE_S = 1.0
-"""Prometheus' own default is a minute."""
+"""The default of Prometheus is a minute."""
 TARGETS = {"0.7 ms": 1.05}
 
 
 class Observed:
-    """One run with every sink."""
+    """One run with every logger."""
 
     def __init__(self, workload: Workload, run_dir: str) -> None:
         self.workload = workload
@@ -65,7 +66,7 @@ class Observed:
         )
 
     def run(self, steps: int) -> tuple[float, float]:
-        """Seconds of the loop, and seconds until every sink was done."""
+        """Returns the seconds of the loop, and the seconds until every logger has finished."""
         batches, per_epoch = self.workload.batches, -(-steps // EPOCHS)
         scraper = Scraper(self.exporter)
         with self.trainer.session() as session:
@@ -106,18 +107,16 @@ class Observed:
         }
         for sink, its_steps in found.items():
             if its_steps != expected:
-                raise SystemExit(
-                    f"{sink} has {len(its_steps)} steps of {steps}: the figures are worth nothing"
-                )
+                raise SystemExit(f"{sink} has {len(its_steps)} steps of {steps}: the figures are not valid")
         if scrapes == 0:
-            raise SystemExit("nobody scraped: the figures are worth nothing")
+            raise SystemExit("there was no scrape: the figures are not valid")
         for name in ("curves.png", "report.html", "report.md"):
             if not (self.run_dir / name).stat().st_size:
                 raise SystemExit(f"{name} is empty")
 
 
 class Scraper(threading.Thread):
-    """Reads the page of metrics each second, as a Prometheus server would."""
+    """Scrapes the metrics once per second, as a Prometheus server would."""
 
     def __init__(self, exporter: subs.PrometheusExporter) -> None:
         super().__init__(daemon=True)
@@ -126,19 +125,19 @@ class Scraper(threading.Thread):
         self._ended = threading.Event()
 
     def run(self) -> None:
-        """Until ``stop``."""
+        """Scrapes until ``stop``."""
         while not self._ended.wait(SCRAPE_S if self.scrapes else 0.1):
             with urlopen(f"http://127.0.0.1:{self._exporter.port}/metrics", timeout=10) as page:
                 self.scrapes += b"grad_norm" in page.read()
 
     def stop(self) -> None:
-        """End the thread."""
+        """Ends the thread."""
         self._ended.set()
         self.join()
 
 
 def paired(workload: Workload, pairs: int, seconds: float) -> dict[str, Any]:
-    """Bare and observed loops in turn."""
+    """Runs bare and observed loops in alternating order."""
     steps = max(EPOCHS * 50, int(seconds / workload.step_s))
     bare: list[float] = []
     observed: list[float] = []
@@ -149,7 +148,7 @@ def paired(workload: Workload, pairs: int, seconds: float) -> dict[str, Any]:
             bare_first_s = workload.bare_loop(steps) if pair % 2 else None
             loop_s, drained_s = run.run(steps)
             bare_s = workload.bare_loop(steps) if bare_first_s is None else bare_first_s
-        if pair:  # the first one warms up
+        if pair:  # the first one is the warm-up
             bare.append(bare_s)
             observed.append(loop_s)
             drained.append(drained_s)
@@ -167,13 +166,15 @@ def paired(workload: Workload, pairs: int, seconds: float) -> dict[str, Any]:
 
 
 def main(
-    pairs: Annotated[int, typer.Option(help="Pairs of runs for each figure.")] = 9,
-    seconds: Annotated[float, typer.Option(help="Length of each run.")] = 4.0,
-    json: Annotated[Path | None, typer.Option(help="Where to write the figures.")] = None,
-    only: Annotated[str, typer.Option(help="Only sizes that contain this text.")] = "",
+    pairs: Annotated[int, typer.Option(help="Pairs of runs per figure.")] = 9,
+    seconds: Annotated[float, typer.Option(help="Seconds of each run.")] = 4.0,
+    json: Annotated[Path | None, typer.Option(help="File to write the figures to.")] = None,
+    only: Annotated[str, typer.Option(help="Only step durations that contain this text.")] = "",
 ) -> None:
-    """Measure and print the table."""
-    table = Table(title="All file sinks, TensorBoard and Prometheus live / bare loop, median of paired runs")
+    """Measures and prints the table."""
+    table = Table(
+        title="Run with all file loggers, TensorBoard and Prometheus / bare loop, median of paired runs"
+    )
     for heading in ("step", "bare", "observed", "ratio", "quartiles", "target", "drained"):
         table.add_column(heading, no_wrap=True, justify="right")
     figures: list[dict[str, Any]] = []

@@ -1,7 +1,7 @@
-"""What observing a training loop costs, against the bare jitted loop.
+"""Cost of observing a training loop, against the bare jitted loop.
 
-Every figure is a ratio of two loops run one after the other in this process, in alternating order; the median of
-all pairs is quoted. The bare loop has the same donation, the same batches on the device, no sync per step and one
+Each figure is a ratio of two loops, which run one after the other in this process, in alternating order: the median of
+all pairs. The bare loop has the same donation, the same batches on the device, no synchronisation per step and one
 block at the end.
 
     python -m benchmarks.loop_overhead [--pairs 7] [--seconds 3] [--json PATH]
@@ -30,11 +30,11 @@ from eventtrain import subscribers as subs
 
 SIZES = (("70 us", 70e-6), ("0.7 ms", 0.7e-3), ("10 ms", 10e-3))
 EPOCHS = 4
-"""Epochs in each observed run: so often the plateau policy decides, with lag=0."""
+"""Epochs in each observed run; the plateau policy decides once per epoch, with lag=0."""
 
 
 class Observed:
-    """One trainer with its subscribers, and what they saw."""
+    """One trainer with its subscribers, and the number of events that they received."""
 
     def __init__(self, workload: Workload, *, subscribed: bool, steps_per_call: int = 1) -> None:
         self.workload = workload
@@ -90,7 +90,7 @@ class Observed:
             self.columns += len(event.metrics["loss"])
 
     def run(self, steps: int) -> tuple[float, float, np.ndarray]:
-        """Seconds of the loop, seconds until everything was handled, and each step call's seconds."""
+        """Returns the seconds of the loop, until every event was handled, and of each step call."""
         batches, size = self.workload.batches, len(self.workload.batches)
         per_epoch = -(-steps // EPOCHS)
         stamps = np.full(steps + 1, np.nan)
@@ -124,7 +124,7 @@ class Observed:
             drained_s = perf_counter() - began_s
             if sleeper is not None:
                 assert self.counted - before[0] == steps, (
-                    f"the counter saw {self.counted - before[0]} of {steps} steps"
+                    f"the counter received {self.counted - before[0]} of {steps} steps"
                 )
                 sleeper.cancel()
         if sleeper is not None:
@@ -134,7 +134,7 @@ class Observed:
 
 
 def paired(workload: Workload, make: Callable[[], Observed], pairs: int, seconds: float) -> dict[str, Any]:
-    """Run bare and observed loops in turn; returns the ratios and the percentiles of the observed step call."""
+    """Runs bare and observed loops in turn; returns the ratios, and the percentiles of the observed step call."""
     steps = max(160, int(seconds / workload.step_s / 16) * 16)
     ratios: list[float] = []
     drained: list[float] = []
@@ -154,7 +154,7 @@ def paired(workload: Workload, make: Callable[[], Observed], pairs: int, seconds
     all_calls = np.concatenate(calls)
 
     def percentile(p: int) -> float | None:
-        """Of the step call, in us; None where calls are not timed one by one."""
+        """Percentiles of the step call, in us; None if the calls are not timed one by one."""
         return None if np.isnan(all_calls).any() else round(1e6 * float(np.percentile(all_calls, p)), 1)
 
     return {
@@ -171,12 +171,12 @@ def paired(workload: Workload, make: Callable[[], Observed], pairs: int, seconds
 
 
 def main(
-    pairs: Annotated[int, typer.Option(help="Pairs of runs for each figure.")] = 7,
-    seconds: Annotated[float, typer.Option(help="Length of each run.")] = 3.0,
-    json: Annotated[Path | None, typer.Option(help="Where to write the figures.")] = None,
-    only: Annotated[str, typer.Option(help="Only sizes that contain this text.")] = "",
+    pairs: Annotated[int, typer.Option(help="Pairs of runs per figure.")] = 7,
+    seconds: Annotated[float, typer.Option(help="Seconds of each run.")] = 3.0,
+    json: Annotated[Path | None, typer.Option(help="File to write the figures to.")] = None,
+    only: Annotated[str, typer.Option(help="Only step durations that contain this text.")] = "",
 ) -> None:
-    """Measure and print the table."""
+    """Measures and prints the table."""
     logging.getLogger("eventtrain").setLevel(logging.CRITICAL)
     table = Table(title="Observed run / bare jitted loop, median of paired runs; step call times in us")
     for heading in ("bare step", "subscribers", "K", "ratio", "drained", "p50", "p95", "p99"):

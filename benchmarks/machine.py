@@ -1,4 +1,4 @@
-"""Which machine a figure was measured on, and the file it is kept in."""
+"""Describes the machine of a measurement, and writes the results file."""
 
 from __future__ import annotations
 
@@ -12,9 +12,11 @@ from typing import Any
 
 import jax
 
+import eventtrain
+
 
 def describe() -> dict[str, Any]:
-    """The machine and the versions, without names that identify it."""
+    """Returns the machine and the versions, without names that identify the machine."""
     return {
         "processor": _processor(),
         "cores": os.cpu_count(),
@@ -22,10 +24,8 @@ def describe() -> dict[str, Any]:
         "backend": jax.default_backend(),
         "system": platform.system(),
         "python": platform.python_version(),
-        **{
-            package: version(package)
-            for package in ("jax", "jaxlib", "optax", "anyio", "pydantic", "eventtrain")
-        },
+        **{package: version(package) for package in ("jax", "jaxlib", "optax", "anyio", "pydantic")},
+        "eventtrain": eventtrain.__version__,
     }
 
 
@@ -39,7 +39,7 @@ def _processor() -> str:
 
 
 def write_json(path: Path, benchmark: str, figures: Any) -> None:
-    """Write the figures with machine and date."""
+    """Writes the figures with machine and date."""
     path.parent.mkdir(parents=True, exist_ok=True)
     document = {
         "benchmark": benchmark,

@@ -1,7 +1,7 @@
-"""Whether memory stays bounded behind a subscriber that does nothing: RSS after 10^6 events minus RSS after 10^5.
+"""Growth of memory behind a stalled subscriber: RSS after 10^6 events minus RSS after 10^5.
 
-Each kind of queue is measured in a process of its own, with a subscriber that hangs in its first event. At the limit
-of a Lossless queue the publisher gets QueueFull, which is counted.
+Each kind of queue is measured in a separate process, with a subscriber that hangs in its first event. At the limit of a
+Lossless queue the publisher receives QueueFull, which is counted.
 
     python -m benchmarks.memory [--json PATH]
 """
@@ -42,13 +42,13 @@ class Ping(et.Event):
 def resident_mib() -> float:
     try:
         pages = int(Path("/proc/self/statm").read_text().split()[1])
-    except OSError:  # elsewhere than on Linux only the peak is told
+    except OSError:  # other systems report only the peak
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
     return pages * os.sysconf("SC_PAGESIZE") / 2**20
 
 
 async def measure(queue: et.Queue) -> dict[str, Any]:
-    """Publish to a stalled subscriber; what was resident, refused, dropped and waiting."""
+    """Publishes to a stalled subscriber; returns the resident memory, and the refused, dropped and waiting events."""
     refused = 0
     figures: dict[str, Any] = {}
     bus = et.EventBus()
@@ -85,17 +85,17 @@ async def measure(queue: et.Queue) -> dict[str, Any]:
 
 
 def measure_apart(name: str) -> dict[str, Any]:
-    """One kind of queue, in a fresh process."""
+    """Measures one kind of queue in a new process."""
     command = [sys.executable, "-m", "benchmarks.memory", "--only", name]
     done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
     return json_module.loads(done.stdout)
 
 
 def main(
-    json: Annotated[Path | None, typer.Option(help="where to write the figures")] = None,
+    json: Annotated[Path | None, typer.Option(help="file to write the figures to")] = None,
     only: Annotated[str | None, typer.Option(hidden=True)] = None,
 ) -> None:
-    """Measure every kind of queue and print the table."""
+    """Measures every kind of queue and prints the table."""
     if only is not None:
         print(json_module.dumps(anyio.run(measure, QUEUES[only])))
         return

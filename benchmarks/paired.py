@@ -1,4 +1,4 @@
-"""Loops run in turn, so that what else the machine does hits each of them; and the ratios of their times."""
+"""Runs loops in turn, so that other load on the machine affects all of them, and computes the ratios of their times."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ import numpy as np
 import eventtrain as et
 
 Loop = Callable[[int], float]
-"""Seconds for so many steps."""
+"""Takes a number of steps, runs them, and returns the seconds."""
 
 
 def session_loop(trainer: et.Trainer, batches: Sequence[Any]) -> Loop:
-    """A session of ``trainer`` for each call: compiled and warm before the clock starts, one block at the end."""
+    """Returns a loop that runs in a session of ``trainer``: compiled before the clock starts, one block at the end."""
 
     def run(steps: int) -> float:
         with trainer.session() as session:
@@ -32,7 +32,7 @@ def session_loop(trainer: et.Trainer, batches: Sequence[Any]) -> Loop:
 
 
 def in_turn(loops: Mapping[str, Loop], pairs: int, steps: int) -> dict[str, list[float]]:
-    """Seconds a step took in each loop, of ``pairs`` rounds that go through them forwards and backwards."""
+    """Returns the seconds per step of each loop in each of ``pairs`` rounds, in alternating order."""
     took: dict[str, list[float]] = {name: [] for name in loops}
     for pair in range(pairs):
         for name in list(loops) if pair % 2 else reversed(list(loops)):
@@ -41,7 +41,7 @@ def in_turn(loops: Mapping[str, Loop], pairs: int, steps: int) -> dict[str, list
 
 
 def ratios(over: Sequence[float], under: Sequence[float]) -> tuple[float, list[float], list[float]]:
-    """Median, the two quartiles, and all ratios of what was measured in pairs; rounded to what is worth keeping."""
+    """Returns the median, the two quartiles and all ratios of paired measurements, rounded."""
     each = [a / b for a, b in zip(over, under, strict=True)]
     low, middle, high = (round(float(part), 4) for part in np.quantile(each, [0.25, 0.5, 0.75]))
     return middle, [low, high], [round(ratio, 4) for ratio in each]

@@ -1,8 +1,8 @@
-"""How many rows a second the file loggers write: whole windows, against a row built and written for each step.
+"""Rows per second of the file loggers: whole windows, against one row built and written for each step.
 
-Row by row is what one would write by hand: for each step a row of the metrics' ``.item()``, given to ``csv.writer`` or
-``json.dumps`` and an open file. The loggers get the same windows as events, and are timed until every row is in the
-file. Each figure is the median of pairs run alternately in this process.
+"Row by row" is the hand-written alternative: for each step, a row of the metrics' ``.item()``, passed to
+``csv.writer``, or to ``json.dumps`` and an open file. The loggers receive the same windows as events, and are timed
+until every row is in the file. Each figure is the median of pairs that run in alternating order in this process.
 
     python -m benchmarks.sinks [--pairs 15] [--json PATH]
 """
@@ -29,12 +29,12 @@ from benchmarks.machine import write_json
 from eventtrain import subscribers as subs
 
 WINDOW = 512
-"""Steps per window: some 40 ms of the 70 us loop."""
+"""Steps per window: about 40 ms of the 70 us loop."""
 WINDOWS = 200
 ROWS = WINDOW * WINDOWS
 METRICS = ("accuracy", "grad_norm", "loss")
 LOOP_ROWS_PER_S = 14_300
-"""Steps a second of the loop with a step of 70 us."""
+"""Steps per second of the loop with a step of 70 us."""
 TARGET_RATIO = 5.0
 
 
@@ -66,7 +66,7 @@ def csv_by_rows(path: Path, windows: list[et.StepsCompleted]) -> None:
 
 
 def json_by_rows(path: Path, windows: list[et.StepsCompleted]) -> None:
-    """The fields that a row of JSONLLogger has."""
+    """Returns the fields of a row of JSONLLogger."""
     with open(path, "w", encoding="utf-8") as file:
         for window in windows:
             time = window.time.isoformat()
@@ -122,7 +122,7 @@ def time_rows(way: Callable[[Path, list[et.StepsCompleted]], None], path: Path, 
 
 
 def same_rows(path: Path, by_hand: Path) -> bool:
-    """Whether both files say the same."""
+    """Returns whether both files have the same content."""
     if path.suffix == ".csv":
         read = [list(csv.reader(file.read_text().splitlines())) for file in (path, by_hand)]
         numbers = [[[float(field) for field in row] for row in rows[1:]] for rows in read]
@@ -154,7 +154,7 @@ def measure(pairs: int) -> dict[str, dict[str, float]]:
                         if ours
                         else time_rows(by_rows, by_hand, windows)
                     )
-                if pair:  # the first one warms up
+                if pair:  # the first one is the warm-up
                     found.append((took[True], took[False]))
                 elif not same_rows(path, by_hand):
                     raise AssertionError(f"{what} and row by row wrote different rows")
@@ -178,10 +178,10 @@ def measure(pairs: int) -> dict[str, dict[str, float]]:
 
 
 def main(
-    pairs: Annotated[int, typer.Option(help="alternating runs; the median counts")] = 15,
-    json: Annotated[Path | None, typer.Option(help="where to write the figures")] = None,
+    pairs: Annotated[int, typer.Option(help="alternating runs, of which the median is taken")] = 15,
+    json: Annotated[Path | None, typer.Option(help="file to write the figures to")] = None,
 ) -> None:
-    """Measure and print the table."""
+    """Measures and prints the table."""
     figures = measure(pairs)
     table = Table(
         title=f"File loggers (medians of {pairs} pairs, {ROWS} rows of {len(METRICS)} float32 metrics)"

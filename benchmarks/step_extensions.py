@@ -1,11 +1,10 @@
-"""What averaging the weights inside the step costs.
+"""Cost of averaging the weights inside the step.
 
-Every figure is a ratio of two loops run one after the other in this process, in alternating order; the median of
-all pairs is quoted, with the quartiles. Runs are short and pairs many, so that what else the machine does hits both;
-beside it stands the ratio of the two fastest runs, which were disturbed least.
-"bare" compares jitted loops with the same donation, "trainer" two sessions without subscribers: one with the
-extension and one without. "alone" is the time of the extension's update by itself, the best of many runs, and the
-dispatch of that call is in it.
+Each figure is a ratio of two loops, which run one after the other in this process, in alternating order: the median of
+all pairs, with the quartiles. There are many pairs of short runs, so that other load on the machine affects both. The
+ratio of the two fastest runs, which were disturbed least, is shown too. "bare" compares jitted loops with the same
+donation, "trainer" compares two sessions without subscribers, each with and without the extension. "alone" is the time
+of the extension's update alone, including its dispatch, as the best of many runs.
 
     python -m benchmarks.step_extensions [--pairs 41] [--seconds 0.2] [--json PATH]
 """
@@ -31,13 +30,13 @@ from benchmarks.workloads import Workload, network
 from eventtrain.device.extensions import StepExtension
 
 NETWORKS = ((512, 64, 3), (256, 128, 2), (16, 256, 3))
-"""Batch size, width and layers. The first two take 0.5 to 0.7 ms here. The last is dominated by its parameters: 16
-examples for 200,000 of them are the worst a step could do."""
+"""Batch size, width and layers. The first two take 0.5 to 0.7 ms. The last is the worst case: 16 examples per batch for
+200,000 parameters."""
 EXTENSIONS: tuple[StepExtension, ...] = (et.EMA(0.999), et.SWA(1, 100))
 
 
 def bare(workload: Workload, extension: StepExtension | None) -> Loop:
-    """The jitted loop: donation, batches on the device, no sync per step, one block at the end."""
+    """Returns the jitted loop: donation, batches on the device, no synchronisation per step, one block at the end."""
 
     def step(state: Any, averaged: Any, batch: Any) -> Any:
         state, metrics = workload.step_fn(state, batch)
@@ -65,7 +64,7 @@ def bare(workload: Workload, extension: StepExtension | None) -> Loop:
 
 
 def trained(workload: Workload, extension: StepExtension | None, run_dir: str) -> Loop:
-    """A session of a trainer without subscribers."""
+    """Returns a loop in a session of a trainer without subscribers."""
     extensions = () if extension is None else (extension,)
     trainer = et.Trainer(workload.step_fn, workload.state, step_extensions=extensions, run_dir=run_dir)
 
@@ -73,7 +72,7 @@ def trained(workload: Workload, extension: StepExtension | None, run_dir: str) -
 
 
 def alone_s(workload: Workload, extension: StepExtension, repeats: int = 200) -> float:
-    """Seconds that `extension.update` takes by itself; the best of 20 runs."""
+    """Returns the seconds of `extension.update` alone, as the best of 20 runs."""
     jitted, params = jax.jit(extension.update, donate_argnums=0), workload.state["params"]
     average, step = jax.tree.map(jnp.copy, extension.init(params)), jnp.int32(2)
     best_s = float("inf")
@@ -87,7 +86,7 @@ def alone_s(workload: Workload, extension: StepExtension, repeats: int = 200) ->
 
 
 def paired(with_extension: Loop, without: Loop, pairs: int, seconds: float) -> dict[str, Any]:
-    """Runs both in turn, the first of them alternating; the quantiles of the ratios."""
+    """Runs both in alternating order; returns the quantiles of the ratios."""
     for loop in (without, with_extension):
         loop(20)  # compiles
     steps = max(50, int(seconds / (without(100) / 100)))
@@ -107,11 +106,11 @@ def paired(with_extension: Loop, without: Loop, pairs: int, seconds: float) -> d
 
 
 def main(
-    pairs: Annotated[int, typer.Option(help="Pairs of runs for each figure.")] = 41,
-    seconds: Annotated[float, typer.Option(help="Length of each run.")] = 0.2,
-    json: Annotated[Path | None, typer.Option(help="Where to write the figures.")] = None,
+    pairs: Annotated[int, typer.Option(help="Pairs of runs per figure.")] = 41,
+    seconds: Annotated[float, typer.Option(help="Seconds of each run.")] = 0.2,
+    json: Annotated[Path | None, typer.Option(help="File to write the figures to.")] = None,
 ) -> None:
-    """Measure and print the table."""
+    """Measures and prints the table."""
     table = Table(title="With the extension / without, median of paired runs")
     for heading in (
         "step",

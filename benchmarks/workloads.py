@@ -1,4 +1,4 @@
-"""Training steps of a chosen length, and the bare jitted loop that every ratio is taken against."""
+"""Training steps of a chosen duration, and the bare jitted loop that is the reference of every ratio."""
 
 from __future__ import annotations
 
@@ -23,17 +23,17 @@ CANDIDATES = [
 
 @dataclass(frozen=True)
 class Workload:
-    """One training step: ``step_fn(state, batch)`` with three metrics, batches that lie on the device already."""
+    """One training step, ``step_fn(state, batch)`` with three metrics, and its batches on the device."""
 
     name: str
     step_fn: Callable[[Any, Any], tuple[Any, dict[str, jax.Array]]]
     state: Any
     batches: list[Any]
     step_s: float
-    """Seconds a step of the bare jitted loop takes here."""
+    """Seconds per step of the bare jitted loop on this machine."""
 
     def bare_loop(self, steps: int) -> float:
-        """Seconds for ``steps`` steps of the bare jitted loop: donation, no sync per step, one block at the end."""
+        """Runs ``steps`` steps of the bare jitted loop, with one block at the end; returns the seconds."""
         jitted = jax.jit(self.step_fn, donate_argnums=0)
         state = jax.tree.map(jnp.copy, self.state)
         state, metrics = jitted(state, self.batches[0])
@@ -47,7 +47,7 @@ class Workload:
 
 
 def network(batch_size: int, width: int, hidden: int, name: str) -> Workload:
-    """A tanh network with biases, Adam and an injected learning rate, on ``batch_size`` x ``width`` random inputs."""
+    """Returns a tanh network with biases, Adam and an injected learning rate, and random batches for it."""
     optimiser = optax.inject_hyperparams(optax.adam)(learning_rate=1e-3)
     generator = np.random.default_rng(0)
     sizes = [width] * (hidden + 1)
@@ -80,7 +80,7 @@ def network(batch_size: int, width: int, hidden: int, name: str) -> Workload:
 
 
 def calibrated(name: str, target_s: float) -> Workload:
-    """The candidate whose bare step comes nearest to ``target_s`` seconds on this machine."""
+    """Returns the candidate whose bare step is closest to ``target_s`` seconds on this machine."""
     best: Workload | None = None
     for batch_size, width, hidden in CANDIDATES:
         workload = network(batch_size, width, hidden, name)

@@ -1,4 +1,4 @@
-"""Draws docs/images/progress.svg out of a small run: ``python docs/draw_progress.py``."""
+"""Draws docs/images/progress.svg from a small run: ``python docs/draw_progress.py``."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def train_step(state: Any, batch: Any) -> Any:
 
 
 def draw(run_dir: str) -> list[RenderableType]:
-    """Train, and keep what the bar showed in the middle, the lines and the table."""
+    """Trains, and returns the lines and the bar during the run, and the table at its end."""
     generator = np.random.default_rng(0)
     params = {"w1": generator.normal(size=(32, 256)) / 6, "w2": generator.normal(size=(256, 1)) / 16}
     params = jax.tree.map(lambda leaf: jnp.asarray(leaf, jnp.float32), params)
@@ -79,7 +79,7 @@ def draw(run_dir: str) -> list[RenderableType]:
     )
     assert seen, result
     summary = bar._summary.table(bar._run.loop_statistics(), bar._run.statistics().values())
-    return ["[dim]while it runs[/]", *seen, "", "[dim]when it has ended[/]", summary]
+    return ["[dim]during the run[/]", *seen, "", "[dim]at the end[/]", summary]
 
 
 def main() -> None:
@@ -87,7 +87,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as run_dir:
         for part in draw(run_dir):
             console.print(part, highlight=False)
-    # Without the font that rich's template would fetch from another site.
+    # Without the font that rich's template would load from another site.
     template = re.sub(r"@font-face \{\{.*?\}\}\n", "", CONSOLE_SVG_FORMAT, flags=re.DOTALL)
     TARGET.parent.mkdir(exist_ok=True)
     TARGET.write_text(console.export_svg(title="eventtrain", code_format=template, unique_id="progress"))

@@ -1,8 +1,12 @@
-"""Fills what the pages take from the code: ``python docs/make_pages.py``. A test fails when one is out of date.
+"""Fills the generated parts of the pages: ``PYTHONPATH=. python docs/make_pages.py``.
 
-events.md      the events and their fields, from the classes and their docstrings
-promises.md    the mutants of each promise and behaviour, from tests/mutants/mutants.toml
-how-it-works.md    the packages, from tests/test_architecture.py and the first line of each package
+A test fails if one of them is out of date.
+
+docs/events.md          the events and their fields, from the classes and their docstrings
+docs/promises.md        the mutants of each promise and behaviour, from tests/mutants/mutants.toml
+docs/how-it-works.md    the packages, from tests/test_architecture.py and the first line of each package
+docs/measuring.md       the tables of measurements, from benchmarks/results
+README.md               the first of these tables
 """
 
 from __future__ import annotations
@@ -16,6 +20,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from benchmarks import tables
 from eventtrain import events
 
 DOCS = Path(__file__).parent
@@ -54,17 +59,17 @@ GROUPS = {
     ),
     "The machine": ("MachineMeasured", "ProfileCaptured"),
 }
-"""Heading -> names of its classes."""
+"""Heading -> names of the classes in its table."""
 
 
 def events_page(page: str) -> str:
-    """The page with a table for each group of events."""
+    """Returns the page with a table for each group of events."""
     listed = [name for group in GROUPS.values() for name in group]
     if sorted(listed) != sorted(kind.__name__ for kind in events.BUILT_IN):
         raise SystemExit("make_pages.py: GROUPS and events.BUILT_IN differ")
     parts: list[str] = []
     for heading, group in GROUPS.items():
-        parts += [f"## {heading}", "", "| event | what it says | fields |", "|---|---|---|"]
+        parts += [f"## {heading}", "", "| event | meaning | fields |", "|---|---|---|"]
         parts += [_row(getattr(events, name)) for name in group]
         parts.append("")
     return between("events", page, "\n".join(parts))
@@ -77,7 +82,7 @@ def _row(kind: type[events.Event]) -> str:
         if name not in events.Event.model_fields
     ]
     mark = " ◆" if kind.lifecycle else ""
-    return f"| `{kind.__name__}`{mark} | {_said(kind)} | {', '.join(own)} |"
+    return f"| `{kind.__name__}`{mark} | {_description(kind)} | {', '.join(own)} |"
 
 
 def _field(name: str, field: Any) -> str:
@@ -86,15 +91,15 @@ def _field(name: str, field: Any) -> str:
     return f"`{name}={field.default!r}`"
 
 
-def _said(kind: type[events.Event]) -> str:
-    """The docstrings of the class and of its own fields."""
+def _description(kind: type[events.Event]) -> str:
+    """Returns the docstrings of the class and of its own fields."""
     texts = [inspect.getdoc(kind) or ""]
     body = ast.parse(inspect.getsource(kind)).body[0]
     assert isinstance(body, ast.ClassDef)
     for field, text in itertools.pairwise(body.body):
         match field, text:
-            case ast.AnnAssign(target=ast.Name(id=name)), ast.Expr(value=ast.Constant(value=str(said))):
-                texts.append(f"`{name}`: {said}")
+            case ast.AnnAssign(target=ast.Name(id=name)), ast.Expr(value=ast.Constant(value=str(described))):
+                texts.append(f"`{name}`: {described}")
             case _:
                 pass
     return _plain(" ".join(texts))
@@ -104,7 +109,7 @@ def _said(kind: type[events.Event]) -> str:
 
 
 def promises_page(page: str) -> str:
-    """The page with the mutants of each promise and behaviour in the last column."""
+    """Returns the page with the mutants of each promise and behaviour in the last column."""
     mutants = tomllib.loads((ROOT / "tests" / "mutants" / "mutants.toml").read_text()).get("mutant", [])
     lines: list[str] = []
     for line in page.split("\n"):
@@ -128,7 +133,7 @@ def _row_of(mutant: dict[str, Any]) -> str:
 
 
 def packages_page(page: str) -> str:
-    """The page with a line for each package, the highest floor first."""
+    """Returns the page with a line for each package, the highest floor first."""
     rows = ["| package | contents | imports |", "|---|---|---|"]
     for name, imports in reversed(_may_import().items()):
         path = ROOT / "eventtrain" / name
@@ -150,11 +155,22 @@ def _may_import() -> dict[str, str]:
     raise SystemExit("make_pages.py: tests/test_architecture.py has no MAY_IMPORT")
 
 
+# --- README.md, measuring.md -------------------------------------------------------------------------------
+
+
+def results_page(page: str) -> str:
+    """Returns the page with the table of each benchmark that it has markers for."""
+    for name in tables.RENDERERS:
+        if f"<!-- {name}:begin -->" in page:
+            page = between(name, page, tables.section(name))
+    return page
+
+
 # --- all of them -------------------------------------------------------------------------------------------
 
 
 def between(marker: str, page: str, text: str) -> str:
-    """The page with ``text`` between the two comments of that name."""
+    """Returns the page with ``text`` between the two comments of that name."""
     begin, end = f"<!-- {marker}:begin -->", f"<!-- {marker}:end -->"
     before, rest = page.split(begin)
     _, after = rest.split(end)
@@ -162,16 +178,18 @@ def between(marker: str, page: str, text: str) -> str:
 
 
 def _plain(docstring: str) -> str:
-    """A docstring on one line of a table."""
+    """Returns a docstring as one line of a table."""
     return re.sub(r"``(.+?)``", r"`\1`", " ".join(docstring.split())).replace("|", "\\|")
 
 
-PAGES: dict[str, Callable[[str], str]] = {
-    "events.md": events_page,
-    "promises.md": promises_page,
-    "how-it-works.md": packages_page,
+PAGES: dict[Path, Callable[[str], str]] = {
+    DOCS / "events.md": events_page,
+    DOCS / "promises.md": promises_page,
+    DOCS / "how-it-works.md": packages_page,
+    DOCS / "measuring.md": results_page,
+    ROOT / "README.md": results_page,
 }
 
 if __name__ == "__main__":
-    for file, fill in PAGES.items():
-        (DOCS / file).write_text(fill((DOCS / file).read_text()))
+    for path, fill in PAGES.items():
+        path.write_text(fill(path.read_text()))

@@ -1,14 +1,14 @@
 """eventtrain: a jitted JAX step publishes typed events, async subscribers act on them, the loop never waits.
 
-``import eventtrain as et``. Subscribers are in ``eventtrain.subscribers``, tools for tests in ``eventtrain.testing``.
+``import eventtrain as et``. Subscribers are in ``eventtrain.subscribers``, helpers for tests in ``eventtrain.testing``.
 """
 
 import importlib as _importlib
-from importlib.metadata import version as _version
 from typing import TYPE_CHECKING as _TYPE_CHECKING
 from typing import Any as _Any
 
 from eventtrain import errors
+from eventtrain._version import __version__ as __version__
 from eventtrain.bus.bus import EventBus
 from eventtrain.bus.queues import DropNewest, DropOldest, KeepLatest, Lossless, Queue
 from eventtrain.bus.subscription import Subscription, SubscriptionStatistics
@@ -17,9 +17,9 @@ from eventtrain.control.loop_statistics import LoopStatistics
 from eventtrain.control.run_context import RunContext
 from eventtrain.control.snapshots import KeptSnapshot
 from eventtrain.data.array_loader import ArrayLoader
+from eventtrain.device.compiled_step import StepProgram
 from eventtrain.device.extensions import StepExtension
-from eventtrain.device.nonfinite import nonfinite_metrics
-from eventtrain.device.program import StepProgram
+from eventtrain.device.hyperparams import nonfinite_metrics
 from eventtrain.device.weight_averaging import EMA, SWA
 from eventtrain.errors import (
     AlreadyRunning,
@@ -96,8 +96,6 @@ if _TYPE_CHECKING:
     from eventtrain.config.load import load_subscribers
     from eventtrain.config.model import subscriber_config
     from eventtrain.subscribers.checkpointing.reader import load_state
-
-__version__ = _version("eventtrain")
 
 __all__ = [
     "EMA",
@@ -191,7 +189,7 @@ __all__ = [
     "subscriber_config",
 ]
 
-_LAZY = {  # needed by few programs, or slow to import, like Orbax
+_LAZY = {  # rarely needed, or slow to import, as Orbax is
     "load_state": "eventtrain.subscribers.checkpointing.reader",
     "load_subscribers": "eventtrain.config.load",
     "subscriber_config": "eventtrain.config.model",

@@ -30,7 +30,7 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 __all__ = [
     "AlreadyRunning",
@@ -167,3 +167,16 @@ def did_you_mean(given: str, known: Iterable[str], otherwise: str = "") -> str:
     """Returns "Did you mean 'x'?" for the known name closest to ``given``, or ``otherwise`` if none is close."""
     nearest = difflib.get_close_matches(given, list(known), n=1)
     return f"Did you mean {nearest[0]!r}?" if nearest else otherwise
+
+
+def listed(parts: Sequence[str], limit: int = 5) -> str:
+    """Returns the first ``limit`` of ``parts``, separated by "; ", and how many more there are."""
+    rest = len(parts) - limit
+    return "; ".join([*parts[:limit], f"and {rest} more"] if rest > 0 else parts)
+
+
+def first_lines(text: str, limit: int = 10) -> str:
+    """Returns the first ``limit`` lines of ``text``, and how many more there are."""
+    lines = text.splitlines()
+    rest = len(lines) - limit
+    return "\n".join([*lines[:limit], f"... and {rest} more lines"]) if rest > 0 else text

@@ -1,8 +1,8 @@
-"""A subscriber of one's own: asynchronous, with state that survives a restart, and a decision at an exact step.
+"""A custom subscriber: asynchronous, with state that survives a restart, and decisions at exact steps.
 
-It halves the learning rate when the loss jumps far above its running mean. ``lag=8`` on StepCompleted makes the cut
-take
-effect exactly eight steps after the jump, however slow this handler or the machine is: the same run every time.
+It halves the learning rate when the loss jumps far above its running mean. With ``lag=8`` on StepCompleted the cut
+takes effect exactly eight steps after the jump, however slow this handler or the machine is. The run is the same every
+time.
 """
 
 from typing import ClassVar
@@ -54,7 +54,7 @@ def train_step(state, batch):
 
 
 def batches(epoch: int):
-    """Targets near 1; the 40th batch is broken."""
+    """Yields targets near 1; the batch with index 40 is broken."""
     rng = np.random.default_rng(epoch)
     for index in range(100):
         yield rng.normal(1.0, 0.3, 16).astype(np.float32) + (50.0 if index == 40 else 0.0)
@@ -66,4 +66,4 @@ if __name__ == "__main__":
         train_step, {"params": params, "opt_state": optimiser.init(params)}, subscribers=[CutOnSpike()]
     )
     result = trainer.fit(batches, epochs=2)
-    print(f"{result.step} steps; the weights end at {result.state['params'].mean():.2f} on average")
+    print(f"{result.step} steps; mean weight {result.state['params'].mean():.2f}")

@@ -1,4 +1,4 @@
-"""Handwritten digits for ``eventtrain run``. What is trained stands here; who watches and steers it, in run.toml:
+"""Handwritten digits for ``eventtrain run``. The model and the data are defined here, the subscribers in run.toml:
 
 eventtrain run examples/digits_script.py --config examples/run.toml --set early_stopping.patience=8
 """
@@ -39,7 +39,7 @@ def make_trainer(subscribers):
         {"params": params, "opt_state": optimiser.init(params)},
         eval_fn=lambda state, batch: metrics_of(state["params"], batch)[1],
         subscribers=subscribers,
-        run_dir="runs/digits",  # a fixed one, so that --resume finds its checkpoints
+        run_dir="runs/digits",  # fixed, so that --resume finds the checkpoints
     )
 
 

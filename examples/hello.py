@@ -22,7 +22,7 @@ async def report(event):
     print(event.step, event.metrics if event.kind == "epoch_completed" else f"{event.old} -> {event.new}")
 
 
-@trainer.on(et.StepCompleted, every=100, lag=8)  # whatever it decides takes effect exactly 8 steps later
+@trainer.on(et.StepCompleted, every=100, lag=8)  # a decision takes effect exactly 8 steps later
 async def decay(event, control):
     control.scale_hyperparam("learning_rate", 0.5, reason="another 100 steps")
 

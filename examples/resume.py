@@ -1,8 +1,8 @@
-"""A run that may be killed at any moment: start it, ``kill -9`` it, start it again.
+"""A run that can be killed at any moment. Start it, ``kill -9`` it, and start it again:
 
 python examples/resume.py [run_dir]
 
-However often that happens, it ends with the digest of an undisturbed run, and its log has one row for each step.
+However often it is killed, it ends with the digest of an uninterrupted run, and its log has exactly one row per step.
 """
 
 import hashlib

@@ -1,8 +1,8 @@
 """A web service that trains while it serves.
 
-    GET  /status     step, epoch, hyperparameters and the latest metrics, also in the middle of training
+    GET  /status     step, epoch, hyperparameters and the latest metrics, at any time
     GET  /events     the run's events as they happen (server-sent events; ?kinds=epoch_completed,hyperparam_changed)
-    POST /commands   {"learning_rate": 0.001} changes the learning rate; the answer names the step from which it holds
+    POST /commands   {"learning_rate": 0.001} changes the learning rate; the answer names the step
 
 Run it with ``python examples/service.py`` (pip install 'eventtrain[service]') and talk to it with curl:
 
@@ -47,7 +47,7 @@ KINDS = {
 
 
 class Training:
-    """One trainer, its bus, and what /status shows of it. Everything here runs on the service's event loop."""
+    """One trainer, its bus, and the figures that /status shows. Everything here runs on the service's event loop."""
 
     def __init__(self, trainer: et.Trainer, fit: Callable[[et.Trainer], Any]) -> None:
         self.trainer = trainer
@@ -68,7 +68,7 @@ class Training:
         self.metrics.update({name: value for name, value in event.metrics.items() if name.startswith("val_")})
 
     async def run(self) -> None:
-        """Train to the end. A failure is said by /status and leaves the service up."""
+        """Trains to the end. /status reports a failure, and the service stays up."""
         self.state = "training"
         try:
             with self._scope:
@@ -80,7 +80,7 @@ class Training:
             self._ended.set()
 
     async def close(self) -> None:
-        """Stop at the next boundary, deliver what was published, then end every stream of events. May be repeated."""
+        """Stops at the next boundary, delivers all published events, then ends every stream. May be called again."""
         self._scope.cancel()
         await self._ended.wait()
         await self.trainer.bus.aclose()
@@ -107,7 +107,9 @@ async def get_events(request: Request) -> Response:
     names = request.query_params.get("kinds")
     unknown = set(names.split(",")) - KINDS.keys() if names else set()
     if unknown:
-        return JSONResponse({"error": f"unknown kinds {sorted(unknown)}; known are {sorted(KINDS)}"}, 422)
+        return JSONResponse(
+            {"error": f"unknown kinds {sorted(unknown)}; the known kinds are {sorted(KINDS)}"}, 422
+        )
     kinds = tuple(KINDS[name] for name in names.split(",")) if names else SHOWN
     headers = {"Cache-Control": "no-store", "X-Accel-Buffering": "no"}
     return StreamingResponse(
@@ -116,7 +118,7 @@ async def get_events(request: Request) -> Response:
 
 
 async def _server_sent(bus: et.EventBus, kinds: tuple[type[et.Event], ...]) -> AsyncIterator[str]:
-    # A client that reads too slowly loses the oldest events instead of holding training up.
+    # A client that reads too slowly loses the oldest events; it does not hold training up.
     async with bus.stream(kinds, queue=et.DropOldest(1000), name="GET /events") as events:
         yield ": connected\n\n"
         while True:
@@ -136,8 +138,8 @@ async def post_command(request: Request) -> Response:
     training: Training = request.app.state.training
     try:
         body = await request.json()
-    except (ValueError, RecursionError):  # no JSON, or no text at all
-        return JSONResponse({"error": 'the body is no JSON; send {"learning_rate": 0.001}'}, 422)
+    except (ValueError, RecursionError):  # not JSON, or not even text
+        return JSONResponse({"error": 'expected a JSON body such as {"learning_rate": 0.001}'}, 422)
     value = body.get("learning_rate") if isinstance(body, dict) and len(body) == 1 else None
     if (
         isinstance(value, bool)
@@ -145,7 +147,7 @@ async def post_command(request: Request) -> Response:
         or not math.isfinite(value)
         or value < 0
     ):
-        return JSONResponse({"error": 'send {"learning_rate": x} with a finite x of at least 0'}, 422)
+        return JSONResponse({"error": 'expected {"learning_rate": x} with a finite number x >= 0'}, 422)
     try:
         with anyio.fail_after(ANSWER_TIMEOUT_S):
             command = training.trainer.control.set_hyperparam("learning_rate", value, reason="POST /commands")
@@ -154,9 +156,10 @@ async def post_command(request: Request) -> Response:
         return JSONResponse({"error": error.reason}, 409)
     except TimeoutError:
         return JSONResponse(
-            {"error": f"training gave no answer within {ANSWER_TIMEOUT_S:g} s; the command stands"}, 504
+            {"error": f"training did not answer within {ANSWER_TIMEOUT_S:g} s; the command is still pending"},
+            504,
         )
-    # The answer comes before the event has been through the bus, which stamps these three.
+    # The bus stamps these three when it publishes the event, which may be after this answer.
     text = applied.model_dump_json(exclude={"run_id", "seq", "time"})
     return Response(text, media_type="application/json")
 
@@ -164,7 +167,7 @@ async def post_command(request: Request) -> Response:
 def make_app(
     make_trainer: Callable[[et.EventBus], et.Trainer], fit: Callable[[et.Trainer], Any]
 ) -> Starlette:
-    """The service around any trainer; ``fit`` starts its training, say ``lambda t: t.fit_async(data, epochs=n)``."""
+    """Returns the service around a trainer. ``fit`` starts training: ``lambda t: t.fit_async(data, epochs=n)``."""
 
     @asynccontextmanager
     async def lifespan(app: Starlette) -> AsyncIterator[None]:
@@ -186,14 +189,14 @@ def make_app(
 
 
 class Server(uvicorn.Server):
-    """uvicorn waits for open connections before it tells the app to shut down, and GET /events never ends by itself."""
+    """Ends the event streams before uvicorn waits for open connections: GET /events never ends by itself."""
 
     async def shutdown(self, sockets: Any = None) -> None:
         await self.config.app.state.training.close()  # type: ignore[union-attr]
         await super().shutdown(sockets)
 
 
-# --- what it trains: a small network on the curve y = sin(3x) ------------------------------------------------
+# --- the model: a small network that learns y = sin(3x) ------------------------------------------------------
 
 optimiser = optax.inject_hyperparams(optax.adam)(learning_rate=1e-3)
 
@@ -230,5 +233,5 @@ def example_fit(trainer: et.Trainer) -> Any:
 
 if __name__ == "__main__":
     app = make_app(example_trainer, example_fit)
-    with suppress(KeyboardInterrupt):  # uvicorn raises it anew when all is done
+    with suppress(KeyboardInterrupt):  # uvicorn raises it again after the shutdown
         Server(uvicorn.Config(app, host="127.0.0.1", port=8000, timeout_graceful_shutdown=5)).run()

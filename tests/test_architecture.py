@@ -20,6 +20,7 @@ PACKAGE = "eventtrain"
 ROOT = Path(__file__).resolve().parent.parent
 
 MAY_IMPORT = {
+    "_version": "",
     "errors": "",
     "events": "errors",
     "device": "errors",
@@ -27,11 +28,11 @@ MAY_IMPORT = {
     "data": "errors device",
     "control": "errors events device bus",
     "loop": "errors events device bus data control",
-    "subscribers": "errors events bus control",
+    "subscribers": "_version errors events bus control",
     "trainer": "errors events device bus data control loop subscribers",
     "config": "errors events bus subscribers",
     "testing": "errors events bus subscribers",
-    "__init__": "errors events device bus data control subscribers trainer config",
+    "__init__": "_version errors events device bus data control subscribers trainer config",
     "cli": "errors events config subscribers __init__",
 }
 """Package, or module at the top -> the packages that it may import besides itself; lowest floor first."""

@@ -1,8 +1,8 @@
-"""What a delayed writer saves is the state of its step, bit for bit, while the loop trains on and donates.
+"""A delayed writer saves the state of its step, bit for bit, while the loop continues to train and to donate.
 
-A trial is one checkpoint. Twenty-five of them make a run: they are taken at random steps, all are in flight at once,
-and each is written ``DELAY_S`` seconds after it was taken, or later. The first of a run waits behind its copy to the
-host; those behind it are still on the device. The state is integers, so that NumPy can say what every step's was.
+A trial is one checkpoint. A run has twenty-five: they are taken at random steps, all of them are in flight at once, and
+each is written at least ``DELAY_S`` seconds after it was taken. The first one waits after its copy to the host; the
+others are still on the device. The state consists of integers, so that NumPy can compute the state of every step.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from eventtrain.subscribers._shared import atomic_files
 DELAY_S = 5.0
 TOGETHER = 25
 LAST_TAKEN = 400
-"""The step by which all checkpoints of a run are taken."""
+"""The last step at which a checkpoint is taken."""
 SIZE = 65_536
 FACTOR, SUMMAND = 1_664_525, 1_013_904_223
 
@@ -39,10 +39,10 @@ class Written:
     """One checkpoint of a run.
 
     Attributes:
-        step: after which it was taken.
-        late_s: from then until its writing began.
-        steps_behind: trained meanwhile.
-        equal: what was saved is that step's state, bit for bit.
+        step: the step after which it was taken.
+        late_s: seconds from then until its writing began.
+        steps_behind: steps trained in that time.
+        equal: whether the saved state is that step's state, bit for bit.
     """
 
     step: int
@@ -52,13 +52,13 @@ class Written:
 
 
 def step_fn(state: Any, batch: Any) -> tuple[Any, dict[str, Any]]:
-    """Another value in every word; no step is like another."""
+    """Changes every word; all steps have different states."""
     words = state["words"] * jnp.uint32(FACTOR) + jnp.uint32(SUMMAND) + batch
     return {"words": words, "count": state["count"] + 1}, {"word": words[0]}
 
 
 def states(seed: int, steps: set[int]) -> dict[int, np.ndarray]:
-    """The words after each of ``steps``, by NumPy."""
+    """Returns the words after each of ``steps``, computed by NumPy."""
     words, found = first_words(seed), {}
     for step in range(1, max(steps) + 1):
         words = words * np.uint32(FACTOR) + np.uint32(SUMMAND) + np.uint32(step)
@@ -73,7 +73,7 @@ def first_words(seed: int) -> np.ndarray:
 
 @contextmanager
 def delayed(delay_s: float, taken_s: Mapping[int, float]) -> Generator[dict[int, float]]:
-    """Every folder for a checkpoint is made so long after its state was taken; yields step -> when that was."""
+    """Delays the creation of every checkpoint folder; yields step -> the time at which its state was taken."""
     make_folder: Callable[[Path], None] = atomic_files.make_folder
     began_s: dict[int, float] = {}
 
@@ -93,7 +93,7 @@ def delayed(delay_s: float, taken_s: Mapping[int, float]) -> Generator[dict[int,
 def run(
     seed: int, *, together: int = TOGETHER, delay_s: float = DELAY_S, stage: str = "device"
 ) -> list[Written]:
-    """Take ``together`` checkpoints, and train on until all are written."""
+    """Takes ``together`` checkpoints, and trains until all of them are written."""
     steps = sorted(Random(seed).sample(range(1, LAST_TAKEN), together))
     taken_s: dict[int, float] = {}
     began_at: dict[int, int] = {}
@@ -154,10 +154,10 @@ def run_of(seed: int) -> list[Written]:
 
 
 def trial(seed: int) -> Mapping[str, int]:
-    """Look at one checkpoint of its run.
+    """Checks one checkpoint of its run.
 
     Raises:
-        AssertionError: it is not the state of its step, or its writer was not late.
+        AssertionError: it does not have the state of its step, or its writer was not late.
     """
     written = run_of(seed // TOGETHER)[seed % TOGETHER]
     assert written.equal, f"the checkpoint of step {written.step} is not its state"

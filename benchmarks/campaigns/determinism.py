@@ -1,9 +1,9 @@
 """Decisions with a finite lag are the same in every rerun, however late handlers are and however busy the machine is.
 
-A small regression runs with all policies at work, some of them on one hyperparameter. Undisturbed it gives the log and
-the state to compare with. A trial delays every handler and every batch at random, beside a thread that burns CPU. Then
-the same once more with ``lag=None``, which has to give another run: else the delays would show nothing. (20
-undisturbed runs on a busy machine had 2 orders of arrival between them, 8 disturbed ones 8.)
+A small regression runs with all policies, some of them on one hyperparameter. An undisturbed run gives the reference
+log and state. A trial delays every handler and every batch at random while a thread burns CPU. The same with
+``lag=None`` must give a different run; otherwise the delays would prove nothing. (20 undisturbed runs on a busy machine
+had 2 different orders of arrival, and 8 disturbed runs had 8.)
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from eventtrain.testing import RecordingSubscriber
 EPOCHS, STEPS_PER_EPOCH = 12, 12
 BAD_STEP, SPIKES = 41, (20, 33, 64, 77)
 DELAYED, LONGEST_DELAY_S = 0.1, 0.02
-"""The share of handler calls that are delayed, and for how long at most."""
+"""Share of the handler calls that are delayed, and the maximum delay."""
 
 OPTIMISER = optax.inject_hyperparams(optax.sgd)(learning_rate=0.05, momentum=0.5)
 
@@ -59,7 +59,7 @@ def eval_fn(state: Any, batch: Any) -> dict[str, jax.Array]:
 
 @cache
 def batches() -> Sequence[Any]:
-    """All batches of the run, on the device: noise that no weight explains, some of them far out, one of them NaN."""
+    """Returns all batches of the run, on the device: noise, with some outliers and one NaN."""
     generator = np.random.default_rng(0)
     x = generator.normal(size=(EPOCHS * STEPS_PER_EPOCH, 8, 3)).astype(np.float32)
     y = x @ np.array([1.0, -2.0, 0.5], np.float32) + generator.normal(size=x.shape[:2]).astype(np.float32)
@@ -69,11 +69,11 @@ def batches() -> Sequence[Any]:
     return [(jnp.asarray(a), jnp.asarray(b)) for a, b in zip(x, y, strict=True)]
 
 
-# --- who decides --------------------------------------------------------------------------------------------------
+# --- the deciders ------------------------------------------------------------------------------------------------
 
 
 def policies() -> list[Any]:
-    """All that decide by what they see. (MaxTime goes by the clock: no rerun repeats that.)"""
+    """Returns all policies that decide by events. (MaxTime uses the clock, which a rerun does not repeat.)"""
     by_steps = subs.ReduceLROnPlateau("loss", factor=0.9, patience=5, cooldown=4, patience_unit="steps")
     by_steps.name, by_steps.lag = "plateau of steps", 9
     return [
@@ -89,27 +89,27 @@ def policies() -> list[Any]:
 
 
 class Faster(et.Subscriber):
-    """A decider as users write them: every third step, by what the loss says."""
+    """A decider as users write it: every third step, from the loss."""
 
     events = et.StepCompleted
     every = 3
     lag = 6
 
     async def handle(self, event: et.StepCompleted, control: et.Control) -> None:
-        """Raise the learning rate a little."""
+        """Raises the learning rate a little."""
         loss = event.metrics["loss"]
         if math.isfinite(loss):
             control.scale_hyperparam("learning_rate", 1.0 + 0.05 / (1.0 + loss), maximum=0.2)
 
 
 class Turns(et.Subscriber):
-    """Another one, with two kinds of events and two lags."""
+    """A decider with two kinds of events and two lags."""
 
     events = et.EpochStarted | et.StepCompleted
     lag = {et.EpochStarted: 0, et.StepCompleted: 11}  # noqa: RUF012  # read only
 
     async def handle(self, event: et.EpochStarted | et.StepCompleted, control: et.Control) -> None:
-        """Another rate for every second epoch, and a smaller one from every fifth step."""
+        """Changes the rate in every second epoch, and reduces it at every fifth step."""
         if isinstance(event, et.EpochStarted):
             control.scale_hyperparam("learning_rate", 1.1 if event.epoch % 2 else 0.9)
         elif event.step % 5 == 0:
@@ -117,7 +117,7 @@ class Turns(et.Subscriber):
 
 
 def without_lag(deciders: Sequence[Any]) -> None:
-    """Whatever they decide takes effect when it arrives. (Those left out refuse that.)"""
+    """Removes the lag, so that decisions take effect when they arrive. (The policies left out refuse that.)"""
     for decider in deciders:
         if not isinstance(decider, subs.TerminateOnNaN | subs.HyperparamScheduler | subs.EarlyStopping):
             decider.lag = None
@@ -128,14 +128,14 @@ def without_lag(deciders: Sequence[Any]) -> None:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a run leaves.
+    """Result of one run.
 
     Attributes:
-        sequence: the training sequence with its commands, as JSON without what depends on the clock.
-        state: the bits of the final state, and what the policies remember.
-        arrivals: of the handler calls that decided something: subscriber, event and step, in the order in which they
-            were through.
-        end: of the run.
+        sequence: the training sequence with its commands, as JSON without the fields that depend on the clock.
+        state: the bits of the final state, and the states of the policies.
+        arrivals: the handler calls that decided something, as subscriber, event and step, in the order in which they
+            finished.
+        end: the RunCompleted event.
     """
 
     sequence: tuple[str, ...]
@@ -145,7 +145,7 @@ class Outcome:
 
 
 def run(seed: int | None, *, lags: bool = True, backend: str = "asyncio") -> Outcome:
-    """Train once; disturbed at random unless ``seed`` is None, and without lags if wanted."""
+    """Trains once, disturbed at random unless ``seed`` is None, and optionally without lags."""
     deciders = policies()
     if not lags:
         without_lag(deciders)
@@ -184,7 +184,7 @@ def run(seed: int | None, *, lags: bool = True, backend: str = "asyncio") -> Out
 
 
 def be_late(decider: Any, seed: int | None, arrived: list[tuple[str, str, int]]) -> None:
-    """Have a subscriber wait before it looks at an event, and note when it is through with it."""
+    """Makes a subscriber wait before it handles an event, and records when it has finished."""
     name, handle = decider.name or type(decider).__name__, decider.handle
     generator = Random(f"{seed} {name}")
 
@@ -198,7 +198,7 @@ def be_late(decider: Any, seed: int | None, arrived: list[tuple[str, str, int]])
 
 
 def late_batches(epoch: int, seed: int | None) -> Iterator[Any]:
-    """The batches of one epoch, some of them late."""
+    """Yields the batches of one epoch, some of them late."""
     generator = Random(f"{seed} {epoch}")
     for batch in batches()[epoch * STEPS_PER_EPOCH : (epoch + 1) * STEPS_PER_EPOCH]:
         if seed is not None and generator.random() < DELAYED:
@@ -208,7 +208,7 @@ def late_batches(epoch: int, seed: int | None) -> Iterator[Any]:
 
 @contextmanager
 def load(seed: int | None) -> Generator[None]:
-    """A thread that burns CPU in bursts, unless ``seed`` is None."""
+    """Runs a thread that burns CPU in bursts, unless ``seed`` is None."""
     if seed is None:
         yield
         return
@@ -230,7 +230,7 @@ def load(seed: int | None) -> Generator[None]:
 
 
 def repeatable(event: et.Event) -> str:
-    """An event as JSON, without what no rerun repeats."""
+    """Returns an event as JSON, without the fields that a rerun does not repeat."""
     return event.model_dump_json(exclude={"run_id", "seq", "time", "duration_s"})
 
 
@@ -239,23 +239,23 @@ def repeatable(event: et.Event) -> str:
 
 @cache
 def undisturbed(lags: bool) -> Outcome:
-    """The run that every trial is compared with."""
+    """Returns the reference run."""
     return run(None, lags=lags)
 
 
 def trial(seed: int) -> Mapping[str, int]:
-    """The run disturbed by ``seed``, on asyncio and trio in turn.
+    """Runs with the disturbances of ``seed``, alternating between asyncio and trio.
 
     Raises:
-        AssertionError: it is not the undisturbed one; the message says where they part.
+        AssertionError: the run differs from the reference run; the message names the first difference.
     """
     backend = ("asyncio", "trio")[seed % 2]
     expected, found = undisturbed(True), run(seed, backend=backend)
     for number, (one, other) in enumerate(zip(found.sequence, expected.sequence, strict=False)):
-        assert one == other, f"event {number} is {one}, undisturbed it is {other}; on {backend}"
+        assert one == other, f"event {number} is {one}, in the reference run it is {other}; on {backend}"
     assert len(found.sequence) == len(expected.sequence), f"{len(found.sequence)} events; on {backend}"
-    assert found.state == expected.state, f"another final state; on {backend}"
-    assert found.end.deterministic, f"the run says that it is not reproducible; on {backend}"
+    assert found.state == expected.state, f"the final states differ; on {backend}"
+    assert found.end.deterministic, f"the run reports deterministic=False; on {backend}"
     free = run(seed, lags=False, backend=backend)
     return {
         "reordered": int(found.arrivals != expected.arrivals),

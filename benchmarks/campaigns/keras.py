@@ -1,4 +1,4 @@
-"""Our policies decide as Keras 3.15.1's own callback objects do (docs/keras.md)."""
+"""The policies decide as the callback objects of Keras 3.15.1 (docs/keras.md)."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from benchmarks.keras_equality.cases import Case, make_case
 from benchmarks.keras_equality.record import Record
 
 NON_FINITE_EVERY = 25
-"""One case in so many is one of TerminateOnNaN; every fifth of those goes through ``fit``."""
+"""One case in this many tests TerminateOnNaN; every fifth of those runs through ``fit``."""
 
 
 def trial(seed: int) -> Mapping[str, int]:
-    """One random case through both.
+    """Runs one random case through both.
 
     Raises:
-        AssertionError: they decide differently; the message says what and in which case.
+        AssertionError: the decisions differ; the message names the difference and the case.
     """
     nth, rest = divmod(seed, NON_FINITE_EVERY)
     if rest == 1:
@@ -37,7 +37,7 @@ def trial(seed: int) -> Mapping[str, int]:
 
 
 def counts(case: Case, record: Record) -> dict[str, int]:
-    """What the figures say about the cases."""
+    """Returns the counts that describe a case."""
     values = [value for column in case.metrics.values() for value in column[: record.epochs]]
     seen = {
         "fired": record.fired,

@@ -1,4 +1,4 @@
-"""SIGKILL at random moments: the job resumes from its newest checkpoint and ends as if nothing had happened."""
+"""SIGKILL at random moments: the job resumes from its newest checkpoint and ends like an undisturbed one."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ Look: TypeAlias = Callable[[Path, list[Any]], Any]
 Aims: TypeAlias = tuple[tuple[str, ...], ...]
 SAVING = "checkpoints/.tmp-*"
 AIMS: Aims = ((SAVING,), ())
-"""What has to be there at a kill, chosen at random: every other is to hit a save."""
+"""File patterns that must exist at a kill, one chosen at random: every second kill should hit a save."""
 
 
 def trial(seed: int) -> Mapping[str, int]:
-    """Kill a run one to three times, let it end, compare.
+    """Kills a run one to three times, lets it end, and compares it with the undisturbed run.
 
     Raises:
-        AssertionError: it did not end, or not as the undisturbed one.
+        AssertionError: it did not end, or it ended differently.
     """
     counts: Counter[str] = Counter()
     with tempfile.TemporaryDirectory() as name:
@@ -49,14 +49,16 @@ def kill_some(
     look: Look | None = None,
     aims: Aims = AIMS,
 ) -> list[Any]:
-    """Start the job and kill it, one to three times. Counts the phases that were hit.
+    """Starts the job and kills it, one to three times. Counts the phases in which it was killed.
 
     Returns:
-        What ``look`` gave after each kill; it is called with the folder, and what it gave before.
+        The results of ``look`` after each kill; it is called with the folder and its previous results.
     """
     took_s, seen = undisturbed(how).took_s, list[Any]()
     for _ in range(rng.choice([1, 1, 2, 3])):
-        while (phase := kill(folder, rng, took_s, how, aims)) == "too_late":  # begin anew, and kill sooner
+        while (
+            phase := kill(folder, rng, took_s, how, aims)
+        ) == "too_late":  # start again from scratch, and kill sooner
             counts["too_late"] += 1
             took_s *= 0.7
             shutil.rmtree(folder)
@@ -70,7 +72,7 @@ def kill_some(
 
 
 def kill(folder: Path, rng: random.Random, took_s: float, how: str = "fit", aims: Aims = AIMS) -> str:
-    """Start the job, kill it at a random moment, once the files of an aim are there; the phase that was hit."""
+    """Starts the job and kills it at a random moment after the files of an aim exist; returns the phase."""
     process, began_s = jobs().start(folder, how), time.monotonic()
     wanted_s = rng.uniform(0.2, 1.0) * took_s
     aim = aims[int(rng.random() * len(aims))]

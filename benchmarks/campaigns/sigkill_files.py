@@ -1,4 +1,4 @@
-"""SIGKILL at random moments of a job with every logger of files: each step is there once, what was cut off beside."""
+"""SIGKILL at random moments of a job with every file logger: each step is logged once, and cut-off rows are kept."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from benchmarks.killing.jobs import compare
 
 SAVED = "checkpoints/step-*"
 AIMS = ((SAVING,), (SAVED, PART), (SAVED,), ())
-"""What has to be there at a kill: a quarter is to hit a save, and a quarter the writing of a part after one."""
+"""File patterns that must exist at a kill: a quarter should hit a save, a quarter the writing of a part after it."""
 
 
 def trial(seed: int) -> Mapping[str, int]:
-    """Kill a run one to three times, let it end; look at its files after each kill and at the end.
+    """Kills a run one to three times, lets it end, and checks its files after each kill and at the end.
 
     Raises:
-        AssertionError: a row is lost, doubled, torn or another than the undisturbed run's.
+        AssertionError: a row is lost, duplicated or torn, or differs from that of the undisturbed run.
     """
     counts: Counter[str] = Counter()
 

@@ -1,4 +1,4 @@
-"""SIGTERM while compiling, in an epoch, in an evaluation, in a service: committed, clean exit, exact resume."""
+"""SIGTERM while compiling, in an epoch, in an evaluation, in a service: commit, clean exit, exact resume."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from benchmarks.killing.jobs import compare, error_of, jobs, require, rows
 
 PHASES = ("compile", "epoch", "eval", "service")
 GRACE_S = 15.0
-"""What a cluster usually gives, or less."""
+"""Grace period, at most that of a typical cluster."""
 
 
 def trial(seed: int) -> Mapping[str, int]:
-    """Terminate one run.
+    """Terminates one run.
 
     Raises:
-        AssertionError: no clean exit in time, no checkpoint, or it does not go on as an undisturbed run.
+        AssertionError: it did not exit cleanly in time, saved no checkpoint, or did not resume exactly.
     """
     phase, rng = PHASES[seed % len(PHASES)], random.Random(seed)
     with tempfile.TemporaryDirectory() as name:

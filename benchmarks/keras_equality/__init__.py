@@ -1,1 +1,1 @@
-"""The policies beside the callback objects of Keras itself: one random case through both, and a record of each."""
+"""Runs random cases through the policies and through Keras' own callback objects, and records both."""

@@ -1,4 +1,4 @@
-"""Random cases: what the metrics do, and which policies watch them with which arguments. Each follows from its seed."""
+"""Random cases: metrics, and policies with arguments. A seed determines its case."""
 
 from __future__ import annotations
 
@@ -12,28 +12,28 @@ import numpy as np
 
 PolicyName = Literal["EarlyStopping", "ReduceLROnPlateau", "LearningRateScheduler"]
 Column = tuple[float | None, ...]
-"""One value for each epoch; None where the metric is missing."""
+"""One value per epoch; None if the metric is missing."""
 
 METRICS = ("loss", "val_loss", "accuracy", "val_accuracy", "val_mae")
 FIT_EVERY = 10
-"""One case in so many goes through a real ``Trainer.fit``."""
+"""One case in this many runs through a real ``Trainer.fit``."""
 
 
 @dataclass(frozen=True)
 class Policy:
-    """A policy and its arguments: Keras' class and ours take the same."""
+    """A policy and its arguments, which Keras' class and ours share."""
 
     name: PolicyName
     options: Mapping[str, Any]
 
     @property
     def monitor(self) -> str | None:
-        """The metric that it watches."""
+        """The metric that it monitors."""
         return self.options.get("monitor", "val_loss") if self.name != "LearningRateScheduler" else None
 
     @property
     def min_delta(self) -> float:
-        """By how much the metric has to be better; the sign does not matter."""
+        """Minimum improvement; the sign does not matter."""
         return abs(self.options.get("min_delta", 1e-4 if self.name == "ReduceLROnPlateau" else 0))
 
 
@@ -42,14 +42,14 @@ class Case:
     """One run.
 
     Attributes:
-        seed: which case it is.
-        through_fit: ours is a real run; its metrics are float32, as a device gives them.
+        seed: determines the case.
+        through_fit: whether ours is a real run; its metrics are float32, as on a device.
         learning_rate: at the start.
-        steps_per_epoch: each makes the weight greater by 1.
-        evaluate_every: metrics with ``val_`` come once in so many epochs.
+        steps_per_epoch: each step increases the weight by 1.
+        evaluate_every: number of epochs between the values of metrics with ``val_``.
         metrics: name -> values; at least one name, all of one length.
-        characters: name -> what its values do, for the figures.
-        policies: in the order in which they are given.
+        characters: name -> pattern of its values, for the counts.
+        policies: in the order of subscription.
     """
 
     seed: int
@@ -63,17 +63,17 @@ class Case:
 
     @property
     def epochs(self) -> int:
-        """How many there are if nothing stops the run."""
+        """Number of epochs if no policy stops the run."""
         return len(next(iter(self.metrics.values())))
 
     def metrics_of(self, epoch: int) -> dict[str, float]:
-        """Those that are not missing."""
+        """The values that are not missing."""
         columns = self.metrics.items()
         return {name: value for name, column in columns if (value := column[epoch]) is not None}
 
 
 def make_case(seed: int) -> Case:
-    """The case of this seed."""
+    """Returns the case of this seed."""
     rng = random.Random(seed)
     through_fit = seed % FIT_EVERY == 0
     evaluate_every = rng.choice((1, 1, 1, 2, 3)) if through_fit else 1
@@ -103,7 +103,7 @@ def make_case(seed: int) -> Case:
     )
 
 
-# --- what a metric does, smaller being better -----------------------------------------------------------------
+# --- patterns of a metric; smaller is better ---------------------------------------------------------------
 
 
 def improving(rng: random.Random, epochs: int, min_delta: float) -> list[float]:
@@ -127,7 +127,7 @@ def ties(rng: random.Random, epochs: int, min_delta: float) -> list[float]:
 
 
 def steps_of_min_delta(rng: random.Random, epochs: int, min_delta: float) -> list[float]:
-    """Decimal numbers that are min_delta apart, so that binary ones are a little more or less."""
+    """Decimal numbers at distances of min_delta, which in binary are slightly more or less."""
     level, values = rng.choice((3, 8, 10, 30)), []
     for _ in range(epochs):
         level += rng.choice((-1, -1, -1, 0, 1, 2))
@@ -136,7 +136,7 @@ def steps_of_min_delta(rng: random.Random, epochs: int, min_delta: float) -> lis
 
 
 def last_bits(rng: random.Random, epochs: int, min_delta: float) -> list[float]:
-    """Better than the best by min_delta, give or take a bit of float32, and float64 numbers between those."""
+    """Better than the best by min_delta, plus or minus one bit of float32, and float64 numbers in between."""
     best = 0.7
     values = [best]
     while len(values) < epochs:
@@ -173,7 +173,7 @@ CHARACTERS: dict[str, Callable[[random.Random, int, float], list[float]]] = {
 
 
 def _sprinkled(rng: random.Random, values: list[float]) -> list[float]:
-    """In every third case some values are no finite numbers."""
+    """Makes some values NaN or infinite in every third case."""
     if rng.random() > 1 / 3:
         return values
     odd = (math.nan, math.nan, math.inf, -math.inf)
@@ -183,7 +183,7 @@ def _sprinkled(rng: random.Random, values: list[float]) -> list[float]:
 def _with_gaps(
     rng: random.Random, name: str, values: list[float], through_fit: bool, evaluate_every: int
 ) -> Column:
-    """Missing where a run does not evaluate, or, where there is no real run, at random."""
+    """Removes the values of epochs without an evaluation or, without a real run, of random epochs."""
     if through_fit:
         gaps = name.startswith("val_")
         return tuple(
@@ -194,7 +194,7 @@ def _with_gaps(
 
 
 def _number_first(policy: Policy, column: Column) -> Column:
-    """The column with a number instead of a first NaN, which ours and Keras treat differently on purpose."""
+    """Replaces a first NaN by a number, because eventtrain and Keras treat it differently on purpose."""
     for epoch in range(policy.options.get("start_from_epoch", 0), len(column)):
         value = column[epoch]
         if value is not None:
@@ -240,8 +240,8 @@ def _policies(rng: random.Random) -> tuple[Policy, ...]:
     policies = tuple(Policy(name, OPTIONS[name](rng)) for name in names)
     if names.count("ReduceLROnPlateau") < 2:
         return policies
-    # Without a least rate: Keras' second compares it with the rate after the first's cut. And not so small a factor
-    # that cuts by both end below float32.
+    # Without a minimum rate: the second policy of Keras compares it with the rate after the first cut. The factor is
+    # not that cuts by both end below float32.
     return tuple(
         Policy(policy.name, {**policy.options, "min_lr": 0, "factor": rng.uniform(0.5, 0.99)})
         for policy in policies
@@ -279,7 +279,7 @@ def _learning_rate_scheduler(rng: random.Random) -> dict[str, Any]:
 
 
 def _some(rng: random.Random, **options: Any) -> dict[str, Any]:
-    """Most of the arguments; the others keep their defaults, which have to be Keras' too."""
+    """Returns most of the arguments; the others keep their defaults, which must equal those of Keras."""
     return {name: value for name, value in options.items() if rng.random() < 0.85}
 
 

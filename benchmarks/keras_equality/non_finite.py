@@ -1,4 +1,4 @@
-"""TerminateOnNaN beside Keras': which step each of them names as the first whose loss is no finite number."""
+"""Compares TerminateOnNaN with Keras': the step that each names as the first with a NaN or infinite loss."""
 
 from __future__ import annotations
 
@@ -24,11 +24,11 @@ class NonFiniteCase:
     """One run.
 
     Attributes:
-        losses: one for each step.
-        steps_per_epoch: Keras counts batches by epoch, we count steps.
+        losses: one per step.
+        steps_per_epoch: Keras counts the batches of an epoch; eventtrain counts steps.
         raises: Keras' ``raise_error``, our ``action="raise"``.
-        lag: so many steps later ours stops; the one difference there is.
-        through_fit: ours is a real run.
+        lag: number of steps after which ours stops, the only difference.
+        through_fit: whether ours is a real run.
     """
 
     losses: tuple[float, ...]
@@ -39,7 +39,7 @@ class NonFiniteCase:
 
 
 def make_case(seed: int, *, through_fit: bool) -> NonFiniteCase:
-    """The case of this seed; in one of five all losses are finite."""
+    """Returns the case of this seed; in one of five, all losses are finite."""
     rng = random.Random(seed)
     steps_per_epoch = rng.randint(1, 8)
     share = rng.choice((0.0, 0.05, 0.1, 0.2, 0.5))
@@ -52,10 +52,10 @@ def make_case(seed: int, *, through_fit: bool) -> NonFiniteCase:
 
 
 def compare(case: NonFiniteCase) -> int | None:
-    """The first bad step, from 1, if both name the same; None if there is none.
+    """Returns the first bad step, counted from 1, if both name the same; None if there is none.
 
     Raises:
-        AssertionError: they name different ones, or our run does not stop ``lag`` steps after it.
+        AssertionError: they name different steps, or our run does not stop ``lag`` steps later.
     """
     theirs = by_keras(case)
     mine = through_fit(case) if case.through_fit else anyio.run(through_handlers, case)
@@ -65,7 +65,7 @@ def compare(case: NonFiniteCase) -> int | None:
 
 
 def by_keras(case: NonFiniteCase) -> int | None:
-    """The step at whose end Keras' callback ended the run."""
+    """Returns the step at whose end Keras' callback ended the run."""
     subject = model()
     subject.stop_training = False
     callbacks = CallbackList([keras.callbacks.TerminateOnNaN(raise_error=case.raises)], model=subject)
@@ -75,7 +75,7 @@ def by_keras(case: NonFiniteCase) -> int | None:
         if batch == 0:
             callbacks.on_epoch_begin(epoch)
         try:
-            with contextlib.redirect_stdout(io.StringIO()):  # it prints that it stops
+            with contextlib.redirect_stdout(io.StringIO()):  # it prints a message when it stops
                 callbacks.on_train_batch_end(batch, {"loss": loss})
         except RuntimeError as error:
             return epoch * case.steps_per_epoch + _number(r"at batch (\d+)", error) + 1
@@ -85,7 +85,7 @@ def by_keras(case: NonFiniteCase) -> int | None:
 
 
 async def through_handlers(case: NonFiniteCase) -> int | None:
-    """The step that our policy's handler names."""
+    """Returns the step that our policy's handler names."""
     policy = _make_policy(case)
     reasons: list[str] = []
 
@@ -105,7 +105,7 @@ async def through_handlers(case: NonFiniteCase) -> int | None:
 
 
 def through_fit(case: NonFiniteCase) -> int | None:
-    """The step that a real run names, which it has to end ``lag`` steps later."""
+    """Returns the step that a real run names; the run must end ``lag`` steps later."""
     script = ScriptedStep({"loss": case.losses}, steps_per_epoch=case.steps_per_epoch)
     epochs = len(case.losses) // case.steps_per_epoch
     with tempfile.TemporaryDirectory() as folder:

@@ -1,4 +1,4 @@
-"""The same cases through eventtrain: by its training loop, or by the policies' handlers and a model of the loop."""
+"""Runs a case in eventtrain: in its training loop, or with the policies' handlers in a model of the loop."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from eventtrain.testing import RecordingSubscriber, ScriptedStep
 
 
 def drive(case: Case) -> Record:
-    """The run as eventtrain decides it."""
+    """Returns the record of the run in eventtrain."""
     return through_fit(case) if case.through_fit else anyio.run(through_handlers, case)
 
 
@@ -39,7 +39,7 @@ def _memory(policy: Any) -> dict[str, Any]:
 
 
 def through_fit(case: Case) -> Record:
-    """A real ``Trainer.fit``, on asyncio or trio, whose metrics follow the script of the case."""
+    """Runs a real ``Trainer.fit``, on asyncio or trio, whose metrics follow the case."""
     per_step: dict[str, list[float]] = {"loss": [0.0]}
     per_epoch: dict[str, list[float]] = {"loss": [0.0]}
     for name, column in case.metrics.items():
@@ -75,7 +75,7 @@ def through_fit(case: Case) -> Record:
         epochs=result.epochs_completed,
         stopped=result.stop_reason != "completed",
         rates=tuple(bits(epoch.metrics["learning_rate"]) for epoch in result.history),
-        # EpochStarted tells the rate before a schedule sets it for the epoch.
+        # EpochStarted contains the rate before a schedule sets it for the epoch.
         rates_after=tuple(bits(rate) for rate in (*began[1:], last)),
         policies=tuple(_memory(policy) for policy in policies),
         weight=result.state["params"]["weight"].item(),
@@ -87,11 +87,11 @@ def through_fit(case: Case) -> Record:
 
 
 async def through_handlers(case: Case) -> Record:
-    """The policies' own ``start`` and ``handle``, around a ``ModelledRun`` in place of the loop."""
+    """Calls the policies' own ``start`` and ``handle`` with a ``ModelledRun`` instead of the loop."""
     run = ModelledRun(case.learning_rate)
     policies = _make_policies(case)
     for number, policy in enumerate(policies):
-        policy.name = f"{type(policy).__name__}-{number}"  # the bus, too, tells two of a kind apart
+        policy.name = f"{type(policy).__name__}-{number}"  # the bus also needs different names
         await policy.start(run)
     rates: list[int] = []
     rates_after: list[int] = []
@@ -122,10 +122,10 @@ async def through_handlers(case: Case) -> Record:
 
 
 class ModelledRun:
-    """What a run is to a policy with ``lag=0``: context and control at once.
+    """Context and control of a run, as seen by a policy with ``lag=0``.
 
-    As the loop does it: commands of all handlers of an event wait until the last of them has returned, and are carried
-    out in the order of subscription; a value is held in float32.
+    As in the loop, the commands of all handlers of an event wait until the last handler has returned, and are applied
+    in the order of subscription. Values are float32.
     """
 
     def __init__(self, learning_rate: float) -> None:
@@ -136,7 +136,7 @@ class ModelledRun:
         self.step = 0
         self.start_step = 0
         self.steps = self.epochs = self.steps_per_epoch = self.total_steps = None
-        self.can_evaluate = False  # the metrics of each epoch are all there
+        self.can_evaluate = False  # each epoch has all of its metrics
         self.ended = None
         self.snapshots: dict[str, Any] = {}
         self._kept: dict[str, float] = {}
@@ -144,7 +144,7 @@ class ModelledRun:
         self._commands: list[Callable[[], None]] = []
 
     async def deliver(self, event: et.Event, policies: list[Any]) -> None:
-        """Hand ``event`` to those it concerns, then carry out what they asked for."""
+        """Passes ``event`` to its handlers, then applies their commands."""
         for policy in policies:
             if isinstance(event, policy.events):
                 await policy.handle(event, self)
@@ -153,7 +153,7 @@ class ModelledRun:
             command()
 
     def finish(self) -> None:
-        """The run has ended: put back what was to be put back."""
+        """Ends the run: applies pending restores."""
         for tag, where in self._final_restores:
             if tag in self._kept and where():
                 self.weight = self._kept[tag]

@@ -1,4 +1,4 @@
-"""What is compared of a run."""
+"""Record of a run, for the comparison."""
 
 from __future__ import annotations
 
@@ -11,16 +11,16 @@ import numpy as np
 
 @dataclass(frozen=True)
 class Record:
-    """One run, by Keras' objects or by ours.
+    """One run, in Keras or in eventtrain.
 
     Attributes:
-        epochs: how many were begun and completed.
+        epochs: number of epochs begun and completed.
         stopped: whether a policy stopped the run.
         rates: bits of the float32 learning rate that the steps of each epoch used.
         rates_after: the same, after the decisions at the end of each epoch.
-        policies: for each policy its memory at the end: best value, best epoch, how long it has waited.
-        weight: after the run, restored or not.
-        last_weight: what it would be if nothing was restored.
+        policies: state of each policy at the end: best value, best epoch, waiting time so far.
+        weight: the weight after the run, restored or not.
+        last_weight: the weight without a restore.
     """
 
     epochs: int
@@ -33,25 +33,25 @@ class Record:
 
     @property
     def cuts(self) -> int:
-        """At how many epochs' ends the learning rate was changed."""
+        """Number of epochs at whose end the learning rate was changed."""
         return sum(before != after for before, after in zip(self.rates, self.rates_after, strict=True))
 
     @property
     def restored(self) -> bool:
-        """Whether weights other than the last ones were put back."""
+        """Whether weights other than the last ones were restored."""
         return self.weight != self.last_weight
 
     @property
     def fired(self) -> bool:
-        """Whether any policy that watches a metric did anything."""
+        """Whether any policy that monitors a metric acted."""
         return self.stopped or self.cuts > 0 or self.restored
 
     def differences(self, other: Record) -> dict[str, tuple[Any, Any]]:
-        """Name -> the value here and there, of what is not equal."""
+        """Returns name -> both values, for each field that differs."""
         mine, theirs = asdict(self), asdict(other)
         return {name: (mine[name], theirs[name]) for name in mine if mine[name] != theirs[name]}
 
 
 def bits(rate: Any) -> int:
-    """The bits of a learning rate in float32, as the device holds it."""
+    """Returns the bits of a learning rate in float32, as on the device."""
     return int(np.asarray(rate, np.float32).view(np.uint32))

@@ -1,4 +1,4 @@
-"""Keras' own callback objects, driven as ``Model.fit`` drives them, around a real model whose weight is set by hand."""
+"""Calls Keras' own callback objects as ``Model.fit`` does, with a real model whose weight is set by hand."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ import numpy as np
 from benchmarks.keras_equality.cases import Case
 from benchmarks.keras_equality.record import Record, bits
 
-# Keras reads its backend once. A home of its own: else the user's keras.json would decide, say, the float type, and
-# Keras would write one where there is none.
+# Keras reads its backend once. A separate home directory: otherwise the user's keras.json would decide, for example,
+# the float type, and Keras would create one if there is none.
 with tempfile.TemporaryDirectory() as _home:
     os.environ |= {"KERAS_BACKEND": "jax", "KERAS_HOME": _home}
     import keras
@@ -27,7 +27,7 @@ if keras.__version__ != VERSION:
 
 @functools.cache
 def model() -> Any:
-    """One weight, one learning rate, and metrics from whose objects mode "auto" reads the direction."""
+    """One weight, one learning rate, and metric objects from which mode "auto" derives the direction."""
     built = keras.Sequential([keras.layers.Dense(1, use_bias=False)])
     built.compile(optimizer=keras.optimizers.SGD(0.1), loss="mse", metrics=["accuracy", "mae"])
     built.evaluate(np.zeros((1, 1)), np.zeros((1, 1)), verbose=0)  # Keras builds them at the first batch
@@ -35,7 +35,7 @@ def model() -> Any:
 
 
 def drive(case: Case) -> Record:
-    """The run as Keras 3.15.1 decides it (the order of calls is that of ``keras.src.backend.jax.trainer``)."""
+    """Returns the record of the run in Keras 3.15.1 (in the order of calls of ``keras.src.backend.jax.trainer``)."""
     subject = model()
     subject.stop_training = False
     subject.optimizer.learning_rate = case.learning_rate
@@ -44,7 +44,7 @@ def drive(case: Case) -> Record:
     rates: list[int] = []
     rates_after: list[int] = []
     with warnings.catch_warnings():
-        # keras/src/callbacks: said at every epoch without the metric.
+        # keras/src/callbacks: a warning in every epoch without the metric.
         warnings.filterwarnings("ignore", ".* which is not available", UserWarning)
         # keras/src/backend/common/variables.py: its __array__ is older than NumPy 2.
         warnings.filterwarnings("ignore", "__array__ implementation doesn't accept", DeprecationWarning)

@@ -1,4 +1,4 @@
-"""The files that a killed job writes (``file_loggers``): how they are read, and what has to hold of them."""
+"""Reads and checks the files that a killed job writes (``file_loggers``)."""
 
 from __future__ import annotations
 
@@ -21,17 +21,17 @@ Row = dict[str, Any]
 ALL_STEPS = list(range(1, EPOCHS * STEPS + 1))
 PART = "metrics/.part-*.unfinished"
 UNFINISHED = (PART, ".*.wider", ".*.cutting", "tensorboard/.*.cutting")
-"""What a logger writes beside a file before it gets its name."""
+"""Temporary files of the loggers, before they get their final name."""
 
 
 @dataclass(frozen=True)
 class Log:
-    """One log: how its rows are read from a file or a folder, and whether each step has one or each epoch."""
+    """One log: how to read its rows from a file or a folder, and whether it has one per step or per epoch."""
 
     read: Callable[[Path], list[Row]]
     per_epoch: bool = False
     all_kinds: bool = False
-    """Whether it has rows of other events than steps."""
+    """Whether it also has rows of other events."""
 
 
 def read_json(path: Path) -> list[Row]:
@@ -47,7 +47,7 @@ def read_parquet(path: Path) -> list[Row]:
 
 
 def whole_lines(path: Path) -> list[str]:
-    """Those that have a line end; a kill may leave one without."""
+    """Returns the lines that have a line end; a kill may leave one without."""
     text = path.read_text() if path.exists() else ""
     return text[: text.rfind("\n") + 1].splitlines()
 
@@ -63,7 +63,7 @@ CURVES = "tensorboard"
 
 
 class Kept:
-    """What stood in the logs of a folder when its run was killed, and which cut-off tails lay beside."""
+    """Contents of the logs of a folder when its run was killed, and their cut-off tails."""
 
     def __init__(self, folder: Path) -> None:
         self._rows = {name: log.read(folder / name) for name, log in LOGS.items()}
@@ -73,10 +73,10 @@ class Kept:
             require(steps == sorted({*steps}), f"when it was killed {name} had the steps {steps}")
 
     def check(self, folder: Path) -> None:
-        """Each of those rows stands where it stood, or in a tail that was cut off since.
+        """Checks that each row is still in its place, or in a tail that was cut off since.
 
         Raises:
-            AssertionError: one does not.
+            AssertionError: a row is missing.
         """
         for name, before in self._rows.items():
             now, kept = LOGS[name].read(folder / name), len(before)
@@ -86,26 +86,26 @@ class Kept:
                 require(before[kept:] == cut, f"{tail.name} is not the end of what {name} was")
             require(
                 before[:kept] == now[:kept],
-                f"of {kept} rows of {name} that were not cut off some are not there",
+                f"of {kept} rows of {name} that were not cut off, some are missing",
             )
 
 
 def tails(folder: Path, name: str) -> list[Path]:
-    """What was cut off, oldest first."""
+    """Returns the cut-off tails, oldest first."""
     return sorted(folder.glob(f"{name}.cut-*"), key=lambda path: int(path.name.rpartition("-")[2]))
 
 
 def steps_of(log: Log, rows: Sequence[Row]) -> list[int]:
-    """The step of each row of a step, or of an epoch."""
+    """Returns the step of each row of a step, or of an epoch."""
     kinds = {"step_completed"} if log.all_kinds else {None}
     return [int(row["step"]) for row in rows if row.get("kind") in kinds]
 
 
 def check_logs(folder: Path) -> None:
-    """Each log has each step exactly once, as that of the undisturbed run; so has what was cut off of it.
+    """Checks that each log has each step exactly once, equal to the undisturbed run, and so has each cut-off tail.
 
     Raises:
-        AssertionError: one has not.
+        AssertionError: a log or a tail differs.
     """
     whole = undisturbed("files").folder
     for name, log in LOGS.items():
@@ -115,24 +115,24 @@ def check_logs(folder: Path) -> None:
         require(found == expected, f"{name} differs from the undisturbed run's")
         for tail in tails(folder, name):
             for row in comparable(log, log.read(tail)):
-                require(row in expected, f"{tail.name} has {row}, which the undisturbed run has not")
+                require(row in expected, f"{tail.name} has {row}, which the undisturbed run does not have")
     require((folder / "steps.csv").read_bytes() == (whole / "steps.csv").read_bytes(), "steps.csv differs")
     left = [path.name for pattern in UNFINISHED for path in folder.glob(pattern)]
-    require(not left, f"what was not finished is still there: {left}")
+    require(not left, f"temporary files are left: {left}")
     check_curves(folder, whole)
 
 
 def comparable(log: Log, rows: Sequence[Row]) -> list[Row]:
-    """Without what a rerun need not repeat. Steps first: by window, what was said meanwhile has no fixed place."""
+    """Returns the rows without ``LEFT_OUT``, steps first, because other rows have no fixed place among windows."""
     found = [{key: value for key, value in row.items() if key not in LEFT_OUT} for row in rows]
     return sorted(found, key=lambda row: row.get("kind") != "step_completed") if log.all_kinds else found
 
 
 def check_curves(folder: Path, whole: Path) -> None:
-    """Each of TensorBoard's curves has each step once, as that of the undisturbed run; what was cut off is of them.
+    """Checks that each curve of TensorBoard has each step once, equal to the undisturbed run; also the cut-off files.
 
     Raises:
-        AssertionError: one has not.
+        AssertionError: a curve or a file differs.
     """
     expected, found = curves(whole / CURVES), curves(folder / CURVES)
     require(
@@ -150,7 +150,7 @@ def check_curves(folder: Path, whole: Path) -> None:
 
 
 def curves(folder: Path) -> dict[str, list[tuple[int, float]]]:
-    """Tag -> step and value of each point."""
+    """Returns tag -> step and value of each point."""
     found: Any = EventAccumulator(str(folder), size_guidance={"scalars": 0})
     found.Reload()
     return {

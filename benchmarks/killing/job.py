@@ -1,8 +1,8 @@
-"""A small training job that resumes whatever its folder holds, and a process that forks such jobs quickly.
+"""A small training job that resumes from its folder, and a process that forks such jobs quickly.
 
-``python -m benchmarks.killing.job`` reads one folder and one way to run per line and forks a job for each, answering
-with its process id and, when it has ended, its exit status. Importing JAX and Orbax takes 1.4 s, a fork of a process
-that has imported them but started no backend takes milliseconds.
+``python -m benchmarks.killing.job`` reads a folder and a mode per line and forks a job for each. It answers with the
+process id and, when the job has ended, with its exit status. Importing JAX and Orbax takes 1.4 s; forking a process
+that has imported them, but has not started a backend, takes milliseconds.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from eventtrain import subscribers as subs
 EPOCHS, STEPS = 5, 12
 RESULT = "result.json"
 OFTEN_S = 0.01
-"""Between two groups of rows, so that many a kill hits one that is being written."""
+"""Sleeps between two groups of rows, so that many kills hit one that is being written."""
 optimiser = optax.inject_hyperparams(optax.adam)(learning_rate=0.05)
 
 
@@ -61,23 +61,23 @@ def new_state() -> Any:
 
 
 class Stage:
-    """Tells whoever watches the folder how far the job is."""
+    """Reports the progress of the job by files in its folder."""
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
 
     def reach(self, name: str) -> None:
-        """Leave a file of this name."""
+        """Creates a file of this name."""
         (self._folder / f"reached-{name}").touch()
 
     def step_fn(self, state: Any, batch: Any) -> Any:
-        """Compiling takes a while."""
+        """Makes compiling take a while."""
         self.reach("compile")
         time.sleep(0.3)
         return train_step(state, batch)
 
     def batches(self, loader: et.ArrayLoader) -> Any:
-        """At a pace that leaves time to kill."""
+        """Yields batches slowly enough for a kill."""
 
         def batches(epoch: int, start: int = 0) -> Iterator[Any]:
             for index, batch in enumerate(loader(epoch, start=start), start):
@@ -89,7 +89,7 @@ class Stage:
         return batches
 
     def eval_batches(self, batch: Any) -> Any:
-        """Three times the same."""
+        """Yields the same batch three times."""
 
         def batches(epoch: int) -> Iterator[Any]:
             for index in range(3):
@@ -102,9 +102,9 @@ class Stage:
 
 
 def run_job(folder: Path, how: str = "fit", every: int = 4) -> None:
-    """Train, from the newest checkpoint if there is one; leaves what was reached in ``result.json``.
+    """Trains, from the newest checkpoint if there is one, and writes the result to ``result.json``.
 
-    ``how``: "fit"; "service": beside a web server, until that is told to end; "files": with every logger of files.
+    ``how``: "fit"; "service": beside a web server, until it shuts down; "files": with every file logger.
     """
     stage = Stage(folder)
     rng = np.random.default_rng(0)
@@ -156,7 +156,7 @@ def run_job(folder: Path, how: str = "fit", every: int = 4) -> None:
 
 
 def file_loggers() -> list[et.Subscriber]:
-    """Those besides ``events.jsonl``; ``benchmarks.killing.files`` reads what they write."""
+    """Returns the loggers besides ``events.jsonl``; ``benchmarks.killing.files`` reads their files."""
     return [
         subs.JSONLLogger("windows.jsonl", by="window", flush_interval_s=OFTEN_S),
         subs.CSVLogger("steps.csv", flush_interval_s=OFTEN_S),
@@ -167,7 +167,7 @@ def file_loggers() -> list[et.Subscriber]:
 
 
 def serve(trainer: et.Trainer, data: Any, aim: dict[str, Any]) -> et.FitResult:
-    """Train in the lifespan of a service, as docs/in-a-service.md shows; uvicorn has its own signal handlers."""
+    """Trains in the lifespan of a service, as in docs/in-a-service.md; uvicorn has its own signal handlers."""
     results: list[et.FitResult] = []
 
     @asynccontextmanager
@@ -188,8 +188,8 @@ def serve(trainer: et.Trainer, data: Any, aim: dict[str, Any]) -> et.FitResult:
 
 
 def fork_jobs() -> None:
-    """Fork a job for each line on standard input."""
-    warnings.simplefilter("ignore")  # JAX warns of every fork; no backend runs in this process
+    """Forks a job for each line on standard input."""
+    warnings.simplefilter("ignore")  # JAX warns about every fork; no backend runs in this process
     file_loggers()  # imports pyarrow and tensorboardX once, and not in each job
     for line in sys.stdin:
         how, name = line.strip().split(" ", 1)

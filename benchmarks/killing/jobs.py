@@ -1,4 +1,4 @@
-"""Jobs in processes of their own, and what their ends are compared with."""
+"""Runs jobs in separate processes, and compares their results with an undisturbed run."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from typing import Any, NamedTuple
 from benchmarks.killing.job import EPOCHS, RESULT, STEPS
 
 LEFT_OUT = {"run_id", "time", "duration_s", "seq"}
-"""Fields in which a rerun may differ."""
+"""Fields that may differ in a rerun."""
 
 
 class Jobs:
-    """A process that forks jobs (``benchmarks.killing.job``)."""
+    """The process that forks jobs (``benchmarks.killing.job``)."""
 
     def __init__(self) -> None:
         environment = os.environ | {"JAX_PLATFORMS": "cpu"}
@@ -35,7 +35,7 @@ class Jobs:
         )
 
     def close(self) -> None:
-        """End the process."""
+        """Ends the process."""
         assert self._process.stdin is not None
         assert self._process.stdout is not None
         self._process.kill()
@@ -44,14 +44,14 @@ class Jobs:
         self._process.stdout.close()
 
     def start(self, folder: Path, how: str = "fit") -> int:
-        """Begin a job; its process id."""
+        """Starts a job; returns its process id."""
         assert self._process.stdin is not None
         self._process.stdin.write(f"{how} {folder}\n")
         self._process.stdin.flush()
         return int(self._answer())
 
     def wait(self) -> int:
-        """The exit status of the job; negative where a signal ended it."""
+        """Returns the exit status of the job; negative if a signal ended it."""
         return int(self._answer())
 
     def _answer(self) -> str:
@@ -64,25 +64,25 @@ class Jobs:
 
 @functools.cache
 def jobs() -> Jobs:
-    """One for all trials of this process."""
+    """Returns the one process for all trials."""
     made = Jobs()
     atexit.register(made.close)
     return made
 
 
 class Undisturbed(NamedTuple):
-    """What a run ends with that nobody kills."""
+    """Result of a run that is not killed."""
 
     result: dict[str, Any]
     rows: list[dict[str, Any]]
     took_s: float
     folder: Path
-    """What it wrote; removed at the end of this process."""
+    """Its folder, which is removed at the end of this process."""
 
 
 @functools.cache
 def undisturbed(how: str = "fit") -> Undisturbed:
-    """The run that others are compared with."""
+    """Returns the undisturbed run."""
     made = tempfile.TemporaryDirectory()
     atexit.register(made.cleanup)
     folder, began_s = Path(made.name), time.monotonic()
@@ -93,10 +93,10 @@ def undisturbed(how: str = "fit") -> Undisturbed:
 
 
 def compare(folder: Path, how: str = "fit") -> None:
-    """Let the job in ``folder`` go on to its end, and compare it with the undisturbed one.
+    """Lets the job in ``folder`` run to its end, and compares it with the undisturbed one.
 
     Raises:
-        AssertionError: it did not end, or not as that one.
+        AssertionError: it did not end, or it ended differently.
     """
     expected = undisturbed(how)
     jobs().start(folder, how)
@@ -109,18 +109,18 @@ def compare(folder: Path, how: str = "fit") -> None:
 
 
 def rows(folder: Path) -> list[dict[str, Any]]:
-    """The log, without what a rerun need not repeat. A torn row is an error."""
+    """Returns the log without the fields that a rerun need not repeat. A torn row is an error."""
     lines = (folder / "events.jsonl").read_text().splitlines()
     return [{k: v for k, v in json.loads(line).items() if k not in LEFT_OUT} for line in lines]
 
 
 def error_of(folder: Path) -> str:
-    """What the job said before it died."""
+    """Returns the output of the job."""
     path = folder / "error.txt"
     return path.read_text() if path.exists() else "no message"
 
 
 def require(holds: bool, message: str) -> None:
-    """Like assert, also under ``-O``."""
+    """Raises AssertionError unless the condition holds, also under ``-O``."""
     if not holds:
         raise AssertionError(message)

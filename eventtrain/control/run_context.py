@@ -21,8 +21,8 @@ from eventtrain.control.requests import (
     TraceRequest,
     WhenFull,
 )
+from eventtrain.device.compiled_step import StepProgram
 from eventtrain.device.hyperparams import Hyperparam, labels, resolve
-from eventtrain.device.program import StepProgram
 from eventtrain.errors import ConfigurationError
 from eventtrain.events import Event, SnapshotTaken
 

@@ -1,5 +1,3 @@
-"""``ArrayLoader``: shuffled batches from arrays in memory."""
-
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
@@ -9,9 +7,7 @@ import jax
 import numpy as np
 
 from eventtrain.data.sources import Batch
-from eventtrain.errors import ConfigurationError, DataError
-
-__all__ = ["ArrayLoader"]
+from eventtrain.errors import ConfigurationError, DataError, listed
 
 
 class ArrayLoader:
@@ -20,22 +16,21 @@ class ArrayLoader:
     Args:
         arrays: a pytree (dict, tuple ...) of NumPy arrays with one leading length, the examples.
         batch_size: examples in a batch.
-        shuffle: whether each epoch has an order of its own, which depends on `seed` and the epoch
-            only; otherwise it is that of the arrays.
+        shuffle: whether each epoch has an order of its own, which depends on `seed` and the epoch only; otherwise the
+            order is that of the arrays.
         seed: 0 <= seed < 2**64.
-        drop_last: whether the last examples are left out if they fill no batch. A short batch has
-            another shape, which the step is compiled for a second time.
-        transform: `(batch, rng) -> batch`, for augmentation. Its generator depends on the seed,
-            the epoch and the number of the batch, so that seeking changes nothing.
+        drop_last: whether the last examples are left out if they do not fill a batch. A short batch has another shape,
+            for which the step is compiled again.
+        transform: `(batch, rng) -> batch`, for augmentation. Its generator depends on the seed, the epoch and the
+            number of the batch, so that seeking changes nothing.
 
-    `loader(epoch)` iterates over the batches of an epoch, `loader(epoch, start=n)` from batch `n`
-    on without making those before it; `len(loader)` is the number of batches. Each batch consists
-    of fresh NumPy arrays, for JAX may take over their memory instead of copying it. Several
-    iterators may run at once, on any threads.
+    `loader(epoch)` iterates over the batches of an epoch, `loader(epoch, start=n)` from batch `n` on without making
+    those before it; `len(loader)` is the number of batches. Each batch consists of new NumPy arrays, since JAX may take
+    over their memory instead of copying it. Several iterators may run at once, on any threads.
 
     Raises:
         DataError: no arrays, no examples, or leading lengths that differ.
-        ConfigurationError: a batch_size or seed that cannot work.
+        ConfigurationError: a batch_size or seed out of range.
     """
 
     def __init__(
@@ -49,20 +44,15 @@ class ArrayLoader:
     ) -> None:
         self._arrays, self._treedef, self.examples = _checked_arrays(arrays)
         if batch_size <= 0:
-            raise ConfigurationError(
-                f"ArrayLoader(batch_size={batch_size}): a batch holds at least one example. Pass a "
-                "positive batch_size."
-            )
+            raise ConfigurationError(f"ArrayLoader: batch_size must be an integer >= 1, got {batch_size}.")
         if drop_last and batch_size > self.examples:
             raise ConfigurationError(
-                f"ArrayLoader(batch_size={batch_size}, drop_last=True): the arrays hold only "
-                f"{self.examples} examples, so every epoch would be empty. Lower batch_size, or "
-                "pass drop_last=False."
+                f"ArrayLoader: batch_size={batch_size} with drop_last=True makes every epoch empty, since the arrays "
+                f"have only {self.examples} examples. Lower batch_size, or pass drop_last=False."
             )
         if not 0 <= seed < 2**64:
             raise ConfigurationError(
-                f"ArrayLoader(seed={seed}): the seed is one 64-bit word of a Philox key, so "
-                "0 <= seed < 2**64 must hold."
+                f"ArrayLoader: seed must be an integer with 0 <= seed < 2**64, got {seed}."
             )
         self.batch_size = batch_size
         self.shuffle = shuffle
@@ -71,26 +61,25 @@ class ArrayLoader:
         self._transform = transform
 
     def __len__(self) -> int:
-        """Batches in an epoch."""
+        """Number of batches in an epoch."""
         if self.drop_last:
             return self.examples // self.batch_size
         return -(-self.examples // self.batch_size)
 
     def __iter__(self) -> Iterator[Batch]:
-        """The batches of epoch 0."""
+        """Iterates over the batches of epoch 0."""
         return self(0)
 
     def __call__(self, epoch: int, start: int = 0) -> Iterator[Batch]:
-        """The batches of `epoch`, from batch number `start` on.
+        """Iterates over the batches of `epoch`, from batch number `start` on.
 
         Raises:
             ConfigurationError: a negative epoch or start, or a start behind the last batch.
         """
         if epoch < 0 or not 0 <= start <= len(self):
             raise ConfigurationError(
-                f"ArrayLoader: epoch={epoch}, start={start} was asked for, but epochs count from 0 "
-                f"and an epoch has {len(self)} batches. Pass epoch >= 0 and 0 <= start <= "
-                f"{len(self)}."
+                f"ArrayLoader: expected epoch >= 0 and 0 <= start <= {len(self)}, the number of batches in an epoch, "
+                f"got epoch={epoch}, start={start}."
             )
         return self._batches(epoch, start)
 
@@ -108,7 +97,7 @@ class ArrayLoader:
 
     def _generator(self, epoch: int, stream: int) -> np.random.Generator:
         # Philox is a pure function of key and counter (Salmon et al., 2011): the epoch's order has
-        # stream 0 and batch i has stream i + 1, 2**192 blocks apart, so none has to be skipped.
+        # stream 0 and batch i has stream i + 1, 2**192 blocks apart, so nothing has to be skipped.
         key = np.array([self.seed, epoch], np.uint64)
         counter = np.array([0, 0, 0, stream], np.uint64)
         return np.random.Generator(np.random.Philox(key=key, counter=counter))
@@ -118,8 +107,8 @@ def _checked_arrays(arrays: Any) -> tuple[list[np.ndarray[Any, Any]], Any, int]:
     with_paths, treedef = jax.tree_util.tree_flatten_with_path(arrays)
     if not with_paths:
         raise DataError(
-            f"ArrayLoader got {type(arrays).__name__} without any array. Pass a pytree of NumPy "
-            "arrays, for example {'image': images, 'label': labels}."
+            f"ArrayLoader got {type(arrays).__name__} without any array. Pass a pytree of NumPy arrays, for example "
+            "{'image': images, 'label': labels}."
         )
     leaves: list[np.ndarray[Any, Any]] = []
     lengths: dict[str, int] = {}
@@ -127,21 +116,20 @@ def _checked_arrays(arrays: Any) -> tuple[list[np.ndarray[Any, Any]], Any, int]:
         name = f"arrays{jax.tree_util.keystr(path)}"
         if not isinstance(leaf, (np.ndarray, jax.Array)) or leaf.ndim == 0:
             raise DataError(
-                f"ArrayLoader: {name} is {type(leaf).__name__}, but each leaf must be an array "
-                "whose first axis counts the examples. Convert it with np.asarray."
+                f"ArrayLoader: {name} is {type(leaf).__name__}, but each leaf must be an array whose first axis "
+                "counts the examples. Convert it with np.asarray."
             )
         leaves.append(np.asarray(leaf))
         lengths[name] = leaf.shape[0]
     if len(set(lengths.values())) > 1:
+        given = listed([f"{name}: {length}" for name, length in lengths.items()])
         raise DataError(
-            "ArrayLoader: the arrays hold different numbers of examples ("
-            + ", ".join(f"{name}: {length}" for name, length in lengths.items())
-            + "), so they cannot be batched together. Make their first axes equally long."
+            f"ArrayLoader: the arrays have different numbers of examples ({given}). Make their first axes equally long."
         )
     (length,) = set(lengths.values())
     if length == 0:
         raise DataError(
-            "ArrayLoader: the arrays hold no examples (their first axis has length 0). Check how "
-            "they were loaded or filtered."
+            "ArrayLoader: the arrays have no examples (their first axis has length 0). Check how they were loaded or "
+            "filtered."
         )
     return leaves, treedef, length

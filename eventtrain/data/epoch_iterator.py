@@ -1,25 +1,49 @@
-"""How batches reach the loop: straight from the iterator where they lie on the device, else through the prefetcher."""
+"""Batches of one epoch for the loop: straight from the user's iterator, or through the prefetch thread.
+
+Batches that are on the device already need no thread, which would cost 100 us a batch; the first batch decides. All of
+it runs on the thread that takes the batches; only `Prefetcher` has another one.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, Protocol
 
 import jax
 
 from eventtrain.data.prefetch import BatchGroup, Prefetcher
-from eventtrain.data.sources import Peeked, batches_from, on_device
+from eventtrain.data.sources import Batch, batches_from, iterator_state, on_device, with_states
 from eventtrain.errors import DataError
 
-Wait = Callable[[Callable[[], object]], bool]
-"""Waits until its argument is true; False if the run has to end first."""
+
+class Waiter(Protocol):
+    """How the thread that takes the batches waits for one; the loop serves commands meanwhile."""
+
+    def wait(self, ready: Callable[[], object]) -> bool:
+        """Blocks until ``ready()`` is true; returns False if the run has to end first."""
+        ...
+
+    def wake(self) -> None:
+        """Has a thread in ``wait`` evaluate ``ready`` again. Any thread; never blocks."""
+        ...
 
 
 class EpochIterator:
-    """The batches of one epoch, in groups of ``steps_per_call``. Training thread only; close it.
+    """The batches of one epoch, in groups of ``steps_per_call``; to be closed by the thread that takes them.
 
-    Batches that lie on the device already need no thread: the first one tells. A resumed epoch begins at batch
-    ``start``, with the iterator in ``data_state`` where it has one; it may have no batch left.
+    Args:
+        data: as for ``Trainer.fit``.
+        steps_per_call: batches in a group.
+        sharding: of NumPy batches on the device.
+        waiter: how to wait for the prefetch thread.
+        start: batches of a resumed epoch that were trained on before; it may have no batch left.
+        data_state: state of the data's iterator after them, where it has one.
+
+    Attributes:
+        exhausted: whether ``next`` returned None because the epoch has no more batches.
+
+    Raises:
+        DataError: ``data`` yields no batches. What the user's iterator raises passes unchanged.
     """
 
     def __init__(
@@ -29,40 +53,40 @@ class EpochIterator:
         *,
         steps_per_call: int,
         sharding: jax.sharding.Sharding | None,
-        wait: Wait,
-        on_ready: Callable[[], None],
+        waiter: Waiter,
         start: int = 0,
         data_state: Any = None,
     ) -> None:
-        self._wait = wait
-        self._prefetcher: Prefetcher | None = None
-        self._direct: Peeked | None = None
         self.exhausted = False
-        """Whether `next` gave None because the epoch has no more batches."""
+        self._waiter = waiter
+        self._prefetcher: Prefetcher | None = None
+        self._direct: Iterator[tuple[Batch, Any]] | None = None
+        batches = batches_from(data, epoch, start, data_state)
         try:
-            batches = Peeked(batches_from(data, epoch, start, data_state))
+            batch = next(batches)
         except StopIteration:
-            if start:  # resumed behind the epoch's last batch
+            if start:  # resumed behind the last batch of the epoch
                 return
             raise DataError(
                 f"The data of epoch {epoch} is empty: it ended before its first batch. Check the files and the batch "
-                "size; a generator can be iterated only once, so give a callable epoch -> iterable instead."
+                "size. A generator can be iterated only once, so pass a callable epoch -> iterable instead."
             ) from None
-        if steps_per_call == 1 and on_device(batches.first):
-            self._direct = batches
+        first = batch, iterator_state(batches)
+        if steps_per_call == 1 and on_device(batch):
+            self._direct = with_states(batches, first)
         else:
             self._prefetcher = Prefetcher(
-                batches, steps_per_call=steps_per_call, sharding=sharding, on_ready=on_ready
+                batches, first, steps_per_call=steps_per_call, sharding=sharding, on_ready=waiter.wake
             )
 
     def next(self) -> BatchGroup | None:
-        """The next group; None at the end of the epoch, or when the run has to end."""
+        """Returns the next group; None at the end of the epoch, or when the run has to end."""
         if self._direct is not None:
-            for batch in self._direct:
-                return BatchGroup((batch,), 1, (self._direct.get_state(),))
+            for batch, state in self._direct:
+                return BatchGroup((batch,), 1, (state,))
         elif self._prefetcher is not None:
             ready = self._prefetcher.ready
-            if not ready() and not self._wait(ready):
+            if not ready() and not self._waiter.wait(ready):
                 return None
             group = self._prefetcher.take()
             if group is not None:
@@ -71,11 +95,11 @@ class EpochIterator:
         return None
 
     def batches(self) -> Iterator[Any]:
-        """Every batch, one by one; for ``steps_per_call=1``."""
+        """Yields every batch; for ``steps_per_call=1``."""
         while (group := self.next()) is not None:
             yield group.batches[0]
 
     def close(self) -> None:
-        """Stop the prefetch thread. Idempotent."""
+        """Stops the prefetch thread. Idempotent."""
         if self._prefetcher is not None:
             self._prefetcher.close()

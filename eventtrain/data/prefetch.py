@@ -1,4 +1,10 @@
-"""The thread that runs ahead of training, so that the next batches lie on the device when it asks for them."""
+"""The prefetch thread, which runs ahead of training so that the next batches are on the device in time.
+
+- Only this thread touches the user's iterator once it runs; only the consumer thread takes groups.
+- NumPy batches are copied before they are put on the device: JAX may alias their memory (24 of 50 batches on a CPU) or
+  read it late, and an iterator may fill one buffer again and again.
+- The groups of a call are assembled here: on the training thread that would cost what ``steps_per_call`` saves.
+"""
 
 from __future__ import annotations
 
@@ -10,18 +16,16 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from eventtrain.data.sources import Batch, position_of
-from eventtrain.device.jax_compat import sixty_four_bit
-from eventtrain.errors import ConfigurationError, DataError
-
-__all__ = ["BatchGroup", "Prefetcher"]
+from eventtrain.data.sources import Batch, with_states
+from eventtrain.device.state import with_x64_of_caller
+from eventtrain.errors import ConfigurationError
 
 
 class BatchGroup(NamedTuple):
-    """`steps_per_call` batches for one call, of which the first `steps` are real.
+    """`steps_per_call` batches for one call, of which the first `steps` are to be trained on.
 
-    A short group is padded by repeating its last batch. `positions[i]` is what the data iterator's
-    `get_state()` said right after batch i, or None if it has no such method.
+    A short group is padded by repeating its last batch. `positions[i]` is what the data iterator's `get_state()`
+    returned right after batch i, or None if it has no such method.
     """
 
     batches: tuple[Batch, ...]
@@ -33,13 +37,13 @@ class Prefetcher:
     """Runs a data iterator in a thread of its own and puts batches on the device ahead of use.
 
     Args:
-        batches: the iterator; from now on only the prefetch thread touches it (and, if it is a
-            generator, closes it).
-        steps_per_call: batches in a group. A group also ends where the next batch has another
-            shape, dtype or structure, for one call needs them alike.
-        depth: groups that may wait; this many batches of memory are used on top of the step's.
-        sharding: where NumPy leaves are put; None is JAX's default device. Leaves that are JAX
-            arrays already stay where they are, numbers stay numbers.
+        batches: the iterator, which is closed in the end if it has `close`, as generators have.
+        first: batches that were taken from it before, each with `iterator_state` after it.
+        steps_per_call: batches in a group. A group also ends where the next batch has another shape, dtype or
+            structure, since one call needs them alike.
+        depth: groups that may wait; that many groups of memory are used beside those of the step.
+        sharding: where NumPy leaves are put; None is JAX's default device. Leaves that are JAX arrays already stay
+            where they are, numbers stay numbers.
         on_ready: called on the prefetch thread after each group and at the end, when `ready()` holds.
 
     `ready` and `take` never block and belong to one consumer thread.
@@ -48,7 +52,7 @@ class Prefetcher:
     def __init__(
         self,
         batches: Iterator[Batch],
-        *,
+        *first: tuple[Batch, Any],
         steps_per_call: int = 1,
         depth: int = 4,
         sharding: jax.sharding.Sharding | None = None,
@@ -56,54 +60,46 @@ class Prefetcher:
     ) -> None:
         if steps_per_call < 1 or depth < 1:
             raise ConfigurationError(
-                f"Prefetcher(steps_per_call={steps_per_call}, depth={depth}): both count groups or "
-                "batches, so they must be 1 at least."
+                f"steps_per_call and depth must be integers >= 1, got {steps_per_call} and {depth}."
             )
         self._batches = batches
+        self._first = first
         self._size = steps_per_call
         self._sharding = sharding
         self._on_ready = on_ready
         self._groups: collections.deque[BatchGroup] = collections.deque()
         self._room = threading.Semaphore(depth)
         self._closing = False
-        self._ended = False  # set last: whoever sees it sees every group and the error too
+        self._ended = False  # set last: a thread that reads True finds every group, and the error
         self._error: BaseException | None = None
-        self._taken = 0
-        self._x64 = bool(jax.config.read("jax_enable_x64"))  # a setting of each thread: handed on to ours
-        self._thread = threading.Thread(target=self._run, name="eventtrain-prefetch", daemon=True)
+        self._thread = threading.Thread(
+            target=with_x64_of_caller(self._run), name="eventtrain-prefetch", daemon=True
+        )
         self._thread.start()
 
     def ready(self) -> bool:
-        """Whether `take` has something to say: a group, the end, or an error."""
+        """Whether `take` has a result: a group, the end, or an error."""
         return bool(self._groups) or self._ended
 
     def take(self) -> BatchGroup | None:
-        """The next group, or None at the end of the data.
+        """Returns the next group, or None at the end of the data.
 
         Raises:
-            DataError: the data ended before its first batch.
-            RuntimeError: nothing is ready; ask `ready()`, or wait for `on_ready`.
+            RuntimeError: nothing is ready; call `ready()` first, or wait for `on_ready`.
             BaseException: what the user's iterator raised, unchanged, after the batches before it.
         """
         ended = self._ended  # read first: a group may be added, but not after this was true
         if self._groups:
-            self._taken += 1
             self._room.release()
             return self._groups.popleft()
         if not ended:
-            raise RuntimeError("Prefetcher.take(): nothing is ready; ask ready() first.")
+            raise RuntimeError("Prefetcher.take() was called while nothing is ready. Call ready() first.")
         if self._error is not None:
             raise self._error
-        if self._taken == 0:
-            raise DataError(
-                "The data is empty: it ended before its first batch. Check the files and the batch "
-                "size; an iterator that was consumed once must be given as a callable "
-                "epoch -> iterable."
-            )
         return None
 
     def close(self, timeout_s: float | None = 5.0) -> bool:
-        """Stop the thread and wait for it, `timeout_s` at most; may be called again.
+        """Stops the thread and waits for it, at most `timeout_s`; may be called again.
 
         Returns whether it has ended: it has not while the user's iterator blocks.
         """
@@ -114,8 +110,7 @@ class Prefetcher:
 
     def _run(self) -> None:
         try:
-            with sixty_four_bit(self._x64):
-                self._fill()
+            self._fill()
         except BaseException as error:
             self._error = error
         finally:
@@ -131,10 +126,9 @@ class Prefetcher:
     def _fill(self) -> None:
         group: list[tuple[Batch, Any]] = []
         try:
-            for batch in self._batches:
-                position = position_of(self._batches)
-                batch = self._on_device(batch)
-                if group and not _alike(group[-1][0], batch):
+            for batch, position in with_states(self._batches, *self._first):
+                batch = jax.tree.map(self._on_device, batch)
+                if group and _kinds(group[-1][0]) != _kinds(batch):
                     self._add(group)
                     group = []
                 group.append((batch, position))
@@ -143,7 +137,7 @@ class Prefetcher:
                     group = []
                 if self._closing:
                     return
-        finally:  # also what came before an error
+        finally:  # also the batches before an error
             if group:
                 self._add(group)
 
@@ -159,24 +153,18 @@ class Prefetcher:
         self._groups.append(BatchGroup(batches, len(group), positions))
         self._on_ready()
 
-    def _on_device(self, batch: Batch) -> Batch:
-        def put(leaf: Any) -> Any:
-            if isinstance(leaf, (np.ndarray, np.generic)) and leaf.dtype.kind not in "OSUMm":
-                # A copy, since JAX may alias the memory or read it late, and an iterator that fills
-                # one buffer again and again is legal.
-                return jax.device_put(np.array(leaf), self._sharding)
-            return leaf
-
-        return jax.tree.map(put, batch)
+    def _on_device(self, leaf: Any) -> Any:
+        if isinstance(leaf, (np.ndarray, np.generic)) and leaf.dtype.kind not in "OSUMm":
+            return jax.device_put(np.array(leaf), self._sharding)  # a copy, since JAX may alias the memory
+        return leaf
 
 
-def _alike(one: Batch, other: Batch) -> bool:
-    first, first_tree = jax.tree_util.tree_flatten(one)
-    second, second_tree = jax.tree_util.tree_flatten(other)
-    return first_tree == second_tree and all(_kind(a) == _kind(b) for a, b in zip(first, second, strict=True))
-
-
-def _kind(leaf: Any) -> tuple[Any, ...]:
-    if isinstance(leaf, jax.Array):
-        return leaf.shape, leaf.dtype, leaf.sharding
-    return type(leaf), getattr(leaf, "shape", None), getattr(leaf, "dtype", None)
+def _kinds(batch: Batch) -> tuple[Any, ...]:
+    """Returns what all batches of one call must have in common."""
+    leaves, treedef = jax.tree_util.tree_flatten(batch)
+    return treedef, [
+        (leaf.shape, leaf.dtype, leaf.sharding)
+        if isinstance(leaf, jax.Array)
+        else (type(leaf), getattr(leaf, "shape", None), getattr(leaf, "dtype", None))
+        for leaf in leaves
+    ]

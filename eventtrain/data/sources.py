@@ -1,4 +1,4 @@
-"""What counts as data, and where in it a run is. A batch is any pytree of arrays."""
+"""Data of a run: batches of an epoch, and the position in them. A batch is any pytree of arrays."""
 
 from __future__ import annotations
 
@@ -13,36 +13,25 @@ import numpy as np
 
 from eventtrain.errors import DataError
 
-__all__ = [
-    "Batch",
-    "Peeked",
-    "batches_from",
-    "epoch_batches",
-    "on_device",
-    "place_of",
-    "position_of",
-    "rewound",
-]
-
 # A batch is a pytree, which has no static type.
 Batch: TypeAlias = Any
 
 
 def epoch_batches(data: object, epoch: int) -> Iterator[Batch]:
-    """An iterator over the batches of one epoch.
+    """Returns an iterator over the batches of one epoch.
 
-    `data` is an iterable, iterated anew each epoch, or a callable `epoch -> iterable`; an
-    `ArrayLoader` is one. What the user's code raises passes unchanged.
+    `data` is an iterable, iterated again each epoch, or a callable `epoch -> iterable`, as an `ArrayLoader` is. What
+    the user's code raises passes unchanged.
 
     Raises:
-        DataError: `data` is neither, or the callable returned no iterable.
+        DataError: `data` is neither, or the callable did not return an iterable.
     """
     if callable(data):
         batches: object = data(epoch)
         if not isinstance(batches, Iterable):
             raise DataError(
-                f"data(epoch={epoch}) returned {type(batches).__name__}, which cannot be iterated. "
-                "A callable given as data returns the iterable of that epoch's batches."
+                f"data(epoch={epoch}) returned {type(batches).__name__}, which cannot be iterated. A callable given "
+                "as data must return an iterable of that epoch's batches."
             )
         return iter(batches)  # pyright: ignore[reportUnknownArgumentType, reportUnknownVariableType]
     if isinstance(data, (np.ndarray, jax.Array)):
@@ -52,18 +41,17 @@ def epoch_batches(data: object, epoch: int) -> Iterator[Batch]:
         )
     if isinstance(data, Iterable) and not isinstance(data, (str, bytes, dict)):
         return iter(data)  # pyright: ignore[reportUnknownArgumentType, reportUnknownVariableType]
-    hint = "for arrays in memory, et.ArrayLoader(arrays, batch_size)"
     raise DataError(
-        f"data is {type(data).__name__}, which yields no batches. Pass an iterable of batches, a "
-        f"callable epoch -> iterable, or, {hint}."
+        f"data is {type(data).__name__}, which yields no batches. Pass an iterable of batches, a callable "
+        "epoch -> iterable, or, for arrays in memory, et.ArrayLoader(arrays, batch_size)."
     )
 
 
 def batches_from(data: object, epoch: int, start: int, state: Any) -> Iterator[Batch]:
-    """The batches of one epoch from batch number `start` on, as a resumed run needs them.
+    """Returns the batches of one epoch from batch number `start`, for a run that resumes.
 
-    Where the iterator has `set_state`, it gets `state`; where `data` takes `start=`, as an `ArrayLoader` does, nothing
-    is made twice; else the first batches are made and left out, which is exact if the data is the same every time.
+    An iterator with `set_state` gets `state`. Data that takes `start=`, as an `ArrayLoader` does, seeks. Otherwise the
+    first batches are made again and left out, which is exact if the data is the same every time.
     """
     if start == 0:
         return epoch_batches(data, epoch)
@@ -78,65 +66,40 @@ def batches_from(data: object, epoch: int, start: int, state: Any) -> Iterator[B
     return itertools.islice(batches, start, None)
 
 
-def place_of(data: object) -> Any:
-    """The state of data that is one iterator with `get_state` and `set_state`; None for any other."""
-    return position_of(data) if isinstance(data, Iterator) and hasattr(data, "set_state") else None
+def iterator_state(batches: object) -> Any:
+    """Returns what `get_state` of an iterator returns; None where it has no such method."""
+    get_state = getattr(batches, "get_state", None)
+    return None if get_state is None else get_state()
+
+
+def with_states(batches: Iterator[Batch], *first: tuple[Batch, Any]) -> Iterator[tuple[Batch, Any]]:
+    """Yields `first`, which was taken from `batches` before, and the batches, each with `iterator_state` after it."""
+    yield from first
+    for batch in batches:
+        yield batch, iterator_state(batches)
+
+
+def position_in(data: object) -> Any:
+    """Returns the state of data that is itself an iterator with `get_state` and `set_state`; None for other data."""
+    return iterator_state(data) if isinstance(data, Iterator) and hasattr(data, "set_state") else None
 
 
 @contextmanager
-def rewound(data: object, place: Any) -> Generator[None]:
-    """Data that is one iterator stands at `place` for the length of the block, and then where it stood.
+def rewound(data: object, position: Any) -> Generator[None]:
+    """Sets data that is itself an iterator to `position` for the length of the block, and back after it.
 
-    With `place` None nothing is moved.
+    With `position` None nothing is moved.
     """
-    if place is None:
+    if position is None:
         yield
         return
     iterator: Any = data
-    there = iterator.get_state()
-    iterator.set_state(place)
+    before = iterator.get_state()
+    iterator.set_state(position)
     try:
         yield
     finally:
-        iterator.set_state(there)
-
-
-def _parameters(function: Callable[..., Any]) -> frozenset[str]:
-    try:
-        return frozenset(inspect.signature(function).parameters)
-    except (TypeError, ValueError):
-        return frozenset()
-
-
-class Peeked(Iterator[Batch]):
-    """An iterator whose first batch was looked at; `get_state` is that of what was handed out.
-
-    Raises:
-        StopIteration: it has no batch.
-    """
-
-    def __init__(self, batches: Iterator[Batch]) -> None:
-        self._batches = batches
-        self.first = next(batches)
-        self._after_first = position_of(batches)
-        self._waiting = True
-
-    def __next__(self) -> Batch:
-        if self._waiting:
-            self._waiting = False
-            return self.first
-        self._after_first = None
-        return next(self._batches)
-
-    def get_state(self) -> Any:
-        """The state after the last batch handed out; None where the iterator has none."""
-        return self._after_first if self._after_first is not None else position_of(self._batches)
-
-    def close(self) -> None:
-        """Close the iterator, if it can be."""
-        close = getattr(self._batches, "close", None)
-        if close is not None:
-            close()
+        iterator.set_state(before)
 
 
 def on_device(batch: Batch) -> bool:
@@ -144,7 +107,8 @@ def on_device(batch: Batch) -> bool:
     return all(isinstance(leaf, jax.Array) for leaf in jax.tree_util.tree_leaves(batch))
 
 
-def position_of(batches: object) -> Any:
-    """What its `get_state` says; None where it has none."""
-    get_state = getattr(batches, "get_state", None)
-    return None if get_state is None else get_state()
+def _parameters(function: Callable[..., Any]) -> frozenset[str]:
+    try:
+        return frozenset(inspect.signature(function).parameters)
+    except (TypeError, ValueError):
+        return frozenset()

@@ -1,211 +1,170 @@
-"""eval_fn and predict_fn, compiled: the state is only read, never donated."""
+"""eval_fn and predict_fn, compiled: they read the state and never donate it."""
 
 from __future__ import annotations
 
+import abc
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any, ClassVar
 
 import jax
 import numpy as np
 
-from eventtrain.device.executable_cache import ExecutableCache
-from eventtrain.device.fused_step import abstract
+from eventtrain.device.executable_cache import ExecutableCache, LowerOnCaller, lower_here
 from eventtrain.device.metric_codec import MetricLayout
-from eventtrain.device.metric_ring import RingCarry, RingSource, write_row
-from eventtrain.device.state import PyTree, Skeleton, replicated_sharding
+from eventtrain.device.metric_ring import MetricRings, RingCarry, TakenRing, write_row
+from eventtrain.device.state import Leaves, PyTree, TreeStructure, abstract, replicated_sharding
 from eventtrain.device.validation import call_user, check_leaves
 from eventtrain.errors import StepError
 
-__all__ = ["CompiledEval", "CompiledPredict"]
+
+class _StateReader(abc.ABC):
+    """A function of `(state, batch)`, compiled once for each batch signature. Training thread only."""
+
+    _name: ClassVar[str]
+
+    def __init__(
+        self,
+        function: Callable[[PyTree, PyTree], Any],
+        structure: TreeStructure,
+        leaves: Sequence[jax.Array],
+        *,
+        lower_on_caller: LowerOnCaller = lower_here,
+    ) -> None:
+        self._function = function
+        self._structure = structure
+        self._leaf_types = abstract(leaves)
+        self._lower_on_caller = lower_on_caller
+        self._executables = ExecutableCache[Callable[..., Any]](self._name, self._build)
+
+    @property
+    def compilations(self) -> int:
+        """Number of batch signatures that were compiled; each blocked its caller once."""
+        return len(self._executables)
+
+    def prepare(self, batch: PyTree) -> None:
+        """Traces, checks and compiles the function for `batch`; blocks until compiled.
+
+        Raises:
+            DataError: the batch has a leaf that is neither an array nor a number.
+            StepError: the function raised, or predict_fn returned other things than arrays.
+            MetricsError: eval_fn did not return a flat dict of scalars.
+        """
+        self._executables.select(batch)
+
+    @abc.abstractmethod
+    def _build(self, batch: PyTree) -> Callable[..., Any]:
+        """Compiles for `batch`: a function of leaves, the ring's arrays if there is one, and batch."""
+
+    def _dispatch(self, leaves: Sequence[jax.Array], *ring_and_batch: Any) -> Any:
+        try:
+            return self._executables.require()(leaves, *ring_and_batch)
+        except (TypeError, ValueError) as error:
+            executable = self._executables.reselect(
+                error,
+                ring_and_batch[-1],
+                lambda: check_leaves("state", leaves, self._structure, self._leaf_types),
+            )
+            return executable(leaves, *ring_and_batch)
+
+    def _call(self, leaves: Sequence[jax.Array], batch: PyTree) -> Any:
+        """Calls the user's function; to be traced."""
+        return call_user(self._name, self._function, self._structure.join(leaves), batch)
 
 
-class _LoweredEval(NamedTuple):
-    layout: MetricLayout
-    rings: RingSource
-    lowered: jax.stages.Lowered
-
-
-class CompiledEval:
+class CompiledEval(_StateReader):
     """`eval_fn`, `(state, batch) -> metrics`, fused with a metric ring as the step is.
 
-    `skeleton`, `leaves`, `capacity` and `compile_on_caller` are those of `CompiledStep`. All
-    methods belong to the training thread.
+    `structure`, `leaves` and `lower_on_caller` are those of `CompiledStep`.
 
     Attributes:
-        layout: how to decode a row; set by `prepare`.
         capacity: rows of the ring.
     """
 
-    layout: MetricLayout
+    _name = "eval_fn"
 
     def __init__(
         self,
         eval_fn: Callable[[PyTree, PyTree], Mapping[str, Any]],
-        skeleton: Skeleton,
+        structure: TreeStructure,
         leaves: Sequence[jax.Array],
         *,
         capacity: int = 1024,
-        compile_on_caller: Callable[[Callable[[], Any]], Any] = lambda f: f(),
+        lower_on_caller: LowerOnCaller = lower_here,
     ) -> None:
+        super().__init__(eval_fn, structure, leaves, lower_on_caller=lower_on_caller)
         self.capacity = capacity
-        self._eval_fn = eval_fn
-        self._skeleton = skeleton
-        self._leaf_types = abstract(leaves)
         self._sharding = replicated_sharding(leaves)
-        self._compile_on_caller = compile_on_caller
-        self._executables = ExecutableCache(self._build)
-        self._rings: RingSource | None = None
-        self._evaluate: Callable[..., tuple[jax.Array, jax.Array]] = self._unprepared
-
-    @property
-    def compilations(self) -> int:
-        """How many batch signatures were compiled; each blocked its caller once."""
-        return self._executables.compilations
-
-    def prepare(self, batch: PyTree) -> None:
-        """Trace, check and compile eval_fn for `batch`; blocks until compiled.
-
-        Raises:
-            DataError: the batch holds something that is neither array nor number.
-            StepError: eval_fn raised.
-            MetricsError: it returned no flat dict of scalars.
-        """
-        self._evaluate = self._executables.select(batch)
+        self._rings = MetricRings(self._name, capacity, self._sharding)
 
     def initial(self) -> RingCarry:
-        """The carry to start an evaluation with, after `prepare`."""
-        rings = self._ring_source()
-        return RingCarry(rings.fresh(), rings.zero)
+        """Returns the carry to start an evaluation with, after `prepare`."""
+        return RingCarry(*self._rings.fresh())
 
     def __call__(self, carry: RingCarry, leaves: Sequence[jax.Array], batch: PyTree) -> None:
-        """Dispatch eval_fn on one batch and return at once; its metrics are the ring's next row.
+        """Dispatches eval_fn on one batch and returns at once; its metrics are the ring's next row.
 
-        The state's `leaves` are not donated. A batch of a new signature is compiled first
-        (blocking); errors as in `prepare`, and then `carry` is as it was.
+        The state's `leaves` are not donated. A batch of a new signature is compiled first (blocking); errors as in
+        `prepare`, and then `carry` is as it was.
         """
         if carry.rows >= self.capacity:
-            raise StepError(f"The metric ring holds {self.capacity} rows and all are used. Call take_ring().")
-        try:
-            out = self._evaluate(leaves, carry.ring, carry.cursor, batch)
-        except (TypeError, ValueError) as error:
-            self._evaluate = self._executables.reselect(error, batch, lambda: self._check(leaves))
-            out = self._evaluate(leaves, carry.ring, carry.cursor, batch)
-        carry.ring, carry.cursor = out
+            raise self._rings.refuse_more(carry)
+        carry.ring, carry.cursor = self._dispatch(leaves, carry.ring, carry.cursor, batch)
         carry.rows += 1
 
-    def take_ring(self, carry: RingCarry) -> tuple[jax.Array, int]:
-        """The ring, perhaps not computed yet, and its rows in use; `carry` gets a fresh one."""
-        return self._ring_source().take(carry)
-
-    def _ring_source(self) -> RingSource:
-        return self._unprepared() if self._rings is None else self._rings
-
-    def _unprepared(self, *_: object) -> Any:
-        raise StepError("eval_fn was not compiled yet: call prepare(batch) first.")
-
-    def _check(self, leaves: Sequence[jax.Array]) -> None:
-        check_leaves(leaves, self._skeleton, self._leaf_types)
+    def take_ring(self, carry: RingCarry, window: Any = None) -> TakenRing:
+        """Returns the ring of `carry`, with `window` as the caller's record of it; `carry` gets a fresh one."""
+        return self._rings.take(carry, window)
 
     def _build(self, batch: PyTree) -> Callable[..., Any]:
-        built: _LoweredEval = self._compile_on_caller(lambda: self._lower(batch))
-        if self._rings is None:
-            self.layout, self._rings = built.layout, built.rings
-        else:
-            self.layout.require_same(built.layout, "eval_fn")
-        return built.lowered.compile()
+        layout, lowered = self._lower_on_caller(lambda: self._lower(batch))
+        self._rings.adopt(layout)
+        return lowered.compile()
 
-    def _lower(self, batch: PyTree) -> _LoweredEval:
+    def _lower(self, batch: PyTree) -> tuple[MetricLayout, jax.stages.Lowered]:
         layouts: list[MetricLayout] = []
 
-        def row_of(leaves: list[jax.Array], batch: PyTree) -> jax.Array:
-            state = self._skeleton.join(leaves)
-            metrics = call_user("eval_fn", self._eval_fn, state, batch)
-            layouts.append(MetricLayout.of(metrics, "eval_fn"))
+        def row_of(leaves: Leaves, batch: PyTree) -> jax.Array:
+            metrics = self._call(leaves, batch)
+            layouts.append(MetricLayout.of(metrics, self._name))
             return layouts[-1].encode(metrics)
 
         traced_once = jax.jit(row_of, inline=True)
         traced_once.trace(self._leaf_types, batch)
-        rings = RingSource(layouts[0], self.capacity, self._sharding)
 
         def call(
-            leaves: list[jax.Array], ring: jax.Array, cursor: jax.Array, batch: PyTree
+            leaves: Leaves, ring: jax.Array, cursor: jax.Array, batch: PyTree
         ) -> tuple[jax.Array, jax.Array]:
             return write_row(ring, cursor, traced_once(leaves, batch))
 
         jitted = jax.jit(call, donate_argnums=1, out_shardings=self._sharding)
-        lowered = jitted.lower(self._leaf_types, rings.ring_type, rings.cursor_type, batch)
-        return _LoweredEval(layouts[0], rings, lowered)
+        return layouts[0], jitted.lower(self._leaf_types, *self._rings.types(layouts[0]), batch)
 
 
-class CompiledPredict:
+class CompiledPredict(_StateReader):
     """`predict_fn`, `(state, batch) -> outputs`, compiled; outputs are any pytree of arrays.
 
-    `skeleton`, `leaves` and `compile_on_caller` are those of `CompiledStep`. All methods belong to
-    the training thread.
+    `structure`, `leaves` and `lower_on_caller` are those of `CompiledStep`.
     """
 
-    def __init__(
-        self,
-        predict_fn: Callable[[PyTree, PyTree], PyTree],
-        skeleton: Skeleton,
-        leaves: Sequence[jax.Array],
-        *,
-        compile_on_caller: Callable[[Callable[[], Any]], Any] = lambda f: f(),
-    ) -> None:
-        self._predict_fn = predict_fn
-        self._skeleton = skeleton
-        self._leaf_types = abstract(leaves)
-        self._compile_on_caller = compile_on_caller
-        self._executables = ExecutableCache(self._build)
-        self._predict: Callable[..., PyTree] = self._unprepared
-
-    @property
-    def compilations(self) -> int:
-        """How many batch signatures were compiled; each blocked its caller once."""
-        return self._executables.compilations
-
-    def prepare(self, batch: PyTree) -> None:
-        """Trace and compile predict_fn for `batch`; blocks until compiled.
-
-        Raises:
-            DataError: the batch holds something that is neither array nor number.
-            StepError: predict_fn raised, or returned something that is no pytree of arrays.
-        """
-        self._predict = self._executables.select(batch)
+    _name = "predict_fn"
 
     def __call__(self, leaves: Sequence[jax.Array], batch: PyTree) -> PyTree:
-        """Dispatch predict_fn on one batch and return its outputs, not computed yet.
+        """Dispatches predict_fn on one batch and returns its outputs, not computed yet.
 
-        Nothing is donated. A batch of a new signature is compiled first (blocking); errors as in
-        `prepare`.
+        Nothing is donated. A batch of a new signature is compiled first (blocking); errors as in `prepare`.
         """
-        try:
-            return self._predict(leaves, batch)
-        except (TypeError, ValueError) as error:
-            self._predict = self._executables.reselect(error, batch, lambda: self._check(leaves))
-            return self._predict(leaves, batch)
-
-    def _unprepared(self, *_: object) -> PyTree:
-        raise StepError("predict_fn was not compiled yet: call prepare(batch) first.")
-
-    def _check(self, leaves: Sequence[jax.Array]) -> None:
-        check_leaves(leaves, self._skeleton, self._leaf_types)
+        return self._dispatch(leaves, batch)
 
     def _build(self, batch: PyTree) -> Callable[..., Any]:
-        lowered: jax.stages.Lowered = self._compile_on_caller(lambda: self._lower(batch))
+        lowered = self._lower_on_caller(lambda: jax.jit(self._outputs).lower(self._leaf_types, batch))
         return lowered.compile()
 
-    def _lower(self, batch: PyTree) -> jax.stages.Lowered:
-        def call(leaves: list[jax.Array], batch: PyTree) -> PyTree:
-            state = self._skeleton.join(leaves)
-            outputs = call_user("predict_fn", self._predict_fn, state, batch)
-            for path, leaf in jax.tree_util.tree_flatten_with_path(outputs)[0]:
-                if not isinstance(leaf, (jax.Array, np.ndarray, np.generic, bool, int, float)):
-                    raise StepError(
-                        f"predict_fn returned outputs{jax.tree_util.keystr(path)} as "
-                        f"{type(leaf).__name__}, which cannot leave a compiled function. Return a "
-                        "pytree of arrays."
-                    )
-            return outputs
-
-        return jax.jit(call).lower(self._leaf_types, batch)
+    def _outputs(self, leaves: Leaves, batch: PyTree) -> PyTree:
+        outputs = self._call(leaves, batch)
+        for path, leaf in jax.tree_util.tree_flatten_with_path(outputs)[0]:
+            if not isinstance(leaf, (jax.Array, np.ndarray, np.generic, bool, int, float)):
+                raise StepError(
+                    f"predict_fn returned outputs{jax.tree_util.keystr(path)} as {type(leaf).__name__}, which a "
+                    "compiled function cannot return. Return a pytree of arrays."
+                )
+        return outputs

@@ -1,8 +1,17 @@
 """The compiled training step: step_fn, extensions and the metric ring in one dispatch.
 
-It exists in two variants. The *donating* one overwrites the state it is given, as a bare jitted
-loop does. The *keeping* one leaves the old state alone, which makes it a snapshot: nothing is
-copied and nothing waits. Where the keeping one is not compiled yet, a device copy serves.
+Each batch signature is compiled in two variants. The *donating* one overwrites the state it is given, as a bare jitted
+loop does. The *keeping* one leaves that state alone, so that a reference to it is a snapshot: nothing is copied and
+nothing waits. On an H200 a keeping step took as long as a donating one (134 and 136 ms); a copy of a 120 MB state on a
+CPU takes 28 to 62 ms.
+
+- Owner. The loop owns the carry; a donating call destroys all arrays in it but the cursor and puts the new ones in
+  their place. Arrays of the carry that another object refers to must be followed by a keeping call.
+- Errors. What is refused is refused before the donation: the carry is as it was, and still valid.
+- Threads. All calls, tracing and lowering belong to the training thread, since another thread would break the order of
+  collectives and lose JAX's settings. The keeping variant is compiled by a helper thread: compiling beside the loop
+  slows it (p50 12 -> 24 ms), compiling inside it would stop it. Until that is done, a copy on the device serves as the
+  snapshot.
 """
 
 from __future__ import annotations
@@ -10,48 +19,36 @@ from __future__ import annotations
 import logging
 import threading
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple
+from dataclasses import dataclass
+from functools import cached_property
+from types import MappingProxyType
+from typing import Any
 
 import jax
 import numpy as np
 
-from eventtrain.device.executable_cache import ExecutableCache
-from eventtrain.device.extensions import StepExtension
-from eventtrain.device.fused_step import FusedStep, LoweredStep
-from eventtrain.device.metric_codec import MetricLayout
-from eventtrain.device.metric_ring import RingCarry, RingSource
-from eventtrain.device.program import StepProgram
-from eventtrain.device.state import PyTree, Skeleton, copy_leaves, replicated_sharding
+from eventtrain.device.executable_cache import ExecutableCache, LowerOnCaller, lower_here
+from eventtrain.device.extensions import ExtensionStates, StepExtension
+from eventtrain.device.fused_step import FusedStep, LoweredStep, StepFn, StepOptions
+from eventtrain.device.metric_ring import MetricRings, RingCarry, TakenRing
+from eventtrain.device.state import Leaves, PyTree, TreeStructure, abstract, copy_leaves, replicated_sharding
 from eventtrain.device.validation import check_leaves
-from eventtrain.errors import SnapshotError, StepError
-
-__all__ = ["Carry", "CompiledStep", "Kept"]
+from eventtrain.errors import SnapshotError, first_lines
 
 _logger = logging.getLogger(__name__)
 
 
+@dataclass(slots=True, eq=False, kw_only=True)
 class Carry(RingCarry):
-    """What one step hands to the next: state and extension leaves, ring, cursor, rows used."""
+    """State that one step hands to the next, as in `lax.scan`. Training thread only.
 
-    __slots__ = ("ext_leaves", "leaves")
+    Attributes:
+        leaves: array leaves of the training state; donated.
+        ext_leaves: array leaves of `ExtensionStates`; donated.
+    """
 
-    def __init__(
-        self,
-        leaves: list[jax.Array],
-        ext_leaves: list[jax.Array],
-        ring: jax.Array,
-        cursor: jax.Array,
-    ) -> None:
-        super().__init__(ring, cursor)
-        self.leaves = leaves
-        self.ext_leaves = ext_leaves
-
-
-class Kept(NamedTuple):
-    """The leaves as of the step before a keeping call: untouched, for a snapshot."""
-
-    leaves: list[jax.Array]
-    ext_leaves: list[jax.Array]
+    leaves: Leaves
+    ext_leaves: Leaves
 
 
 class CompiledStep:
@@ -59,93 +56,74 @@ class CompiledStep:
 
     Args:
         step_fn: `(state, batch) -> (state, metrics)`, pure; metrics a flat dict of scalars.
-        skeleton, leaves: of the state, from `split_state` and `place`. Only shapes, dtypes and
-            shardings of the leaves are used (and their values to initialise extensions).
+        structure, leaves: of the state, from `split_state` and `place`. Only shapes, dtypes and shardings of the leaves
+            are used (and their values to initialise extensions).
         extensions: run after every step, inside the computation.
         params: lens state -> weights, for the extensions.
-        hyperparams_watched: indices of scalar state leaves whose value after each step is written
-            to the ring beside the metrics (`MetricLayout.decode_watched`).
-        capacity: rows of the ring: how many steps fit between two `take_ring`.
-        steps_per_call: K > 1 compiles one executable for up to K steps a call.
-        donate: whether a call overwrites the state it is given. The ring always is.
-        keep: whether the keeping variant is lowered, for snapshots without a copy.
-        compile_on_caller: runs `f` and returns `f()`, on the thread whose JAX settings count;
-            tracing and lowering go through it.
+        hyperparams_watched: indices of scalar state leaves whose value after each step is written to the ring beside
+            the metrics (`MetricLayout.decode_watched`).
+        options: how to compile.
+        lower_on_caller: see `LowerOnCaller`.
 
-    All methods belong to the training thread; `keeping_ready` and `program` may be asked from any.
+    All methods belong to the training thread; `program` may be called on any.
 
     Attributes:
-        layout: how to decode a row; set by `prepare`.
-        capacity: as given.
+        capacity: rows of the ring.
         grouped: whether a call runs several steps.
     """
 
-    layout: MetricLayout
-
     def __init__(
         self,
-        step_fn: Callable[[PyTree, PyTree], tuple[PyTree, Mapping[str, Any]]],
-        skeleton: Skeleton,
+        step_fn: StepFn,
+        structure: TreeStructure,
         leaves: Sequence[jax.Array],
         *,
         extensions: Sequence[StepExtension] = (),
         params: Callable[[PyTree], PyTree] = lambda state: state,
         hyperparams_watched: Sequence[int] = (),
-        capacity: int = 1024,
-        steps_per_call: int = 1,
-        donate: bool = True,
-        keep: bool = True,
-        compile_on_caller: Callable[[Callable[[], LoweredStep]], LoweredStep] = lambda f: f(),
+        options: StepOptions | None = None,
+        lower_on_caller: LowerOnCaller = lower_here,
     ) -> None:
-        sharding = replicated_sharding(leaves)
+        options, sharding = options or StepOptions(), replicated_sharding(leaves)
+        self.capacity = options.capacity
+        self.grouped = options.steps_per_call > 1
+        self._donate = options.donate
         self._fused = FusedStep(
             step_fn,
-            skeleton,
-            leaves,
-            extensions=extensions,
-            params=params,
+            structure,
+            leaf_types=abstract(leaves),
+            extensions=ExtensionStates(extensions, params, structure, leaves),
             watched=hyperparams_watched,
-            capacity=capacity,
-            steps_per_call=steps_per_call,
-            donate=donate,
-            keep=keep,
-            sharding=sharding,
+            rings=MetricRings("step_fn", options.capacity, sharding),
+            options=options,
         )
-        self.capacity = capacity
-        self._donate = donate
-        self.grouped = steps_per_call > 1
-        self._counts = [jax.device_put(np.int32(n), sharding) for n in range(steps_per_call + 1)]
-        self._compile_on_caller = compile_on_caller
-        self._executables = ExecutableCache(self._build)
-        self._rings: RingSource | None = None
-        self._donating: Callable[..., Any] = _unprepared
+        counts = range(options.steps_per_call + 1)
+        self._counts = [jax.device_put(np.int32(count), sharding) for count in counts]
+        self._lower_on_caller = lower_on_caller
+        self._executables = ExecutableCache("step_fn", self._build)
+        # Of the current executable: one look-up less at every step. Before prepare() it raises.
+        self._donating: Callable[..., Any] = lambda *_: self._executables.require()
 
     @property
     def compilations(self) -> int:
-        """How many batch signatures were compiled; each blocked its caller once."""
-        return self._executables.compilations
-
-    @property
-    def keeping_ready(self) -> bool:
-        """Whether a keeping call of the batch signature in use needs no device copy."""
-        executable = self._executables.current
-        return not self._donate or (executable is not None and executable.keeping is not None)
+        """Number of batch signatures that were compiled; each blocked its caller once."""
+        return len(self._executables)
 
     def program(self) -> StepProgram | None:
-        """What was compiled for the batch signature in use; None before `prepare`."""
+        """Returns the compiled step for the batch signature in use; None before `prepare`."""
         executable = self._executables.current
         return None if executable is None else StepProgram(executable.jaxpr, executable.donating)
 
     def prepare(self, batch: PyTree) -> None:
-        """Trace, check and lower step_fn for `batch`, and compile the donating variant.
+        """Traces, checks and lowers step_fn for `batch`, and compiles the donating variant.
 
         `batch` is what the call will get: for K > 1 the tuple of K batches. Blocks until compiled.
 
         Raises:
-            DataError: the batch holds something that is neither array nor number.
-            StepError: step_fn raised, or returned no `(state, metrics)` pair.
-            StateError: the state it returned differs in structure, shape, dtype, static leaf.
-            MetricsError: its metrics are no flat dict of scalars.
+            DataError: the batch has a leaf that is neither an array nor a number.
+            StepError: step_fn raised, or did not return a pair `(state, metrics)`.
+            StateError: the state it returned differs in structure, shape, dtype or static leaf.
+            MetricsError: its metrics are not a flat dict of scalars.
         """
         self._donating = self._executables.select(batch).donating
 
@@ -156,50 +134,48 @@ class CompiledStep:
         *,
         step: int = 0,
     ) -> Carry:
-        """The carry to start from, after `prepare`; `leaves` will be donated by the first call.
+        """Returns the carry to start from, after `prepare`; the first call will donate `leaves`.
 
-        Without `ext_leaves` (a snapshot's, on resume) the extensions start anew at these weights,
-        with `step` as the number of completed steps.
+        Without `ext_leaves` (of a snapshot, on resume) the extensions are initialised from these weights, with `step`
+        as the number of completed steps.
 
         Raises:
             StateError: leaves of other shapes, dtypes or shardings than the step was compiled for.
+            StepError: `prepare` was not called.
         """
-        check_leaves(leaves, self._fused.skeleton, self._fused.leaf_types)
+        fused = self._fused
+        ring, cursor = fused.rings.fresh()
+        check_leaves("state", leaves, fused.structure, fused.leaf_types)
         if ext_leaves is None:
-            ext_leaves = self._fused.initial_extensions(leaves, step)
+            ext_leaves = fused.extensions.init(leaves, step)
         else:
-            check_leaves(ext_leaves, self._fused.ext_skeleton, self._fused.ext_types)
-        rings = self._ring_source()
-        return Carry(list(leaves), list(ext_leaves), rings.fresh(), rings.zero)
+            check_leaves("ext_state", ext_leaves, fused.extensions.structure, fused.extensions.types)
+        return Carry(ring, cursor, leaves=list(leaves), ext_leaves=list(ext_leaves))
 
     def __call__(
         self, carry: Carry, batch: PyTree, start: int = 0, stop: int = 1, *, keep: bool = False
-    ) -> Kept | None:
-        """Dispatch one step and return at once; `carry` becomes the state after it.
+    ) -> None:
+        """Dispatches one step and returns at once; `carry` becomes the state after it.
 
-        For `steps_per_call=K > 1`, `batch` is a tuple of K batches and the steps `start` to
-        `stop - 1` of it are run; pad a short group by repeating its last batch.
+        For `steps_per_call=K > 1`, `batch` is a tuple of K batches and the steps `start` to `stop - 1` of it are run;
+        pad a short group by repeating its last batch.
 
         Args:
-            keep: leave the old leaves intact and return them. Without it they are donated.
+            keep: leave the arrays in `carry.leaves` and `carry.ext_leaves` intact, for a caller that took references to
+                them. Without it they are donated.
 
         Raises:
-            DataError, StepError, StateError, MetricsError: as in `prepare`, for a batch of a new
-                signature, which is compiled here (blocking). `carry` is as it was.
-            SnapshotError: no room on the device to keep a state. `carry` is as it was: call again
-                without `keep`.
+            DataError, StepError, StateError, MetricsError: as in `prepare`, for a batch of a new signature, which is
+                compiled here (blocking). `carry` is as it was.
+            SnapshotError: no room on the device to keep a state. `carry` is as it was: call again without `keep`.
         """
         rows = carry.rows + stop - start
         if rows > self.capacity:
-            raise StepError(
-                f"The metric ring holds {self.capacity} rows and {carry.rows} are used: the next ones would "
-                "overwrite them. Call take_ring() first."
-            )
+            raise self._fused.rings.refuse_more(carry)
         counts = (self._counts[start], self._counts[stop]) if self.grouped else ()
-        kept = None
         try:
             if keep:
-                kept, outputs = self._call_keeping(carry, batch, counts)
+                outputs = self._call_keeping(carry, batch, counts)
             elif counts:
                 outputs = self._donating(
                     carry.leaves, carry.ext_leaves, carry.ring, carry.cursor, batch, *counts
@@ -207,69 +183,57 @@ class CompiledStep:
             else:  # spelt out: unpacking nothing costs 0.2 us a step
                 outputs = self._donating(carry.leaves, carry.ext_leaves, carry.ring, carry.cursor, batch)
         except (TypeError, ValueError) as error:
-            if keep:  # the batch was looked at before: the state must be the reason
+            if keep:  # its executable was selected by the batch: the state must be the reason
                 self._check(carry)
                 raise
             outputs = self._call_after(error, carry, batch, counts)
         carry.leaves, carry.ext_leaves, carry.ring, carry.cursor = outputs
         carry.rows = rows
-        return kept
 
-    def take_ring(self, carry: Carry) -> tuple[jax.Array, int]:
-        """The ring, perhaps not computed yet, and its rows in use; `carry` gets a fresh one."""
-        return self._ring_source().take(carry)
+    def take_ring(self, carry: Carry, window: Any = None) -> TakenRing:
+        """Returns the ring of `carry`, with `window` as the caller's record of it; `carry` gets a fresh one."""
+        return self._fused.rings.take(carry, window)
 
     def extension_states(self, ext_leaves: Sequence[jax.Array]) -> dict[str, PyTree]:
-        """The extensions' states by name, from a carry's or a snapshot's leaves."""
-        if not self._fused.extensions:
-            return {}
-        _, states = self._fused.ext_skeleton.join(ext_leaves)
-        return states
+        """Returns the extensions' states by name, from the leaves of a carry or a snapshot."""
+        return self._fused.extensions.by_name(ext_leaves)
 
     @property
     def extension_types(self) -> dict[str, jax.ShapeDtypeStruct]:
         """Path -> shape, dtype and sharding of the extensions' leaves, in their order."""
-        return dict(zip(self._fused.ext_skeleton.paths, self._fused.ext_types, strict=True))
+        extensions = self._fused.extensions
+        return dict(zip(extensions.structure.paths, extensions.types, strict=True))
 
     def request_keeping(self) -> None:
-        """Start to compile the keeping variant in a daemon thread, once; returns at once."""
+        """Starts to compile the keeping variant in a daemon thread, once; returns at once."""
         if self._executables.current is not None:
             self._executables.current.start_keeping()
 
     def close(self) -> None:
-        """Wait until no helper thread compiles any more; an interpreter must not exit before."""
+        """Waits until no helper thread compiles; the interpreter must not exit before that."""
         for executable in self._executables.all():
             executable.join()
 
-    def _ring_source(self) -> RingSource:
-        if self._rings is None:
-            raise StepError("The step was not compiled yet: call prepare(batch) first.")
-        return self._rings
-
     def _build(self, batch: PyTree) -> _Variants:
-        lowered = self._compile_on_caller(lambda: self._fused.lower(batch))
-        if self._rings is None:
-            self.layout, self._rings = lowered.layout, lowered.rings
-        else:
-            self.layout.require_same(lowered.layout, "step_fn")
+        lowered: LoweredStep = self._lower_on_caller(lambda: self._fused.lower(batch))
+        self._fused.rings.adopt(lowered.layout)
         return _Variants(lowered)
 
     def _call_after(
-        self, error: Exception, carry: Carry, batch: PyTree, counts: tuple[jax.Array, ...]
+        self, refusal: Exception, carry: Carry, batch: PyTree, counts: tuple[jax.Array, ...]
     ) -> Any:
-        """The call that `error` refused, by the executable for this batch's signature."""
+        """Makes the call that raised `refusal` again, by the executable for this batch's signature."""
         if carry.ring.is_deleted():
-            raise error  # it came after the donation: not a refusal of the arguments
-        executable = self._executables.reselect(error, batch, lambda: self._check(carry))
-        self._donating = executable.donating
+            raise refusal  # it came after the donation: the arguments were not refused
+        self._donating = self._executables.reselect(refusal, batch, lambda: self._check(carry)).donating
         return self._donating(carry.leaves, carry.ext_leaves, carry.ring, carry.cursor, batch, *counts)
 
     def _check(self, carry: Carry) -> None:
-        check_leaves(carry.leaves, self._fused.skeleton, self._fused.leaf_types)
-        check_leaves(carry.ext_leaves, self._fused.ext_skeleton, self._fused.ext_types)
+        fused = self._fused
+        check_leaves("state", carry.leaves, fused.structure, fused.leaf_types)
+        check_leaves("ext_state", carry.ext_leaves, fused.extensions.structure, fused.extensions.types)
 
-    def _call_keeping(self, carry: Carry, batch: PyTree, counts: tuple[jax.Array, ...]) -> tuple[Kept, Any]:
-        kept = Kept(carry.leaves, carry.ext_leaves)
+    def _call_keeping(self, carry: Carry, batch: PyTree, counts: tuple[jax.Array, ...]) -> Any:
         executable = self._executables.select(batch)
         self._donating = executable.donating
         call, leaves, ext_leaves = executable.donating, carry.leaves, carry.ext_leaves
@@ -279,19 +243,23 @@ class CompiledStep:
             elif self._donate:
                 copies = copy_leaves([*leaves, *ext_leaves])
                 leaves, ext_leaves = copies[: len(leaves)], copies[len(leaves) :]
-            return kept, call(leaves, ext_leaves, carry.ring, carry.cursor, batch, *counts)
+            return call(leaves, ext_leaves, carry.ring, carry.cursor, batch, *counts)
         except jax.errors.JaxRuntimeError as error:
             if "RESOURCE_EXHAUSTED" not in str(error) or carry.ring.is_deleted():
                 raise
             raise SnapshotError(
                 "No snapshot was taken: the device has no memory for a second state of "
-                f"{sum(leaf.nbytes for leaf in kept.leaves)} bytes. Training can go on without "
-                "it. Shard the state over more devices, or use a smaller batch."
+                f"{sum(leaf.nbytes for leaf in carry.leaves)} bytes. Training continues without it. Shard the state "
+                "over more devices, or use a smaller batch."
             ) from error
 
 
 class _Variants:
-    """The executables of one batch signature; the keeping one may still be on its way."""
+    """The executables of one batch signature.
+
+    `keeping` is written once, by the helper thread that compiles it, and read by the training thread; None until then,
+    and for good where it is not wanted or does not compile.
+    """
 
     def __init__(self, lowered: LoweredStep) -> None:
         self.donating = lowered.donating.compile()
@@ -319,12 +287,52 @@ class _Variants:
             self.keeping = lowered.compile()
         except Exception as error:  # out of memory, most likely
             _logger.warning(
-                "The keeping variant of the step could not be compiled (%s: %s); snapshots go on to take a "
-                "copy on the device.",
+                "Cannot compile the keeping variant of the step (%s: %s). Each snapshot takes a copy on the device "
+                "instead.",
                 type(error).__name__,
-                error,
+                first_lines(str(error)),
             )
 
 
-def _unprepared(*_: object) -> Any:
-    raise StepError("The step was not compiled yet: call prepare(batch) first.")
+class StepProgram:
+    """The text of the compiled step (step_fn, extensions, write of the metrics), and its cost according to XLA.
+
+    The texts are made when they are first read, which takes seconds for a large step: not on an event loop. Any thread.
+    Nothing is compiled for it.
+
+    Args:
+        traced: the jaxpr of what was compiled.
+        compiled: the ``jax.stages.Compiled`` that runs.
+    """
+
+    def __init__(self, traced: Any, compiled: Any) -> None:
+        self._traced = traced
+        self._compiled = compiled
+
+    @cached_property
+    def jaxpr(self) -> str:
+        """The program as JAX traced it."""
+        return str(self._traced)
+
+    @cached_property
+    def hlo(self) -> str:
+        """The program as XLA compiled it, after its optimisations; empty where the backend does not give it."""
+        return _if_supported(self._compiled.as_text) or ""
+
+    @cached_property
+    def cost(self) -> Mapping[str, float]:
+        """XLA's estimates for one call, such as "flops" and "bytes accessed"; empty where the backend gives none.
+
+        XLA counts the body of a loop once where it does not know the number of iterations: with ``steps_per_call``
+        above 1 the estimates are those of one step.
+        """
+        analysis = _if_supported(self._compiled.cost_analysis) or {}
+        return MappingProxyType({str(name): float(value) for name, value in analysis.items()})
+
+
+def _if_supported(question: Callable[[], Any]) -> Any:
+    """Returns the answer, or None where the backend cannot give one."""
+    try:
+        return question()
+    except (NotImplementedError, jax.errors.JaxRuntimeError):
+        return None

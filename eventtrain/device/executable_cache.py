@@ -1,78 +1,102 @@
-"""One compiled object for each kind of batch, found again without looking at every batch.
+"""Compiled executables, one for each batch signature, selected without inspecting every batch.
 
-A compiled object refuses a batch of another shape, dtype, sharding or structure, so nobody looks
-at a batch before calling one: the refusal is the check.
+An executable refuses a batch of another structure, shape, dtype or sharding with a TypeError or ValueError, before it
+donates anything. Its callers use that refusal as the check: they call the current executable, and select another one
+when it refuses. Executables compiled ahead of time dispatch as fast as jitted functions (11, 60 and 650 us for 8, 64
+and 512 leaves) and never recompile behind the loop's back. They accept a float64 NumPy array where float32 was lowered,
+as jit does.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, TypeAlias, TypeVar
 
 import jax
-import numpy as np
 
 from eventtrain.device.state import PyTree, is_array, is_weak
-from eventtrain.errors import DataError
-
-__all__ = ["ExecutableCache"]
+from eventtrain.errors import DataError, StepError
 
 E = TypeVar("E")
 
+LowerOnCaller: TypeAlias = Callable[[Callable[[], Any]], Any]
+"""Runs a function that traces and lowers, on the thread whose JAX settings count; returns its result.
+
+Lowering in another thread would lose `jax.set_mesh`, `jax.enable_x64`, the matmul precision and the default device of
+the thread that called `fit`. Compiling what was lowered needs none of them.
+"""
+
+
+def lower_here(function: Callable[[], Any]) -> Any:
+    """The `LowerOnCaller` where that thread is the present one."""
+    return function()
+
 
 class ExecutableCache(Generic[E]):
-    """What `build` made of each batch signature met so far.
+    """Maps each batch signature met so far to what `build` made for it. Training thread only.
 
-    Belongs to the thread that calls the compiled objects.
+    Args:
+        function: the user's function, for messages: "step_fn".
+        build: compiles for a batch; blocks.
 
     Attributes:
-        current: what was selected last.
+        current: what was selected last; None before the first.
     """
 
-    def __init__(self, build: Callable[[PyTree], E]) -> None:
+    def __init__(self, function: str, build: Callable[[PyTree], E]) -> None:
+        self._function = function
         self._build = build
         self._built: dict[Hashable, E] = {}
-        self._key: Hashable = None
+        self._signature: Hashable = None
         self.current: E | None = None
 
-    @property
-    def compilations(self) -> int:
-        """How many signatures were built."""
+    def __len__(self) -> int:
+        """Number of signatures that were built."""
         return len(self._built)
 
     def all(self) -> list[E]:
-        """What was built, in order."""
+        """Returns what was built, in order."""
         return list(self._built.values())
 
-    def select(self, batch: PyTree) -> E:
-        """What serves `batch`, built if its signature is new; blocks while building.
+    def require(self) -> E:
+        """Returns what was selected last.
 
         Raises:
-            DataError: a leaf of the batch is no array and no number.
+            StepError: nothing was.
         """
-        return self._select(batch, _signature(batch))
+        if self.current is None:
+            raise StepError(f"{self._function} was not compiled yet. Call prepare(batch) first.")
+        return self.current
 
-    def reselect(self, error: Exception, batch: PyTree, check: Callable[[], None]) -> E:
-        """What serves a batch that `current` refused with `error`; otherwise as `select`.
+    def select(self, batch: PyTree) -> E:
+        """Returns what serves `batch`; builds it if its signature is new, which blocks.
 
-        If the batch has the signature of `current`, the refusal has another reason: then `check`
-        may raise what explains it, or else `error` is raised.
+        Raises:
+            DataError: a leaf of the batch is neither an array nor a number.
         """
-        key = _signature(batch)
-        if key == self._key:
+        return self._select(batch, _signature_of(batch))
+
+    def reselect(self, refusal: Exception, batch: PyTree, check: Callable[[], None]) -> E:
+        """Returns what serves a batch that `current` refused; as `select`.
+
+        If the batch has the signature of `current`, another argument was the reason: `check` is called, which may raise
+        an error that explains it, and then `refusal` is raised.
+        """
+        signature = _signature_of(batch)
+        if signature == self._signature:
             check()
-            raise error
-        return self._select(batch, key)
+            raise refusal
+        return self._select(batch, signature)
 
-    def _select(self, batch: PyTree, key: Hashable) -> E:
-        if key not in self._built:
-            self._built[key] = self._build(batch)
-        self._key, self.current = key, self._built[key]
-        return self._built[key]
+    def _select(self, batch: PyTree, signature: Hashable) -> E:
+        if signature not in self._built:
+            self._built[signature] = self._build(batch)
+        self._signature, self.current = signature, self._built[signature]
+        return self._built[signature]
 
 
-def _signature(batch: PyTree) -> Hashable:
-    """All that a compiled object depends on: structure, and each leaf's shape, dtype, sharding."""
+def _signature_of(batch: PyTree) -> Hashable:
+    """Returns all that an executable depends on: structure, and each leaf's shape, dtype, sharding."""
     with_paths, treedef = jax.tree_util.tree_flatten_with_path(batch)
     kinds: list[Hashable] = []
     for path, leaf in with_paths:
@@ -84,15 +108,9 @@ def _signature(batch: PyTree) -> Hashable:
         elif isinstance(leaf, (bool, int, float, complex)):
             kinds.append(type(leaf))
         else:
-            raise DataError(_not_an_array(jax.tree_util.keystr(path), leaf))
+            given = type(leaf).__name__ + (f" of dtype {leaf.dtype}" if hasattr(leaf, "dtype") else "")
+            raise DataError(
+                f"batch{jax.tree_util.keystr(path)} is {given}, but a compiled function takes only arrays and numbers. "
+                "Remove it from the batch, or encode it as numbers (labels as integers, text as token ids)."
+            )
     return treedef, tuple(kinds)
-
-
-def _not_an_array(path: str, leaf: Any) -> str:
-    given = type(leaf).__name__
-    if isinstance(leaf, (np.ndarray, np.generic)):
-        given += f" of dtype {leaf.dtype}"  # pyright: ignore[reportUnknownMemberType]
-    return (
-        f"batch{path} is {given}, but the compiled step takes only arrays and numbers. Drop it "
-        "from the batch, or encode it as numbers (labels as integers, text as token ids)."
-    )

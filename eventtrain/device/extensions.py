@@ -1,21 +1,21 @@
-"""Computations that ride inside the compiled step: what must see every step's weights.
+"""Step extensions: computations inside the compiled step, for what needs the weights of every step.
 
-An observer sees weights only where a snapshot was taken. What needs them after each and every step
-(an average, a norm) is cheap on the device and impossible off it, so it is fused with the step.
+An observer sees weights only where a snapshot was taken. An average or a norm over all steps is cheap on the device and
+impossible outside of it, so it is fused with the step.
 """
 
 from __future__ import annotations
 
 import abc
-from collections.abc import Collection
+from collections.abc import Callable, Collection, Sequence
 from typing import Any, Literal, TypeAlias, get_args
 
 import jax
+import numpy as np
 
-from eventtrain.device.state import PyTree
+from eventtrain.device.state import Leaves, PyTree, TreeStructure, abstract, copy_leaves, partition, place
+from eventtrain.device.validation import call_user, matched_leaves
 from eventtrain.errors import ConfigurationError
-
-__all__ = ["StepExtension", "Use", "checked_uses"]
 
 Use: TypeAlias = Literal["eval", "predict", "final"]
 
@@ -23,14 +23,14 @@ Use: TypeAlias = Literal["eval", "predict", "final"]
 class StepExtension(abc.ABC):
     """A pure update of a small state of its own, after every step, inside the compiled step.
 
-    All methods are traced by JAX: no side effects, no Python branches on values. The extension's
-    state is donated from step to step and is part of snapshots.
+    All methods are traced by JAX: no side effects, no Python branches on values. The extension's state is donated from
+    step to step and is part of snapshots.
 
     Attributes:
         name: unique among the extensions of one trainer; the key of its state in a snapshot.
-        use_for: where `weights` stand in for the params: "eval" (the evaluations of a run and
-            `trainer.evaluate`), "predict" (`trainer.predict`), "final" (`FitResult.state`). Training
-            itself never sees them. One extension at most for each use.
+        use_for: where `weights` replace the params: "eval" (the evaluations of a run and `trainer.evaluate`), "predict"
+            (`trainer.predict`), "final" (`FitResult.state`). Training itself never uses them. At most one extension for
+            each use.
     """
 
     name: str
@@ -38,31 +38,101 @@ class StepExtension(abc.ABC):
 
     @abc.abstractmethod
     def init(self, params: PyTree) -> PyTree:
-        """The extension's state before the first step; any pytree of arrays."""
+        """Returns the extension's state before the first step; any pytree of arrays."""
 
     @abc.abstractmethod
     def update(self, ext_state: PyTree, params: PyTree, step: jax.Array) -> PyTree:
-        """The extension's state after a step: same structure, shapes and dtypes.
+        """Returns the extension's state after a step, of the same structure, shapes and dtypes.
 
-        `params` are those after the update; `step`, int32 of shape (), counts completed steps.
+        `params` are those after the update; `step`, int32[], counts completed steps.
         """
 
     def weights(self, ext_state: PyTree, params: PyTree) -> PyTree:
-        """What stands in for `params` where `use_for` says so; by default `params` themselves.
+        """Returns the weights that replace `params` where `use_for` says so; by default `params`.
 
         Structure and shapes are those of `params`; floating-point leaves may be wider, and are cast.
         """
         return params
 
 
-def checked_uses(subject: str, use_for: Any) -> frozenset[Use]:
-    """`use_for` as a set.
+class ExtensionStates:
+    """The states of all extensions of a trainer as one pytree, `(completed steps, {name: state})`.
+
+    Holds no array itself: like the state, the arrays are a list of leaves that the carry owns.
 
     Args:
-        subject: whose it is, for the message: "EMA(0.999)".
+        extensions: in the order in which they are computed.
+        params: lens state -> weights.
+        structure, leaves: of the training state.
+
+    Attributes:
+        structure: of that pytree; without extensions it has no leaf.
+        types: shape, dtype and sharding of its leaves.
 
     Raises:
-        ConfigurationError: it is no collection of "eval", "predict" and "final".
+        ConfigurationError: two extensions have one name.
+        StepError: `params` or an `init` raised.
+    """
+
+    def __init__(
+        self,
+        extensions: Sequence[StepExtension],
+        params: Callable[[PyTree], PyTree],
+        structure: TreeStructure,
+        leaves: Sequence[jax.Array],
+    ) -> None:
+        self._extensions = {extension.name: extension for extension in extensions}
+        if len(self._extensions) < len(extensions):
+            raise ConfigurationError(
+                f"step_extensions have the names {[extension.name for extension in extensions]}, but each extension "
+                "needs a name of its own. Rename one, for example with EMA(0.999, name='ema_slow')."
+            )
+        self._params = params
+        self._state_structure = structure
+        initial, self.structure = self._init(leaves, 0)
+        self.types = abstract(initial)
+
+    def init(self, leaves: Sequence[jax.Array], step: int) -> Leaves:
+        """Returns the leaves for a state after `step` steps, in buffers of their own."""
+        return self._init(leaves, step)[0]
+
+    def update(self, ext_leaves: Leaves, state: PyTree) -> Leaves:
+        """Returns the leaves after the step that made `state`; traced inside the step."""
+        if not self._extensions:
+            return ext_leaves
+        step, states = self.structure.join(ext_leaves)
+        step, params = step + 1, call_user("params", self._params, state)
+        updated = {
+            name: call_user(f"{extension!r}.update", extension.update, states[name], params, step)
+            for name, extension in self._extensions.items()
+        }
+        return matched_leaves((step, updated), self.structure, ext_leaves, "step_extensions", "ext_state")
+
+    def by_name(self, ext_leaves: Sequence[jax.Array]) -> dict[str, PyTree]:
+        """Returns the state of each extension."""
+        return self.structure.join(ext_leaves)[1] if self._extensions else {}
+
+    def _init(self, leaves: Sequence[jax.Array], step: int) -> tuple[Leaves, TreeStructure]:
+        if not self._extensions:
+            return [], partition(())[1]
+        params = call_user("params", self._params, self._state_structure.join(leaves))
+        states = {
+            name: call_user(f"{extension!r}.init", extension.init, params)
+            for name, extension in self._extensions.items()
+        }
+        fresh, structure = partition((np.int32(step), states))
+        placed = place([*leaves, *fresh])[len(leaves) :]
+        return copy_leaves(placed), structure
+
+
+def checked_uses(subject: str, use_for: Any) -> frozenset[Use]:
+    """Returns `use_for` as a set.
+
+    Args:
+        subject: the extension, for the message: "EMA(0.999)".
+
+    Raises:
+        ConfigurationError: it is not a collection of "eval", "predict" and "final".
     """
     valid = get_args(Use)
     if isinstance(use_for, Collection) and not isinstance(use_for, str):
@@ -70,6 +140,6 @@ def checked_uses(subject: str, use_for: Any) -> frozenset[Use]:
         if all(isinstance(use, str) and use in valid for use in given):  # pyright: ignore[reportUnknownVariableType]
             return frozenset(given)
     raise ConfigurationError(
-        f"{subject}: use_for={use_for!r} has to be a collection of any of {', '.join(map(repr, valid))}, for example "
-        'use_for=["eval", "final"].'
+        f"{subject}: use_for must be a collection of any of {', '.join(map(repr, valid))}, got {use_for!r}. For "
+        'example use_for=["eval", "final"].'
     )

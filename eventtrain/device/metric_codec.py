@@ -1,8 +1,8 @@
-"""Metrics as rows of uint32 words: how scalars of any dtype cross to the host exactly.
+"""Metrics as rows of uint32 words, which carries scalars of any dtype to the host exactly.
 
-The step encodes its metrics into one row of a device buffer, the *ring*; the fetch thread decodes
-the rows of many steps at once, one column a metric. Bits are carried, not values: nothing is
-rounded on the way, and an int64 or a NaN arrives as it was.
+The compiled step encodes its metrics into one row of the metric ring; the fetch thread decodes the rows of many steps
+at once, one column per metric. The bits are carried, not the values: nothing is rounded, and an int64 or a NaN arrives
+as it was.
 """
 
 from __future__ import annotations
@@ -16,13 +16,11 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from eventtrain.errors import MetricsError
-
-__all__ = ["Column", "MetricLayout", "Rows", "is_real"]
+from eventtrain.errors import MetricsError, listed
 
 # uint32[k, words]: the rows of k steps, on the host.
 Rows: TypeAlias = "np.ndarray[Any, np.dtype[np.uint32]]"
-# A read-only 1-D array, one value a step.
+# A read-only 1-D array with one value per step.
 Column: TypeAlias = "np.ndarray[Any, np.dtype[Any]]"
 
 _UNSIGNED = {8: np.uint8, 16: np.uint16, 32: np.uint32, 64: np.uint64}
@@ -30,12 +28,11 @@ _UNSIGNED = {8: np.uint8, 16: np.uint16, 32: np.uint32, 64: np.uint64}
 
 @dataclasses.dataclass(frozen=True)
 class MetricLayout:
-    """Which words of a row hold which metric.
+    """Assigns the words of a row to metrics. Immutable; any thread may use it.
 
-    `names` are sorted, as JAX sorts the keys of a dict; `dtypes[i]` belongs to `names[i]`. A value
-    takes one uint32 word, or two if it is 64 bits wide. `watched` are indices of state leaves
-    (hyperparameters) whose value after each step follows the metrics in the row. Two layouts are
-    equal if they decode alike. Immutable; any thread may use it.
+    `names` are sorted, as JAX sorts the keys of a dict; `dtypes[i]` belongs to `names[i]`. A value takes one uint32
+    word, or two if it is 64 bits wide. `watched` are indices of state leaves (hyperparameters) whose value after each
+    step follows the metrics in the row. Two layouts are equal if they decode alike.
     """
 
     names: tuple[str, ...]
@@ -45,49 +42,44 @@ class MetricLayout:
 
     @classmethod
     def of(
-        cls,
-        metrics: object,
-        where: str,
-        *,
-        watched: Mapping[int, jax.Array] | None = None,
+        cls, metrics: object, function: str, *, watched: Mapping[int, jax.Array] | None = None
     ) -> MetricLayout:
-        """The layout for what `where` ("step_fn", "eval_fn") returned as its metrics.
+        """Returns the layout for the metrics that a function of the user returned.
 
         Args:
-            metrics: a flat dict of name to scalar: an array, tracer or `jax.ShapeDtypeStruct` of
-                shape (), or a Python bool, int or float, which becomes a constant.
-            where: the user's function, for error messages.
+            metrics: a flat dict of name to scalar: an array, tracer or `jax.ShapeDtypeStruct` of shape (), or a Python
+                bool, int or float, which becomes a constant.
+            function: for messages: "step_fn" or "eval_fn".
             watched: state leaves of shape () by leaf index, to be recorded beside the metrics.
 
         Raises:
-            MetricsError: `metrics` is no flat dict of real scalars; names the metric, what it is
-                and the remedy.
+            MetricsError: `metrics` is not a flat dict of real scalars.
         """
         if not isinstance(metrics, Mapping):
             raise MetricsError(
-                f"{where} returned {type(metrics).__name__} as metrics, but events carry metrics by "
-                "name. Return a flat dict, for example {'loss': loss}."
+                f"{function} returned {type(metrics).__name__} as metrics, but events carry metrics by name. Return "
+                "a flat dict, for example {'loss': loss}."
             )
         given: Mapping[Any, object] = metrics
         for name in given:
             if not isinstance(name, str):
                 raise MetricsError(
-                    f"{where} returned a metric with the key {name!r} of type "
-                    f"{type(name).__name__}: metrics are known by name. Use a str as the key."
+                    f"{function} returned a metric with the key {name!r} of type {type(name).__name__}. Use a str as "
+                    "the key, since events carry metrics by name."
                 )
         names = tuple(sorted(given))
-        dtypes = tuple(_scalar_dtype(name, given[name], where) for name in names)
+        dtypes = tuple(_scalar_dtype(name, given[name], function) for name in names)
         leaves = watched or {}
         watched_dtypes = tuple(np.dtype(leaf.dtype) for leaf in leaves.values())
         return cls(names, dtypes, tuple(leaves), watched_dtypes)
 
     @property
     def words(self) -> int:
-        """uint32 words in a row; a layout without any value has one dummy word."""
+        """Number of uint32 words in a row; a layout without any value has one unused word."""
         return max(1, sum(_words(dtype) for dtype in (*self.dtypes, *self.watched_dtypes)))
 
     def encode(self, metrics: Mapping[str, Any], watched: Sequence[jax.Array] = ()) -> jax.Array:
-        """The row, uint32[words], of one step; to be traced inside the compiled step.
+        """Returns the row of one step, uint32[words]; to be traced inside the compiled step.
 
         `metrics` and `watched` (in the order of `self.watched`) must fit this layout.
         """
@@ -97,93 +89,74 @@ class MetricLayout:
         return jnp.concatenate(words) if words else jnp.zeros((1,), jnp.uint32)
 
     def decode(self, rows: Rows) -> dict[str, Column]:
-        """The metrics of k steps from uint32[k, words]: name to a read-only column of k values.
+        """Returns the metrics in uint32[k, words]: name to a read-only column of k values.
 
-        bool, integers, float32 and float64 keep their dtype (4-bit integers come as 8-bit ones),
-        narrower floats are widened to float32; every value is exact. Copies; never blocks.
+        bool, integers, float32 and float64 keep their dtype (4-bit integers become 8-bit ones), narrower floats are
+        widened to float32; every value is exact. Copies; never blocks.
         """
-        return dict(zip(self.names, self._columns(rows, self.dtypes, 0), strict=True))
+        return dict(zip(self.names, _columns(rows, self.dtypes), strict=True))
 
     def decode_watched(self, rows: Rows) -> dict[int, Column]:
-        """The watched state leaves of k steps, by leaf index; dtypes as `decode` says."""
+        """Returns the watched state leaves in uint32[k, words], by leaf index; as `decode`."""
         start = sum(_words(dtype) for dtype in self.dtypes)
-        columns = self._columns(rows, self.watched_dtypes, start)
-        return dict(zip(self.watched, columns, strict=True))
+        return dict(zip(self.watched, _columns(rows[:, start:], self.watched_dtypes), strict=True))
 
-    def require_same(self, other: MetricLayout, where: str) -> None:
-        """Raise a MetricsError unless `other`, of another batch signature, equals this layout.
-
-        It names the metrics that appeared, vanished or changed their dtype.
-        """
-        if other == self:
+    def require_same(self, other: MetricLayout, function: str) -> None:
+        """Raises a MetricsError unless `other`, of another batch signature, equals this layout."""
+        if self == other:
             return
         before = dict(zip(self.names, self.dtypes, strict=True))
         after = dict(zip(other.names, other.dtypes, strict=True))
-        found = [f"{name!r} appeared" for name in after.keys() - before.keys()]
-        found += [f"{name!r} vanished" for name in before.keys() - after.keys()]
+        found = [f"{name!r} was added" for name in sorted(after.keys() - before.keys())]
+        found += [f"{name!r} is missing" for name in sorted(before.keys() - after.keys())]
         found += [
             f"{name!r} changed from {before[name]} to {after[name]}"
-            for name in before.keys() & after.keys()
-            if before[name] != after[name]
+            for name in self.names
+            if after.get(name, before[name]) != before[name]
         ]
         raise MetricsError(
-            f"{where} returned other metrics for a batch of another shape: "
-            f"{', '.join(sorted(found))}. Every step of a run must carry the same metrics: return "
-            "them always, as jnp.nan where they do not apply, and in one dtype."
+            f"{function} returned other metrics for a batch of another shape: {listed(found)}. Every step of a run "
+            "must return the same metrics: return jnp.nan where one does not apply, and keep its dtype."
         )
 
-    def _columns(self, rows: Rows, dtypes: Sequence[np.dtype[Any]], start: int) -> list[Column]:
-        columns: list[Column] = []
-        for dtype in dtypes:
-            column = _from_words(rows[:, start : start + _words(dtype)], dtype)
-            column.setflags(write=False)
-            columns.append(column)
-            start += _words(dtype)
-        return columns
+
+def is_real(dtype: Any) -> bool:
+    """Whether `dtype` holds bools or real numbers; extended dtypes of JAX (PRNG keys) do not."""
+    return any(jnp.issubdtype(dtype, kind) for kind in (np.bool_, np.integer, np.floating))
 
 
-def _scalar_dtype(name: str, value: object, where: str) -> np.dtype[Any]:
-    subject = f"{where} returned the metric {name!r}"
+def _scalar_dtype(name: str, value: object, function: str) -> np.dtype[Any]:
+    subject = f"{function} returned the metric {name!r}"
     if isinstance(value, Mapping):
         raise MetricsError(
-            f"{subject} as a dict: metrics are one flat dict, so that each event carries them by "
-            f"one name. Flatten it, for example to '{name}/...'."
+            f"{subject} as a dict, but metrics are one flat dict. Flatten it, for example to '{name}/...'."
         )
     if isinstance(value, (bool, int, float)):
         try:
             return np.dtype(jnp.asarray(value).dtype)
         except OverflowError as error:
             raise MetricsError(
-                f"{subject} = {value}, which no integer of 32 bits holds. Return it as a float, or "
-                "enable 64-bit mode with jax.config.update('jax_enable_x64', True)."
+                f"{subject} = {value}, which does not fit into a 32-bit integer. Return it as a float, or enable "
+                "64-bit mode with jax.config.update('jax_enable_x64', True)."
             ) from error
     shape, dtype = getattr(value, "shape", None), getattr(value, "dtype", None)
     if shape is None or dtype is None:
         raise MetricsError(
-            f"{subject} as {type(value).__name__}, which is no array: only numbers can be written "
-            "to the metric ring on the device. Return a scalar array, or leave it out."
+            f"{subject} as {type(value).__name__}, which is not an array: the metric ring on the device holds numbers "
+            "only. Return a scalar array, or leave it out."
         )
     if shape != ():
         raise MetricsError(
-            f"{subject} with shape {tuple(shape)} and dtype {dtype}: a metric is one number a step. "
-            "Reduce it, for example with jnp.mean, or return its entries under names of their own."
+            f"{subject} with shape {tuple(shape)} and dtype {dtype}, but a metric is one number per step. Reduce it, "
+            "for example with jnp.mean, or return its entries under names of their own."
         )
     dtype = jax.dtypes.canonicalize_dtype(dtype) if isinstance(dtype, np.dtype) else dtype
     if not is_real(dtype):
         raise MetricsError(
-            f"{subject} of dtype {dtype}, but only bool, integers and real floats can be metrics. "
-            "Return real numbers, for example its jnp.real, jnp.imag or jnp.abs."
+            f"{subject} of dtype {dtype}, but a metric must be a bool, an integer or a real float. Return real "
+            "numbers, for example its jnp.real, jnp.imag or jnp.abs."
         )
     return np.dtype(dtype)
-
-
-def is_real(dtype: Any) -> bool:
-    """Whether a NumPy dtype, or an extended one of JAX's (PRNG keys), is one of real numbers or bool."""
-    return (
-        jnp.issubdtype(dtype, np.bool_)
-        or jnp.issubdtype(dtype, np.integer)
-        or jnp.issubdtype(dtype, np.floating)
-    )
 
 
 def _words(dtype: np.dtype[Any]) -> int:
@@ -191,7 +164,7 @@ def _words(dtype: np.dtype[Any]) -> int:
 
 
 def _to_words(value: jax.Array) -> jax.Array:
-    """uint32[1], or uint32[2] (low word first) for 64 bits, with the bits of a scalar."""
+    """Returns the bits of a scalar as uint32[1], or as uint32[2] (low word first) for 64 bits."""
     if jnp.issubdtype(value.dtype, np.floating):
         # The bits, before anything else: XLA may skip the rounding in f32 -> bf16 -> f32.
         bits = jnp.finfo(value.dtype).bits
@@ -205,8 +178,20 @@ def _to_words(value: jax.Array) -> jax.Array:
     return lax.bitcast_convert_type(value, jnp.uint32).reshape(-1)
 
 
+def _columns(rows: Rows, dtypes: Sequence[np.dtype[Any]]) -> list[Column]:
+    """Returns one column of k values for each of `dtypes`, from the left of uint32[k, words]."""
+    columns: list[Column] = []
+    start = 0
+    for dtype in dtypes:
+        column = _from_words(rows[:, start : start + _words(dtype)], dtype)
+        column.setflags(write=False)
+        columns.append(column)
+        start += _words(dtype)
+    return columns
+
+
 def _from_words(words: Rows, dtype: np.dtype[Any]) -> Column:
-    """The inverse of `_to_words` for uint32[k, 1 or 2]: a column of k values, a fresh copy."""
+    """Inverts `_to_words` for uint32[k, 1 or 2]: returns a column of k values, in memory of its own."""
     words = np.array(words, order="C")
     if dtype.itemsize == 8:
         return words.view(dtype)[:, 0]

@@ -1,10 +1,23 @@
-"""The metric ring: a small device buffer that the compiled step writes one row a step into.
+"""The metric ring: a small device buffer into which the compiled step writes one row per step.
 
-`ring` is uint32[capacity, words] and is donated from step to step; `cursor`, the next free row, is
-a uint32 scalar that is not, so that it can serve as the completion token of the step that made it.
+The loop reads no metric on the device: `float(loss)` at every step made a 70 us step 1.8 times as long on a CPU, and a
+144 us step 4.0 times on an H200. Rows in a ring, fetched once per window by another thread, cost nothing measurable.
+
+- Owner. A ring belongs to the carry it is in, and only the training thread touches a carry. Every call of the step
+  donates the ring and puts the result in its place; not donated, it made the loop 1.85 times as long.
+  `MetricRings.take` moves the ring out of the carry, for the fetch thread, and leaves a fresh one: a ring that was
+  taken is never donated again.
+- Cursor. The next free row. It is never donated, so that each call's cursor stays readable: it is complete when
+  everything that the call computed is, and the loop waits for it where it must not run further ahead of the device.
+- Placement. Replicated over the devices of the state, as input and as output, so that all rings share one executable.
 """
 
 from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -12,47 +25,124 @@ import numpy as np
 from jax import lax
 from jax.sharding import Sharding
 
-from eventtrain.device.metric_codec import MetricLayout
+from eventtrain.device.metric_codec import Column, MetricLayout
+from eventtrain.errors import StepError
 
-__all__ = ["RingCarry", "RingSource", "write_row"]
 
-
+@dataclass(slots=True, eq=False)
 class RingCarry:
-    """What goes from one call to the next: the ring, its cursor, and how many rows are used.
+    """State that one call hands to the next. Training thread only.
 
-    `cursor` of a call is complete when all that the call computed is. Not thread-safe: it belongs
-    to the training thread. Slots, because the loop reads and writes them at every step.
+    Attributes:
+        ring: uint32[capacity, words], donated by each call.
+        cursor: uint32[], the next free row; never donated.
+        rows: the same number on the host, which counts calls still in flight.
     """
 
-    __slots__ = ("cursor", "ring", "rows")
+    ring: jax.Array
+    cursor: jax.Array
+    rows: int = 0
 
-    def __init__(self, ring: jax.Array, cursor: jax.Array) -> None:
-        self.ring = ring
-        self.cursor = cursor
-        self.rows = 0
+
+class MetricColumns(NamedTuple):
+    """A fetched ring, on the host.
+
+    Attributes:
+        metrics: one read-only column of `rows` values for each metric.
+        rows: number of steps or batches.
+        window: that of the `TakenRing`.
+        watched: the watched hyperparameters by leaf index, as `metrics`.
+    """
+
+    metrics: dict[str, Column]
+    rows: int
+    window: Any
+    watched: dict[int, Column]
+
+
+class TakenRing(NamedTuple):
+    """A ring that was taken out of a carry, perhaps not computed yet; never donated.
+
+    Attributes:
+        ring: uint32[capacity, layout.words].
+        rows: number of its first rows that are used.
+        layout: how to decode them.
+        window: the caller's record of these rows.
+    """
+
+    ring: jax.Array
+    rows: int
+    layout: MetricLayout
+    window: Any
+
+    def fetch(self) -> MetricColumns:
+        """Waits until the ring is computed and returns its columns; the GIL is released meanwhile."""
+        # On a CPU this is a view of the buffer, and a live view would keep it from being reused: decode() copies.
+        rows = np.asarray(self.ring)[: self.rows]
+        metrics, watched = self.layout.decode(rows), self.layout.decode_watched(rows)
+        return MetricColumns(metrics, self.rows, self.window, watched)
 
 
 def write_row(ring: jax.Array, cursor: jax.Array, row: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """`(ring, cursor)` with uint32[words] `row` written at `cursor`; traced inside the step."""
+    """Returns ring and cursor after `row`, uint32[words], was written; traced inside the step."""
     ring = lax.dynamic_update_slice(ring, row[None, :], (cursor, jnp.uint32(0)))
     return ring, cursor + jnp.uint32(1)
 
 
-class RingSource:
-    """Makes rings of one layout, replicated where the state lives; training thread only."""
+class MetricRings:
+    """Allocates the rings of one compiled function. Training thread only; never blocks.
 
-    def __init__(self, layout: MetricLayout, capacity: int, sharding: Sharding) -> None:
-        shape = (capacity, layout.words)
-        self.ring_type = jax.ShapeDtypeStruct(shape, np.uint32, sharding=sharding)
-        self.cursor_type = jax.ShapeDtypeStruct((), np.uint32, sharding=sharding)
-        self.zero = jax.device_put(np.uint32(0), sharding)  # never donated: serves for ever
-        self.fresh = jax.jit(lambda: jnp.zeros(shape, jnp.uint32), out_shardings=sharding)
+    Args:
+        function: the user's function, for messages: "step_fn" or "eval_fn".
+        capacity: rows of a ring.
+        sharding: of ring and cursor.
+    """
 
-    def take(self, carry: RingCarry) -> tuple[jax.Array, int]:
-        """The ring of `carry` and how many rows of it are used; `carry` goes on with a fresh one.
+    def __init__(self, function: str, capacity: int, sharding: Sharding) -> None:
+        self._function = function
+        self._capacity = capacity
+        self._sharding = sharding
+        self._layout: MetricLayout | None = None
+        self._zero_cursor = jax.device_put(np.uint32(0), sharding)  # never donated: serves every ring
+        self._zeros: Callable[[], Any] = self._require_layout  # which raises until there is one
 
-        Never blocks: the ring may not be computed yet.
+    def types(self, layout: MetricLayout) -> tuple[jax.ShapeDtypeStruct, jax.ShapeDtypeStruct]:
+        """Returns shape, dtype and sharding of a ring and of its cursor."""
+        ring = jax.ShapeDtypeStruct((self._capacity, layout.words), np.uint32, sharding=self._sharding)
+        return ring, jax.ShapeDtypeStruct((), np.uint32, sharding=self._sharding)
+
+    def adopt(self, layout: MetricLayout) -> None:
+        """Sets the layout of a row, or raises a MetricsError if another one was set before."""
+        if self._layout is not None:
+            self._layout.require_same(layout, self._function)
+            return
+        self._layout = layout
+        zeros = partial(jnp.zeros, (self._capacity, layout.words), jnp.uint32)
+        self._zeros = jax.jit(zeros, out_shardings=self._sharding)
+
+    def fresh(self) -> tuple[jax.Array, jax.Array]:
+        """Returns an empty ring and its cursor; one jitted call, 8 us.
+
+        Raises:
+            StepError: no layout was set.
         """
-        taken = carry.ring, carry.rows
-        carry.ring, carry.cursor, carry.rows = self.fresh(), self.zero, 0
+        return self._zeros(), self._zero_cursor
+
+    def take(self, carry: RingCarry, window: Any) -> TakenRing:
+        """Returns the ring of `carry`, with `window` as the caller's record of it; `carry` gets a fresh one."""
+        taken = TakenRing(carry.ring, carry.rows, self._require_layout(), window)
+        carry.ring, carry.cursor = self.fresh()
+        carry.rows = 0
         return taken
+
+    def refuse_more(self, carry: RingCarry) -> StepError:
+        """Returns the error for a call whose rows would overwrite those in use."""
+        return StepError(
+            f"The metric ring holds {self._capacity} rows and {carry.rows} are used, so the next call would overwrite "
+            "some. Call take_ring() first."
+        )
+
+    def _require_layout(self) -> MetricLayout:
+        if self._layout is None:
+            raise StepError(f"{self._function} was not compiled yet. Call prepare(batch) first.")
+        return self._layout

@@ -1,7 +1,7 @@
-"""An extension's weights in the places of the params: a state to look at, never the one that is trained.
+"""Averaged weights in place of the params, for evaluation, prediction and the result of a run.
 
-Nothing is swapped, so nothing has to be swapped back: evaluation, prediction and the result of a run
-get leaves of their own, and the state in training is only read.
+Nothing is swapped, so nothing has to be swapped back: the result is a list of leaves of its own, and the state in
+training is only read.
 """
 
 from __future__ import annotations
@@ -12,152 +12,154 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from eventtrain.device.executable_cache import LowerOnCaller
 from eventtrain.device.extensions import StepExtension, Use, checked_uses
-from eventtrain.device.fused_step import abstract
-from eventtrain.device.state import PyTree, Skeleton, is_array, partition
-from eventtrain.device.validation import call_user, describe
-from eventtrain.errors import ConfigurationError, StateError
-
-__all__ = ["ParamsOverride", "params_indices", "stand_ins"]
+from eventtrain.device.state import Leaves, PyTree, TreeStructure, abstract, partition
+from eventtrain.device.validation import call_user, structure_differences, type_differences
+from eventtrain.errors import ConfigurationError, StateError, listed
 
 Params = Callable[[PyTree], PyTree]
-CallOnCaller = Callable[[Callable[[], Any]], Any]
 
 
-def params_indices(params: Params, skeleton: Skeleton, leaves: Sequence[Any]) -> dict[str, int | None]:
-    """Path of each array that the lens `params` gives -> which leaf of the state it is; None if it is none."""
+def params_indices(params: Params, structure: TreeStructure, leaves: Sequence[Any]) -> dict[str, int | None]:
+    """Returns path of each array that the lens `params` gives -> index of that leaf in the state.
+
+    The index is None where the lens computes the array. Never blocks.
+    """
     found: dict[str, int | None] = {}
 
-    def look(leaves: list[jax.Array]) -> None:
+    def look(leaves: Leaves) -> None:
         number = {id(leaf): index for index, leaf in enumerate(leaves)}
-        tree = call_user("params", params, skeleton.join(leaves))
-        covered, held = partition(tree)
+        covered, held = partition(call_user("params", params, structure.join(leaves)))
         found.update({path: number.get(id(leaf)) for path, leaf in zip(held.paths, covered, strict=True)})
 
     # Traced, since a lens may ask whether a leaf is an array.
-    jax.eval_shape(look, [jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) for leaf in leaves])
+    jax.eval_shape(look, _unplaced(leaves))
     return found
 
 
-def stand_ins(
+def params_overrides(
     extensions: Sequence[StepExtension],
     params: Params,
-    skeleton: Skeleton,
+    structure: TreeStructure,
     leaves: Sequence[jax.Array],
-    compile_on_caller: CallOnCaller,
+    lower_on_caller: LowerOnCaller,
 ) -> dict[Use, ParamsOverride]:
-    """Who stands in for the params where; what cannot work is said now and not after a night's training.
+    """Returns the override for each use that an extension has; fails before training, not after it.
 
     Raises:
-        ConfigurationError: an unknown use, two extensions for one use, or `params` gives something else than leaves
-            of the state.
-        StepError, StateError: as in `StandIn`.
+        ConfigurationError: an unknown use, two extensions for one use, or `params` computes an array.
+        StepError, StateError: as in `ParamsOverride`.
     """
-    chosen: dict[Use, ParamsOverride] = {}
+    overrides: dict[Use, ParamsOverride] = {}
     for extension in extensions:
         uses = checked_uses(repr(extension), extension.use_for)
         if not uses:
             continue
-        stand_in = ParamsOverride(extension, params, skeleton, leaves, compile_on_caller)
+        override = ParamsOverride(extension, params, structure, leaves, lower_on_caller)
         for use in sorted(uses):
-            if use in chosen:
+            if use in overrides:
                 raise ConfigurationError(
-                    f"step_extensions: {chosen[use].extension!r} and {extension!r} both have {use!r} in use_for, but "
-                    "only one can stand in for the params there. Take it out of one of them."
+                    f"step_extensions: {overrides[use].extension!r} and {extension!r} both have {use!r} in use_for, "
+                    "but only one extension can replace the params there. Take it out of one of them."
                 )
-            chosen[use] = stand_in
-    return chosen
+            overrides[use] = override
+    return overrides
 
 
 class ParamsOverride:
-    """Puts the weights of `extension` where the lens `params` finds the params.
+    """Replaces the params, where the lens `params` finds them, by the weights of `extension`.
 
     Args:
-        skeleton, leaves: of the state. Only shapes, dtypes and shardings of the leaves are used.
-        compile_on_caller: as in `CompiledStep`.
+        structure, leaves: of the state. Only shapes, dtypes and shardings of the leaves are used.
+        lower_on_caller: as in `CompiledStep`.
 
     Raises:
-        ConfigurationError: `params` gives an array that is no leaf of the state.
-        StepError: a method of the extension raised. StateError: its weights are not shaped like the params.
+        ConfigurationError: `params` gives an array that is not a leaf of the state.
+        StepError: a method of the extension raised.
+        StateError: its weights have another structure or other shapes than the params.
     """
 
     def __init__(
         self,
         extension: StepExtension,
         params: Params,
-        skeleton: Skeleton,
+        structure: TreeStructure,
         leaves: Sequence[jax.Array],
-        compile_on_caller: CallOnCaller,
+        lower_on_caller: LowerOnCaller,
     ) -> None:
         self.extension = extension
         self._params = params
-        self._skeleton = skeleton
-        self._compile_on_caller = compile_on_caller
-        self._compiled: Callable[..., list[jax.Array]] | None = None
+        self._structure = structure
+        self._lower_on_caller = lower_on_caller
+        self._compiled: Callable[..., Leaves] | None = None
         self._indices: list[int] = []
-        for path, index in params_indices(params, skeleton, leaves).items():
+        for path, index in params_indices(params, structure, leaves).items():
             if index is None:
                 raise ConfigurationError(
-                    f"{extension!r} cannot stand in for params{path}: params=... computes it, and only leaves of the "
-                    "state can be replaced. Let params return leaves of the state as they are."
+                    f"{extension!r} cannot replace params{path}, which params=... computes: only leaves of the state "
+                    "can be replaced. Let params return leaves of the state as they are."
                 )
             self._indices.append(index)
-        jax.eval_shape(
-            lambda leaves: self._weights(leaves, self._initial(leaves)),
-            [jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) for leaf in leaves],
-        )
 
-    def __call__(self, leaves: Sequence[jax.Array], ext_state: PyTree) -> list[jax.Array]:
-        """`leaves` with the extension's weights in place of the params; neither is donated or waited for.
+        def weights_at_start(leaves: Leaves) -> Leaves:
+            initial = call_user(f"{extension!r}.init", extension.init, self._params_of(leaves))
+            return self._weights(leaves, initial)
 
-        The first call compiles, and blocks for that.
+        jax.eval_shape(weights_at_start, _unplaced(leaves))
+
+    def __call__(self, leaves: Sequence[jax.Array], ext_state: PyTree) -> Leaves:
+        """Returns `leaves` with the extension's weights in place of the params.
+
+        One dispatch: donates nothing and waits for nothing. The first call compiles, which blocks.
         """
-        ext_leaves, ext_skeleton = partition(ext_state)
+        ext_leaves, ext_structure = partition(ext_state)
         if self._compiled is None:
-            lowered: jax.stages.Lowered = self._compile_on_caller(
-                lambda: self._lower(leaves, ext_leaves, ext_skeleton)
+            lowered: jax.stages.Lowered = self._lower_on_caller(
+                lambda: self._lower(leaves, ext_leaves, ext_structure)
             )
             self._compiled = lowered.compile()
         replaced = list(leaves)
-        for index, weight in zip(self._indices, self._compiled(list(leaves), ext_leaves), strict=True):
+        weights = self._compiled(list(leaves), ext_leaves)
+        for index, weight in zip(self._indices, weights, strict=True):
             replaced[index] = weight
         return replaced
 
     def _lower(
-        self, leaves: Sequence[jax.Array], ext_leaves: Sequence[Any], ext_skeleton: Skeleton
+        self, leaves: Sequence[jax.Array], ext_leaves: Sequence[Any], ext_structure: TreeStructure
     ) -> jax.stages.Lowered:
-        def call(leaves: list[jax.Array], ext_leaves: list[jax.Array]) -> list[jax.Array]:
-            return self._weights(leaves, ext_skeleton.join(ext_leaves))
+        def call(leaves: Leaves, ext_leaves: Leaves) -> Leaves:
+            return self._weights(leaves, ext_structure.join(ext_leaves))
 
         jitted = jax.jit(call, out_shardings=[leaves[index].sharding for index in self._indices])
         return jitted.lower(abstract(leaves), abstract(ext_leaves))
 
-    def _initial(self, leaves: list[jax.Array]) -> PyTree:
-        return call_user(f"{self.extension!r}.init", self.extension.init, self._params_of(leaves))
-
-    def _weights(self, leaves: list[jax.Array], ext_state: PyTree) -> list[jax.Array]:
-        """The array leaves that take the places of the params', in the params' dtypes."""
-        where, params = f"{self.extension!r}.weights", self._params_of(leaves)
-        found = jax.tree_util.tree_flatten(call_user(where, self.extension.weights, ext_state, params))
-        expected, treedef = jax.tree_util.tree_flatten_with_path(params)
-        if found[1] != treedef:
+    def _weights(self, leaves: Leaves, ext_state: PyTree) -> Leaves:
+        """Returns the array leaves that replace those of the params, in their dtypes; traced."""
+        name, params = f"{self.extension!r}.weights", self._params_of(leaves)
+        weights = call_user(name, self.extension.weights, ext_state, params)
+        expected, structure = partition(params)
+        found, treedef = jax.tree_util.tree_flatten(weights)
+        if treedef != structure.treedef:
             raise StateError(
-                f"{where} returned {found[1]}, but stands in for params of structure {treedef}. Return a tree like "
-                "params."
+                f"{name} returned another structure than that of params: {structure_differences(weights, structure)}. "
+                "Return a tree like params."
             )
-        replacing: list[jax.Array] = []
-        for (path, wanted), leaf in zip(expected, found[0], strict=True):
-            if not is_array(wanted):
-                continue
-            if not is_array(leaf) or leaf.shape != wanted.shape:
-                given = describe(leaf) if is_array(leaf) else type(leaf).__name__
-                raise StateError(
-                    f"{where} returned params{jax.tree_util.keystr(path)} as {given}, but stands in for "
-                    f"{describe(wanted)}. Return a tree like params."
-                )
-            weight = jnp.asarray(leaf)
-            replacing.append(weight if weight.dtype == wanted.dtype else weight.astype(wanted.dtype))
-        return replacing
+        static = {position for position, _, _ in structure.static}
+        given = [leaf for position, leaf in enumerate(found) if position not in static]
+        if differences := type_differences("params", structure.paths, given, expected, dtypes=False):
+            raise StateError(
+                f"{name} returned other shapes than those of params: {listed(differences)}. Return a tree like params."
+            )
+        return [
+            jnp.asarray(leaf) if leaf.dtype == wanted.dtype else jnp.asarray(leaf).astype(wanted.dtype)
+            for leaf, wanted in zip(given, expected, strict=True)
+        ]
 
-    def _params_of(self, leaves: list[jax.Array]) -> PyTree:
-        return call_user("params", self._params, self._skeleton.join(leaves))
+    def _params_of(self, leaves: Leaves) -> PyTree:
+        return call_user("params", self._params, self._structure.join(leaves))
+
+
+def _unplaced(leaves: Sequence[Any]) -> list[jax.ShapeDtypeStruct]:
+    """Returns shape and dtype of each leaf."""
+    return [jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) for leaf in leaves]

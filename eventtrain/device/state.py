@@ -1,45 +1,31 @@
-"""The training state as a flat list of arrays, and where those arrays live.
+"""The training state as a flat list of arrays, and where those arrays are placed.
 
-A state is any pytree. Its array leaves travel through the compiled step as one flat list; whatever
-else stands in it (activation functions, strings, Python numbers) is held by a `Skeleton`, which
-puts both together again.
+A state is any pytree. Its array leaves pass through the compiled step as one flat list. Its other leaves (activation
+functions, strings, Python numbers) are static: a `TreeStructure` holds them and joins both again.
 """
 
 from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Sequence
-from typing import Any, TypeAlias, TypeGuard
+from typing import Any, TypeAlias, TypeGuard, TypeVar
 
 import jax
+import jax.experimental
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec, Sharding, SingleDeviceSharding
 
-from eventtrain.errors import StateError
+from eventtrain.errors import StateError, listed
 
-__all__ = [
-    "Leaf",
-    "PyTree",
-    "Skeleton",
-    "TreeDef",
-    "copy_leaves",
-    "is_array",
-    "is_weak",
-    "partition",
-    "place",
-    "replicated_sharding",
-    "split_state",
-    "strong",
-]
+T = TypeVar("T")
 
 # A pytree has no static type: its containers are whatever the user registered with JAX.
 PyTree: TypeAlias = Any
-# jax.tree_util.PyTreeDef and jax.Device are variables for a type checker, not types.
-TreeDef: TypeAlias = Any
-Device: TypeAlias = Any
 # An array leaf before it was placed; afterwards every leaf is a jax.Array.
 Leaf: TypeAlias = "jax.Array | np.ndarray[Any, Any] | np.generic[Any]"
+# The array leaves of a tree, in its order: what is donated and what snapshots refer to.
+Leaves: TypeAlias = list[jax.Array]
 
 
 def is_array(leaf: object) -> TypeGuard[Leaf]:
@@ -52,21 +38,21 @@ def is_array(leaf: object) -> TypeGuard[Leaf]:
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class Skeleton:
-    """All of a pytree but its arrays.
+class TreeStructure:
+    """A pytree without its arrays. Immutable; any thread may use it.
 
-    `paths[i]` names array leaf `i` as `jax.tree_util.keystr` writes it; `static` holds the other
-    leaves as (position among all leaves, path, leaf). Immutable; any thread may use it.
+    `paths[i]` names array leaf `i` as `jax.tree_util.keystr` writes it. `static` holds the other leaves as (position
+    among all leaves, path, leaf).
     """
 
-    treedef: TreeDef
+    treedef: Any  # a PyTreeDef, which is a variable for a type checker
     paths: tuple[str, ...]
     static: tuple[tuple[int, str, object], ...]
 
     def join(self, leaves: Sequence[Leaf]) -> PyTree:
-        """The pytree with `leaves` (arrays or tracers, in order) in place of its arrays.
+        """Returns the pytree with `leaves` (arrays or tracers, in order) in place of its arrays.
 
-        Never blocks and copies nothing. The caller sees to it that `len(leaves) == len(paths)`.
+        Never blocks and copies nothing. The caller ensures `len(leaves) == len(paths)`.
         """
         merged: list[object] = list(leaves)
         for position, _, leaf in self.static:
@@ -74,8 +60,8 @@ class Skeleton:
         return jax.tree_util.tree_unflatten(self.treedef, merged)
 
 
-def partition(tree: PyTree) -> tuple[list[Leaf], Skeleton]:
-    """Split any pytree into its array leaves and the rest; a tree without arrays is legal."""
+def partition(tree: PyTree) -> tuple[list[Leaf], TreeStructure]:
+    """Splits any pytree into its array leaves and the rest; a tree without arrays is legal."""
     with_paths, treedef = jax.tree_util.tree_flatten_with_path(tree)
     leaves: list[Leaf] = []
     paths: list[str] = []
@@ -86,129 +72,138 @@ def partition(tree: PyTree) -> tuple[list[Leaf], Skeleton]:
             paths.append(jax.tree_util.keystr(path))
         else:
             static.append((position, jax.tree_util.keystr(path), leaf))
-    return leaves, Skeleton(treedef, tuple(paths), tuple(static))
+    return leaves, TreeStructure(treedef, tuple(paths), tuple(static))
 
 
-def split_state(state: PyTree) -> tuple[list[Leaf], Skeleton]:
-    """Split a training state into its array leaves and the skeleton that joins them again.
+def split_state(state: PyTree) -> tuple[list[Leaf], TreeStructure]:
+    """Splits a training state into its array leaves and the structure that joins them again.
 
-    JAX arrays, NumPy arrays and NumPy scalars are leaves, in pytree order; everything else is held
-    static. Nothing is copied or moved: see `place`. Any thread may call it; it never blocks.
+    JAX arrays, NumPy arrays and NumPy scalars are leaves, in pytree order; every other leaf is static. Copies and moves
+    nothing: see `place`. Any thread may call it; it never blocks.
 
     Raises:
-        StateError: the state holds no array, or one that was deleted or donated before.
+        StateError: the state has no array, or one that was deleted or donated before.
     """
-    leaves, skeleton = partition(state)
+    leaves, structure = partition(state)
     if not leaves:
-        held = ", ".join(f"{path or 'the state itself'}: {type(leaf).__name__}"
-                         for _, path, leaf in skeleton.static[:5])  # fmt: skip
+        static = [
+            f"{path or 'the state itself'}: {type(leaf).__name__}" for _, path, leaf in structure.static
+        ]
         raise StateError(
-            f"state is a {type(state).__name__} without any array leaf ({held or 'no leaves'}): "
-            "there is nothing to train. Pass the parameters and the optimiser state as JAX or "
-            "NumPy arrays, for example {'params': params, 'opt_state': optimiser.init(params)}."
+            f"state is a {type(state).__name__} without any array leaf ({listed(static) or 'no leaves'}), so there "
+            "is nothing to train. Pass the parameters and the optimiser state as JAX or NumPy arrays, for example "
+            "{'params': params, 'opt_state': optimiser.init(params)}."
         )
-    for path, leaf in zip(skeleton.paths, leaves, strict=True):
+    for path, leaf in zip(structure.paths, leaves, strict=True):
         if isinstance(leaf, jax.Array) and leaf.is_deleted():
             raise StateError(
-                f"state{path} was deleted, most likely donated to an earlier jitted call: its values are "
-                "gone. Pass the state which that call returned, or a copy made before it."
+                f"state{path} was deleted, most likely donated to an earlier jitted call, so its values are gone. "
+                "Pass the state that this call returned, or a copy made before it."
             )
-    return leaves, skeleton
+    return leaves, structure
+
+
+def abstract(leaves: Sequence[jax.Array]) -> list[jax.ShapeDtypeStruct]:
+    """Returns shape, dtype and sharding of each leaf, without its values."""
+    return [jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding) for leaf in leaves]
 
 
 def is_weak(array: jax.Array) -> bool:
-    """Whether `array` is weakly typed, as `jnp.asarray(1.0)` is: to JAX another type than strong."""
+    """Whether `array` is weakly typed, as `jnp.asarray(1.0)` is: for JAX another type than strong."""
     return getattr(array, "weak_type", False)  # typed PRNG keys have no such attribute
 
 
 def strong(array: jax.Array) -> jax.Array:
-    """`array`, strongly typed."""
+    """Returns `array`, strongly typed."""
     return jax.lax.convert_element_type(array, array.dtype) if is_weak(array) else array
 
 
-def _home(leaves: Sequence[Leaf]) -> tuple[Sharding, frozenset[Device]]:
-    """Where whatever is not yet placed belongs, and the devices that the state spans."""
+def _default_placement(leaves: Sequence[Leaf]) -> tuple[Sharding, frozenset[Any]]:
+    """Returns the sharding for leaves that are not placed yet, and the devices that the state spans."""
     arrays = [leaf for leaf in leaves if isinstance(leaf, jax.Array)]
     meshes = [leaf.sharding for leaf in arrays if isinstance(leaf.sharding, NamedSharding)]
-    wide = {frozenset(a.sharding.device_set) for a in arrays if len(a.sharding.device_set) > 1}
-    if len(wide) > 1:
+    spans = {frozenset(leaf.sharding.device_set) for leaf in arrays if len(leaf.sharding.device_set) > 1}
+    if not spans and not meshes:
+        spans = {frozenset(leaf.sharding.device_set) for leaf in arrays if leaf.committed}
+    if len(spans) > 1:
+        sets = sorted(f"({listed(sorted(map(str, devices)), 8)})" for devices in spans)
         raise StateError(
-            "The state's leaves are spread over different sets of devices: "
-            + " and ".join(sorted(str(sorted(d.id for d in devices)) for devices in wide))
-            + ". One jitted step runs on one set; place all of them on one mesh with "
-            "jax.device_put(state, jax.sharding.NamedSharding(mesh, spec))."
+            f"The leaves of the state are on different sets of devices: {listed(sets)}. One jitted step runs on one "
+            "device or one mesh. Move the state there with jax.device_put(state, device_or_sharding)."
         )
     if meshes:
         widest = max(meshes, key=lambda sharding: len(sharding.device_set))
         return NamedSharding(widest.mesh, PartitionSpec()), frozenset(widest.device_set)
-    if wide:  # some leaf spans devices by a sharding that knows no mesh
-        (devices,) = wide
+    default = arrays[0] if arrays else jax.device_put(np.uint32(0))
+    devices = next(iter(spans), frozenset(default.sharding.device_set))
+    if len(devices) > 1:  # sharded without a mesh
         mesh = jax.sharding.Mesh(np.array(sorted(devices, key=lambda d: d.id)), ("devices",))
         return NamedSharding(mesh, PartitionSpec()), devices
-    committed = {d for a in arrays if a.committed for d in a.sharding.device_set}
-    if len(committed) > 1:
-        raise StateError(
-            "The state's leaves are committed to different devices: "
-            + ", ".join(sorted(str(device) for device in committed))
-            + ". One jitted step runs on one device or one mesh; put the state on one of them "
-            "with jax.device_put(state, device)."
-        )
-    devices = committed or {d for a in arrays[:1] for d in a.sharding.device_set}
-    if not devices:
-        devices = set(jax.device_put(np.uint32(0)).sharding.device_set)
-    (device,) = devices
-    return SingleDeviceSharding(device), frozenset(devices)
+    return SingleDeviceSharding(next(iter(devices))), devices
 
 
 def replicated_sharding(leaves: Sequence[Leaf]) -> Sharding:
-    """The sharding of what belongs to the state but is no part of it (ring, cursor, batches).
+    """Returns the sharding of arrays used beside the state (ring, cursor, batches). Never blocks.
 
-    Replicated over the state's mesh, or the state's only device. Never blocks.
-
-    Raises:
-        StateError: the leaves are committed to several devices, or span several sets of them.
-    """
-    return _home(leaves)[0]
-
-
-def place(leaves: Sequence[Leaf]) -> list[jax.Array]:
-    """Commit every leaf to its place, strongly typed, so that one executable serves for ever.
-
-    Leaves that already span the state's devices keep their sharding. Others go, replicated, to
-    the mesh of the others, or to their device; NumPy leaves too, and to JAX's default device when
-    there is nothing else. Leaves that lie right are not copied: donate the result only after
-    `copy_leaves`. Blocks for the host-to-device transfer of NumPy leaves at most. To be called on
-    the thread that trains, before its first step.
+    It replicates over the mesh of the state, or is the state's only device. A plain `jnp.zeros` instead would be a
+    ShardingTypeError under an explicit mesh and a second compilation otherwise.
 
     Raises:
         StateError: the leaves are committed to several devices, or span several sets of them.
     """
-    home, devices = _home(leaves)
-    placed: list[jax.Array] = []
+    return _default_placement(leaves)[0]
+
+
+def place(leaves: Sequence[Leaf]) -> Leaves:
+    """Commits every leaf to its devices, strongly typed, so that one executable serves every step.
+
+    A leaf that already spans the state's devices keeps its sharding. The others, NumPy leaves too, are replicated over
+    the mesh of the state, or go to its device; if there is none, to JAX's default device. A leaf that is placed already
+    is not copied: donate the result only after `copy_leaves`. Blocks at most for the host-to-device transfer of NumPy
+    leaves. To be called on the training thread, before the first step.
+
+    Raises:
+        StateError: the leaves are committed to several devices, or span several sets of them.
+    """
+    default, devices = _default_placement(leaves)
+    placed: Leaves = []
     for leaf in leaves:
         if not isinstance(leaf, jax.Array):
-            placed.append(jax.device_put(np.asarray(leaf), home))
+            placed.append(jax.device_put(np.asarray(leaf), default))
             continue
         leaf = strong(leaf)
-        there = frozenset(leaf.sharding.device_set) == devices
-        on_mesh = isinstance(leaf.sharding, NamedSharding) or not isinstance(home, NamedSharding)
-        keeps = there and (on_mesh or len(devices) > 1)
-        placed.append(jax.device_put(leaf, leaf.sharding if keeps else home))
+        on_devices = frozenset(leaf.sharding.device_set) == devices
+        on_mesh = isinstance(leaf.sharding, NamedSharding) or not isinstance(default, NamedSharding)
+        keeps = on_devices and (on_mesh or len(devices) > 1)
+        placed.append(jax.device_put(leaf, leaf.sharding if keeps else default))
     return placed
 
 
-def _copies(leaves: list[jax.Array]) -> list[jax.Array]:
+def _copies(leaves: Leaves) -> Leaves:
     return [jnp.copy(leaf) for leaf in leaves]
 
 
-def copy_leaves(leaves: Sequence[jax.Array]) -> list[jax.Array]:
-    """Copy every leaf on its devices, in one jitted call, to the same sharding.
+def copy_leaves(leaves: Sequence[jax.Array]) -> Leaves:
+    """Copies every leaf on its devices, in one jitted call, to the same sharding.
 
-    Every result has a buffer of its own, also where one array stands twice in `leaves` (tied
-    weights, which could not be donated otherwise). `leaves` are not donated. Returns before the
-    copy is done; the first call for a list of shapes compiles. Training thread only.
+    Every result has a buffer of its own, also where one array occurs twice in `leaves` (tied weights, which could not
+    be donated otherwise). `leaves` are not donated. Returns before the copy is done; the first call for a list of
+    shapes compiles. Training thread only.
     """
-    shardings = [leaf.sharding for leaf in leaves]
-    jitted: Callable[[list[jax.Array]], list[jax.Array]]
-    jitted = jax.jit(_copies, out_shardings=shardings)
+    jitted = jax.jit(_copies, out_shardings=[leaf.sharding for leaf in leaves])
     return jitted(list(leaves))
+
+
+def with_x64_of_caller(function: Callable[[], T]) -> Callable[[], T]:
+    """Returns `function`, to be run in another thread with the 64-bit mode of this one.
+
+    JAX holds that mode per thread, so that a new thread would not inherit `jax.enable_x64(True)`.
+    """
+    enabled = bool(jax.config.read("jax_enable_x64"))
+    module: Any = jax if hasattr(jax, "enable_x64") else jax.experimental  # older versions of JAX
+
+    def run() -> T:
+        with module.enable_x64(enabled):
+            return function()
+
+    return run

@@ -1,6 +1,7 @@
-"""What step_fn and its siblings promise, checked while JAX traces them.
+"""Checks of what the user's functions return, made while JAX traces them.
 
-Everything here runs once a compilation, on the thread that traces, and costs the step nothing.
+They run once per compilation, on the thread that traces, and cost the step nothing. A message names the first leaves
+that differ and counts the others, so that it stays short for a state of any size.
 """
 
 from __future__ import annotations
@@ -12,22 +13,20 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import AxisType
 
-from eventtrain.device.state import PyTree, Skeleton, TreeDef, is_array, partition, strong
-from eventtrain.errors import StateError, StepError
-
-__all__ = ["call_user", "check_leaves", "describe", "matched_leaves", "state_and_metrics"]
+from eventtrain.device.state import Leaves, PyTree, TreeStructure, is_array, partition, strong
+from eventtrain.errors import StateError, StepError, first_lines, listed
 
 
-def call_user(where: str, function: Callable[..., Any], *args: object) -> Any:
-    """Call a function of the user's; what it raises becomes a StepError that names `where`."""
+def call_user(name: str, function: Callable[..., Any], *args: object) -> Any:
+    """Calls a function of the user; what it raises becomes the cause of a StepError that says `name`."""
     try:
         return function(*args)
     except Exception as error:
-        raise StepError(f"{where} raised {type(error).__name__}: {error}") from error
+        raise StepError(f"{name} raised {type(error).__name__}: {first_lines(str(error))}") from error
 
 
 def state_and_metrics(result: object) -> tuple[PyTree, Mapping[str, Any]]:
-    """`result` of step_fn, if it is the pair `(state, metrics)`; otherwise a StepError."""
+    """Returns `result` of step_fn if it is the pair `(state, metrics)`; raises a StepError otherwise."""
     if isinstance(result, tuple) and len(result) == 2:  # pyright: ignore[reportUnknownArgumentType]
         state, metrics = result  # pyright: ignore[reportUnknownVariableType]
         return state, metrics
@@ -35,153 +34,140 @@ def state_and_metrics(result: object) -> tuple[PyTree, Mapping[str, Any]]:
     if isinstance(result, tuple):
         given += f" of {len(result)}"  # pyright: ignore[reportUnknownArgumentType]
     raise StepError(
-        f"step_fn returned {given} instead of a pair: the next step needs the new state, and events "
-        "need the metrics. End it with `return state, {'loss': loss}`; without metrics, an empty "
-        "dict."
+        f"step_fn returned {given} instead of a pair (state, metrics). End it with "
+        "`return state, {'loss': loss}`, or with an empty dict if there are no metrics."
     )
 
 
 def matched_leaves(
-    result: PyTree, skeleton: Skeleton, expected: Sequence[Any], subject: str
-) -> list[jax.Array]:
-    """The array leaves of `result`, if it has the structure, shapes and dtypes it had before.
+    result: PyTree, structure: TreeStructure, expected: Sequence[jax.Array], function: str, tree: str
+) -> Leaves:
+    """Returns the array leaves of `result`, if its structure, shapes and dtypes are those it had before.
+
+    A Python number in place of a scalar array is taken as that array. Weak types become strong. On explicit mesh axes
+    every leaf returns to the sharding it had.
 
     Args:
-        result: what the user's function returned in place of the tree it was given.
-        skeleton: of the tree given; its static leaves must come back unchanged.
-        expected: its array leaves, or tracers or `jax.ShapeDtypeStruct` like them.
-        subject: what returned it, for the message: "step_fn returned state".
-
-    A Python number in place of a scalar array is taken as that array; weak types become strong; on
-    explicit mesh axes every leaf goes back to the sharding it had.
+        result: what the user's function returned for the tree it was given.
+        structure: of the tree given; its static leaves must come back unchanged.
+        expected: the array leaves given, as tracers.
+        function, tree: for messages: "step_fn", "state".
 
     Raises:
-        StateError: names the first leaf that differs, both kinds, and the remedy.
+        StateError: the structure, a shape, a dtype or a static leaf changed.
     """
     leaves, treedef = jax.tree_util.tree_flatten(result)
-    if treedef != skeleton.treedef:
-        raise StateError(_structure_message(result, skeleton, treedef, subject))
-    static = {position: (path, leaf) for position, path, leaf in skeleton.static}
-    arrays = iter(zip(skeleton.paths, expected, strict=True))
-    matched: list[jax.Array] = []
-    for position, leaf in enumerate(leaves):
-        if position in static:
-            _check_static(leaf, *static[position], subject)
-        else:
-            matched.append(_matched(leaf, *next(arrays), subject))
-    return matched
+    if treedef != structure.treedef:
+        raise StateError(
+            f"{function} returned {tree} with another structure: {structure_differences(result, structure)}. The next "
+            "step takes what this one returns, so the structure must stay. Return the tree that was given, with new "
+            "values in it (dataclasses.replace, state | {...}, .replace(...))."
+        )
+    static = {position: (path, leaf) for position, path, leaf in structure.static}
+    changed = [
+        f"{tree}{path} from {_short(before)} to {_short(leaves[position])}"
+        for position, (path, before) in static.items()
+        if not _same(before, leaves[position])
+    ]
+    if changed:
+        raise StateError(
+            f"{function} changed leaves that are not arrays: {listed(changed)}. They are constants of the compiled "
+            "step, so the change would be lost at the next one. Make a number an array from the start, with "
+            "jnp.asarray, or hold the value outside the state."
+        )
+    given = [leaf for position, leaf in enumerate(leaves) if position not in static]
+    arrays = [_array_like(leaf, wanted) for leaf, wanted in zip(given, expected, strict=True)]
+    if differences := type_differences(tree, structure.paths, arrays, expected):
+        raise StateError(
+            f"{function} returned leaves of other types than it was given: {listed(differences)}. The compiled step "
+            "writes each state over the previous one, so shapes and dtypes must stay. Look for a broadcast or a "
+            "missing reduction, cast with .astype, or make a number an array with jnp.asarray."
+        )
+    return [_sharded_as(wanted, strong(array)) for array, wanted in zip(arrays, expected, strict=True)]
 
 
-def check_leaves(leaves: Sequence[Any], skeleton: Skeleton, expected: Sequence[Any]) -> None:
-    """Raise a StateError unless `leaves` have the shapes, dtypes and shardings `expected`."""
+def check_leaves(
+    tree: str, leaves: Sequence[Any], structure: TreeStructure, expected: Sequence[jax.ShapeDtypeStruct]
+) -> None:
+    """Raises a StateError unless `leaves`, for the tree named `tree`, fit what the step was compiled for."""
     if len(leaves) != len(expected):
         raise StateError(
-            f"The state has {len(leaves)} array leaves, but the step was compiled for "
-            f"{len(expected)}. A state put in place of another must have the same structure."
+            f"The step was compiled for {tree} with {len(expected)} array leaves, got {len(leaves)}. What replaces the "
+            "state of a run must have the same structure."
         )
-    for path, leaf, wanted in zip(skeleton.paths, leaves, expected, strict=True):
-        if leaf.shape != wanted.shape or leaf.dtype != wanted.dtype:
-            raise StateError(
-                f"state{path} is {describe(leaf)}, but the step was compiled for "
-                f"{describe(wanted)}. A state put in place of another must have the same shapes "
-                "and dtypes."
-            )
-        if not leaf.sharding.is_equivalent_to(wanted.sharding, leaf.ndim):
-            raise StateError(
-                f"state{path} lies at {leaf.sharding}, but the step was compiled for "
-                f"{wanted.sharding}. Move it there first with jax.device_put."
-            )
-
-
-def describe(leaf: Any) -> str:
-    """`dtype[shape]` of an array, as JAX writes it: `float32[3,4]`."""
-    return f"{leaf.dtype}[{','.join(map(str, leaf.shape))}]"
-
-
-def _matched(leaf: Any, path: str, wanted: Any, subject: str) -> jax.Array:
-    if not is_array(leaf):
-        number = _as_scalar(leaf, wanted)
-        if number is None:
-            raise StateError(
-                f"{subject}{path} as {type(leaf).__name__}, but was given {describe(wanted)}: the "
-                f"state must keep its arrays. Return jnp.asarray(..., jnp.{wanted.dtype}) there."
-            )
-        return _sharded_as(wanted, number)
-    array = jnp.asarray(leaf)
-    if array.shape != wanted.shape:
+    differences = type_differences(tree, structure.paths, leaves, expected) or [
+        f"{tree}{path} is on {leaf.sharding} instead of {wanted.sharding}"
+        for path, leaf, wanted in zip(structure.paths, leaves, expected, strict=True)
+        if not leaf.sharding.is_equivalent_to(wanted.sharding, leaf.ndim)
+    ]
+    if differences:
         raise StateError(
-            f"{subject}{path} as {describe(array)}, but was given {describe(wanted)}: the compiled "
-            "step writes each state over the one before, so shapes must stay. Look for a "
-            "broadcast or a missing reduction where it is updated."
+            f"The step was compiled for another {tree}: {listed(differences)}. What replaces the state of a run must "
+            "have the same shapes, dtypes and shardings. Move it with jax.device_put(leaf, sharding) first."
         )
-    if array.dtype != wanted.dtype:
-        raise StateError(
-            f"{subject}{path} as {describe(array)}, but was given {describe(wanted)}: the compiled "
-            "step writes each state over the one before, so dtypes must stay. Cast the result with "
-            f".astype(jnp.{wanted.dtype}), or start with a state of dtype {array.dtype}."
-        )
-    return _sharded_as(wanted, strong(array))
+
+
+def type_differences(
+    tree: str, paths: Sequence[str], given: Sequence[Any], expected: Sequence[Any], *, dtypes: bool = True
+) -> list[str]:
+    """Lists the leaves of `given` whose shape (and dtype, unless `dtypes` is False) is not the `expected` one."""
+    return [
+        f"{tree}{path} is {_type(leaf)} instead of {_type(wanted)}"
+        for path, leaf, wanted in zip(paths, given, expected, strict=True)
+        if not is_array(leaf) or leaf.shape != wanted.shape or (dtypes and leaf.dtype != wanted.dtype)
+    ]
+
+
+def structure_differences(tree: PyTree, structure: TreeStructure) -> str:
+    """Lists the first paths that `tree` has besides those of `structure`, or lacks."""
+    _, after = partition(tree)
+    before_paths = {*structure.paths, *(path for _, path, _ in structure.static)}
+    after_paths = {*after.paths, *(path for _, path, _ in after.static)}
+    found = [f"{path or 'a single leaf'} was added" for path in sorted(after_paths - before_paths)]
+    found += [f"{path or 'a single leaf'} is missing" for path in sorted(before_paths - after_paths)]
+    return listed(found) or f"{_short(after.treedef)} instead of {_short(structure.treedef)}"
+
+
+def _array_like(leaf: Any, wanted: Any) -> Any:
+    """Returns an array, or a Python number as the scalar array that `wanted` is; another object as it is."""
+    if is_array(leaf):
+        return jnp.asarray(leaf)
+    if not isinstance(leaf, (bool, int, float, complex)) or wanted.shape != ():
+        return leaf
+    try:
+        fits = jnp.result_type(wanted.dtype, leaf) == wanted.dtype
+        return jnp.asarray(leaf, wanted.dtype) if fits else leaf
+    except (OverflowError, TypeError):  # too large, or `wanted` is a PRNG key
+        return leaf
 
 
 def _sharded_as(wanted: Any, array: jax.Array) -> jax.Array:
-    """On a mesh with explicit axes the sharding is part of a type, and the type must stay too."""
+    """Returns `array` in the sharding of `wanted`, which on explicit mesh axes is part of the type."""
     sharding = jax.typeof(wanted).sharding
     if AxisType.Explicit not in sharding.mesh.axis_types or jax.typeof(array).sharding == sharding:
         return array
     return jax.sharding.reshard(array, sharding)
 
 
-def _as_scalar(leaf: object, wanted: Any) -> jax.Array | None:
-    """A Python number as the scalar array it stands for, if `wanted` is one that can hold it."""
-    if not isinstance(leaf, (bool, int, float, complex)) or wanted.shape != ():
-        return None
+def _same(before: object, after: object) -> bool:
+    if after is before:
+        return True
     try:
-        fits = jnp.result_type(wanted.dtype, leaf) == wanted.dtype
-        return jnp.asarray(leaf, wanted.dtype) if fits else None
-    except (OverflowError, TypeError):  # too large, or `wanted` is a PRNG key
-        return None
+        return not is_array(after) and type(after) is type(before) and bool(after == before)
+    except Exception:  # an __eq__ that cannot decide: they are not known to be equal
+        return False
 
 
-def _check_static(leaf: object, path: str, before: object, subject: str) -> None:
-    if leaf is before:
-        return
-    if not is_array(leaf) and type(leaf) is type(before):
-        try:
-            if leaf == before:
-                return
-        except Exception:  # an __eq__ that cannot decide: then they are not known to be equal
-            pass
-    if is_array(leaf):
-        changed = f"turned the {type(before).__name__} {before!r} into {describe(leaf)}"
-    else:
-        changed = f"changed it from {before!r} to {leaf!r}"
-    raise StateError(
-        f"{subject}{path}, which is no array, and {changed}: such leaves are constants of the "
-        "compiled step, so the change would be lost at the next one. Make it an array from the "
-        f"start, with jnp.asarray({before!r})."
-        if isinstance(before, (bool, int, float, complex))
-        else f"{subject}{path}, which is no array, and {changed}: such leaves are constants of the "
-        "compiled step and must come back as they were. Keep it, or hold it outside the state."
-    )
+def _type(leaf: Any) -> str:
+    """Returns `dtype[shape]` of an array, as JAX writes it: `float32[3,4]`; of another object its class."""
+    if not hasattr(leaf, "dtype"):
+        return type(leaf).__name__
+    return f"{leaf.dtype}[{','.join(map(str, leaf.shape))}]"
 
 
-def _structure_message(result: PyTree, skeleton: Skeleton, treedef: TreeDef, subject: str) -> str:
-    _, after = partition(result)
-    before_paths = {*skeleton.paths, *(path for _, path, _ in skeleton.static)}
-    after_paths = {*after.paths, *(path for _, path, _ in after.static)}
-    found = [f"{path} appeared" for path in sorted(after_paths - before_paths)]
-    found += [f"{path} vanished" for path in sorted(before_paths - after_paths)]
-    if found:
-        listed = "; ".join(found[:5]) + (f"; and {len(found) - 5} more" if len(found) > 5 else "")
-    else:
-        listed = f"it was {_short(skeleton.treedef)} and is {_short(treedef)}"
-    return (
-        f"{subject} with another structure: {listed or 'it is empty'}. Each step hands its state "
-        "to the next one, so the structure must stay. Return the tree that was given, with new "
-        "values in it (dataclasses.replace, state | {...}, .replace(...))."
-    )
-
-
-def _short(treedef: TreeDef, limit: int = 300) -> str:
-    text = str(treedef)
-    return text if len(text) <= limit else text[:limit] + "..."
+def _short(value: object) -> str:
+    """Returns a repr in one line of at most 200 characters."""
+    if is_array(value):
+        return f"the array {_type(value)}"
+    text = " ".join(repr(value).split())
+    return text if len(text) <= 200 else f"{text[:200]}..."

@@ -1,7 +1,7 @@
-"""Averages of the weights, kept inside the compiled step: exponential (`EMA`) and uniform (`SWA`).
+"""Averages of the weights inside the compiled step: exponential (`EMA`) and uniform (`SWA`).
 
-Only floating-point leaves are averaged, in float32 at least: in bfloat16 an increment of 1 - 0.999
-would be rounded away. Other leaves follow the newest value.
+Only floating-point leaves are averaged, in float32 at least: in bfloat16 an increment of 1 - 0.999 would be rounded
+away. Other leaves follow the newest value.
 """
 
 from __future__ import annotations
@@ -17,38 +17,35 @@ from eventtrain.device.extensions import StepExtension, Use, checked_uses
 from eventtrain.device.state import PyTree, is_array, partition
 from eventtrain.errors import ConfigurationError
 
-__all__ = ["EMA", "SWA"]
-
 
 class EMA(StepExtension):
     """Exponential moving average of the weights: `average = decay * average + (1 - decay) * new`.
 
-    Starts at the weights themselves, so that no bias correction is needed. Exact to the last digit
-    of float32 (float64 for float64 weights) for every decay and any number of steps: what rounding
-    keeps from the average in one step is added in the next (Kahan, "Further remarks on reducing
-    truncation errors", 1965).
+    Starts at the weights themselves, so that no bias correction is needed. Exact to the last digit of float32 (float64
+    for float64 weights) for every decay and any number of steps: the rounding error of one step is added in the next
+    (Kahan, "Further remarks on reducing truncation errors", 1965).
 
-    The state has the structure of `params`, its leaves are complex: the real part is the average,
-    the imaginary part what rounding has kept from it. Read it through `weights`. It takes 8 bytes
-    for each float32 or narrower weight.
+    The state has the structure of `params`; its leaves are complex64 (complex128 for float64): the real part is the
+    average, the imaginary part its rounding error. Read it through `weights`. It takes 8 bytes for each float32 or
+    narrower weight.
 
-    After Polyak and Juditsky, "Acceleration of Stochastic Approximation by Averaging" (1992), with
-    exponential instead of uniform weights.
+    After Polyak and Juditsky, "Acceleration of Stochastic Approximation by Averaging" (1992), with exponential instead
+    of uniform weights.
 
     Args:
         decay: 0.999 averages over about 1,000 steps.
         name: unique among the extensions of one trainer.
-        use_for: any of "eval", "predict", "final": where the average stands in for the params.
+        use_for: any of "eval", "predict", "final": where the average replaces the params.
 
     Raises:
-        ConfigurationError: `decay` does not lie strictly between 0 and 1, or an unknown use.
+        ConfigurationError: `decay` is not strictly between 0 and 1, or an unknown use.
     """
 
     def __init__(self, decay: float, *, name: str = "ema", use_for: Collection[Use] = ()) -> None:
         if not 0.0 < decay < 1.0:
             raise ConfigurationError(
-                f"EMA(decay={decay!r}): 0 would keep no average and 1 would never move, so decay "
-                "must lie strictly between them. 0.999 averages over about 1,000 steps."
+                f"EMA: decay must be strictly between 0 and 1, got {decay!r}: at 0 there is no average, at 1 it never "
+                "moves. 0.999 averages over about 1,000 steps."
             )
         self.decay = decay
         self.name = name
@@ -58,13 +55,13 @@ class EMA(StepExtension):
         return f"EMA({self.decay!r}, name={self.name!r})"
 
     def init(self, params: PyTree) -> PyTree:
-        """The weights themselves, and nothing lost."""
+        """Returns the weights themselves, with a rounding error of zero."""
         return _on_floats(lambda leaf: lax.complex(_widened(leaf), jnp.zeros_like(_widened(leaf))), params)
 
     def update(self, ext_state: PyTree, params: PyTree, step: jax.Array) -> PyTree:
-        """The average including `params`, which are those after the update."""
+        """Returns the average including `params`, which are those after the update."""
 
-        # One complex array is overwritten in one pass. Two real ones, of which each needs the other's
+        # One complex array is overwritten in one pass. Two real ones, each of which needs the other's
         # old value, cost a copy: 26 us instead of 10 for 33,000 weights on a CPU.
         def average(new: jax.Array, old: jax.Array) -> jax.Array:
             change = (1.0 - self.decay) * (_widened(new) - old.real) - old.imag
@@ -74,28 +71,26 @@ class EMA(StepExtension):
         return _on_floats(average, params, ext_state)
 
     def weights(self, ext_state: PyTree, params: PyTree) -> PyTree:
-        """The average, in float32 at least."""
+        """Returns the average, in float32 at least."""
         return _on_floats(lambda _, average: average.real, params, ext_state)
 
 
 class SWA(StepExtension):
     """Stochastic weight averaging: the uniform mean of the weights after steps start, start + every, ...
 
-    Until the first of these its weights are the params themselves. The state is `{"count": int32 of
-    shape (), "average": tree like params}`. Statistics that a model keeps beside its params, such as
-    those of batch normalisation, are not averaged: they belong to the newest weights, and want a pass
-    over the training data with the average.
+    Before the first of these its weights are the params themselves. The state is `{"count": int32[], "average": tree
+    like params}`. Statistics that a model has beside its params, such as those of batch normalisation, are not
+    averaged: they belong to the newest weights, and need a pass over the training data with the average.
 
-    After Izmailov et al., "Averaging Weights Leads to Wider Optima and Better Generalization" (2018),
-    arXiv:1803.05407.
+    After Izmailov et al., "Averaging Weights Leads to Wider Optima and Better Generalization" (2018), arXiv:1803.05407.
 
     Args:
         start: the first step whose weights count, of the trainer's life.
-        every: how many steps lie between two of them; the paper takes the end of each epoch or cycle.
+        every: steps from one of them to the next; the paper takes the end of each epoch or cycle.
         name, use_for: as in `EMA`.
 
     Raises:
-        ConfigurationError: `start` or `every` is no whole number of at least 1, or an unknown use.
+        ConfigurationError: `start` or `every` is not an integer >= 1, or an unknown use.
     """
 
     def __init__(
@@ -103,9 +98,7 @@ class SWA(StepExtension):
     ) -> None:
         for argument, value in (("start", start), ("every", every)):
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:  # pyright: ignore[reportUnnecessaryIsInstance]
-                raise ConfigurationError(
-                    f"SWA({argument}={value!r}): steps are counted from 1, so it needs a whole number of at least 1."
-                )
+                raise ConfigurationError(f"SWA: {argument} must be an integer >= 1, got {value!r}.")
         self.start = start
         self.every = every
         self.name = name
@@ -115,12 +108,12 @@ class SWA(StepExtension):
         return f"SWA({self.start!r}, {self.every!r}, name={self.name!r})"
 
     def init(self, params: PyTree) -> PyTree:
-        """No sample yet; the average stands at the weights."""
+        """Returns a count of zero, and the weights in place of the average."""
         return {"count": jnp.int32(0), "average": _on_floats(_widened, params)}
 
     def update(self, ext_state: PyTree, params: PyTree, step: jax.Array) -> PyTree:
-        """The mean including `params`, if `step` is one of those that count; else as it was."""
-        count, (old, skeleton) = ext_state["count"], partition(ext_state["average"])
+        """Returns the mean including `params` if `step` is one of those that count, else the state as it was."""
+        count, (old, structure) = ext_state["count"], partition(ext_state["average"])
         due = (step >= self.start) & ((step - self.start) % self.every == 0)
 
         def mean(old: Any, new: Any) -> Any:
@@ -132,10 +125,10 @@ class SWA(StepExtension):
             return list(map(mean, old, new))
 
         average = _if_due(due, sampled, old, partition(params)[0])
-        return {"count": count + due, "average": skeleton.join(average)}
+        return {"count": count + due, "average": structure.join(average)}
 
     def weights(self, ext_state: PyTree, params: PyTree) -> PyTree:
-        """The mean, in float32 at least; before the first sample `params`."""
+        """Returns the mean, in float32 at least; before the first sample `params`."""
         started = ext_state["count"] > 0
         return _on_floats(
             lambda new, old: jnp.where(started, old, _widened(new)), params, ext_state["average"]
@@ -145,10 +138,10 @@ class SWA(StepExtension):
 def _if_due(
     due: jax.Array, change: Callable[[list[Any], list[Any]], list[Any]], old: list[Any], new: list[Any]
 ) -> list[Any]:
-    """`change(old, new)` if `due`, else `old`, at no cost to the other steps where the platform allows it.
+    """Returns `change(old, new)` if `due`, else `old`, at no cost to the other steps where the platform allows it.
 
-    XLA decides a branch on the host where it runs on a GPU: each dispatch would wait for the device.
-    There the change is computed always and taken if due, at the price of an `EMA`.
+    On a GPU, XLA decides a branch on the host, so that each dispatch would wait for the device. There the change is
+    always computed and used if due, which costs as much as an `EMA`.
     """
 
     def branch(old: list[Any], new: list[Any]) -> list[Any]:
@@ -161,7 +154,7 @@ def _if_due(
 
 
 def _on_floats(function: Callable[..., Any], params: PyTree, *trees: PyTree) -> PyTree:
-    """`params` with `function` of it and `trees` in place of each floating-point leaf."""
+    """Returns `params` with `function` of it and `trees` in place of each floating-point leaf."""
     return jax.tree.map(
         lambda leaf, *others: function(leaf, *others) if _is_floating(leaf) else leaf, params, *trees
     )

@@ -14,7 +14,7 @@ from eventtrain.control.requests import PeriodicRequest
 from eventtrain.data.epoch_iterator import EpochIterator
 from eventtrain.device.compiled_eval import CompiledEval
 from eventtrain.device.compiled_step import Carry
-from eventtrain.device.fetcher import Fetcher, Ring
+from eventtrain.device.fetcher import Fetcher
 from eventtrain.device.model import Model
 from eventtrain.device.state import replicated_sharding
 from eventtrain.errors import ConfigurationError, DataError
@@ -144,8 +144,7 @@ class Evaluations:
             status.epoch,
             steps_per_call=1,
             sharding=replicated_sharding(carry.leaves),
-            wait=place.wait,
-            on_ready=place.wake,
+            waiter=place,
         )
         self.in_progress = True
         try:
@@ -208,9 +207,8 @@ def dispatch_evaluation(
 
     def flush() -> None:
         assert carry is not None
-        ring, rows = evaluation.take_ring(carry)
-        if rows:
-            fetcher.put(Ring(ring, rows, evaluation.layout, EvalWindow(step, epoch, count - rows)))
+        if carry.rows:
+            fetcher.put(evaluation.take_ring(carry, EvalWindow(step, epoch, count - carry.rows)))
 
     for batch in islice(batches, count, None):
         if not continues():

@@ -16,7 +16,7 @@ from eventtrain.bus.core import BusCore
 from eventtrain.bus.training_stream import Activation, EventSeries
 from eventtrain.control.run_state import SavedMeans, StreamRecord
 from eventtrain.control.run_view import RunView
-from eventtrain.device.fetcher import MetricColumns
+from eventtrain.device.metric_ring import MetricColumns
 from eventtrain.errors import MetricsError
 from eventtrain.events import (
     EpochCompleted,
@@ -166,10 +166,10 @@ class EventBuilder:
     def take(self, item: Any) -> None:
         """Take the next item from the fetcher, and feed the events that it means to the bus."""
         match item:
-            case MetricColumns(meta=TrainWindow() as window):
+            case MetricColumns(window=TrainWindow() as window):
                 self._bus.feed(self._train_window(item, window))
             case MetricColumns():
-                self._bus.feed(self._eval_window(item, item.meta))
+                self._bus.feed(self._eval_window(item, item.window))
             case EvalEnd():
                 self._bus.feed([self._end_eval(item)])
             case EpochEnd():

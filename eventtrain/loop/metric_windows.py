@@ -6,7 +6,6 @@ from time import perf_counter
 from typing import Any
 
 from eventtrain.device.compiled_step import Carry, CompiledStep
-from eventtrain.device.fetcher import Ring
 from eventtrain.events import Event
 from eventtrain.loop.event_builder import TrainWindow
 from eventtrain.loop.run_resources import RunResources
@@ -69,7 +68,7 @@ class MetricWindows:
         status = self._status
         if self.open:
             between, self._between = tuple(self._between), []
-            ring, rows = self._compiled.take_ring(self._carry)
+            rows = self._carry.rows
             window = TrainWindow(
                 first_step=status.step - rows + 1,
                 rows=rows,
@@ -78,7 +77,7 @@ class MetricWindows:
                 between=between,
                 announced=self._gates.announces_steps,
             )
-            self._fetcher.put(Ring(ring, rows, self._compiled.layout, window))
+            self._fetcher.put(self._compiled.take_ring(self._carry, window))
         self._first_batch = status.batch
         self._gates.flushed()
         now_s = perf_counter()

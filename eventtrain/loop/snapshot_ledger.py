@@ -11,9 +11,8 @@ import jax
 from eventtrain.control.control_plane import ControlPlane
 from eventtrain.control.snapshots import KeptSnapshot
 from eventtrain.device.compiled_step import Carry, CompiledStep
-from eventtrain.device.host_memory import to_pinned_host
 from eventtrain.device.model import Model
-from eventtrain.device.snapshot import Snapshot
+from eventtrain.device.snapshot import Snapshot, to_pinned_host
 from eventtrain.errors import SnapshotError
 from eventtrain.events import CheckpointFailed, CheckpointRestored, SnapshotTaken
 from eventtrain.loop.metric_windows import MetricWindows
@@ -77,7 +76,7 @@ class SnapshotLedger:
         snapshot = Snapshot(
             taken.step,
             leaves,
-            self.model.skeleton,
+            self.model.structure,
             tag=taken.tag,
             extensions=extensions,
             extension_paths=tuple(self.compiled.extension_types),

@@ -30,12 +30,11 @@ if TYPE_CHECKING:
     from eventtrain.subscribers.policies.early_stopping import EarlyStopping
     from eventtrain.subscribers.policies.evaluate_every import EvaluateEvery
     from eventtrain.subscribers.policies.gradient_spike import GradientSpike
-    from eventtrain.subscribers.policies.hyperparam_scheduler import HyperparamScheduler
     from eventtrain.subscribers.policies.lambda_subscriber import Lambda
-    from eventtrain.subscribers.policies.learning_rate_scheduler import LearningRateScheduler
     from eventtrain.subscribers.policies.lr_finder import LRFinder
     from eventtrain.subscribers.policies.max_time import MaxTime
     from eventtrain.subscribers.policies.reduce_lr_on_plateau import ReduceLROnPlateau
+    from eventtrain.subscribers.policies.scheduler import HyperparamScheduler, LearningRateScheduler
     from eventtrain.subscribers.policies.terminate_on_nan import TerminateOnNaN
     from eventtrain.subscribers.progress.progress_bar import ProgressBar
     from eventtrain.subscribers.remote.download import download_checkpoint
@@ -109,11 +108,11 @@ _LAZY = {
     "ForecastRule": "eventtrain.subscribers.alerts.metric_rules",
     "GradientSpike": "eventtrain.subscribers.policies.gradient_spike",
     "History": "eventtrain.subscribers.loggers.history",
-    "HyperparamScheduler": "eventtrain.subscribers.policies.hyperparam_scheduler",
+    "HyperparamScheduler": "eventtrain.subscribers.policies.scheduler",
     "JSONLLogger": "eventtrain.subscribers.loggers.jsonl_logger",
     "LRFinder": "eventtrain.subscribers.policies.lr_finder",
     "Lambda": "eventtrain.subscribers.policies.lambda_subscriber",
-    "LearningRateScheduler": "eventtrain.subscribers.policies.learning_rate_scheduler",
+    "LearningRateScheduler": "eventtrain.subscribers.policies.scheduler",
     "LowDiskRule": "eventtrain.subscribers.alerts.run_rules",
     "MLflowLogger": "eventtrain.subscribers.trackers.mlflow_logger",
     "MaxTime": "eventtrain.subscribers.policies.max_time",

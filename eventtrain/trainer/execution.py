@@ -10,13 +10,13 @@ from typing import Any, TypeVar
 import anyio
 import anyio.from_thread
 import anyio.to_thread
-import jax
 from anyio.from_thread import start_blocking_portal
 
 from eventtrain.bus.core import BusCore
 from eventtrain.control.command_queue import CommandQueue
-from eventtrain.device.jax_compat import sixty_four_bit
-from eventtrain.device.model import CallOnCaller, Model, call_here
+from eventtrain.device.executable_cache import LowerOnCaller, lower_here
+from eventtrain.device.model import Model
+from eventtrain.device.state import with_x64_of_caller
 from eventtrain.errors import AlreadyRunning, ConfigurationError
 
 T = TypeVar("T")
@@ -73,7 +73,7 @@ class Execution:
             yield
         finally:
             self.name = ""
-            self._model.compile_on_caller = call_here
+            self._model.lower_on_caller = lower_here
             self._claimed.release()
 
     @contextmanager
@@ -103,13 +103,9 @@ class Execution:
         outcome: list[T] = []
         failure: list[BaseException] = []
         finished = anyio.Event()
-        on_caller: CallOnCaller = anyio.from_thread.run_sync
-        self._model.compile_on_caller = on_caller
-        x64 = bool(jax.config.read("jax_enable_x64"))
-
-        def work_in_thread() -> T:
-            with sixty_four_bit(x64):
-                return work()
+        on_caller: LowerOnCaller = anyio.from_thread.run_sync
+        self._model.lower_on_caller = on_caller
+        work_in_thread = with_x64_of_caller(work)
 
         async def run_thread() -> None:
             try:

@@ -9,7 +9,7 @@ from typing import Any, Generic, TypeVar
 
 from eventtrain.control.run_state import LoopRecord
 from eventtrain.data.epoch_iterator import EpochIterator
-from eventtrain.data.sources import place_of, rewound
+from eventtrain.data.sources import position_in, rewound
 from eventtrain.events import EpochCompleted
 from eventtrain.loop.run_recorder import Aim
 from eventtrain.trainer.resume import ResumePoint
@@ -52,7 +52,7 @@ def train(run: Run, data: Any, aim: Aim, point: ResumePoint | None = None) -> No
     steps_left, epochs_left = aim.steps, aim.epochs
     for_data = run.resources.clock.for_data
     record = point.record.loop if point is not None else None
-    start_of_data = place_of(data) if record is not None else None
+    start_of_data = position_in(data) if record is not None else None
     if point is not None and point.ended is not None:
         # Nothing is trained, but what is due at the end of the run still is.
         _prepare_without_a_step(run, data, start_of_data)
@@ -114,8 +114,7 @@ def _open(run: Run, data: Any, record: LoopRecord | None = None) -> EpochIterato
         run.status.epoch,
         steps_per_call=run.source.model.options.steps_per_call,
         sharding=run.sharding,
-        wait=run.wait,
-        on_ready=run.wake,
+        waiter=run,
         start=record.batch if record is not None and record.in_epoch else 0,
         data_state=record.data if record is not None else None,
     )

@@ -102,21 +102,12 @@ class Inference:
 
     @contextmanager
     def _open(self, data: Any) -> Generator[Iterator[Any]]:
-        ready = threading.Event()
-
-        def wait(is_ready: Callable[[], object]) -> bool:
-            while not is_ready():
-                ready.wait(0.1)
-                ready.clear()
-            return True
-
         iterator = EpochIterator(
             data,
             self._model.epoch,
             steps_per_call=1,
             sharding=replicated_sharding(self._model.leaves),
-            wait=wait,
-            on_ready=ready.set,
+            waiter=_BlockingWaiter(),
         )
         try:
             yield iterator.batches()
@@ -125,6 +116,22 @@ class Inference:
 
     def _drain(self) -> None:
         self._bus.submit(self._bus.wait_until_quiet, self._options.drain_timeout_s).result()
+
+
+class _BlockingWaiter:
+    """Waits for the prefetch thread; there are no commands to serve meanwhile."""
+
+    def __init__(self) -> None:
+        self._news = threading.Event()
+
+    def wait(self, ready: Callable[[], object]) -> bool:
+        while not ready():
+            self._news.wait(0.1)
+            self._news.clear()
+        return True
+
+    def wake(self) -> None:
+        self._news.set()
 
 
 def _join(*outputs: np.ndarray) -> np.ndarray:

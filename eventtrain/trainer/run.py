@@ -19,9 +19,9 @@ from eventtrain.control.control_plane import ControlPlane
 from eventtrain.control.loop_statistics import LoopClock, LoopStatistics
 from eventtrain.control.run_context import RunContext
 from eventtrain.control.run_view import NONE
+from eventtrain.device.compiled_step import StepProgram
 from eventtrain.device.fetcher import Fetcher
 from eventtrain.device.hyperparams import find_hyperparams, values_of
-from eventtrain.device.program import StepProgram
 from eventtrain.device.state import replicated_sharding
 from eventtrain.errors import AlreadyRunning, BusClosed, ConfigurationError, StepError
 from eventtrain.events import RunCompleted, RunFailed, RunStarted
@@ -140,7 +140,7 @@ class Run:
         if self.loop is not None:
             return
         model, point = self._model, self._resume_point
-        hyperparams = find_hyperparams(model.skeleton.join(model.leaves))
+        hyperparams = find_hyperparams(model.structure.join(model.leaves))
         compiled = model.prepare(batch, hyperparams)
         if point is not None:
             model.ext_leaves = take_over_extensions(point, compiled.extension_types, self._plane.view)
@@ -263,7 +263,7 @@ class Run:
         plane.requests.clear()
         self._bus.control_source = plane
         self._bus.run_id = self.options.run_id
-        hyperparams = tuple(find_hyperparams(model.skeleton.join(model.leaves)))
+        hyperparams = tuple(find_hyperparams(model.structure.join(model.leaves)))
         plane.view.step = model.step
         plane.view.hyperparams = values_of(hyperparams, model.leaves)
         plane.view.scheduled = NONE

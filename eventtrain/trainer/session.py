@@ -10,7 +10,7 @@ import jax
 
 from eventtrain.control.control import Control
 from eventtrain.control.loop_statistics import LoopStatistics
-from eventtrain.device.program import StepProgram
+from eventtrain.device.compiled_step import StepProgram
 from eventtrain.errors import ConfigurationError
 from eventtrain.events import EpochCompleted
 from eventtrain.trainer.run import Run

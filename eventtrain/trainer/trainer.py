@@ -16,7 +16,8 @@ from eventtrain.bus.subscription import Subscription
 from eventtrain.control.control import Control
 from eventtrain.control.control_plane import ControlPlane
 from eventtrain.device.extensions import StepExtension
-from eventtrain.device.model import Model, StepOptions
+from eventtrain.device.fused_step import StepOptions
+from eventtrain.device.model import Model
 from eventtrain.device.state import PyTree
 from eventtrain.errors import AlreadyRunning, ConfigurationError, StateInUse
 from eventtrain.events import Event
@@ -121,9 +122,14 @@ class Trainer(Generic[S]):
         self.run_dir = (Path(run_dir) if run_dir is not None else Path("runs") / self.run_id).absolute()
         self.bus = bus if bus is not None else EventBus(run_id=self.run_id, drain_timeout_s=drain_timeout_s)
         self._model = Model.of(
-            step_fn, state, eval_fn, predict_fn, params, step_extensions,
-            StepOptions(donate=donate, steps_per_call=steps_per_call, snapshot=snapshot),
-        )  # fmt: skip
+            step_fn,
+            state,
+            eval_fn=eval_fn,
+            predict_fn=predict_fn,
+            params=params,
+            extensions=step_extensions,
+            options=StepOptions(donate=donate, steps_per_call=steps_per_call, snapshot=snapshot),
+        )
         self._options = RunOptions(
             run_id=self.run_id,
             run_dir=self.run_dir,
@@ -158,7 +164,7 @@ class Trainer(Generic[S]):
                 f"trainer.state cannot be read while {self._execution.name or 'a run'} is in progress: the next step "
                 "overwrites it. Use control.snapshot(tag) and await control.snapshots[tag].to_host()."
             )
-        return self._model.skeleton.join(self._model.leaves)
+        return self._model.structure.join(self._model.leaves)
 
     @property
     def step(self) -> int:
@@ -376,7 +382,7 @@ class Trainer(Generic[S]):
             for subscription in temporary:
                 subscription.cancel()
         return FitResult(
-            state=model.skeleton.join(model.leaves_for("final", model.leaves, model.ext_leaves)),
+            state=model.structure.join(model.leaves_for("final", model.leaves, model.ext_leaves)),
             step=model.step,
             epochs_completed=model.epoch - first_epoch,
             stop_reason=run.ended_by,

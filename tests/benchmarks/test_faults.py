@@ -101,7 +101,7 @@ def test_a_campaign_that_does_not_exist_is_refused_with_those_that_do(
 ) -> None:
     with pytest.raises(SystemExit):
         faults.main(["kerass"])
-    assert "no campaign kerass; there are" in capsys.readouterr().err
+    assert "Unknown campaign: kerass. Known campaigns: " in capsys.readouterr().err
 
 
 def test_every_result_that_is_kept_has_a_campaign_and_no_failure() -> None:

@@ -7,7 +7,6 @@ import subprocess
 import sys
 import sysconfig
 import traceback
-from importlib.metadata import version
 from pathlib import Path
 
 import pytest
@@ -24,7 +23,7 @@ runner = CliRunner()
 def test_version_is_the_packages() -> None:
     result = runner.invoke(cli.app, ["--version"])
     assert result.exit_code == 0
-    assert result.stdout == f"eventtrain {version('eventtrain')}\n"
+    assert result.stdout == f"eventtrain {et.__version__}\n"
 
 
 def test_schema_is_that_of_all_events() -> None:
@@ -152,7 +151,7 @@ def test_a_progress_bar_of_the_file_is_the_only_one(tmp_path: Path, monkeypatch:
             [],
             "does not define make_trainer(). For example:",
         ),
-        (SCRIPT.replace("eval_fn=eval_fn, ", ""), CONFIG, [], "needs an eval_fn"),
+        (SCRIPT.replace("eval_fn=eval_fn, ", ""), CONFIG, [], "requires an eval_fn"),
     ],
 )
 def test_what_cannot_work_is_told_without_a_traceback(
@@ -182,7 +181,7 @@ def test_an_optimiser_without_the_hyperparameter_is_told_without_a_traceback(tmp
     result = runner.invoke(cli.app, in_folder(tmp_path, config=config))
     assert result.exit_code == 2
     assert result.stderr.startswith("Error: No hyperparameter 'momentum'")
-    assert "raised by the subscriber ReduceLROnPlateau" in result.stderr
+    assert "Raised by the subscriber ReduceLROnPlateau when the run started." in result.stderr
 
 
 def test_no_secret_is_shown_when_the_file_or_the_script_fails(tmp_path: Path) -> None:

@@ -21,8 +21,8 @@ def measure(state: Any, batch: Any) -> dict[str, Any]:
 
 
 def split(state: Any) -> tuple[list[jax.Array], Any]:
-    leaves, skeleton = split_state(state)
-    return copy_leaves(place(leaves)), skeleton
+    leaves, structure = split_state(state)
+    return copy_leaves(place(leaves)), structure
 
 
 def batch(value: float, size: int = 1) -> np.ndarray:
@@ -30,14 +30,13 @@ def batch(value: float, size: int = 1) -> np.ndarray:
 
 
 def test_metrics_of_all_batches_are_fetched_from_the_ring() -> None:
-    leaves, skeleton = split(STATE)
-    evaluation = CompiledEval(measure, skeleton, leaves, capacity=8)
+    leaves, structure = split(STATE)
+    evaluation = CompiledEval(measure, structure, leaves, capacity=8)
     evaluation.prepare(batch(1))
     carry = evaluation.initial()
     for i in range(5):
         evaluation(carry, leaves, batch(i / 4))
-    ring, rows = evaluation.take_ring(carry)
-    columns = evaluation.layout.decode(np.asarray(ring)[:rows])
+    columns = evaluation.take_ring(carry).fetch().metrics
     expected = [float(jnp.sum(jnp.tanh(STATE["w"] * (i / 4)))) for i in range(5)]
     np.testing.assert_allclose(columns["sum"], expected, rtol=1e-6)
     assert columns["size"].tolist() == [1] * 5
@@ -46,8 +45,8 @@ def test_metrics_of_all_batches_are_fetched_from_the_ring() -> None:
 
 
 def test_the_last_short_batch_is_compiled_once_for_all_epochs() -> None:
-    leaves, skeleton = split(STATE)
-    evaluation = CompiledEval(measure, skeleton, leaves)
+    leaves, structure = split(STATE)
+    evaluation = CompiledEval(measure, structure, leaves)
     evaluation.prepare(batch(1, size=4))
     carry = evaluation.initial()
     evaluation(carry, leaves, batch(1, size=2))
@@ -70,24 +69,26 @@ def test_the_last_short_batch_is_compiled_once_for_all_epochs() -> None:
 def test_a_broken_eval_fn_is_named(
     eval_fn: Callable[..., Any], error: type[Exception], expected: list[str]
 ) -> None:
-    leaves, skeleton = split(STATE)
+    leaves, structure = split(STATE)
     with pytest.raises(error) as caught:
-        CompiledEval(eval_fn, skeleton, leaves).prepare(batch(1))
+        CompiledEval(eval_fn, structure, leaves).prepare(batch(1))
     for part in expected:
         assert part in str(caught.value)
 
 
 def test_metrics_that_depend_on_the_batch_shape_are_refused() -> None:
-    leaves, skeleton = split(STATE)
-    evaluation = CompiledEval(lambda s, b: {f"n{b.shape[0]}": 1}, skeleton, leaves)
+    leaves, structure = split(STATE)
+    evaluation = CompiledEval(lambda s, b: {f"n{b.shape[0]}": 1}, structure, leaves)
     evaluation.prepare(batch(1))
-    with pytest.raises(MetricsError, match=r"eval_fn returned other metrics.*'n1' vanished, 'n2' appeared"):
+    with pytest.raises(
+        MetricsError, match=r"eval_fn returned other metrics.*'n2' was added; 'n1' is missing"
+    ):
         evaluation(evaluation.initial(), leaves, batch(1, size=2))
 
 
 def test_refusals_of_batch_state_ring_and_order() -> None:
-    leaves, skeleton = split(STATE)
-    evaluation = CompiledEval(measure, skeleton, leaves, capacity=1)
+    leaves, structure = split(STATE)
+    evaluation = CompiledEval(measure, structure, leaves, capacity=1)
     with pytest.raises(StepError, match=r"prepare\(batch\) first"):
         evaluation.initial()
     evaluation.prepare(batch(1))
@@ -102,8 +103,8 @@ def test_refusals_of_batch_state_ring_and_order() -> None:
 
 
 def test_predictions_are_any_pytree_of_arrays() -> None:
-    leaves, skeleton = split(STATE)
-    predict = CompiledPredict(lambda s, b: {"y": s["w"] * b, "n": [b.shape[0]]}, skeleton, leaves)
+    leaves, structure = split(STATE)
+    predict = CompiledPredict(lambda s, b: {"y": s["w"] * b, "n": [b.shape[0]]}, structure, leaves)
     predict.prepare(batch(2))
     outputs = predict(leaves, batch(2))
     assert outputs["y"].tolist() == [[0, 2, 4]]
@@ -114,12 +115,12 @@ def test_predictions_are_any_pytree_of_arrays() -> None:
 
 
 def test_a_broken_predict_fn_is_named() -> None:
-    leaves, skeleton = split(STATE)
+    leaves, structure = split(STATE)
     with pytest.raises(StepError, match=r"predict_fn returned outputs\['label'\] as str"):
-        CompiledPredict(lambda s, b: {"label": "cat"}, skeleton, leaves).prepare(batch(1))
+        CompiledPredict(lambda s, b: {"label": "cat"}, structure, leaves).prepare(batch(1))
     with pytest.raises(StepError, match="predict_fn raised IndexError"):
-        CompiledPredict(lambda s, b: [][0], skeleton, leaves).prepare(batch(1))
-    predict = CompiledPredict(lambda s, b: s["w"], skeleton, leaves)
+        CompiledPredict(lambda s, b: [][0], structure, leaves).prepare(batch(1))
+    predict = CompiledPredict(lambda s, b: s["w"], structure, leaves)
     with pytest.raises(StepError, match=r"prepare\(batch\) first"):
         predict(leaves, batch(1))
     predict.prepare(batch(1))
@@ -141,18 +142,17 @@ def test_evaluation_of_a_sharded_state_works_unchanged(run_on_devices: Any) -> N
         for axes in (AxisType.Auto, AxisType.Explicit):
             mesh = jax.make_mesh((8,), ("data",), axis_types=(axes,))
             spread = NamedSharding(mesh, P("data"))
-            leaves, skeleton = split_state({"w": jax.device_put(jnp.arange(16.0), spread)})
+            leaves, structure = split_state({"w": jax.device_put(jnp.arange(16.0), spread)})
             leaves = copy_leaves(place(leaves))
             batch = jax.device_put(jnp.ones(16), spread)
-            evaluation = CompiledEval(lambda s, b: {"mean": jnp.mean(s["w"] * b)}, skeleton, leaves)
+            evaluation = CompiledEval(lambda s, b: {"mean": jnp.mean(s["w"] * b)}, structure, leaves)
             evaluation.prepare(batch)
             carry = evaluation.initial()
             for _ in range(3):
                 evaluation(carry, leaves, batch)
-            ring, rows = evaluation.take_ring(carry)
-            columns = evaluation.layout.decode(np.asarray(ring)[:rows])
+            columns = evaluation.take_ring(carry).fetch().metrics
             assert columns["mean"].tolist() == [7.5] * 3
-            predict = CompiledPredict(lambda s, b: s["w"] * b, skeleton, leaves)
+            predict = CompiledPredict(lambda s, b: s["w"] * b, structure, leaves)
             predict.prepare(batch)
             assert np.array_equal(predict(leaves, batch), np.arange(16.0))
         print("both")

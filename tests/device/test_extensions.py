@@ -25,7 +25,7 @@ from eventtrain.errors import ConfigurationError
 
 @pytest.mark.parametrize("decay", [0.0, 1.0, -0.5, 1.5, float("nan")])
 def test_a_decay_outside_the_open_unit_interval_is_refused(decay: float) -> None:
-    with pytest.raises(ConfigurationError, match=r"EMA\(decay=.*strictly between"):
+    with pytest.raises(ConfigurationError, match=r"EMA: decay must be strictly between 0 and 1, got"):
         et.EMA(decay)
 
 
@@ -33,7 +33,7 @@ def test_a_decay_outside_the_open_unit_interval_is_refused(decay: float) -> None
 @pytest.mark.parametrize("argument", ["start", "every"])
 def test_a_start_or_an_interval_that_counts_no_steps_is_refused(argument: str, given: Any) -> None:
     arguments: dict[str, Any] = {"start": 1, "every": 1, argument: given}
-    with pytest.raises(ConfigurationError, match=rf"SWA\({argument}=.*at least 1"):
+    with pytest.raises(ConfigurationError, match=rf"SWA: {argument} must be an integer >= 1, got"):
         et.SWA(**arguments)
 
 
@@ -42,7 +42,7 @@ def test_a_start_or_an_interval_that_counts_no_steps_is_refused(argument: str, g
     "make", [lambda uses: et.EMA(0.5, use_for=uses), lambda uses: et.SWA(1, use_for=uses)]
 )
 def test_an_unknown_use_is_refused_with_the_known_ones(make: Any, given: Any) -> None:
-    with pytest.raises(ConfigurationError, match=r"use_for=.*'eval', 'predict', 'final'"):
+    with pytest.raises(ConfigurationError, match=r"use_for must be .*'eval', 'predict', 'final', got"):
         make(given)
 
 
@@ -149,10 +149,10 @@ def grow(state: Any, batch: jax.Array) -> tuple[Any, dict[str, jax.Array]]:
 
 def test_an_equinox_module_is_averaged_inside_the_compiled_step() -> None:
     model = eqx.nn.MLP(2, 2, 4, 1, key=jax.random.key(0))
-    leaves, skeleton = split_state(model)
+    leaves, structure = split_state(model)
     leaves = copy_leaves(place(leaves))
     extensions = {"half": et.EMA(0.5, name="half"), "ema": et.EMA(0.75), "swa": et.SWA(1)}
-    step = CompiledStep(grow, skeleton, leaves, extensions=list(extensions.values()))
+    step = CompiledStep(grow, structure, leaves, extensions=list(extensions.values()))
     step.prepare(np.float32(1))
     carry = step.initial(leaves)
     step(carry, np.float32(1))
@@ -167,9 +167,9 @@ def test_an_equinox_module_is_averaged_inside_the_compiled_step() -> None:
 
 
 def test_the_averages_are_buffers_of_their_own_from_the_start() -> None:
-    leaves, skeleton = split_state({"w": jnp.ones(4)})
+    leaves, structure = split_state({"w": jnp.ones(4)})
     leaves = copy_leaves(place(leaves))
-    step = CompiledStep(lambda s, b: (s, {}), skeleton, leaves, extensions=[et.EMA(0.5), et.SWA(1)])
+    step = CompiledStep(lambda s, b: (s, {}), structure, leaves, extensions=[et.EMA(0.5), et.SWA(1)])
     step.prepare(np.float32(1))
     carry = step.initial(leaves)
     pointers = {leaf.unsafe_buffer_pointer() for leaf in [*carry.leaves, *carry.ext_leaves]}
@@ -206,13 +206,13 @@ def test_the_counters_of_skipped_updates_are_found_at_any_depth(optimiser: Any) 
     assert set(et.nonfinite_metrics(state)) == {"notfinite_count", "total_notfinite", "last_finite"}
 
 
-def test_counters_that_nobody_keeps_are_an_error_that_says_who_would() -> None:
+def test_counters_that_are_missing_are_an_error_that_names_the_wrapper() -> None:
     with pytest.raises(ConfigurationError, match=r"optax\.apply_if_finite\(optax\.adam"):
         et.nonfinite_metrics(optax.adam(1e-3).init(PARAMS))
 
 
 def test_several_counters_are_an_error_that_says_where_they_stand() -> None:
     states = {"x": GUARDED.init(PARAMS), "y": GUARDED.init(PARAMS)}
-    with pytest.raises(ConfigurationError, match=r"2 states.*opt_state\['x'\], opt_state\['y'\].*prefix"):
+    with pytest.raises(ConfigurationError, match=r"2 states.*opt_state\['x'\]; opt_state\['y'\].*prefix"):
         et.nonfinite_metrics(states)
     assert et.nonfinite_metrics(states["x"], prefix="x_")["x_last_finite"]

@@ -10,16 +10,17 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from eventtrain.device.fetcher import Fetcher, MetricColumns, Ring
+from eventtrain.device.fetcher import Fetcher
 from eventtrain.device.metric_codec import MetricLayout
+from eventtrain.device.metric_ring import MetricColumns, TakenRing
 
 LAYOUT = MetricLayout.of({"n": jnp.int32(0)}, "step_fn")
 
 
-def ring(first: int, rows: int, capacity: int = 8) -> Ring:
+def ring(first: int, rows: int, capacity: int = 8) -> TakenRing:
     values = np.zeros((capacity, 1), np.uint32)
     values[:rows, 0] = range(first, first + rows)
-    return Ring(jnp.asarray(values), rows, LAYOUT, meta=first)
+    return TakenRing(jnp.asarray(values), rows, LAYOUT, window=first)
 
 
 @contextmanager
@@ -30,7 +31,7 @@ def running(**options: Any) -> Iterator[tuple[Fetcher, list[Any]]]:
     try:
         yield fetcher, delivered
     finally:
-        assert fetcher.close(timeout_s=30)
+        fetcher.close()
 
 
 def test_rings_become_columns_and_everything_keeps_its_order() -> None:
@@ -42,8 +43,7 @@ def test_rings_become_columns_and_everything_keeps_its_order() -> None:
     assert delivered[1] == "an event"
     windows = [item for item in delivered if isinstance(item, MetricColumns)]
     assert [window.metrics["n"].tolist() for window in windows] == [[0, 1, 2], list(range(3, 11)), []]
-    assert [(window.rows, window.meta) for window in windows] == [(3, 0), (8, 3), (0, 11)]
-    assert fetcher.backlog == 0
+    assert [(window.rows, window.window) for window in windows] == [(3, 0), (8, 3), (0, 11)]
 
 
 def test_columns_are_copies_and_cannot_be_written() -> None:
@@ -60,23 +60,27 @@ def test_watched_hyperparameters_are_delivered_beside_the_metrics() -> None:
     layout = MetricLayout.of({}, "step_fn", watched={4: jnp.float32(0)})
     rows = jnp.stack([layout.encode({}, [jnp.float32(v)]) for v in (0.5, 0.25)])
     with running() as (fetcher, delivered):
-        fetcher.put(Ring(rows, 2, layout, None))
+        fetcher.put(TakenRing(rows, 2, layout, None))
     assert {k: v.tolist() for k, v in delivered[0].watched.items()} == {4: [0.5, 0.25]}
 
 
-def test_put_never_blocks_and_backlog_counts_the_rows_not_delivered() -> None:
+def test_put_never_blocks_and_what_waits_is_delivered_later() -> None:
     free = threading.Event()
-    backlogs: list[int] = []
-    with running(deliver=lambda item: free.wait(30) or None) as (fetcher, _):
+    delivered: list[int] = []
+
+    def deliver(columns: MetricColumns) -> None:
+        assert free.wait(30)
+        delivered.append(columns.window)
+
+    with running(deliver=deliver) as (fetcher, _):
         for first in range(0, 80, 8):
             fetcher.put(ring(first, 8))
-            backlogs.append(fetcher.backlog)
-        assert backlogs == list(range(8, 88, 8))
+        assert delivered == []
         free.set()
-    assert fetcher.backlog == 0
+    assert delivered == list(range(0, 80, 8))
 
 
-def test_a_failing_delivery_is_reported_once_and_what_follows_is_counted() -> None:
+def test_a_failing_delivery_is_reported_once_and_what_follows_is_discarded() -> None:
     failures: list[BaseException] = []
     delivered: list[Any] = []
 
@@ -91,8 +95,6 @@ def test_a_failing_delivery_is_reported_once_and_what_follows_is_counted() -> No
     assert delivered == ["good"]
     assert [str(error) for error in failures] == ["no consumer"]
     assert fetcher.failure is failures[0]
-    assert fetcher.swallowed == 4
-    assert fetcher.backlog == 0
 
 
 def test_an_error_of_the_device_is_a_failure_of_the_fetcher() -> None:
@@ -112,26 +114,19 @@ def test_close_delivers_what_was_put_ends_the_thread_and_may_be_repeated() -> No
     fetcher.start()
     for first in range(0, 50, 5):
         fetcher.put(ring(first, 5))
-    assert fetcher.close()
-    assert fetcher.close()
+    fetcher.close()
+    fetcher.close()
     assert sum(window.rows for window in delivered) == 50
     assert not [t for t in threading.enumerate() if t.name == "eventtrain-fetch"]
     with pytest.raises(RuntimeError, match="after close"):
         fetcher.put("late")
 
 
-def test_close_gives_up_after_its_timeout() -> None:
-    free = threading.Event()
-    fetcher = Fetcher(lambda item: free.wait(30) or None)
-    fetcher.start()
-    fetcher.put("item")
-    assert not fetcher.close(timeout_s=0.01)
-    free.set()
-    assert fetcher.close(timeout_s=30)
-
-
 def test_a_fetcher_that_never_started_closes_at_once() -> None:
-    assert Fetcher(print).close()
+    fetcher = Fetcher(print)
+    fetcher.close()
+    with pytest.raises(RuntimeError, match="after close"):
+        fetcher.put("late")
 
 
 def test_the_fetch_thread_keeps_no_ring_alive_while_it_waits() -> None:

@@ -47,14 +47,14 @@ def test_a_hyperparameter_is_found_and_written_in_any_nesting(nesting: str) -> N
     optimiser = NESTINGS[nesting]
     state = {"params": PARAMS, "opt_state": optimiser.init(PARAMS)}
     (rate,) = rates(state)
-    leaves, skeleton = split_state(state)
+    leaves, structure = split_state(state)
     leaves = place(leaves)
-    assert skeleton.paths[rate.leaf_index] == rate.path
+    assert structure.paths[rate.leaf_index] == rate.path
     assert not rate.scheduled
     assert read(leaves[rate.leaf_index]) == 0.5
 
     leaves[rate.leaf_index] = write(leaves[rate.leaf_index], 0.25)
-    written = skeleton.join(leaves)
+    written = structure.join(leaves)
     for _ in range(2):  # MultiSteps applies every second update
         updates, new_state = optimiser.update(PARAMS, written["opt_state"], PARAMS)
         written = {"params": PARAMS, "opt_state": new_state}
@@ -76,7 +76,7 @@ def test_one_of_several_optimisers_is_chosen_by_a_part_of_its_path() -> None:
     assert resolve(found, "learning_rate", slow.path) is slow
     with pytest.raises(AmbiguousHyperparam, match="with path 'opt_state' can mean 2"):
         resolve(found, "learning_rate", "opt_state")
-    with pytest.raises(UnknownHyperparam, match="at path 'medium': it stands at"):
+    with pytest.raises(UnknownHyperparam, match=r"at path 'medium'\. Its paths are "):
         resolve(found, "learning_rate", "medium")
 
 
@@ -135,8 +135,8 @@ def test_train_states_of_flax_and_equinox_are_searched() -> None:
     equinox_state = Training(model, sgd(0.5).init(eqx.filter(model, eqx.is_array)))
     for state in (flax_state, equinox_state):
         (rate,) = rates(state)
-        leaves, skeleton = split_state(state)
-        assert skeleton.paths[rate.leaf_index] == rate.path
+        leaves, structure = split_state(state)
+        assert structure.paths[rate.leaf_index] == rate.path
         assert "hyperparams['learning_rate']" in rate.path
         assert read(place(leaves)[rate.leaf_index]) == 0.5
 
@@ -151,9 +151,9 @@ def test_the_optimiser_of_flax_nnx_is_searched() -> None:
     assert read(place(leaves)[rate.leaf_index]) == 0.5
 
 
-def test_a_misspelt_name_gets_the_nearest_names_first() -> None:
+def test_a_misspelt_name_gets_the_nearest_name_and_all_others() -> None:
     found = find_hyperparams(optax.inject_hyperparams(optax.adam)(learning_rate=1e-3).init(PARAMS))
-    with pytest.raises(UnknownHyperparam, match="holds learning_rate, ") as caught:
+    with pytest.raises(UnknownHyperparam, match="Did you mean 'learning_rate'") as caught:
         resolve(found, "learning_rat")
     for name in ("b1", "b2", "eps"):
         assert name in str(caught.value)
@@ -164,7 +164,7 @@ def test_a_state_without_hyperparameters_says_how_to_build_the_optimiser() -> No
     assert found == []
     with pytest.raises(UnknownHyperparam) as caught:
         resolve(found, "learning_rate")
-    assert "none at all" in str(caught.value)
+    assert "the state has none" in str(caught.value)
     assert "optax.inject_hyperparams(optax.adam)(learning_rate=1e-3)" in str(caught.value)
 
 
@@ -201,7 +201,7 @@ def test_integers_and_bools_are_written_as_such() -> None:
 @pytest.mark.parametrize(
     ("dtype", "value", "expected"),
     [
-        ("float32", "fast", "str to a hyperparameter: it is one real number"),
+        ("float32", "fast", "str to a hyperparameter: it must be one real number"),
         ("float32", None, "NoneType"),
         ("float32", 1j, "complex"),
         ("float32", np.complex64(1), "complex64"),

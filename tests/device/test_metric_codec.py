@@ -182,8 +182,8 @@ def test_layouts_from_arrays_tracers_and_abstract_values_are_equal() -> None:
         ({"loss": jnp.ones((3, 2))}, ["'loss'", "(3, 2)", "float32", "jnp.mean"]),
         ({"loss": jnp.ones(1)}, ["'loss'", "(1,)", "jnp.mean"]),
         ({"loss": {"a": jnp.float32(1)}}, ["'loss'", "dict", "Flatten", "loss/"]),
-        ({"loss": "low"}, ["'loss'", "str", "no array"]),
-        ({"loss": None}, ["'loss'", "NoneType", "no array"]),
+        ({"loss": "low"}, ["'loss'", "str", "not an array"]),
+        ({"loss": None}, ["'loss'", "NoneType", "not an array"]),
         ({"z": jnp.complex64(1j)}, ["'z'", "complex64", "jnp.abs"]),
         ({"key": jax.random.key(0)}, ["'key'", "key<fry>"]),
         ({"n": 2**40}, ["'n'", str(2**40), "64-bit"]),
@@ -196,7 +196,7 @@ def test_what_cannot_be_a_metric_is_refused_by_name(metrics: Any, expected: list
         assert part in str(caught.value)
 
 
-def test_a_changed_layout_names_what_appeared_vanished_or_changed() -> None:
+def test_a_changed_layout_names_what_was_added_is_missing_or_changed() -> None:
     before = MetricLayout.of({"a": jnp.float32(0), "b": jnp.int32(0)}, "step_fn")
     after = MetricLayout.of({"a": jnp.bfloat16(0), "c": jnp.int32(0)}, "step_fn")
     before.require_same(before, "step_fn")
@@ -204,5 +204,5 @@ def test_a_changed_layout_names_what_appeared_vanished_or_changed() -> None:
         before.require_same(after, "step_fn")
     text = str(caught.value)
     assert "'a' changed from float32 to bfloat16" in text
-    assert "'b' vanished" in text
-    assert "'c' appeared" in text
+    assert "'b' is missing" in text
+    assert "'c' was added" in text

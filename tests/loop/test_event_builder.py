@@ -13,7 +13,7 @@ from eventtrain.bus.bus import EventBus, core_of
 from eventtrain.bus.core import BusCore
 from eventtrain.bus.training_stream import EventSeries
 from eventtrain.control.run_view import RunView
-from eventtrain.device.fetcher import MetricColumns
+from eventtrain.device.metric_ring import MetricColumns
 from eventtrain.events import EpochStarted, HyperparamChanged, StepCompleted
 from eventtrain.loop.event_builder import EpochEnd, EventBuilder, RunningMeans, TrainWindow
 

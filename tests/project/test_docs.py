@@ -21,11 +21,11 @@ import pytest
 import eventtrain as et
 import eventtrain.subscribers
 import eventtrain.testing
-from benchmarks import machine, readme
+from benchmarks import machine, tables
 
 ROOT = Path(__file__).resolve().parents[2]
 DOCS = ROOT / "docs"
-PAGES = [ROOT / "README.md", *sorted(DOCS.glob("*.md"))]
+PAGES = [*sorted(ROOT.glob("*.md")), *sorted(DOCS.rglob("*.md"))]
 
 FENCE = re.compile(
     r"(?:^<!-- (?P<mark>not run: .+?|output) -->\n+)?"
@@ -33,6 +33,19 @@ FENCE = re.compile(
     re.MULTILINE | re.DOTALL,
 )
 NUMBER = re.compile(r"(?<![\w.])-?\d+(?:\.\d+)?(?:e[+-]?\d+)?(?![\w.])")
+
+
+def name_of(page: Path) -> str:
+    return page.relative_to(ROOT).as_posix()
+
+
+def load(path: Path) -> ModuleType:
+    specification = importlib.util.spec_from_file_location(path.stem, path)
+    assert specification is not None
+    assert specification.loader is not None
+    module = importlib.util.module_from_spec(specification)
+    specification.loader.exec_module(module)
+    return module
 
 
 @dataclass
@@ -76,7 +89,7 @@ def run(block: Block, names: dict[str, Any]) -> None:
 
 
 @pytest.mark.allow_blocking  # a relative run_dir, as a user writes it: Checkpointer asks for the working directory
-@pytest.mark.parametrize("page", [page for page in PAGES if list(blocks(page))], ids=lambda page: page.stem)
+@pytest.mark.parametrize("page", [page for page in PAGES if list(blocks(page))], ids=name_of)
 def test_the_python_of_a_page_runs_and_prints_what_the_page_says(
     page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -103,15 +116,7 @@ def test_the_readme_shows_the_hello_world_that_lies_in_examples() -> None:
     assert (ROOT / "examples" / "hello.py").read_text() in sources
 
 
-def test_the_measured_table_is_the_one_of_the_results() -> None:
-    assert readme.filled((ROOT / "README.md").read_text()) == (ROOT / "README.md").read_text(), (
-        "run python -m benchmarks.readme"
-    )
-
-
-def test_the_measured_table_names_figures_and_machine(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_tables_name_figures_and_machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     figure = {"step_us": 12_758.4, "subscribers": "eight", "steps_per_call": 1, "ratio_median": 1.014}
     loop = [{**figure, "ratios": [1.01, 1.014, 1.0299], "pairs": 3}]
     bus = {
@@ -121,31 +126,63 @@ def test_the_measured_table_names_figures_and_machine(
     }
     machine.write_json(tmp_path / "loop_overhead-cpu.json", "loop_overhead", loop)
     machine.write_json(tmp_path / "bus_throughput-cpu.json", "bus_throughput", bus)
-    monkeypatch.setattr(readme, "RESULTS", tmp_path)
-    tables = readme.tables()
-    assert "| 12.76 ms | eight | 1 | **1.014** (1.010 to 1.030) | 3 |" in tables
-    assert "| eventtrain | 3.0 | 2.3 |" in tables
-    assert "194 ns, 3.4 times" in tables
-    assert tables.count(f"on {machine.describe()['processor']}, {machine.describe()['cores']} cores") == 2
+    monkeypatch.setattr(tables, "RESULTS", tmp_path)
+    measured = {name: tables.section(name) for name in ("loop_overhead", "bus_throughput")}
+    assert "| 12.76 ms | eight | 1 | **1.014** (1.010 to 1.030) | 3 |" in measured["loop_overhead"]
+    assert "| eventtrain | 3.0 | 2.3 |" in measured["bus_throughput"]
+    assert "194 ns, 3.4 times" in measured["bus_throughput"]
+    processor = f"on {machine.describe()['processor']}, {machine.describe()['cores']} cores"
+    assert all(processor in table for table in measured.values())
 
 
-@pytest.mark.parametrize("page", ["events.md", "promises.md", "how-it-works.md"])
-def test_what_a_page_takes_from_the_code_is_up_to_date(page: str) -> None:
-    fill = load(DOCS / "make_pages.py").PAGES[page]
-    text = (DOCS / page).read_text()
-    assert fill(text) == text, "run python docs/make_pages.py"
+def test_every_committed_result_is_in_a_table_or_named_on_its_page() -> None:
+    page = (DOCS / "measuring.md").read_text()
+    names = [path.name.removesuffix("-cpu.json") for path in tables.RESULTS.glob("*-cpu.json")]
+    assert sorted({*names} - {"step_extensions"}) == sorted(tables.RENDERERS)
+    assert [name for name in tables.RENDERERS if f"<!-- {name}:begin -->" not in page] == []
+    assert "benchmarks/results/step_extensions-cpu.json" in page  # too many figures for a table
+
+
+make_pages = load(DOCS / "make_pages.py")
+
+
+@pytest.mark.parametrize("page", make_pages.PAGES, ids=name_of)
+def test_the_generated_parts_of_a_page_are_up_to_date(page: Path) -> None:
+    text = page.read_text()
+    assert make_pages.PAGES[page](text) == text, "run PYTHONPATH=. python docs/make_pages.py"
+
+
+REFERENCE = re.findall(r"^::: ([\w.]+)$", (DOCS / "api.md").read_text(), re.MULTILINE)
 
 
 def test_every_public_name_is_in_the_reference() -> None:
-    reference = (DOCS / "api.md").read_text() + (DOCS / "events.md").read_text()
-    listed = set(re.findall(r"^::: [\w.]*?(\w+)$", reference, re.MULTILINE)) | set(
-        re.findall(r"`(\w+)`", reference)
-    )
-    public = {*et.__all__, *eventtrain.subscribers.__all__, *eventtrain.testing.__all__}
-    assert public - listed == set()
+    listed = {*REFERENCE, *re.findall(r"^\| `(\w+)`", (DOCS / "events.md").read_text(), re.MULTILINE)}
+    if "eventtrain.errors" in listed:  # shown with all its members
+        listed |= {*et.errors.__all__}
+    public = {
+        f"{module.__name__}.{name}"
+        for module in (et, eventtrain.subscribers, eventtrain.testing)
+        for name in module.__all__
+    }
+    same = {"eventtrain.subscribers.restore_state": "eventtrain.load_state"}
+    assert eventtrain.subscribers.restore_state is et.load_state
+    assert [
+        name
+        for name in sorted(public)
+        if same.get(name, name) not in listed and name.removeprefix("eventtrain.") not in listed
+    ] == []
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+def test_the_reference_names_what_users_import() -> None:
+    assert [path for path in REFERENCE if REFERENCE.count(path) > 1] == []
+    modules = {module.__name__: module for module in (et, eventtrain.subscribers, eventtrain.testing)}
+    for path in REFERENCE:
+        module, _, name = path.rpartition(".")
+        assert module in modules, f"{path} is not the path from which users import it"
+        assert name in modules[module].__all__, path
+
+
+@pytest.mark.parametrize("page", PAGES, ids=name_of)
 def test_every_relative_link_leads_to_a_file(page: Path) -> None:
     links = re.findall(r"\]\((?!https?://|#)([^)#]+)", page.read_text())
     assert [link for link in links if not (page.parent / link).exists()] == []
@@ -153,7 +190,8 @@ def test_every_relative_link_leads_to_a_file(page: Path) -> None:
 
 def test_every_page_is_in_the_navigation() -> None:
     configuration = (ROOT / "mkdocs.yml").read_text()
-    assert [page.name for page in DOCS.glob("*.md") if f" {page.name}" not in configuration] == []
+    pages = [page.relative_to(DOCS).as_posix() for page in DOCS.rglob("*.md")]
+    assert [page for page in pages if f" {page}\n" not in configuration] == []
 
 
 def test_each_promise_and_behaviour_names_tests_that_exist() -> None:
@@ -169,12 +207,3 @@ def test_each_promise_and_behaviour_names_tests_that_exist() -> None:
 def functions(file: Path) -> set[str]:
     nodes = ast.walk(ast.parse(file.read_text()))
     return {node.name for node in nodes if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)}
-
-
-def load(path: Path) -> ModuleType:
-    specification = importlib.util.spec_from_file_location(path.stem, path)
-    assert specification is not None
-    assert specification.loader is not None
-    module = importlib.util.module_from_spec(specification)
-    specification.loader.exec_module(module)
-    return module

@@ -34,6 +34,10 @@ class MetricReader:
         self._without_evaluation = 0
         self._reported = False
 
+    def for_run(self, owner: str, *, evaluates: bool = False) -> MetricReader:
+        """Returns a reader of the same metric that has reported nothing yet; arguments as of the constructor."""
+        return MetricReader(owner, self.metric, strict=self._strict, evaluates=evaluates)
+
     def read(self, metrics: Mapping[str, Number], *, unprefixed: bool = False) -> float | None:
         """Returns the value, or None if it is missing.
 

@@ -1,10 +1,9 @@
-"""``Checkpointer``: snapshots made durable, by a thread of its own, while training goes on."""
+"""``Checkpointer``: writes snapshots of the run to disk, in a thread of its own, while training continues."""
 
 from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
-from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -22,13 +21,13 @@ from eventtrain.events import (
     Event,
     SnapshotTaken,
 )
-from eventtrain.subscribers._shared.metric_goal import Mode
+from eventtrain.subscribers._shared.metric_goal import Goal, Mode, make_goal
 from eventtrain.subscribers._shared.metric_reader import MetricReader
 from eventtrain.subscribers._shared.state import SavedState
 from eventtrain.subscribers._shared.validation import require_choice, require_count, require_number
 from eventtrain.subscribers._shared.worker_thread import in_own_thread
 from eventtrain.subscribers.base import RunContext, Subscriber
-from eventtrain.subscribers.checkpointing.best_metric import BestSoFar, BestState, goal_of, require_decidable
+from eventtrain.subscribers.checkpointing.best_metric import BestMetric, BestMetricState
 from eventtrain.subscribers.checkpointing.naming import (
     DEFAULT_TEMPLATE,
     check_template,
@@ -37,7 +36,7 @@ from eventtrain.subscribers.checkpointing.naming import (
 )
 from eventtrain.subscribers.checkpointing.reader import find_checkpoint, load_state
 from eventtrain.subscribers.checkpointing.retention import Retention
-from eventtrain.subscribers.checkpointing.writer import CheckpointWriter, Job, WriterOptions
+from eventtrain.subscribers.checkpointing.writer import CheckpointWriter, PendingCheckpoint, WriteOptions
 
 __all__ = ["Checkpointer", "load_state", "restore_state"]
 
@@ -47,63 +46,65 @@ restore_state = load_state
 
 
 class CheckpointerState(SavedState):
-    """What survives a restart.
+    """State saved with checkpoints.
 
     Attributes:
-        best: of a Checkpointer that writes only what is better.
-        runs: the run, and those it went on from: what they wrote counts as its own.
-        measured_at: the step at which the metrics ``measured`` were; -1 before the first.
+        best: of a Checkpointer that writes only improvements.
+        runs: ids of the run and of those that it resumed; their checkpoints count as its own.
+        measured_at: step of the metrics ``measured``; -1 before the first.
     """
 
     version: Literal[1] = 1
-    best: BestState | None = None
+    best: BestMetricState | None = None
     runs: tuple[str, ...] = ()
     measured_at: int = -1
     measured: dict[str, float] = Field(default_factory=dict)
 
 
 class Checkpointer(Subscriber):
-    """Writes checkpoints, each of the whole run as it was at exactly one step; ``fit(resume=True)`` goes on from it.
+    """Writes checkpoints, each of the whole run as it was at exactly one step; ``fit(resume=True)`` continues from it.
 
     Args:
-        directory: relative to ``run_dir``; made if missing. Each checkpoint is a folder in it, and what lies there is
-            never overwritten.
-        every: steps; ``every_epochs``: epochs; ``every_s``: seconds. Any of them, also several or none. Besides,
-            ``control.checkpoint(tag)`` asks for one.
-        max_to_keep: once a new one is committed, the oldest of this run beyond so many are deleted. None keeps all.
-            Those with a tag are never deleted.
-        at_end: also the state after the last step, however the run ends: by itself, by Ctrl-C, SIGTERM or an
+        directory: relative to ``run_dir``; created if missing. Each checkpoint is a folder in it. Nothing in it is ever
+            overwritten.
+        every: steps; ``every_epochs``: epochs; ``every_s``: seconds. Any of them, also several or none. In addition,
+            ``control.checkpoint(tag)`` requests a checkpoint.
+        max_to_keep: after each commit, the oldest checkpoints of this run beyond this number are deleted. None retains
+            all. Those with a tag are never deleted.
+        at_end: also write the state after the last step, however the run ends: by itself, by Ctrl-C, SIGTERM or an
             exception. None: unless ``save_best_only``.
         monitor: a metric of EpochCompleted, for the options that follow.
         mode: "min", "max", or "auto" by the metric's name.
-        save_best_only: instead of a schedule: at the end of each epoch (of every ``every_epochs``-th) where the metric
-            is better than at any before (``lag=0``). Commands are then left to other Checkpointers, if there are any.
-        initial_value_threshold: with ``save_best_only``: the first one has to be better than this.
-        keep_best: so many of those with the best values are kept besides. Only a checkpoint of the step at which the
-            metric was measured has a value.
-        monitor_unit: "epochs", or "evaluations": go by EvalCompleted, also in the middle of an epoch.
-        keep_every: those of steps that this divides are kept for ever.
-        save_weights_only: only the params (``Trainer(params=...)``), for ``et.load_state``; no run can go on from that.
+        save_best_only: instead of a schedule: at the end of each epoch (of every ``every_epochs``-th) in which the
+            metric is better than ever before (``lag=0``). Commands are then left to other Checkpointers, if there are
+            any.
+        initial_value_threshold: with ``save_best_only``: the first value must be better than this.
+        keep_best: this many checkpoints with the best values are retained as well. Only a checkpoint of the step at
+            which the metric was measured has a value.
+        monitor_unit: "epochs", or "evaluations": use EvalCompleted, also in the middle of an epoch.
+        keep_every: checkpoints of steps that are a multiple of it are never deleted.
+        save_weights_only: write only the params (``Trainer(params=...)``), for ``et.load_state``; a run cannot resume
+            from them.
         template: name of the folder, with the fields ``{step}`` and ``{epoch}`` (completed) and those of metrics, which
-            may have a format (``{val_loss:.3f}``). Where a metric was not measured at that step, the default is taken.
-            A tag comes behind it.
-        max_in_flight: how many may be taken and not written yet. Each holds a state, on the device or where ``stage``
-            says.
+            may have a format (``{val_loss:.3f}``). The default is used if a metric was not measured at that step. A tag
+            is appended to it.
+        max_in_flight: how many checkpoints may be taken and not written yet. Each holds a state, on the device or where
+            ``stage`` says.
         when_full: with one more, training waits ("wait"), or it is left out with CheckpointSkipped ("skip") or
             CheckpointFailed ("fail").
-        marker_timeout_s: how long a checkpoint waits for the subscribers' states.
-        fsync: have the disk hold all files before the checkpoint gets its name, and the name before it is committed.
+        marker_timeout_s: how long a checkpoint waits for the states of the subscribers.
+        fsync: a checkpoint gets its name when all files are on the disk, and is committed when the name is.
         retries: after a failure on disk; each after ``retry_delay_s``, which doubles.
         on_failure: "continue" training after CheckpointFailed, or "stop" the run.
         stage: where a state waits until it is written: on the "device", or in pinned memory of the "host", to which a
             thread moves it as soon as it is taken. That frees an accelerator's memory early. On a CPU both are the
-            same; a device without such memory keeps it, and a warning says so.
+            same; a device without such memory keeps it, with a warning.
 
-    The events: CheckpointStarted; then CheckpointCommitted, when it stands under its final name and can be restored, or
+    Events: CheckpointStarted; then CheckpointCommitted, when the checkpoint has its final name and can be restored, or
     CheckpointFailed with the reason. One thread writes them, one after the other.
 
     Raises:
-        ConfigurationError: arguments that cannot work, alone or together.
+        ConfigurationError: an argument is invalid, or arguments contradict each other.
     """
 
     disable_after = None  # one full disk must not end all checkpoints
@@ -135,31 +136,48 @@ class Checkpointer(Subscriber):
         on_failure: Literal["continue", "stop"] = "continue",
         stage: Literal["device", "host"] = "device",
     ) -> None:
-        _require_counts(
-            every=every, every_epochs=every_epochs, max_to_keep=max_to_keep, keep_best=keep_best,
-            keep_every=keep_every, max_in_flight=max_in_flight,
-        )  # fmt: skip
+        counts = {
+            "every": every,
+            "every_epochs": every_epochs,
+            "max_to_keep": max_to_keep,
+            "keep_best": keep_best,
+            "keep_every": keep_every,
+        }
+        for argument, count in counts.items():
+            require_count("Checkpointer", argument, count, at_least=1, optional=True)
+        require_count("Checkpointer", "max_in_flight", max_in_flight, at_least=1)
         require_count("Checkpointer", "retries", retries)
         require_number("Checkpointer", "retry_delay_s", retry_delay_s, at_least=0)
         require_number("Checkpointer", "marker_timeout_s", marker_timeout_s, above=0)
-        if every_s is not None:
-            require_number("Checkpointer", "every_s", every_s, above=0)
+        require_number("Checkpointer", "every_s", every_s, above=0, optional=True)
+        require_number("Checkpointer", "initial_value_threshold", initial_value_threshold, optional=True)
         require_choice("Checkpointer", "monitor_unit", monitor_unit, ("epochs", "evaluations"))
         require_choice("Checkpointer", "when_full", when_full, ("wait", "skip", "fail"))
         require_choice("Checkpointer", "on_failure", on_failure, ("continue", "stop"))
         require_choice("Checkpointer", "stage", stage, ("device", "host"))
-        goal = goal_of(monitor, mode) if save_best_only or keep_best is not None else None
-        require_decidable(save_best_only, every, every_s, initial_value_threshold)
-        self._best = BestSoFar(goal, initial_value_threshold) if goal is not None and save_best_only else None
+        goal = _goal(monitor, mode) if save_best_only or keep_best is not None else None
+        if save_best_only and not (every is None and every_s is None):
+            raise ConfigurationError(
+                f"Checkpointer(save_best_only=True, every={every!r}, every_s={every_s!r}): every and every_s must be "
+                "None, since the metric is measured at the end of an epoch. For the best ones between them, evaluate "
+                'there with EvaluateEvery, and pass monitor_unit="evaluations".'
+            )
+        if initial_value_threshold is not None and not save_best_only:
+            raise ConfigurationError(
+                f"Checkpointer(initial_value_threshold={initial_value_threshold!r}): requires save_best_only=True."
+            )
+        self._best = (
+            BestMetric(goal, initial_value_threshold) if goal is not None and save_best_only else None
+        )
         self._best_every = every_epochs or 1
         self._directory = Path(directory)
         self._template = template
+        self._template_metrics = check_template(template)
         self._monitor = monitor
         self._reader: MetricReader | None = None
         self._by_evaluation = monitor_unit == "evaluations"
         self._may_lack_evaluations = False
-        self._shown = check_template(template)
-        self._stops = on_failure == "stop"
+        self._stops_on_failure = on_failure == "stop"
         self._schedule: dict[str, Any] = {
             "every": every,
             "every_epochs": None if save_best_only else every_epochs,
@@ -169,25 +187,24 @@ class Checkpointer(Subscriber):
             "max_in_flight": max_in_flight,
             "when_full": when_full,
         }
-        self._options = partial(
-            WriterOptions,
-            retention=Retention(max_to_keep, keep_best, keep_every, goal.mode if goal is not None else "min"),
+        direction = goal.mode if goal is not None else "min"
+        self._retention = Retention(max_to_keep, keep_best, keep_every, direction, monitor)
+        self._options = WriteOptions(
             marker_timeout_s=marker_timeout_s,
             fsync=fsync,
             retries=retries,
             retry_delay_s=retry_delay_s,
             weights_only=save_weights_only,
-            monitor=monitor,
             stage=stage,
         )
         measured = EpochCompleted if monitor_unit == "epochs" else EvalCompleted
         self.events = (SnapshotTaken, CheckpointFailed, CheckpointSkipped)
-        if monitor is not None or self._shown:
+        if monitor is not None or self._template_metrics:
             self.events = (*self.events, measured)
         self.lag = {measured: 0} if save_best_only else None
         self.resumes_runs = not save_weights_only
         self._measured: tuple[int, dict[str, float]] = (-1, {})
-        self._said_missing = False
+        self._warned_of_missing = False
         self._has_read = False
         self._runs: tuple[str, ...] = ()
         self._run: RunContext | None = None
@@ -198,10 +215,11 @@ class Checkpointer(Subscriber):
         return self.name or type(self).__name__
 
     async def start(self, run: RunContext) -> None:
-        """Make the directory, remove what killed runs left half-written, tell the loop the schedule.
+        """Creates the directory, removes what killed runs left in it, and gives the loop the schedule.
 
         Raises:
-            ConfigurationError: the directory cannot be made, or ``params`` gives something else than leaves.
+            ConfigurationError: the directory cannot be created, or ``params`` returns arrays that are not leaves of the
+                state.
         """
         self._run = run
         self._may_lack_evaluations = run.can_evaluate and not self._by_evaluation
@@ -209,19 +227,26 @@ class Checkpointer(Subscriber):
             self._reader = MetricReader(self._name, self._monitor, evaluates=self._may_lack_evaluations)
         self._runs = (*(one for one in self._runs if one != run.run_id), run.run_id)
         directory = (run.run_dir / self._directory).absolute()
-        options = self._options(owner=self._name, directory=directory, runs=frozenset(self._runs))
         params = {path: place for path, place in run.params.items() if place is not None}
-        if options.weights_only and len(params) < len(run.params):
+        if self._options.weights_only and len(params) < len(run.params):
             raise ConfigurationError(
-                f"{self._name}(save_weights_only=True): Trainer(params=...) gives arrays that are no leaves of the "
-                "state, so that they could not be put back. Let it pick a part of the state."
+                f"{self._name}(save_weights_only=True): Trainer(params=...) must return a part of the state; it "
+                "returns arrays that are not leaves of the state, which could not be restored."
             )
-        self._writer = CheckpointWriter(options, params, run.publish)
+        self._writer = CheckpointWriter(
+            directory,
+            run.publish,
+            owner=self._name,
+            runs=frozenset(self._runs),
+            params=params,
+            retention=self._retention,
+            options=self._options,
+        )
         try:
             await in_own_thread(self._writer.open().result)
         except OSError as error:
             raise ConfigurationError(
-                f"{self._name} cannot keep checkpoints in {directory}: {error}."
+                f"{self._name} cannot write checkpoints to {directory}: {error}."
             ) from error
         run.schedule_checkpoints(
             self._name,
@@ -230,7 +255,7 @@ class Checkpointer(Subscriber):
         )
 
     def _lacks_the_best(self, step: int, there: frozenset[int]) -> bool:
-        """Whether the run resumes at the best step so far, and was killed before that was on disk."""
+        """Returns whether the run resumes at the best step so far, and was killed before that was on disk."""
         best = self._best
         if best is None or best.state.step is None or best.state.step in there:
             return False
@@ -240,16 +265,16 @@ class Checkpointer(Subscriber):
         return False
 
     async def finish(self) -> None:
-        """Wait until what was taken is written. Cancelled, it says what is not, and gives that up."""
+        """Waits until the checkpoints taken so far are written. If cancelled, it logs the others and gives them up."""
         if self._reader is not None and not self._has_read:
             self._reader.end()
         writer = self._writer
         if writer is None:
             return
         try:
-            await in_own_thread(writer.through().result)
+            await in_own_thread(writer.written().result)
         finally:
-            steps = [job.step for job in writer.unfinished]
+            steps = [pending.event.step for pending in writer.unfinished]
             if steps:
                 writer.hurry()
                 logger.error(
@@ -259,13 +284,13 @@ class Checkpointer(Subscriber):
                 )  # fmt: skip
 
     async def stop(self) -> None:
-        """Close Orbax. Raises what failed in it and was not told before."""
+        """Closes Orbax. Raises failures in Orbax that were not raised before."""
         writer, self._writer = self._writer, None
         if writer is not None:
             await in_own_thread(writer.close().result)
 
     async def handle(self, event: Event, control: Control) -> None:
-        """Returns at once: what takes time is done by the thread, so that a cut never waits for this subscriber."""
+        """Returns at once: the thread does what takes time, so that a barrier never waits for this subscriber."""
         match event:
             case SnapshotTaken():
                 self._take(event)
@@ -276,26 +301,25 @@ class Checkpointer(Subscriber):
             case CheckpointFailed() | CheckpointSkipped() if event.requested_by in (None, self._name):
                 if self._best is not None:
                     self._best.lost(event.step)
-                if self._stops and isinstance(event, CheckpointFailed):
+                if self._stops_on_failure and isinstance(event, CheckpointFailed):
                     control.stop(reason=f"the checkpoint of step {event.step} failed", final=False)
             case _:
                 pass
 
     def _measure(self, event: EpochCompleted | EvalCompleted) -> float | None:
-        """Remember what is to be known of a checkpoint of this step; the monitor's value."""
-        evaluated = isinstance(event, EvalCompleted)
-        metrics = (
-            {f"val_{name}": value for name, value in event.metrics.items()} if evaluated else event.metrics
-        )
+        """Remembers the metrics for a checkpoint of this step; returns the monitor's value."""
+        metrics = event.metrics
+        if isinstance(event, EvalCompleted):
+            metrics = {f"val_{name}": value for name, value in metrics.items()}
         value = self._reader.read(metrics) if self._reader is not None else None
-        known = {name: float(metrics[name]) for name in self._shown if name in metrics}
-        missing = self._shown - known.keys()
+        known = {name: float(metrics[name]) for name in self._template_metrics if name in metrics}
+        missing = self._template_metrics - known.keys()
         if self._may_lack_evaluations and not any(name.startswith("val_") for name in metrics):
-            missing = {name for name in missing if not name.startswith("val_")}  # those are still to come
-        if missing and not self._said_missing:
-            self._said_missing = True
+            missing = {name for name in missing if not name.startswith("val_")}  # those may follow
+        if missing and not self._warned_of_missing:
+            self._warned_of_missing = True
             logger.warning(
-                "%s cannot name its checkpoints %r: %s is not among the metrics there are (%s). They get the default.",
+                "%s cannot name its checkpoints %r: %s is not among the metrics (%s). They get the default name.",
                 self._name, self._template, ", ".join(sorted(missing)), ", ".join(sorted(metrics)),
             )  # fmt: skip
         if self._reader is not None and value is not None:
@@ -305,14 +329,14 @@ class Checkpointer(Subscriber):
         return value
 
     def _decide(self, event: EpochCompleted | EvalCompleted, value: float, control: Control) -> None:
-        """Ask for a checkpoint where the value is the best."""
+        """Requests a checkpoint if the value is the best."""
         if isinstance(event, EpochCompleted) and (event.epoch + 1) % self._best_every:
             return
         if self._best is not None and self._best.improves(value, event.step):
             control.checkpoint(reason=f"the best value so far: {value:.6g}")
 
     def _take(self, event: SnapshotTaken) -> None:
-        """Have the snapshot written, if it is for this Checkpointer."""
+        """Has the snapshot written, if it is for this Checkpointer."""
         run, writer = self._run, self._writer
         if event.purpose != "checkpoint" or event.requested_by not in (None, self._name):
             return
@@ -321,10 +345,10 @@ class Checkpointer(Subscriber):
         name = self._folder_name(event, metrics)
         if run is None or writer is None or (claimed := run.claim(self._name, event)) is None:
             return
-        if claimed.snapshot.device.released:  # the device had no room for it, which the loop has said
+        if claimed.snapshot.device.released:  # the device had no room for it, which the loop has reported
             claimed.finish()
             return
-        writer.submit(Job(claimed, name, event.step, event.epoch, event.tag, event.run_id, metrics))
+        writer.submit(PendingCheckpoint(claimed, event, name, metrics))
 
     def _folder_name(self, event: SnapshotTaken, metrics: Mapping[str, float]) -> str:
         try:
@@ -334,20 +358,20 @@ class Checkpointer(Subscriber):
         return name if event.tag == scheduled_tag(event.step) else f"{name}-{event.tag}"
 
     def saved_run(self, run_dir: Path, which: bool | str | int | Path) -> SavedRun | None:
-        """See ``Subscriber``."""
+        """Returns the checkpoint to resume from; see ``Subscriber``."""
         return find_checkpoint(run_dir / self._directory, which)
 
     def state_dict(self) -> dict[str, Any]:
-        """What decides on later checkpoints, as plain JSON data."""
+        """Returns what decides on later checkpoints, as plain JSON data."""
         best = self._best.state if self._best is not None else None
         step, metrics = self._measured
         return CheckpointerState(best=best, runs=self._runs, measured_at=step, measured=metrics).to_json()
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take over what ``state_dict`` gave.
+        """Takes over a saved state.
 
         Raises:
-            StateError: another version, or broken.
+            StateError: the state is of another version, or broken.
         """
         saved = CheckpointerState.parse(self._name, state)
         self._runs, self._measured = saved.runs, (saved.measured_at, dict(saved.measured))
@@ -356,7 +380,10 @@ class Checkpointer(Subscriber):
             self._best.state = saved.best
 
 
-def _require_counts(**counts: int | None) -> None:
-    for name, count in counts.items():
-        if count is not None:
-            require_count("Checkpointer", name, count, at_least=1)
+def _goal(monitor: str | None, mode: Mode) -> Goal:
+    """Returns which values of the monitor are better."""
+    if monitor is None:
+        raise ConfigurationError(
+            'Checkpointer(save_best_only=..., keep_best=...): requires a metric, such as monitor="val_loss".'
+        )
+    return make_goal("Checkpointer", monitor, mode, 0.0)

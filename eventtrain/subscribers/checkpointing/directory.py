@@ -1,4 +1,4 @@
-"""The directory that checkpoints lie in: which are there, what is left of killed runs, how one is deleted. Blocking."""
+"""The directory of a Checkpointer: which checkpoints are in it, what killed runs left, how one is deleted. Blocking."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ from eventtrain.subscribers.checkpointing.manifest import TEMPORARY, Manifest, i
 logger = logging.getLogger("eventtrain")
 
 FOREIGN_AGE_S = 24 * 3600.0
-"""So long a half-written folder of another machine, whose processes cannot be asked for, is left alone."""
+"""Age from which a temporary folder of another machine, whose processes cannot be checked, is removed."""
 
 THIS_PROCESS = uuid.uuid4().hex[:8]
-"""Tells a run from one that was killed and had the same process number, as in a container that starts anew."""
+"""Distinguishes this run from a killed one with the same process number, as in a container that is started again."""
 
 
 @dataclass(frozen=True)
@@ -32,13 +32,13 @@ class Committed:
     path: Path
     manifest: Manifest
     size_bytes: int = 0
-    """Of all files, where it was just written."""
+    """Of all files; known if it was just written."""
 
 
 def committed_in(directory: Path) -> list[Committed]:
-    """The checkpoints in a directory, the one committed last as the last; one that cannot be read is left out, loudly.
+    """Returns the checkpoints in a directory, which may be missing, in the order of their commits.
 
-    A directory that is not there has none.
+    A checkpoint that cannot be read is left out with a warning.
     """
     found: list[Committed] = []
     for path in directory.iterdir() if directory.is_dir() else ():
@@ -51,44 +51,44 @@ def committed_in(directory: Path) -> list[Committed]:
 
 
 def free_path(directory: Path, name: str) -> Path:
-    """Where a checkpoint called ``name`` can lie without touching what is there."""
+    """Returns ``directory / name``, with a number appended if that exists."""
     names = (name if n == 1 else f"{name}-{n}" for n in count(1))
     return next(path for path in (directory / each for each in names) if not path.exists())
 
 
 def temporary_path(directory: Path, name: str) -> Path:
-    """A folder for what is not a checkpoint yet, or no longer."""
+    """Returns the path of a folder for a checkpoint that is not complete yet, or is being deleted."""
     unique = f"{_machine()}-{os.getpid()}-{THIS_PROCESS}-{uuid.uuid4().hex[:8]}"
     return directory / f"{TEMPORARY}{unique}-{name}"
 
 
 def delete(path: Path) -> None:
-    """Remove a checkpoint; it loses its name first, so that half a one never looks whole. Raises OSError."""
+    """Deletes a checkpoint. Renames it first, so that a partly deleted one never looks complete. Raises OSError."""
     doomed = temporary_path(path.parent, path.name)
     atomic_files.rename(path, doomed)
     atomic_files.remove(doomed)
 
 
 def remove_stale(directory: Path) -> None:
-    """Remove what killed runs left half-written or half-deleted; what a running one writes stays."""
+    """Removes the temporary folders of killed runs; those of running ones stay."""
     for left in directory.glob(f"{TEMPORARY}*"):
         if _is_stale(left):
             try_to_remove(left)
 
 
 def try_to_remove(folder: Path) -> bool:
-    """Remove what is no checkpoint; whether it is gone. Where it is not, that is only said."""
+    """Removes a temporary folder; returns whether it is gone. A failure is only logged."""
     try:
         if folder.exists():
             atomic_files.remove(folder)
     except OSError as error:
-        logger.warning("%s is no checkpoint and could not be removed: %s", folder, error)
+        logger.warning("%s is not a checkpoint and could not be removed: %s", folder, error)
         return False
     return True
 
 
 def files_in(folder: Path) -> list[Path]:
-    """All files below a folder."""
+    """Returns all files below a folder, sorted."""
     return sorted(path for path in folder.rglob("*") if path.is_file())
 
 
@@ -97,7 +97,7 @@ def _machine() -> str:
 
 
 def _is_stale(folder: Path) -> bool:
-    """Whether whoever wrote ``folder`` is gone."""
+    """Returns whether the process that wrote ``folder`` has ended."""
     machine, _, rest = folder.name.removeprefix(TEMPORARY).partition("-")
     process, _, rest = rest.partition("-")
     if machine != _machine():
@@ -107,14 +107,10 @@ def _is_stale(folder: Path) -> bool:
             return False
     if process == str(os.getpid()):
         return not rest.startswith(THIS_PROCESS)
-    return not _is_running(process)
-
-
-def _is_running(process: str) -> bool:
     try:
         os.kill(int(process), 0)
     except PermissionError:
-        return True
-    except (ProcessLookupError, ValueError, OverflowError):
         return False
-    return True
+    except (ProcessLookupError, ValueError, OverflowError):
+        return True
+    return False

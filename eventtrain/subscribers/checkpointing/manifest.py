@@ -1,15 +1,15 @@
-"""How a checkpoint lies on disk. Shared by those who write and read it; pure.
+"""Format of a checkpoint on disk, for writing and reading. Pure.
 
 Layout of ``<directory>/step-00000100``::
 
-    arrays/           as Orbax writes {"state": {path: array}, "extensions": {...}, "kept": {tag: {path: array}},
-                      "kept_extensions": {...}}
+    arrays/           {"state": {path: array}, "extensions": {...}, "kept": {tag: {path: array}},
+                      "kept_extensions": {...}}, as Orbax writes it
     eventtrain.json   the Manifest: step, epoch, tag, run_id, dtype, shape and CRC-32 of each array, the run's facts
 
-``path`` is that in the state, as ``jax.tree_util.keystr`` writes it, or ``.`` where the state is one array. Parts
-without arrays are left out, and so are arrays without elements, of which the manifest has all there is. A typed PRNG
-key lies there as its ``jax.random.key_data``. Both are written to a folder whose name begins with ``.tmp-``, which gets
-its own name by one rename.
+``path`` is that in the state, as ``jax.tree_util.keystr`` writes it, or ``.`` if the state is one array. Parts without
+arrays are left out, and so are arrays without elements, which the manifest describes completely. A typed PRNG key is
+stored as its ``jax.random.key_data``. Both are written to a folder whose name begins with ``.tmp-``, which gets its
+final name by one rename.
 """
 
 from __future__ import annotations
@@ -38,17 +38,17 @@ STATE = "state"
 EXTENSIONS = "extensions"
 KEPT = "kept/"
 KEPT_EXTENSIONS = "kept_extensions/"
-"""These two stand before a tag, in the name of a part."""
+"""These two are followed by a tag in the name of a part."""
 
 HostArray = np.ndarray[Any, Any]
 
 
 class SavedArray(BaseModel):
-    """What there is to know of one array besides its values.
+    """Description of one array.
 
     Attributes:
         crc32: of its bytes in C order.
-        key: where it is a typed PRNG key, the name of the implementation.
+        key: name of the implementation if it is a typed PRNG key.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -64,36 +64,36 @@ class SavedArray(BaseModel):
         try:
             known = jnp.dtype(name)
         except TypeError as error:
-            raise ValueError(f"{name!r} is no dtype") from error
+            raise ValueError(f"{name!r} is not a dtype") from error
         if known.kind in "OSUMm":
-            raise ValueError(f"arrays of dtype {name!r} are no state")
+            raise ValueError(f"arrays of dtype {name!r} cannot be part of a state")
         return name
 
     @classmethod
     def of(cls, leaf: Any) -> tuple[HostArray, SavedArray]:
-        """Of a NumPy array or a key on the host, with the array to be stored."""
+        """Returns the array to be stored of a NumPy array or a key on the host, with its description."""
         key = str(leaf.impl) if is_host_key(leaf) else None
         array = np.asarray(leaf.data if key is not None else leaf)
         return array, cls(dtype=array.dtype.name, shape=array.shape, crc32=checksum(array), key=key)
 
 
 class Manifest(BaseModel):
-    """Everything of a checkpoint but its arrays.
+    """Everything of a checkpoint that is not an array.
 
     Attributes:
         step, epoch: completed.
-        number: the place in the order in which the checkpoints of its directory were committed.
+        number: position in the order in which the checkpoints of its directory were committed.
         metrics: measured at exactly this step.
-        arrays: part -> path -> what there is to know of it. Parts are "state", "extensions", "kept/<tag>" and
+        arrays: part -> path -> description. Parts are "state", "extensions", "kept/<tag>" and
             "kept_extensions/<tag>".
         kept_steps: tag -> step, of the other snapshots that the rest of the run needs.
         params: path in the params -> path in the state.
         weights_only: the arrays are those of the params only.
-        facts: what a run needs to go on from here; None where it cannot.
+        facts: what a run needs to resume from it; None if it cannot.
         files: path below the folder -> size in bytes, of all files but the manifest.
     """
 
-    # Not as text: whoever saves a float gets a float back.
+    # Not as text, so that a float is read back as a float.
     model_config = ConfigDict(frozen=True, extra="forbid", ser_json_inf_nan="constants")
 
     format: Literal["eventtrain-checkpoint"] = FORMAT
@@ -114,60 +114,58 @@ class Manifest(BaseModel):
     facts: RunRecord | None = None
 
     def to_text(self) -> str:
-        """As JSON, with NaN and infinities as Python writes them.
+        """Returns it as JSON, with NaN and infinities as Python writes them.
 
         Raises:
-            PydanticSerializationError: a subscriber's state is no plain JSON data.
+            PydanticSerializationError: a subscriber's state is not plain JSON data.
         """
         return json.dumps(self.model_dump(mode="json"), indent=1) + "\n"
 
 
 def read_manifest(path: Path) -> Manifest:
-    """Of the checkpoint that lies under ``path``.
+    """Returns the manifest of the checkpoint ``path``.
 
     Raises:
-        SnapshotError: no checkpoint lies there, or one of another version.
+        SnapshotError: it is not a checkpoint, or it is damaged or of another version.
     """
     try:
         text = (path / MANIFEST).read_text(encoding="utf-8")
     except (OSError, ValueError) as error:
         raise SnapshotError(
-            f"{path} is no checkpoint of eventtrain: {MANIFEST} cannot be read ({error})."
+            f"{path} is not a checkpoint of eventtrain: {MANIFEST} cannot be read ({error})."
         ) from error
     return parse_manifest(path, text)
 
 
 def parse_manifest(path: Path, text: str) -> Manifest:
-    """What ``Manifest.to_text`` gave; as ``read_manifest``."""
+    """Returns the manifest that ``Manifest.to_text`` wrote; raises as ``read_manifest``."""
     try:
         data = json.loads(text)
     except (ValueError, RecursionError) as error:
         raise SnapshotError(
-            f"{path} is no checkpoint of eventtrain: {MANIFEST} cannot be read ({error})."
+            f"{path} is not a checkpoint of eventtrain: {MANIFEST} cannot be read ({error})."
         ) from error
     if not isinstance(data, dict) or data.get("format") != FORMAT:  # pyright: ignore[reportUnknownMemberType]
-        raise SnapshotError(f"{path} is no checkpoint of eventtrain: its {MANIFEST} does not say so.")
+        raise SnapshotError(f"{path} is not a checkpoint of eventtrain: its {MANIFEST} has another format.")
     version: Any = data.get("schema_version")  # pyright: ignore[reportUnknownMemberType, reportUnknownVariableType]
     if version != SCHEMA_VERSION:
         raise SnapshotError(
-            f"{path} has schema_version {version}, and this program knows {SCHEMA_VERSION}. Read it with the version "
-            "of eventtrain that wrote it."
+            f"{path} has schema_version {version}; this version of eventtrain reads {SCHEMA_VERSION}. Read it with the "
+            "version of eventtrain that wrote it."
         )
     try:
         return Manifest.model_validate(data)
     except (ValidationError, RecursionError) as error:
-        raise SnapshotError(
-            f"{path} is broken: its {MANIFEST} does not hold what it should: {error}"
-        ) from error
+        raise SnapshotError(f"{path} is damaged: its {MANIFEST} is not valid: {error}") from error
 
 
 def is_checkpoint(path: Path) -> bool:
-    """Whether a folder looks like a committed checkpoint."""
+    """Returns whether a folder looks like a committed checkpoint."""
     return not path.name.startswith(TEMPORARY) and (path / MANIFEST).is_file()
 
 
 def nested(parts: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
-    """The tree that Orbax gets; parts without arrays are left out."""
+    """Returns the tree for Orbax; parts without arrays are left out."""
     tree: dict[str, Any] = {}
     for part, arrays in parts.items():
         if arrays:
@@ -179,7 +177,7 @@ def nested(parts: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
 
 
 def part_of(tree: Mapping[str, Any], part: str) -> dict[str, Any]:
-    """What ``nested`` made of one part."""
+    """Returns one part of a tree that ``nested`` built."""
     node: Any = tree
     for key in part.split("/", 1):
         node = (node or {}).get(key) or {}
@@ -187,33 +185,33 @@ def part_of(tree: Mapping[str, Any], part: str) -> dict[str, Any]:
 
 
 def checksum(array: HostArray) -> int:
-    """CRC-32 of the bytes in C order."""
+    """Returns the CRC-32 of the bytes in C order."""
     if not array.size:
         return 0
     octets: Any = (
         np.ascontiguousarray(array).reshape(-1).view(np.uint8)
-    )  # typed as no buffer before Python 3.12
+    )  # typed as a buffer from Python 3.12 on
     return zlib.crc32(octets)
 
 
 def path_name(path: str) -> str:
-    """The path of a leaf as it stands in a checkpoint; that of a state which is one array would be empty."""
+    """Returns the path of a leaf as it is stored; that of a state which is one array would be empty."""
     return path or "."
 
 
 def named(leaves: Mapping[str, Any]) -> dict[str, Any]:
-    """``leaves`` by the names of their paths."""
+    """Returns ``leaves`` by the stored names of their paths."""
     return {path_name(path): leaf for path, leaf in leaves.items()}
 
 
 def named_leaves(tree: Any) -> dict[str, Any]:
-    """The array leaves of a pytree by the names of their paths, in order; other leaves are not stored."""
+    """Returns the array leaves of a pytree by the stored names of their paths, in order; others are not stored."""
     with_paths = jax.tree_util.tree_flatten_with_path(tree)[0]
     return named({jax.tree_util.keystr(path): leaf for path, leaf in with_paths if is_array(leaf)})
 
 
 def is_array(leaf: Any) -> bool:
-    """Whether it is stored: a JAX array, a NumPy array or number, a key on the host."""
+    """Returns whether a leaf is stored: a JAX array, a NumPy array or number, a key on the host."""
     if isinstance(leaf, jax.Array) or is_host_key(leaf):
         return True
     return isinstance(leaf, (np.ndarray, np.generic)) and (
@@ -222,5 +220,5 @@ def is_array(leaf: Any) -> bool:
 
 
 def is_host_key(leaf: Any) -> bool:
-    """Whether it is a typed PRNG key on the host (``eventtrain.device.snapshot.HostKey``)."""
+    """Returns whether it is a typed PRNG key on the host (``eventtrain.device.snapshot.HostKey``)."""
     return hasattr(leaf, "impl") and isinstance(getattr(leaf, "data", None), np.ndarray)

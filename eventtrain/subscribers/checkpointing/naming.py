@@ -1,4 +1,4 @@
-"""What the folder of a checkpoint is called. Pure."""
+"""Names of checkpoint folders. Pure."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ LONGEST = 200
 
 
 def check_template(template: str) -> frozenset[str]:
-    """The names of the metrics that ``template`` shows.
+    """Returns the names of the metrics in ``template``.
 
     Raises:
-        ConfigurationError: it makes no folder's name out of epoch, step and metrics, or knows neither epoch nor step.
+        ConfigurationError: it is not valid, has neither step nor epoch, or cannot give a folder's name.
     """
     names = {name for _, name, _ in _parsed(template) if name is not None}
     if not {"step", "epoch"} & names:
         raise ConfigurationError(
-            f"Checkpointer(template={template!r}): has neither {{step}} nor {{epoch}}, so all checkpoints would have "
-            f"one name. The default is {DEFAULT_TEMPLATE!r}."
+            f"Checkpointer(template={template!r}): template must contain {{step}} or {{epoch}}; otherwise all "
+            f"checkpoints would have one name. The default is {DEFAULT_TEMPLATE!r}."
         )
     metrics = frozenset(names - {"step", "epoch"})
     fill_template(template, 1, 1, dict.fromkeys(metrics, 0.5))
@@ -30,10 +30,10 @@ def check_template(template: str) -> frozenset[str]:
 
 
 def fill_template(template: str, step: int, epoch: int, metrics: Mapping[str, float]) -> str:
-    """The folder's name. The template is filled in, never evaluated: a field is a name, with a format after a colon.
+    """Returns the folder's name. The template is filled in, never evaluated: a field is a name with a format.
 
     Args:
-        template: with fields ``{step}``, ``{epoch}`` and those of ``metrics``.
+        template: with fields ``{step}``, ``{epoch}`` and those of ``metrics``; a format follows a colon.
         step, epoch: completed.
         metrics: measured at that step.
 
@@ -49,23 +49,24 @@ def fill_template(template: str, step: int, epoch: int, metrics: Mapping[str, fl
                 name += format(values[field], spec)
             except ValueError as error:
                 raise ConfigurationError(
-                    f"Checkpointer(template={template!r}): {{{field}:{spec}}} cannot show {values[field]!r} ({error})."
+                    f"Checkpointer(template={template!r}): {{{field}:{spec}}} cannot format {values[field]!r} "
+                    f"({error})."
                 ) from error
     return checked_name(name, f"Checkpointer(template={template!r})")
 
 
 def checked_name(name: str, subject: str) -> str:
-    """``name``, if a folder can be called so everywhere; ConfigurationError where not."""
+    """Returns ``name`` if it can be a folder's name on every system; raises ConfigurationError if not."""
     if not re.fullmatch(rf"[A-Za-z0-9_][A-Za-z0-9_.=+,%-]{{0,{LONGEST - 1}}}", name):
         raise ConfigurationError(
-            f"{subject}: {name!r} cannot be a folder's name. Use at most {LONGEST} letters, digits and _ . - = + , % "
+            f"{subject}: {name!r} cannot be a folder's name. Use at most {LONGEST} letters, digits and _ . - = + , %, "
             "beginning with a letter or digit."
         )
     return name
 
 
 def scheduled_tag(step: int) -> str:
-    """The tag of a snapshot that nobody gave one."""
+    """Returns the tag of a snapshot that was requested without one."""
     return f"step-{step}"
 
 
@@ -77,7 +78,7 @@ def _parsed(template: str) -> list[tuple[str, str | None, str]]:
     for _, field, spec, conversion in parts:
         if field == "" or conversion or "{" in (spec or ""):
             raise ConfigurationError(
-                f"Checkpointer(template={template!r}): a field is a name with a format after a colon, as in "
-                "{step:08d}; no conversions, and no fields within formats."
+                f"Checkpointer(template={template!r}): a field must be a name with a format after a colon, such as "
+                "{step:08d}, without conversions or fields within formats."
             )
     return [(literal, field, spec or "") for literal, field, spec, _ in parts]

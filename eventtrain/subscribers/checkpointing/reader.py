@@ -1,9 +1,9 @@
-"""Reading checkpoints back: only JSON and arrays, so that nothing in them is ever run. Blocking; any thread."""
+"""``SavedCheckpoint``: reads a checkpoint; it is JSON and arrays, so nothing in it is run. Blocking; any thread."""
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping, Set
 from concurrent.futures import ThreadPoolExecutor
 from datetime import datetime
 from pathlib import Path
@@ -38,7 +38,7 @@ logger = logging.getLogger("eventtrain")
 
 
 class SavedCheckpoint:
-    """One checkpoint on disk."""
+    """A checkpoint on disk."""
 
     def __init__(self, committed: Committed) -> None:
         self.path = committed.path
@@ -57,33 +57,33 @@ class SavedCheckpoint:
 
     @property
     def facts(self) -> RunRecord | None:
-        """What belongs to it besides arrays."""
+        """Everything that is not an array; None if a run cannot resume from it."""
         return self.manifest.facts
 
     def read(self) -> None:
-        """Read all arrays, so that the next call for each of them need not.
+        """Reads all arrays, so that the next call for each of them does not have to.
 
         Raises:
-            SnapshotError: it is not whole.
+            SnapshotError: it is not complete.
         """
         self._arrays = _read(self.path, self.manifest)
 
     def part(self, name: str) -> dict[str, HostArray]:
-        """The arrays of one part by their path. Raises SnapshotError: it is not whole."""
+        """Returns the arrays of one part by their path. Raises SnapshotError if the checkpoint is not complete."""
         if name not in self.manifest.arrays:
             return {}
         if name not in self._arrays:
             self.read()
-        return self._arrays.pop(name)  # they are asked for once, and would only fill the memory
+        return self._arrays.pop(name)  # requested once, and would only fill the memory
 
     def state(self, like: Any) -> Any:
-        """The state, placed as ``like`` is. Raises StateError where it does not fit."""
+        """Returns the state, placed as ``like`` is. Raises StateError if it does not fit."""
         return self._fill(STATE, like)
 
     def extensions(self, like: Mapping[str, Any], tag: str | None = None) -> list[Any]:
-        """The leaves of the step extensions, placed as those of ``like``, in its order; StateError where not alike.
+        """Returns the leaves of the step extensions, placed as those of ``like``, in its order.
 
-        Those of the state, or of the other snapshot ``tag``.
+        They are those of the state, or of the other snapshot ``tag``. Raises StateError if they do not fit.
         """
         part = EXTENSIONS if tag is None else KEPT_EXTENSIONS + tag
         arrays = self.part(part)
@@ -91,11 +91,11 @@ class SavedCheckpoint:
         return [self._placed(part, path, leaf, arrays[path]) for path, leaf in like.items()]
 
     def kept(self, like: Any) -> dict[str, tuple[int, Any]]:
-        """Other snapshots that the rest of the run needs: tag -> step, and state placed as ``like``."""
+        """Returns other snapshots that the rest of the run needs: tag -> step, and state placed as ``like``."""
         return {tag: (step, self._fill(KEPT + tag, like)) for tag, step in self.manifest.kept_steps.items()}
 
     def weights(self, like: Any) -> Any:
-        """As ``state``, where ``like`` may also be the params, or a whole state of which only the params were saved."""
+        """``state``, where ``like`` may also be the params, or a whole state of which only the params were saved."""
         wanted, saved = named_leaves(like).keys(), self.manifest.arrays[STATE].keys()
         params = self.manifest.params
         if wanted != saved and wanted == params.keys() and saved >= set(params.values()):
@@ -105,7 +105,7 @@ class SavedCheckpoint:
         return self.state(like)
 
     def _fill(self, part: str, like: Any, places: Mapping[str, str] | None = None) -> Any:
-        """``like`` with the arrays of a part; ``places``: path in ``like`` -> in the part, of those to be filled."""
+        """Returns ``like`` with the arrays of a part; ``places``: path in ``like`` -> path in the part."""
         arrays, wanted = self.part(part), named_leaves(like)
         if places is None:
             _require_same(wanted.keys(), arrays.keys(), "The state saved", "`like`", self.path)
@@ -128,16 +128,17 @@ class SavedCheckpoint:
                 value if isinstance(like, (np.ndarray, np.generic)) else jax.device_put(value, like.sharding)
             )
         saved = f"a key of {impl}" if impl else f"{value.dtype.name}{list(value.shape)}"
-        raise StateError(f"{path} is {saved} in {self.path}, and {like.dtype}{list(like.shape)} in `like`.")
+        raise StateError(f"{path} is {saved} in {self.path}, but {like.dtype}{list(like.shape)} in `like`.")
 
 
 def find_checkpoint(directory: Path, which: bool | str | int | Path) -> SavedCheckpoint | None:
-    """The checkpoint to resume from; None where ``which`` is True and there is none.
+    """Returns the checkpoint to resume from; None if ``which`` is True and there is none.
 
     Args:
-        directory: where a Checkpointer wrote.
-        which: True for the one committed last that is whole and holds a run; else a step, a tag, the name of a folder
-            in it, or a path. Where several have that step or tag, the one committed last that holds a run.
+        directory: of a Checkpointer.
+        which: True for the one committed last that is complete and that a run can resume from; else a step, a tag, the
+            name of a folder in it, or a path. If several have that step or tag: the one committed last, preferably one
+            that a run can resume from.
 
     Raises:
         SnapshotError: there is no such checkpoint.
@@ -153,9 +154,9 @@ def find_checkpoint(directory: Path, which: bool | str | int | Path) -> SavedChe
         matching = [Committed(path, read_manifest(path))]
     if not matching:
         names = ", ".join(one.path.name for one in found) or "none"
-        raise SnapshotError(f"There is no checkpoint {which!r} in {directory}; those there: {names}.")
-    whole = [one for one in matching if one.manifest.facts is not None]
-    return SavedCheckpoint((whole or matching)[-1])
+        raise SnapshotError(f"There is no checkpoint {which!r} in {directory}; found: {names}.")
+    resumable = [one for one in matching if one.manifest.facts is not None]
+    return SavedCheckpoint((resumable or matching)[-1])
 
 
 def _newest(directory: Path) -> SavedCheckpoint | None:
@@ -173,17 +174,17 @@ def _newest(directory: Path) -> SavedCheckpoint | None:
 
 
 def load_state(path: str | Path, like: Any = None) -> Any:
-    """Read the state of a checkpoint back, bit for bit, or its params alone. Blocks; any thread.
+    """Reads the state of a checkpoint, bit for bit, or its params alone. Blocks; any thread.
 
     Args:
         path: of a committed checkpoint (``CheckpointCommitted.path``).
-        like: a state of the same structure: its JAX arrays say where to put the values (device and sharding), its NumPy
-            arrays stay NumPy, and what is no array is taken from it. Or the params of such a state alone. Of a
-            checkpoint with weights only a whole state gets the params and keeps the rest. None: a dict from path in the
-            state to NumPy array.
+        like: a state of the same structure: its JAX arrays determine device and sharding of the values, its NumPy
+            arrays stay NumPy, and leaves that are not arrays are taken from it. Or the params of such a state alone. If
+            the checkpoint has weights only, a whole state gets the params and keeps the rest. None: returns a dict from
+            path in the state to NumPy array.
 
     Raises:
-        SnapshotError: no checkpoint lies there, or a broken one. StateError: ``like`` has other leaves, shapes or
+        SnapshotError: ``path`` is not a checkpoint, or it is damaged. StateError: ``like`` has other leaves, shapes or
             dtypes.
     """
     path = Path(path).absolute()
@@ -192,33 +193,33 @@ def load_state(path: str | Path, like: Any = None) -> Any:
 
 
 def _read(path: Path, manifest: Manifest) -> dict[str, dict[str, HostArray]]:
-    """All arrays by part and path, each as it was written. Raises SnapshotError where one is not."""
+    """Returns all arrays by part and path. Raises SnapshotError unless each is as it was written."""
     for name, size in manifest.files.items():
         file = path / name
         if not file.is_file() or file.stat().st_size != size:
             raise SnapshotError(
-                f"{path} is not whole: {name} is missing or has another size than when written."
+                f"{path} is not complete: {name} is missing or has another size than when written."
             )
     tree: dict[str, Any] = {}
     try:
-        # A thread of its own: on the thread of a running event loop Orbax would block or patch that loop.
+        # In a thread of its own: on the thread of a running event loop Orbax would block or patch that loop.
         if (path / ARRAYS).exists():  # else all arrays are empty
             with ThreadPoolExecutor(1) as executor:
                 tree = executor.submit(_read_arrays, path / ARRAYS).result()
     except Exception as error:
-        raise SnapshotError(f"{path} is not whole: Orbax cannot read its arrays ({error}).") from error
+        raise SnapshotError(f"{path} is not complete: Orbax cannot read its arrays ({error}).") from error
     parts: dict[str, dict[str, HostArray]] = {}
     for part, known in manifest.arrays.items():
         arrays = part_of(tree, part)
         parts[part] = {name: _restored(arrays.get(name), saved) for name, saved in known.items()}
         wrong = next((name for name, array in parts[part].items() if not _is(array, known[name])), None)
         if wrong is not None:
-            raise SnapshotError(f"{path} is not whole: {wrong} is not what was written.")
+            raise SnapshotError(f"{path} is not complete: {wrong} is not what was written.")
     return parts
 
 
 def _restored(array: Any, saved: SavedArray) -> HostArray:
-    """What Orbax has read; of an array without elements, the manifest says all."""
+    """Returns what Orbax has read; an array without elements is made from the manifest."""
     if array is not None:
         return np.asarray(array)
     return np.zeros(saved.shape if 0 in saved.shape else 0, jnp.dtype(saved.dtype))
@@ -233,11 +234,15 @@ def _read_arrays(path: Path) -> dict[str, Any]:
         return orbax.restore(path) or {}
 
 
-def _require_same(wanted: Any, there: Any, what: str, other: str, path: Path) -> None:
+def _require_same(wanted: Set[str], there: Set[str], what: str, other: str, path: Path) -> None:
     if wanted == there:
         return
-    missing, unknown = sorted(wanted - there), sorted(there - wanted)
     raise StateError(
-        f"{what} in {path} has another structure than {other}: it lacks {missing[:5] or 'nothing'} and has besides "
-        f"{unknown[:5] or 'nothing'}. Pass a state built as the one that was saved."
+        f"{what} in {path} must have the structure of {other}: missing {_first_of(wanted - there)}, unexpected "
+        f"{_first_of(there - wanted)}. Pass a state built as the one that was saved."
     )
+
+
+def _first_of(paths: Collection[str]) -> str:
+    more = f" and {len(paths) - 5} more" if len(paths) > 5 else ""
+    return f"{sorted(paths)[:5]}{more}" if paths else "nothing"

@@ -1,63 +1,62 @@
-"""Which checkpoints to keep. Pure."""
+"""``Retention``: which committed checkpoints are deleted. Pure."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal, TypeVar
+from pathlib import Path
+from typing import Literal
 
 
 @dataclass(frozen=True)
-class Kept:
-    """What counts of one checkpoint.
+class OwnCheckpoint:
+    """A committed checkpoint of the run.
 
     Attributes:
         step: of its state.
-        value: of the monitor at that step; None where it was not measured there.
-        named: it was asked for by a tag.
+        value: of the monitored metric at that step; None if it was not measured there.
+        named: it was requested with a tag.
+        path: its folder.
     """
 
     step: int
     value: float | None = None
     named: bool = False
-
-
-K = TypeVar("K", bound=Kept)
+    path: Path = Path()
 
 
 @dataclass(frozen=True)
 class Retention:
-    """The rules; what any of them keeps is kept.
+    """Rules; a checkpoint that meets any of them is retained, and so is one that is named.
 
     Attributes:
-        newest: as many of those committed last; None keeps all.
-        best: as many with the best values.
-        every: those of steps that this divides.
+        newest: as many of those committed last; None retains all.
+        best: as many with the best values of ``monitor``.
+        every: those of steps that are a multiple of it.
         mode: which direction is better.
+        monitor: a metric.
     """
 
     newest: int | None = None
     best: int | None = None
     every: int | None = None
     mode: Literal["min", "max"] = "min"
+    monitor: str | None = None
 
-    def surplus(self, committed: Sequence[K]) -> list[K]:
-        """Those of ``committed``, in the order of their commits, that no rule keeps. Named ones are always kept."""
+    def surplus(self, committed: Sequence[OwnCheckpoint]) -> list[OwnCheckpoint]:
+        """Returns those of ``committed``, given in the order of their commits, that no rule retains."""
         if self.newest is None:
             return []
         sign = 1.0 if self.mode == "min" else -1.0
+        values = {index: one.value for index, one in enumerate(committed) if one.value is not None}
         ranked = sorted(
-            (index for index, one in enumerate(committed) if _is_number(one.value)),
-            key=lambda index: sign * (committed[index].value or 0.0),
+            (index for index, value in values.items() if not math.isnan(value)),
+            key=lambda index: sign * values[index],
         )
-        keep = {*range(len(committed) - self.newest, len(committed)), *ranked[: self.best or 0]}
+        retained = {*range(len(committed) - self.newest, len(committed)), *ranked[: self.best or 0]}
         return [
             one
             for index, one in enumerate(committed)
-            if index not in keep and not one.named and not (self.every and one.step % self.every == 0)
+            if index not in retained and not one.named and not (self.every and one.step % self.every == 0)
         ]
-
-
-def _is_number(value: float | None) -> bool:
-    return value is not None and not math.isnan(value)

@@ -1,4 +1,4 @@
-"""``CheckpointStore``: how a checkpoint gets on disk in one piece. Blocking; no event loop."""
+"""``CheckpointStore``: writes checkpoints to disk, each completely or not at all. Blocking; not on the event loop."""
 
 from __future__ import annotations
 
@@ -27,14 +27,14 @@ logger = logging.getLogger("eventtrain")
 
 
 class CheckpointStore:
-    """Writes checkpoints into one directory. All methods on one and the same thread: it owns Orbax.
+    """Writes checkpoints into one directory. All methods on the same thread, which owns Orbax.
 
     Args:
-        directory: made if missing; what killed runs left half-written is removed from it.
-        fsync: have the disk hold everything before a checkpoint gets its name.
+        directory: created if missing; the temporary folders of killed runs are removed from it.
+        fsync: a checkpoint gets its name only when everything is on the disk.
 
     Raises:
-        OSError: the directory cannot be made or read.
+        OSError: the directory cannot be created or read.
     """
 
     def __init__(self, directory: Path, *, fsync: bool = True) -> None:
@@ -43,45 +43,49 @@ class CheckpointStore:
         directory.mkdir(parents=True, exist_ok=True)
         remove_stale(directory)
         self.found = committed_in(directory)
-        """What lay there when it was opened."""
+        """Checkpoints that were in it when it was opened."""
         self._number = max((committed.manifest.number for committed in self.found), default=0)
-        self._rubbish: list[Path] = []
+        self._leftovers: list[Path] = []
         self._orbax = ocp.Checkpointer(ocp.PyTreeCheckpointHandler())
 
     def write(self, name: str, parts: Mapping[str, Mapping[str, Any]], manifest: Manifest) -> Committed:
-        """Make ``parts`` (part -> path -> NumPy array, or key with ``data`` and ``impl``) durable.
+        """Writes ``parts`` (part -> path -> NumPy array, or key with ``data`` and ``impl``) to a new checkpoint.
 
         Args:
-            name: of the folder, if nothing of that name is there; else with a number behind it.
-            parts: what is stored.
-            manifest: without what is known only when they are written.
+            name: of the folder; a number is appended if it exists.
+            parts: the arrays.
+            manifest: without ``number``, ``time``, ``files`` and ``arrays``.
 
         Raises:
-            Exception: whatever went wrong; nothing that looks like a checkpoint has come of it then.
+            Exception: whatever failed; nothing that looks like a checkpoint is left.
         """
-        self._rubbish = [folder for folder in self._rubbish if not try_to_remove(folder)]
+        self._leftovers = [folder for folder in self._leftovers if not try_to_remove(folder)]
         staging = temporary_path(self.directory, name)
         try:
             atomic_files.make_folder(staging)
             manifest = self._fill(staging, parts, manifest)
             size_bytes = sum(file.stat().st_size for file in files_in(staging))
             self._sync(staging)
-            path = self._named(staging, name)
+            path = self._rename(staging, name)
         except BaseException:
             if not try_to_remove(staging):  # Orbax may still write other arrays into it
-                self._rubbish.append(staging)
+                self._leftovers.append(staging)
             raise
         try:
             if self._fsync:
                 atomic_files.sync(self.directory)
         except BaseException:
-            _take_back(path)
+            _withdraw(path)
             raise
         self._number = manifest.number
         return Committed(path, manifest, size_bytes)
 
-    def _named(self, staging: Path, name: str) -> Path:
-        """Give the folder a name; another one where another process was faster."""
+    def close(self) -> None:
+        """Ends Orbax' own threads. Raises what failed in them."""
+        self._orbax.close()
+
+    def _rename(self, staging: Path, name: str) -> Path:
+        """Gives the folder its name, or another one if another process was faster."""
         while True:
             path = free_path(self.directory, name)
             try:
@@ -91,10 +95,6 @@ class CheckpointStore:
                     raise
             else:
                 return path
-
-    def close(self) -> None:
-        """End Orbax' own threads. Raises what failed in them."""
-        self._orbax.close()
 
     def _fill(self, folder: Path, parts: Mapping[str, Mapping[str, Any]], manifest: Manifest) -> Manifest:
         stored = {
@@ -134,9 +134,9 @@ class CheckpointStore:
             atomic_files.sync(Path(parent))
 
 
-def _take_back(path: Path) -> None:
-    """It could not be made durable, so it must not look as if it were."""
+def _withdraw(path: Path) -> None:
+    """Deletes a checkpoint whose name could not be synced: it must not look durable."""
     try:
         delete(path)
     except OSError as error:
-        logger.error("%s could not be removed; it is whole, but may not outlive a power cut: %s", path, error)
+        logger.error("%s could not be removed; it is complete, but a power cut may lose it: %s", path, error)

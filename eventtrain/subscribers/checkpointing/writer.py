@@ -1,4 +1,4 @@
-"""``CheckpointWriter``: the thread that owns Orbax, and what it does for each checkpoint. Blocking; no event loop."""
+"""``CheckpointWriter``: the thread that owns Orbax, and what it does for each checkpoint. Not on the event loop."""
 
 from __future__ import annotations
 
@@ -10,13 +10,15 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
-from time import monotonic, sleep
-from typing import Any, Literal, TypeVar
+from time import monotonic
+from typing import Any, Literal
 
 from eventtrain.control.checkpoint_handover import ClaimedSnapshot
 from eventtrain.control.run_state import RunRecord
-from eventtrain.errors import BusClosed, QueueFull, SnapshotError
-from eventtrain.events import CheckpointCommitted, CheckpointFailed, CheckpointStarted, Event
+from eventtrain.errors import SnapshotError
+from eventtrain.events import CheckpointCommitted, CheckpointFailed, CheckpointStarted, Event, SnapshotTaken
+from eventtrain.subscribers._shared.retry import attempts
+from eventtrain.subscribers._shared.worker_thread import publish_waiting
 from eventtrain.subscribers.checkpointing.directory import Committed, delete, free_path
 from eventtrain.subscribers.checkpointing.manifest import (
     EXTENSIONS,
@@ -29,201 +31,194 @@ from eventtrain.subscribers.checkpointing.manifest import (
     path_name,
 )
 from eventtrain.subscribers.checkpointing.naming import checked_name, scheduled_tag
-from eventtrain.subscribers.checkpointing.retention import Kept, Retention
+from eventtrain.subscribers.checkpointing.retention import OwnCheckpoint, Retention
 from eventtrain.subscribers.checkpointing.store import CheckpointStore
 
 logger = logging.getLogger("eventtrain")
 
-T = TypeVar("T")
-
-QUEUE_FULL_S = 0.01
-"""How long to wait before publishing once more."""
-
 
 @dataclass(frozen=True)
-class WriterOptions:
-    """How to write.
+class WriteOptions:
+    """How checkpoints are written.
 
     Attributes:
-        owner: name of the Checkpointer.
-        directory: where to.
-        runs: what they left in it counts as the run's own.
-        retention: which ones to keep.
-        marker_timeout_s: how long to wait for the subscribers' states.
-        fsync: have the disk hold everything before a checkpoint gets its name.
+        marker_timeout_s: how long to wait for the states of the subscribers.
+        fsync: a checkpoint gets its name only when everything is on the disk.
         retries, retry_delay_s: after a failure on disk; the delay doubles each time.
         weights_only: store the params and nothing else.
-        monitor: the metric that tells the best ones.
-        stage: where a state waits for its turn.
+        stage: where a state waits until it is written.
     """
 
-    owner: str
-    directory: Path
-    runs: frozenset[str]
-    retention: Retention
     marker_timeout_s: float = 60.0
     fsync: bool = True
     retries: int = 2
     retry_delay_s: float = 1.0
     weights_only: bool = False
-    monitor: str | None = None
     stage: Literal["device", "host"] = "device"
 
 
 @dataclass(frozen=True)
-class Job:
-    """One checkpoint to be written.
+class PendingCheckpoint:
+    """A checkpoint to be written.
 
     Attributes:
-        claimed: what to write; finished by the writer in any case.
-        name: of its folder, if nothing of that name is there.
-        step, epoch: completed.
-        tag: of the snapshot.
-        run_id: of the run.
-        metrics: measured at that step.
+        claimed: the state; the writer finishes it in any case.
+        event: that announced it.
+        name: of its folder, if that is free.
+        metrics: measured at its step.
     """
 
     claimed: ClaimedSnapshot
+    event: SnapshotTaken
     name: str
-    step: int
-    epoch: int
-    tag: str
-    run_id: str
     metrics: Mapping[str, float]
     began_s: float = field(default_factory=monotonic)
 
 
-@dataclass(frozen=True)
-class _Entry(Kept):
-    path: Path = Path()
-
-
 class CheckpointWriter:
-    """Writes one checkpoint after the other.
+    """Writes checkpoints one after the other.
 
     Args:
-        options: how.
-        params: path in the params -> path in the state.
+        directory: in which their folders are created.
         publish: ``EventBus.publish``.
+        owner: name of the Checkpointer.
+        runs: ids of the runs whose checkpoints in ``directory`` count as the run's own.
+        params: path in the params -> path in the state.
+        retention: which checkpoints are deleted after each commit.
+        options: how they are written.
     """
 
     def __init__(
-        self, options: WriterOptions, params: Mapping[str, str], publish: Callable[[Event], None]
+        self,
+        directory: Path,
+        publish: Callable[[Event], None],
+        *,
+        owner: str,
+        runs: frozenset[str],
+        params: Mapping[str, str],
+        retention: Retention,
+        options: WriteOptions,
     ) -> None:
-        self._options = options
-        self._params = params
+        self._directory = directory
         self._publish = publish
+        self._owner = owner
+        self._runs = runs
+        self._params = params
+        self._retention = retention
+        self._options = options
         self._store: CheckpointStore | None = None
-        self._kept: list[_Entry] = []
+        self._committed: list[OwnCheckpoint] = []
         self._stopping = threading.Event()
-        self._executor = ThreadPoolExecutor(1, thread_name_prefix=f"eventtrain {options.owner}")
+        self._executor = ThreadPoolExecutor(1, thread_name_prefix=f"eventtrain {owner}")
         self._stager: ThreadPoolExecutor | None = None
         if options.stage == "host":
-            self._stager = ThreadPoolExecutor(1, thread_name_prefix=f"eventtrain {options.owner} staging")
-        self._said_no_host_memory = False
-        self.unfinished: list[Job] = []
-        """Taken and neither committed nor failed yet, oldest first."""
+            self._stager = ThreadPoolExecutor(1, thread_name_prefix=f"eventtrain {owner} staging")
+        self._warned_of_no_host_memory = False
+        self.unfinished: list[PendingCheckpoint] = []
+        """Submitted and neither committed nor failed yet, oldest first."""
 
-    def submit(self, job: Job) -> None:
-        """Have ``job`` written after those before it; returns at once. Any thread."""
-        self.unfinished.append(job)
-        staged = self._stager.submit(self._move_to_host, job) if self._stager is not None else None
-        self._executor.submit(self._do, job, staged)
+    # --- any thread; never blocks -----------------------------------------------------------------------------
 
     def open(self) -> Future[None]:
-        """Make the directory, clean it, and count what lies in it. The future raises OSError where that fails."""
+        """Creates and cleans the directory, and reads what is in it. The future raises OSError if that fails."""
         return self._executor.submit(self._open)
 
     def steps(self) -> frozenset[int]:
-        """Of the checkpoints that count as the run's own, after ``open``."""
-        return frozenset(entry.step for entry in self._kept)
+        """Returns the steps of the checkpoints that count as the run's own. After ``open``."""
+        return frozenset(one.step for one in self._committed)
 
-    def through(self) -> Future[None]:
-        """Done when everything submitted so far is committed or has failed."""
+    def submit(self, pending: PendingCheckpoint) -> None:
+        """Has ``pending`` written after those before it."""
+        self.unfinished.append(pending)
+        staged = self._stager.submit(self._move_to_host, pending) if self._stager is not None else None
+        self._executor.submit(self._write, pending, staged)
+
+    def written(self) -> Future[None]:
+        """Returns a future that is done when everything submitted so far is committed or has failed."""
         return self._executor.submit(lambda: None)
 
+    def hurry(self) -> None:
+        """Gives up what has not begun; there are no more attempts, and no subscriber is waited for."""
+        self._stopping.set()
+        for pending in list(self.unfinished):
+            pending.claimed.barrier.abandon("the run ended before")
+
     def close(self) -> Future[None]:
-        """End Orbax, after what was submitted. The future raises what failed in it and was not told before."""
+        """Ends Orbax after what was submitted. The future raises failures in Orbax that were not raised before."""
         if self._stager is not None:
             self._stager.shutdown(wait=False)
-        done = self._executor.submit(self._close)
+        closed = self._executor.submit(self._close)
         self._executor.shutdown(wait=False)
-        return done
-
-    def hurry(self) -> None:
-        """Give up what has not begun, do not try again, and wait for no subscriber."""
-        self._stopping.set()
-        for job in list(self.unfinished):
-            job.claimed.barrier.abandon("the run ended before")
+        return closed
 
     # --- on the thread ----------------------------------------------------------------------------------------
 
     def _open(self) -> None:
-        options = self._options
-        self._store = CheckpointStore(options.directory, fsync=options.fsync)
+        self._store = CheckpointStore(self._directory, fsync=self._options.fsync)
         for committed in self._store.found:
-            if committed.manifest.run_id in options.runs and committed.manifest.owner == options.owner:
-                self._note(committed)
+            if committed.manifest.run_id in self._runs and committed.manifest.owner == self._owner:
+                self._add(committed)
 
     def _close(self) -> None:
         if self._store is not None:
             self._store.close()
 
-    def _move_to_host(self, job: Job) -> None:
-        """On the other thread: while one is written, the device gets back the memory of those behind it."""
-        if job.claimed.snapshot.device.move_to_host() or self._said_no_host_memory:
+    def _move_to_host(self, pending: PendingCheckpoint) -> None:
+        """On the staging thread: frees the device's memory of the states that wait while one is written."""
+        if pending.claimed.snapshot.device.move_to_host() or self._warned_of_no_host_memory:
             return
-        self._said_no_host_memory = True
+        self._warned_of_no_host_memory = True
         logger.warning(
-            '%s(stage="host"): the device has no pinned host memory, so its states wait on the device.',
-            self._options.owner,
+            '%s(stage="host"): the device has no pinned host memory, so states wait on the device.',
+            self._owner,
         )
 
-    def _do(self, job: Job, staged: Future[None] | None) -> None:
-        committed = None
+    def _write(self, pending: PendingCheckpoint, staged: Future[None] | None) -> None:
+        event, committed = pending.event, None
         try:
             if staged is not None:
                 staged.result()
-            committed = self._commit(job)
+            committed = self._commit(pending)
         except Exception as error:
-            text = _said(error)
-            logger.error("The checkpoint of step %d failed: %s", job.step, text)
-            self._say(
-                CheckpointFailed(
-                    step=job.step,
-                    path=str(self._options.directory / job.name),
-                    tag=job.tag,
-                    error=text,
-                    requested_by=self._options.owner,
-                )
+            text = _short(error)
+            logger.error("The checkpoint of step %d failed: %s", event.step, text)
+            failed = CheckpointFailed(
+                step=event.step,
+                path=str(self._directory / pending.name),
+                tag=event.tag,
+                error=text,
+                requested_by=self._owner,
             )
+            publish_waiting(self._publish, failed)
         finally:
-            job.claimed.finish()
-            self.unfinished.remove(job)
+            pending.claimed.finish()
+            self.unfinished.remove(pending)
         if committed is not None:
-            self._say(
-                CheckpointCommitted(
-                    step=job.step,
-                    path=str(committed.path),
-                    tag=job.tag,
-                    size_bytes=committed.size_bytes,
-                    duration_s=monotonic() - job.began_s,
-                )
+            done = CheckpointCommitted(
+                step=event.step,
+                path=str(committed.path),
+                tag=event.tag,
+                size_bytes=committed.size_bytes,
+                duration_s=monotonic() - pending.began_s,
             )
-            self._note(committed)
+            publish_waiting(self._publish, done)
+            self._add(committed)
             self._delete_surplus()
 
-    def _commit(self, job: Job) -> Committed:
+    def _commit(self, pending: PendingCheckpoint) -> Committed:
         if self._stopping.is_set():
             raise SnapshotError("the run ended before its turn came")
-        path = free_path(self._options.directory, checked_name(job.name, "A checkpoint, with its tag"))
-        self._say(CheckpointStarted(step=job.step, path=str(path), tag=job.tag))
-        parts = self._copy_to_host(job.claimed)
+        event = pending.event
+        path = free_path(self._directory, checked_name(pending.name, "A checkpoint, with its tag"))
+        publish_waiting(self._publish, CheckpointStarted(step=event.step, path=str(path), tag=event.tag))
+        parts = self._copy_to_host(pending.claimed)
         facts = None
         if not self._options.weights_only:
-            facts = job.claimed.record(self._options.marker_timeout_s)
+            facts = pending.claimed.record(self._options.marker_timeout_s)
             _require_json(facts)
-        return self._write(job.name, parts, self._manifest(job, facts))
+        manifest = self._manifest(pending, facts)
+        parse_manifest(path, manifest.to_text())  # a checkpoint that is committed can be read
+        return self._store_parts(pending.name, parts, manifest)
 
     def _copy_to_host(self, claimed: ClaimedSnapshot) -> dict[str, Mapping[str, Any]]:
         device = claimed.snapshot.device
@@ -234,83 +229,72 @@ class CheckpointWriter:
             for tag, snapshot in claimed.kept.items():
                 parts[KEPT + tag] = named(snapshot.host_leaves())
                 parts[KEPT_EXTENSIONS + tag] = snapshot.host_extensions()
-        claimed.snapshot.release()  # an accelerator gets its memory back before the slow part
+        claimed.snapshot.release()  # frees an accelerator's memory before the slow part
         return parts
 
-    def _manifest(self, job: Job, facts: RunRecord | None) -> Manifest:
-        options = self._options
-        kept = {} if facts is None else job.claimed.kept
+    def _manifest(self, pending: PendingCheckpoint, facts: RunRecord | None) -> Manifest:
+        event = pending.event
+        kept = {} if facts is None else pending.claimed.kept
         return Manifest(
-            step=job.step,
-            epoch=job.epoch,
-            tag=job.tag,
-            run_id=job.run_id,
-            owner=options.owner,
+            step=event.step,
+            epoch=event.epoch,
+            tag=event.tag,
+            run_id=event.run_id,
+            owner=self._owner,
             time=datetime.now(UTC),
-            metrics=dict(job.metrics),
-            weights_only=options.weights_only,
+            metrics=dict(pending.metrics),
+            weights_only=self._options.weights_only,
             kept_steps={tag: snapshot.step for tag, snapshot in kept.items()},
             params={path_name(path): path_name(place) for path, place in self._params.items()},
             facts=facts,
         )
 
-    def _write(self, name: str, parts: Mapping[str, Mapping[str, Any]], manifest: Manifest) -> Committed:
-        parse_manifest(self._options.directory / name, manifest.to_text())  # what is committed can be read
-        store, delay_s = self._store, self._options.retry_delay_s
+    def _store_parts(
+        self, name: str, parts: Mapping[str, Mapping[str, Any]], manifest: Manifest
+    ) -> Committed:
+        options, store, failure = self._options, self._store, None
         assert store is not None
-        for attempt in range(self._options.retries):
+        for attempt in attempts(options.retries, options.retry_delay_s, self._stopping.wait):
             try:
                 return store.write(name, parts, manifest)
             except Exception as error:
-                logger.warning(
-                    "The checkpoint of step %d could not be written (attempt %d): %s",
-                    manifest.step, attempt + 1, _said(error),
-                )  # fmt: skip
-                if self._stopping.wait(delay_s):
-                    raise
-                delay_s *= 2
-        return store.write(name, parts, manifest)
+                failure = error
+                if attempt <= options.retries:
+                    logger.warning(
+                        "The checkpoint of step %d could not be written (attempt %d): %s",
+                        manifest.step, attempt, _short(error),
+                    )  # fmt: skip
+        assert failure is not None
+        raise failure
 
-    def _note(self, committed: Committed) -> None:
-        manifest, monitor = committed.manifest, self._options.monitor
+    def _add(self, committed: Committed) -> None:
+        manifest, monitor = committed.manifest, self._retention.monitor
         value = manifest.metrics.get(monitor) if monitor is not None else None
-        named = manifest.tag != scheduled_tag(manifest.step)
-        self._kept.append(_Entry(manifest.step, value, named, committed.path))
+        is_named = manifest.tag != scheduled_tag(manifest.step)
+        self._committed.append(OwnCheckpoint(manifest.step, value, is_named, committed.path))
 
     def _delete_surplus(self) -> None:
-        for surplus in self._options.retention.surplus(self._kept):
+        for surplus in self._retention.surplus(self._committed):
             try:
                 delete(surplus.path)
             except OSError as error:
                 logger.warning("The old checkpoint %s could not be deleted: %s", surplus.path, error)
             if not surplus.path.exists():
-                self._kept.remove(surplus)  # else the next one tries again
-
-    def _say(self, event: Event) -> None:
-        """Publish; waits while a Lossless queue is at its limit, since no event may be lost."""
-        while True:
-            try:
-                self._publish(event)
-                return
-            except QueueFull:
-                sleep(QUEUE_FULL_S)
-            except BusClosed:
-                logger.warning("The bus is closed, so nobody hears of %s (step %d)", event.kind, event.step)
-                return
+                self._committed.remove(surplus)  # else it is deleted after the next commit
 
 
-def _said(error: Exception) -> str:
-    """Without the specification of the file that TensorStore adds, a page long."""
+def _short(error: Exception) -> str:
+    """Returns the text of an error without the specification of the file that TensorStore adds, a page long."""
     return f"{type(error).__name__}: {error}".split(" [tensorstore_spec=")[0]
 
 
 def _require_json(facts: RunRecord) -> None:
-    """What a subscriber saves must come back as it was."""
+    """Raises SnapshotError unless the states of the subscribers are plain JSON data, to come back as they were."""
     for name, share in facts.shares.items():
         try:
             json.dumps(share.state)
         except (TypeError, ValueError) as error:
             raise SnapshotError(
-                f"state_dict() of {name} gave what is no plain JSON data: {error}. Give dicts with text as keys, "
-                "lists, text, numbers, booleans and None."
+                f"state_dict() of {name} must return plain JSON data: dicts with text as keys, lists, text, numbers, "
+                f"booleans and None ({error})."
             ) from error

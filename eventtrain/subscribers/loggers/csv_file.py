@@ -1,7 +1,7 @@
 """``CSVFile``: a CSV file whose header grows with the names of metrics. Blocking; any thread but the event loop's.
 
-The header is written by renaming a whole file into place, so no crash leaves half of one, and a row is never torn from
-its columns: the file is either as it was, or wider, with every row.
+The header is written by renaming a complete file into place, so that no crash leaves half of one, or a row under the
+wrong columns: the file is either as it was, or wider, with every row.
 """
 
 from __future__ import annotations
@@ -9,9 +9,10 @@ from __future__ import annotations
 import csv
 import io
 import logging
+from collections import deque
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from itertools import repeat
+from itertools import islice, repeat
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +21,7 @@ from pydantic_core import to_json
 
 from eventtrain.errors import ConfigurationError
 from eventtrain.subscribers._shared.atomic_files import open_replacement
-from eventtrain.subscribers.loggers.row_buffer import WaitingRows
-from eventtrain.subscribers.loggers.row_file import RowFile, free_name
+from eventtrain.subscribers.loggers.row_file import RowBuffer, RowFile, free_name
 
 logger = logging.getLogger("eventtrain")
 
@@ -33,93 +33,85 @@ WORDS = (
     (b"u", b"true", b"True"),
     (b"f", b"false", b"False"),
 )
-"""What JSON calls values that CSV calls otherwise. No field holds anything but a number, so these can be nothing else;
-a letter of each, since looking for one costs next to nothing."""
+"""Values that are written differently in JSON and CSV. Fields hold numbers only, so that nothing else contains these
+words; a letter of each, since a search for one letter costs next to nothing."""
 
 
 @dataclass(frozen=True, slots=True)
 class CSVRows:
-    """Some rows by columns: name -> one value for each, or one for all of them."""
+    """Some rows as columns: name -> one value for each row, or one for all of them."""
 
     count: int
     columns: Mapping[str, np.ndarray[Any, Any] | range | bool | int | float]
 
 
-class CSVFile:
-    """Rows on their way to one CSV file.
+class CSVFile(RowFile[CSVRows]):
+    """A CSV file.
 
     Args:
         path: of the file.
-        rows: what waits; another thread puts into it.
+        waiting: the rows to write; another thread puts them.
         separator: one character between fields.
         own: the names of the first columns, which every row has.
-        fsync: have the disk hold each group of rows before it counts as written.
+        fsync: a group of rows counts as written only when it is on the disk.
     """
 
     def __init__(
-        self, path: Path, rows: WaitingRows[CSVRows], *, separator: str, own: tuple[str, ...], fsync: bool
+        self, path: Path, waiting: RowBuffer[CSVRows], *, separator: str, own: tuple[str, ...], fsync: bool
     ) -> None:
-        self.path = path
-        self.rows = rows
-        self._file = RowFile(path, rows, self._render, fsync=fsync)
+        super().__init__(path, waiting, fsync=fsync)
+        self.row_count = 0
+        """Rows in the file, without the header."""
         self._separator = separator
         self._own = own
         self._header: list[str] = []
         self._header_bytes = b""
-        self._rows_before = 0
 
     def prepare(self, *, append: bool = True) -> None:
-        """Make the folder and read the header; a torn last row is moved to ``<path>.torn``.
+        """Creates the folder and reads the header; a torn last row is moved to ``<path>.torn``.
 
         Args:
-            append: False: move a file that is there to ``<path>.before-1`` (or -2 ...), and begin another.
+            append: False: move an existing file to ``<path>.before-1`` (or -2 ...), and begin a new one.
 
         Raises:
-            ConfigurationError: the file there has other columns, so that rows cannot be added to it.
+            ConfigurationError: the existing file has other columns, so that rows cannot be appended to it.
         """
-        if not append and self.path.exists() and self.path.stat().st_size:
+        if not append and self._has_content():
             self.path.rename(free_name(self.path, "before"))
         self._wider.unlink(missing_ok=True)
-        self._file.prepare()
+        super().prepare()
         self._header, self._header_bytes = self._read_header()
-        self._rows_before = self._count_rows() - self._file.row_count
+        with open(self.path, "rb") as file:
+            file.seek(len(self._header_bytes))
+            self.row_count = sum(chunk.count(b"\n") for chunk in iter(lambda: file.read(CHUNK_BYTES), b""))
 
-    @property
-    def row_count(self) -> int:
-        """Rows in the file, without the header."""
-        return self._rows_before + self._file.row_count
-
-    def cut(self, row_count: int) -> None:
-        """Move what lies behind so many rows to ``<path>.cut-1`` (or -2 ...), with the header."""
+    def cut_rows(self, row_count: int) -> None:
+        """Moves all but the first ``row_count`` rows to ``<path>.cut-1`` (or -2 ...), with the header."""
         if row_count > self.row_count:
             logger.error(
-                "%s has %d rows, but had %d when the checkpoint was written: rows are missing in it.",
+                "%s has %d rows, but had %d when the checkpoint was written: it lacks rows.",
                 self.path, self.row_count, row_count,
             )  # fmt: skip
         elif row_count < self.row_count:
-            self._file.cut(self._offset_of(row_count), self._header_bytes)
-            self._rows_before = row_count - self._file.row_count
-
-    def commit(self) -> None:
-        """Write every waiting row, whole or not at all. Raises OSError, and then they still wait."""
-        self._file.commit()
-
-    def sync(self) -> None:
-        """Have the disk hold what was written."""
-        self._file.sync()
+            self.cut_at(self._offset_of(row_count), self._header_bytes)
+            self.row_count = row_count
 
     # --- rows ---------------------------------------------------------------------------------------------------
 
+    def _write(self, items: list[CSVRows], rows: int) -> None:
+        super()._write(items, rows)
+        self.row_count += rows
+
     def _render(self, items: list[CSVRows]) -> bytes:
-        if self._header and not (self.path.exists() and self.path.stat().st_size):  # somebody took it away
-            self._header, self._header_bytes, self._rows_before = [], b"", -self._file.row_count
+        if self._header and not self._has_content():  # the file was deleted
+            self._header, self._header_bytes, self.row_count = [], b"", 0
         known = set(self._header)
         names = dict.fromkeys(self._own if not self._header else ())
         for item in items:
             names |= dict.fromkeys(name for name in item.columns if name not in known)
         if names:
             self._widen(list(names))
-        return b"\n".join(self._lines(item) for item in items)
+        return b"\n".join([*map(self._lines, items), b""])
 
     def _lines(self, item: CSVRows) -> bytes:
         columns: list[Iterable[Any]] = []
@@ -131,9 +123,9 @@ class CSVFile:
                 columns.append(column if isinstance(column, range) else repeat(column, item.count))
         text = to_json(list(zip(*columns, strict=True)), inf_nan_mode="constants")[2:-2]
         text = text.replace(b"],[", b"\n")
-        for letter, json, here in WORDS:
+        for letter, in_json, in_csv in WORDS:
             if letter in text:
-                text = text.replace(json, here)
+                text = text.replace(in_json, in_csv)
         return text if self._separator == "," else text.replace(b",", self._separator.encode())
 
     # --- the header ---------------------------------------------------------------------------------------------
@@ -142,8 +134,11 @@ class CSVFile:
     def _wider(self) -> Path:
         return self.path.with_name(f".{self.path.name}.wider")
 
+    def _has_content(self) -> bool:
+        return self.path.exists() and self.path.stat().st_size > 0
+
     def _widen(self, names: list[str]) -> None:
-        """Write the whole file with more columns, empty in the rows there are, and put it in the place of this one."""
+        """Replaces the file by one with more columns, which are empty in the existing rows."""
         header = [*self._header, *names]
         heading = _heading(header, self._separator)
         line_end = self._separator.encode() * len(names) + b"\n" if self._header else b"\n"
@@ -155,7 +150,7 @@ class CSVFile:
         self._header, self._header_bytes = header, heading
 
     def _read_header(self) -> tuple[list[str], bytes]:
-        if not self.path.stat().st_size:
+        if not self._has_content():
             return [], b""
         try:
             with open(self.path, encoding="utf-8", newline="") as file:
@@ -169,39 +164,24 @@ class CSVFile:
             raise self._refusal(f"its header begins {self._separator.join(header)[:80]!r}")
         return header, heading
 
-    def _refusal(self, what: str) -> ConfigurationError:
+    def _refusal(self, problem: str) -> ConfigurationError:
         return ConfigurationError(
-            f"CSVLogger cannot add rows to {self.path}: {what}, and should begin "
+            f"CSVLogger cannot add rows to {self.path}: {problem}, and should begin "
             f"{self._separator.join(self._own)!r}. Give another path, the separator and `per` it was written with, or "
             "append=False."
         )
 
-    def _count_rows(self) -> int:
+    def _offset_of(self, row_count: int) -> int:
+        """Returns the offset at which row ``row_count`` ends, or the header."""
         with open(self.path, "rb") as file:
             file.seek(len(self._header_bytes))
-            return sum(chunk.count(b"\n") for chunk in iter(lambda: file.read(CHUNK_BYTES), b""))
-
-    def _offset_of(self, row_count: int) -> int:
-        """Where row ``row_count`` ends, or the header."""
-        offset = len(self._header_bytes)
-        with open(self.path, "rb") as file:
-            file.seek(offset)
-            while chunk := file.read(CHUNK_BYTES):
-                lines = chunk.count(b"\n")
-                if lines >= row_count:
-                    break
-                row_count -= lines
-                offset += len(chunk)
-        place = 0
-        for _ in range(row_count):
-            place = chunk.index(b"\n", place) + 1
-        return offset + place
+            deque(islice(file, row_count), maxlen=0)
+            return file.tell()
 
 
-def _heading(names: Iterable[str], separator: str) -> bytes:
-    names = list(names)
+def _heading(names: list[str], separator: str) -> bytes:
     special = {separator, '"', "\r", "\n"}
     quoting = csv.QUOTE_ALL if any(special & {*name} for name in names) else csv.QUOTE_MINIMAL
     text = io.StringIO()
     csv.writer(text, delimiter=separator, quoting=quoting, lineterminator="\n").writerow(names)
-    return text.getvalue().encode("utf-8")
+    return text.getvalue().encode()

@@ -1,7 +1,7 @@
-"""``ParquetParts``: a folder of Parquet files, each of them whole at any moment. Blocking; not for the event loop.
+"""``ParquetFiles``: a folder of Parquet files, each of them complete at any moment. Blocking; not for the event loop.
 
-A Parquet file can only be read once its footer is written, and not be appended to. So the last part is written anew,
-with what came, beside itself and renamed, until it is large enough for the next one to begin.
+A Parquet file can only be read once its footer is written, and cannot be appended to. So the last part is written
+again with the new rows, to a temporary file that replaces it, until it is large enough for the next one to begin.
 """
 
 from __future__ import annotations
@@ -9,8 +9,7 @@ from __future__ import annotations
 import logging
 import os
 import re
-import threading
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from itertools import groupby
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -22,55 +21,53 @@ from pyarrow import parquet
 from eventtrain.subscribers._shared.atomic_files import sync
 from eventtrain.subscribers._shared.step_table import StepTable
 from eventtrain.subscribers.loggers.column_names import metric_column
-from eventtrain.subscribers.loggers.row_buffer import WaitingRows
-from eventtrain.subscribers.loggers.row_file import free_name
+from eventtrain.subscribers.loggers.row_file import Entry, LogFile, RowBuffer, free_name
 
 logger = logging.getLogger("eventtrain")
 
 Table: TypeAlias = Any  # pyarrow has no types that a checker can read
 OWN = ("step", "epoch", "batch")
 LARGE_BYTES = 64 << 20
-"""In memory, at which a part is large enough, however few rows it has."""
+"""Size in memory at which a part is full, however few rows it has."""
 
 
-class ParquetParts:
-    """Rows on their way to ``<path>/part-00001.parquet`` and so on. The methods block; one thread at a time or several.
+class ParquetFiles(LogFile[StepTable]):
+    """The files ``<path>/part-00001.parquet`` and so on.
 
     Args:
         path: of the folder.
-        rows: what waits; another thread puts into it.
-        rows_per_part: a part of so many rows is not written again.
+        waiting: the rows to write; another thread puts them.
+        rows_per_part: a part with this many rows is not written again.
     """
 
-    def __init__(self, path: Path, rows: WaitingRows[StepTable], rows_per_part: int) -> None:
-        self.path = path
-        self.rows = rows
+    def __init__(self, path: Path, waiting: RowBuffer[StepTable], rows_per_part: int) -> None:
+        super().__init__(path, waiting)
         self.part = 0
-        """Number of the last part; 0: there is none."""
+        """Number of the last part; 0 if there is none."""
         self.rows_in_part = 0
         self._rows_per_part = rows_per_part
-        self._lock = threading.Lock()
 
     def prepare(self) -> None:
-        """Make the folder, remove what a killed run did not finish, find the last part."""
+        """Creates the folder, removes what a killed run did not finish, and finds the last part."""
         self.path.mkdir(parents=True, exist_ok=True)
         for unfinished in self.path.glob(".part-*.unfinished"):
             unfinished.unlink()
-        self.part = self._last_part()
+        found = (re.fullmatch(r"part-(\d{5,})\.parquet", path.name) for path in self.path.iterdir())
+        self.part = max((int(match[1]) for match in found if match), default=0)
         self.rows_in_part = 0
         if self.part:
             try:
                 self.rows_in_part = parquet.read_metadata(self._file(self.part)).num_rows
             except pa.ArrowInvalid as error:
-                logger.error("%s is no Parquet file, and stays as it is: %s", self._file(self.part), error)
+                logger.error("%s is not a Parquet file, and is left alone: %s", self._file(self.part), error)
                 self.part += 1
 
     def cut(self, part: int, rows: int) -> None:
-        """Move what lies behind row ``rows`` of part ``part`` to a folder ``<path>.cut-1`` (or -2 ...)."""
+        """Moves the rows after row ``rows`` of part ``part`` to a folder ``<path>.cut-1`` (or -2 ...)."""
         if (self.part, self.rows_in_part) < (part, rows):
             logger.error(
                 "%s ends with row %d of part %d, but ended with row %d of part %d when the checkpoint was written: "
-                "rows are missing in it.",
+                "it lacks rows.",
                 self.path, self.rows_in_part, self.part, rows, part,
             )  # fmt: skip
         if (self.part, self.rows_in_part) <= (part, rows):
@@ -89,66 +86,48 @@ class ParquetParts:
         sync(self.path)
         self.part, self.rows_in_part = part, rows
 
-    def commit(self) -> None:
-        """Write every waiting row, in whole parts.
-
-        Raises:
-            OSError: it failed; every part is as it was before, and the rows that are in none still wait.
-        """
-        with self._lock:
-            entries, done = self.rows.take(), 0
-            try:
-                for _, group in groupby(entries, lambda entry: _kinds(entry.item)):
-                    alike = list(group)
-                    self._extend(_table([entry.item for entry in alike]))
-                    self.rows_in_part += self.rows.written(alike)
-                    done += len(alike)
-            except BaseException:
-                self.rows.give_back(entries[done:])
-                raise
-
     def sync(self) -> None:
-        """Have the disk hold the names of the parts; what is in them is synced before they get them."""
+        """Waits until the names of the parts are on the disk; their content is synced before they are renamed."""
         sync(self.path)
 
-    def _extend(self, table: Table) -> None:
+    def _groups(self, entries: Sequence[Entry[StepTable]]) -> Iterator[Sequence[Entry[StepTable]]]:
+        """Yields neighbours whose metrics have the same names and types."""
+        for _, group in groupby(entries, lambda entry: {n: c.dtype for n, c in entry.item.metrics.items()}):
+            yield list(group)
+
+    def _write(self, items: list[StepTable], rows: int) -> None:
+        table = _table(items)
+        before = None
         if self.part and self.rows_in_part < self._rows_per_part:
             before = self._last_if_small(table.schema)
-            if before is not None:
-                _write(pa.concat_tables([before, table]), self._file(self.part))
-                return
-        _write(table, self._file(self.part + 1))
-        self.part, self.rows_in_part = self.part + 1, 0
+        if before is not None:
+            _write(pa.concat_tables([before, table]), self._file(self.part))
+        else:
+            _write(table, self._file(self.part + 1))
+            self.part, self.rows_in_part = self.part + 1, 0
+        self.rows_in_part += rows
 
     def _last_if_small(self, schema: Any) -> Table | None:
-        """The last part, if rows of ``schema`` can be added to it, and it is not too large to be written again."""
+        """Returns the last part, if rows of ``schema`` can be added to it, and it is not too large to write again."""
         try:
-            with parquet.ParquetFile(
-                self._file(self.part)
-            ) as file:  # and not read_table, which looks at folders' names
+            # Not read_table, which interprets the names of folders.
+            with parquet.ParquetFile(self._file(self.part)) as file:
                 groups = [file.metadata.row_group(n) for n in range(file.metadata.num_row_groups)]
-                small = sum(group.total_byte_size for group in groups) < LARGE_BYTES
                 if (
-                    not small
+                    sum(group.total_byte_size for group in groups) >= LARGE_BYTES
                     or not file.schema_arrow.equals(schema)
                     or file.metadata.num_rows != self.rows_in_part
                 ):
                     return None
                 return file.read()
         except (pa.ArrowInvalid, FileNotFoundError) as error:
-            logger.error("%s was changed by somebody, and stays as it is: %s", self._file(self.part), error)
+            logger.error(
+                "%s was changed by another program, and is left alone: %s", self._file(self.part), error
+            )
             return None
 
     def _file(self, number: int) -> Path:
         return self.path / f"part-{number:05d}.parquet"
-
-    def _last_part(self) -> int:
-        found = (re.fullmatch(r"part-(\d{5,})\.parquet", path.name) for path in self.path.iterdir())
-        return max((int(match[1]) for match in found if match), default=0)
-
-
-def _kinds(table: StepTable) -> dict[str, Any]:
-    return {name: column.dtype for name, column in table.metrics.items()}
 
 
 def _table(tables: Sequence[StepTable]) -> Table:
@@ -163,7 +142,7 @@ def _table(tables: Sequence[StepTable]) -> Table:
 
 
 def _write(table: Table, path: Path) -> None:
-    """Write a whole file and give it its name, in the place of one that has it."""
+    """Writes a temporary file, syncs it, and renames it to ``path``."""
     unfinished = path.with_name(f".{path.name.removesuffix('.parquet')}.unfinished")
     try:
         parquet.write_table(table, unfinished, row_group_size=max(1, table.num_rows), use_dictionary=False)

@@ -1,1 +1,1 @@
-"""Subscribers that decide: stop, change a hyperparameter, roll back, evaluate."""
+"""Subscribers that send commands: stop, change a hyperparameter, roll back, evaluate."""

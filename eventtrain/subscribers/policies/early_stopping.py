@@ -1,63 +1,51 @@
-"""``EarlyStopping``: end the run when a metric no longer improves."""
+"""``EarlyStopping``: stops the run when a metric no longer improves."""
 
 from __future__ import annotations
 
 import logging
-from time import monotonic
-from typing import Any, Literal
 
 from eventtrain.control.control import Control
 from eventtrain.errors import ConfigurationError
-from eventtrain.events import TO_BE_CONTINUED, EpochCompleted, EvalCompleted, RunCompleted, StepCompleted
-from eventtrain.subscribers._shared.metric_goal import (
-    Goal,
-    Mode,
-    Monitor,
-    MonitorState,
+from eventtrain.events import EpochCompleted
+from eventtrain.subscribers._shared.metric_goal import Goal, Mode, make_goal
+from eventtrain.subscribers._shared.validation import require_count, require_number
+from eventtrain.subscribers.base import RunContext
+from eventtrain.subscribers.policies.metric_monitor import (
+    MetricMonitor,
+    Monitored,
+    MonitorPolicy,
     NaNPolicy,
     Unit,
-    make_goal,
+    Verdict,
 )
-from eventtrain.subscribers._shared.metric_reader import MetricReader
-from eventtrain.subscribers._shared.state import SavedState
-from eventtrain.subscribers._shared.validation import require_choice, require_count, require_number
-from eventtrain.subscribers.base import RunContext, Subscriber
-from eventtrain.subscribers.policies.patience_units import LAGS, WATCHED
 
 logger = logging.getLogger("eventtrain")
 
 
-class EarlyStoppingState(SavedState):
-    """What survives a restart."""
-
-    version: Literal[1] = 1
-    monitor: MonitorState
-
-
-class EarlyStopping(Subscriber):
+class EarlyStopping(MonitorPolicy):
     """Stops the run before the next epoch begins (``lag=0``), with Keras 3's decisions.
 
     Args:
-        monitor: name of a metric of EpochCompleted; for other units, of the event that they go by.
-        min_delta: how much better counts as an improvement.
+        monitor: name of a metric of EpochCompleted; for other units, of that unit's event.
+        min_delta: smallest change that counts as an improvement.
         patience: stop at the ``patience``-th epoch in a row without one (0 and 1 both: at the first), never at epoch 0.
         mode: "min", "max", or "auto" by the metric's name.
-        baseline: an improvement that does not beat it does not start the count anew, and never stops the run itself.
-        restore_best_weights: put the params of the best epoch back when the run ends by itself, stopped early or not.
+        baseline: an improvement that does not beat it does not restart the count, and never stops the run itself.
+        restore_best_weights: restore the params of the best epoch when the run ends by itself, stopped early or not.
             They are kept on the device until then. Not for "steps" and "seconds".
-        start_from_epoch: what comes before is not looked at; counted in ``patience_unit``.
-        stopping_threshold: stop as soon as the metric is better than this (Lightning's).
-        divergence_threshold: stop as soon as the metric is worse than this (Lightning's).
+        start_from_epoch: earlier values are skipped; counted in ``patience_unit``.
+        stopping_threshold: stop as soon as the metric is better than this (as Lightning does).
+        divergence_threshold: stop as soon as the metric is worse than this (as Lightning does).
         patience_unit: "epochs"; "evaluations" (EvalCompleted, also in the middle of an epoch; ``lag=0``); "steps"
-            (StepCompleted; ``lag=64``); "seconds" (EpochCompleted by the clock: no lag, so not reproducible).
-        min_delta_relative: ``min_delta`` is a share of the value to be beaten.
-        nan: a NaN is never best. "count": no improvement; "ignore": not looked at; "stop": stop the run.
+            (StepCompleted; ``lag=64``); "seconds" (EpochCompleted, by the clock: no lag, so not reproducible).
+        min_delta_relative: ``min_delta`` is a fraction of the value to beat.
+        nan: a NaN is never the best. "count": no improvement; "ignore": skipped; "stop": stop the run.
         strict: fail the run if the metric is missing, instead of warning once.
 
-    The count begins anew with every ``fit``, unless a saved state was loaded.
+    The count starts from scratch with every ``fit``, unless a saved state was loaded.
 
     Raises:
-        ConfigurationError: a negative patience, an unknown mode, a metric whose direction cannot be told.
+        ConfigurationError: an argument is invalid, or the metric's name does not tell its direction.
     """
 
     def __init__(
@@ -78,68 +66,41 @@ class EarlyStopping(Subscriber):
         strict: bool = False,
     ) -> None:
         goal = make_goal("EarlyStopping", monitor, mode, min_delta, relative=min_delta_relative)
-        require_count("EarlyStopping", "patience", patience)
         require_count("EarlyStopping", "start_from_epoch", start_from_epoch)
-        require_choice("EarlyStopping", "patience_unit", patience_unit, tuple(WATCHED))
-        require_choice("EarlyStopping", "nan", nan, ("count", "ignore", "stop"))
-        for name, value in (
-            ("baseline", baseline),
-            ("stopping_threshold", stopping_threshold),
-            ("divergence_threshold", divergence_threshold),
-        ):
-            if value is not None:
-                require_number("EarlyStopping", name, value)
-        if restore_best_weights and LAGS[patience_unit] != 0:
+        require_number("EarlyStopping", "baseline", baseline, optional=True)
+        require_number("EarlyStopping", "stopping_threshold", stopping_threshold, optional=True)
+        require_number("EarlyStopping", "divergence_threshold", divergence_threshold, optional=True)
+        super().__init__(
+            monitor,
+            MetricMonitor(
+                goal, patience, unit=patience_unit, baseline=baseline, start_from=start_from_epoch, nan=nan
+            ),
+            strict=strict,
+        )
+        if restore_best_weights and self.lag != 0:
             raise ConfigurationError(
                 f"EarlyStopping(restore_best_weights=True, patience_unit={patience_unit!r}): the loop would be some "
-                'steps further when the best weights are asked for, and keep later ones. Use patience_unit="epochs", '
-                'or "evaluations" with EvaluateEvery(steps=...).'
+                "steps further when it is asked to keep the best weights, and keep later ones. Use "
+                'patience_unit="epochs", or "evaluations" with EvaluateEvery(steps=...).'
             )
-        self.events = (WATCHED[patience_unit], RunCompleted)
-        self.lag = LAGS[patience_unit]
-        self.on_error = "fail" if strict else "isolate"
-        self._monitor = Monitor(
-            goal, patience, unit=patience_unit, baseline=baseline, start_from=start_from_epoch, nan=nan
-        )
-        self._metric = monitor
-        self._strict = strict
-        # A threshold is passed without a margin, as Lightning compares.
+        # Thresholds have no margin, as in Lightning.
         self._better = Goal(goal.mode)
         self._stopping_threshold = stopping_threshold
         self._divergence_threshold = divergence_threshold
         self._restores = restore_best_weights
         self._restored = False
-        self._loaded = False
-        self._reader = MetricReader("EarlyStopping", monitor, strict=strict)
-
-    @property
-    def best(self) -> float | None:
-        """The best value so far; None before the first."""
-        return self._monitor.best
 
     @property
     def best_epoch(self) -> int | None:
-        """The 0-based epoch of the best value."""
-        return self._monitor.best_epoch
-
-    @property
-    def wait(self) -> float:
-        """For how long there was no improvement that counted, in ``patience_unit``."""
-        return self._monitor.wait
+        """The 0-based epoch of the best value; None before the first."""
+        return self._monitor.state.best_epoch
 
     async def start(self, run: RunContext) -> None:
-        """Begin anew, unless a saved state was loaded. Raises where ``lag`` would keep later weights than the best."""
-        self._reader = MetricReader(
-            self._name,
-            self._metric,
-            strict=self._strict,
-            evaluates=run.can_evaluate and self._monitor.unit in ("epochs", "seconds"),
-        )
+        """Starts from scratch, unless a state was loaded. Raises ConfigurationError if ``lag`` was changed."""
+        await super().start(run)
         kept = run.control.snapshots.get(self._best_tag)
-        if not self._loaded:
-            self._monitor.reset()
-            if kept is not None:
-                kept.release()
+        if not self._loaded and kept is not None:
+            kept.release()
         if not self._restores:
             return
         if self.lag != 0:
@@ -147,32 +108,17 @@ class EarlyStopping(Subscriber):
                 f"{self._name}: with restore_best_weights and lag={self.lag!r} the weights of later steps would be "
                 "kept as the best. Leave lag alone."
             )
-        put_back_before = run.ended is not None and kept is None
-        if self._loaded and kept is None and self.best is not None and not put_back_before:
+        self._restored = run.ended is not None and kept is None
+        if self._loaded and kept is None and self.best is not None and not self._restored:
             logger.warning(
-                "%s goes on from a state whose best weights (%s %.6g) are not here: only better ones can be restored. "
-                "fit(resume=True) has them in its checkpoint.",
+                "%s continues from a state whose best weights (%s %.6g) are missing: only better ones can be restored. "
+                "fit(resume=True) reads them from its checkpoint.",
                 self._name, self._metric, self.best,
             )  # fmt: skip
-        self._restored = put_back_before
         run.restore_at_end(self._best_tag, where=self._note_restoring)
 
-    async def stop(self) -> None:
-        """The next run begins anew."""
-        self._loaded = False
-
-    async def handle(
-        self, event: EpochCompleted | EvalCompleted | StepCompleted | RunCompleted, control: Control
-    ) -> None:
-        """Count, and stop the run when patience is at its end."""
-        if isinstance(event, RunCompleted):
-            self._end(event)
-            return
-        value = self._reader.read(event.metrics, unprefixed=isinstance(event, EvalCompleted))
-        if value is None:
-            return
-        first = event.epoch == 0 if isinstance(event, EpochCompleted) else self._monitor.seen == 0
-        verdict = self._monitor.observe(value, epoch=event.epoch, step=event.step, time_s=monotonic())
+    def _decide(self, event: Monitored, value: float, verdict: Verdict, control: Control) -> None:
+        first = event.epoch == 0 if isinstance(event, EpochCompleted) else self._monitor.state.seen == 1
         if verdict.improved and self._restores:
             control.snapshot(self._best_tag, reason=f"best {self._metric}: {value:.6g}")
         reason = self._threshold_passed(value)
@@ -183,22 +129,19 @@ class EarlyStopping(Subscriber):
         if reason:
             control.stop(reason=f"early stopping: {reason}")
 
-    def _end(self, event: RunCompleted) -> None:
-        if event.reason in TO_BE_CONTINUED:
-            return
+    def _end(self) -> None:
         if self._restores and not self._restored:
             logger.warning(
-                "%s restored no weights: %s. The last ones stay.",
+                "%s restored no weights: %s. The last ones remain.",
                 self._name,
-                f"{self._metric!r} was never a number, so none were the best"
+                f"{self._metric!r} was never a number, so there are no best ones"
                 if self.best is None
                 else f"those of the best {self._metric}, {self.best:.6g}, were not kept on the device",
             )
-        if self._monitor.seen == 0:
-            self._reader.end()
+        super()._end()
 
     def _note_restoring(self) -> bool:
-        """Asked on the training thread, where there is something to restore, before RunCompleted is said."""
+        """Called on the training thread before RunCompleted, if there is a snapshot to restore."""
         self._restored = True
         return True
 
@@ -212,33 +155,15 @@ class EarlyStopping(Subscriber):
         return ""
 
     def _explain(self, epoch: int) -> str:
-        monitor, best_epoch = self._monitor, self.best_epoch
-        if self.best is None or best_epoch is None:
+        if self.best is None or self.best_epoch is None:
             return f"{self._metric} was never a number"
-        unit = monitor.unit
-        count = epoch - best_epoch if unit == "epochs" else monitor.wait
+        unit = self._monitor.unit
+        count = epoch - self.best_epoch if unit == "epochs" else self.wait
         return (
             f"{self._metric} has not improved for {count:.6g} {unit} "
-            f"(best {self.best:.6g} in epoch {best_epoch + 1}, {monitor.rule})"
+            f"(best {self.best:.6g} in epoch {self.best_epoch + 1}, {self._monitor.rule})"
         )
-
-    @property
-    def _name(self) -> str:
-        return self.name or "EarlyStopping"
 
     @property
     def _best_tag(self) -> str:
         return f"{self._name}/best"
-
-    def state_dict(self) -> dict[str, Any]:
-        """The count so far, as plain JSON data."""
-        return EarlyStoppingState(monitor=self._monitor.state).to_json()
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take the count over; the run that follows goes on with it.
-
-        Raises:
-            StateError: another version, or broken.
-        """
-        self._monitor.load(EarlyStoppingState.parse(self._name, state).monitor)
-        self._loaded = True

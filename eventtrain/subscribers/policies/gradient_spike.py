@@ -1,9 +1,9 @@
-"""``GradientSpike``: a smaller learning rate when the gradient norm jumps far above what was usual."""
+"""``GradientSpike``: reduces the learning rate when the gradient norm jumps far above its usual values."""
 
 from __future__ import annotations
 
 import math
-from typing import Any, Literal
+from typing import Literal
 
 from pydantic import FiniteFloat
 
@@ -14,47 +14,48 @@ from eventtrain.subscribers._shared.metric_reader import MetricReader
 from eventtrain.subscribers._shared.rolling_quantile import RollingQuantile
 from eventtrain.subscribers._shared.state import SavedState
 from eventtrain.subscribers._shared.validation import require_count, require_number
-from eventtrain.subscribers.base import RunContext, Subscriber
-from eventtrain.subscribers.policies.patience_units import STEP_LAG
+from eventtrain.subscribers.base import RunContext
+from eventtrain.subscribers.policies.policy import STEP_LAG, Policy
 
 
 class GradientSpikeState(SavedState):
-    """What survives a restart."""
+    """State of a ``GradientSpike``: its window, and the step until which no spike counts."""
 
     version: Literal[1] = 1
     values: list[FiniteFloat]
     quiet_until: int
 
 
-class GradientSpike(Subscriber):
+class GradientSpike(Policy[GradientSpikeState]):
     """Multiplies a hyperparameter by ``factor`` when a metric of the steps jumps.
 
     A spike is a value above ``threshold`` times the exact quantile of the ``window`` values before it, or one that is
-    NaN or infinite. Values that are not finite never enter the window; spikes that are do. To compare with a quantile
+    NaN or infinite. Values that are not finite never enter the window; finite spikes do. The comparison with a quantile
     of past gradient norms is AutoClip's idea (Seetharaman et al., 2020), which clips the gradient instead.
 
     Args:
         monitor: name of a metric of StepCompleted that is never negative, such as the norm of the gradient.
-        window: how many values say what is usual.
+        window: number of values that define what is usual.
         quantile: of them, between 0 and 1.
-        threshold: how many times the quantile is too much; at least 1.
+        threshold: multiple of the quantile above which a value is a spike; at least 1.
         factor: between 0 and 1.
         min_lr: the value is never cut below it.
-        cooldown: for so many steps after a spike that counted, none counts. As many as ``window`` if None; never
-            fewer than ``lag``, since the steps until the cut takes effect still use the old value.
-        warmup: so many values have to be in the window before one is compared with it. A full window if None.
+        cooldown: after a spike that counted, none counts for this many steps. ``window`` if None; never fewer than
+            ``lag``, since the steps until the cut takes effect still use the old value.
+        warmup: values that the window must hold before one is compared with it. A full window if None.
         hyperparam: its name in ``optax.inject_hyperparams``.
-        path: of the hyperparameter, where the name stands in several places.
-        lag: the cut takes effect so many steps after the spike, in every rerun; None: as soon as it arrives.
+        path: of the hyperparameter, if several have this name.
+        lag: the cut takes effect this many steps after the spike, in every rerun; None: as soon as it arrives.
         strict: fail the run if the metric is missing, instead of warning once.
 
-    It begins anew with every ``fit``, unless a saved state was loaded. A run whose optimiser has no such
-    hyperparameter fails when it starts.
+    It starts from scratch with every ``fit``, unless a saved state was loaded; of a longer saved window the newest
+    values are used. A run whose optimiser has no such hyperparameter fails when it starts.
 
     Raises:
-        ConfigurationError: values out of the ranges above.
+        ConfigurationError: an argument is invalid.
     """
 
+    _initial = GradientSpikeState(values=[], quiet_until=0)
     events = StepCompleted
 
     def __init__(
@@ -78,22 +79,17 @@ class GradientSpike(Subscriber):
         cooldown = window if cooldown is None else cooldown
         require_count("GradientSpike", "cooldown", cooldown)
         require_count("GradientSpike", "warmup", warmup, at_least=1)
-        require_number("GradientSpike", "quantile", quantile, at_least=0)
+        require_number("GradientSpike", "quantile", quantile, at_least=0, at_most=1)
         require_number("GradientSpike", "threshold", threshold, at_least=1)
         require_number("GradientSpike", "factor", factor, above=0, below=1)
         require_number("GradientSpike", "min_lr", min_lr, at_least=0)
-        if quantile > 1:
-            raise ConfigurationError(
-                f"GradientSpike(quantile={quantile!r}): needs a number between 0 and 1, say 0.95."
-            )
         if warmup > window:
             raise ConfigurationError(
-                f"GradientSpike(warmup={warmup!r}, window={window!r}): the window never holds so many values."
+                f"GradientSpike(warmup={warmup!r}, window={window!r}): the window never holds that many values."
             )
         self.lag = lag
         self.on_error = "fail" if strict else "isolate"
         self._metric = monitor
-        self._strict = strict
         self._window = window
         self._quantile = quantile
         self._threshold = threshold
@@ -103,25 +99,17 @@ class GradientSpike(Subscriber):
         self._warmup = warmup
         self._hyperparam = hyperparam
         self._path = path
-        self._usual = RollingQuantile(window)
-        self._quiet_until = 0
-        self._loaded = False
         self._reader = MetricReader("GradientSpike", monitor, strict=strict)
+        self._set_state(self._initial)
 
     async def start(self, run: RunContext) -> None:
-        """Begin anew, unless a saved state was loaded. Raises where the hyperparameter cannot be set."""
+        """Starts from scratch, unless a state was loaded. Raises HyperparamError for an unusable hyperparameter."""
         run.require_hyperparam(self._hyperparam, self._path)
-        self._reader = MetricReader(self._name, self._metric, strict=self._strict)
-        if not self._loaded:
-            self._usual = RollingQuantile(self._window)
-            self._quiet_until = 0
-
-    async def stop(self) -> None:
-        """The next run begins anew."""
-        self._loaded = False
+        self._reader = self._reader.for_run(self._name)
+        await super().start(run)
 
     async def handle(self, event: StepCompleted, control: Control) -> None:
-        """Compare the value with those before it, and cut where it is a spike."""
+        """Compares the value with those before it, and cuts the hyperparameter if it is a spike."""
         value = self._reader.read(event.metrics)
         if value is None:
             return
@@ -139,7 +127,7 @@ class GradientSpike(Subscriber):
             )
 
     def _judge(self, value: float) -> str:
-        """Why ``value`` is a spike; "" where it is none."""
+        """Returns why ``value`` is a spike; "" if it is not."""
         if not math.isfinite(value):
             return "is not finite"
         if len(self._usual) < self._warmup:
@@ -152,21 +140,9 @@ class GradientSpike(Subscriber):
             f"{len(self._usual)} steps"
         )
 
-    @property
-    def _name(self) -> str:
-        return self.name or "GradientSpike"
+    def _get_state(self) -> GradientSpikeState:
+        return GradientSpikeState(values=list(self._usual), quiet_until=self._quiet_until)
 
-    def state_dict(self) -> dict[str, Any]:
-        """The window and the cooldown, as plain JSON data."""
-        return GradientSpikeState(values=list(self._usual), quiet_until=self._quiet_until).to_json()
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take them over; the run that follows goes on with them. Of a longer window the newest values count.
-
-        Raises:
-            StateError: another version, or broken.
-        """
-        saved = GradientSpikeState.parse(self._name, state)
-        self._usual = RollingQuantile(self._window, saved.values)
-        self._quiet_until = saved.quiet_until
-        self._loaded = True
+    def _set_state(self, state: GradientSpikeState) -> None:
+        self._usual = RollingQuantile(self._window, state.values)
+        self._quiet_until = state.quiet_until

@@ -1,4 +1,4 @@
-"""``Lambda``: a subscriber made of functions, one for each event that matters."""
+"""``Lambda``: a subscriber made of functions, one for each event."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from eventtrain.subscribers.base import Subscriber, event_routes
 
 
 class Lambda(Subscriber):
-    """Calls a function of yours for each event of a kind, all in one order, one at a time.
+    """Calls a function of yours for each event of a type, all in one order, one at a time.
 
     ::
 
@@ -26,15 +26,15 @@ class Lambda(Subscriber):
         name: as in ``EventBus.subscribe``.
         on_error: as in ``EventBus.subscribe``.
         event_types: event classes of your own, for functions named after them.
-        handlers: coroutine functions of (event) or (event, control) by ``on_`` and the event's name. Each event goes to
-            one, that of its class or else of the nearest base class: ``on_event`` gets what no other takes.
+        handlers: coroutine functions of (event) or (event, control), named ``on_`` and the event. Each event is given
+            to one, that of its class or else of the nearest base class: ``on_event`` gets all others.
 
     One function for one event needs no class: ``@trainer.on(et.EpochCompleted)``. Functions cannot be written in a
     configuration file, so this cannot be loaded from one.
 
     Raises:
-        ConfigurationError: no handler, one that is named after no event, or is no coroutine function of these
-            arguments.
+        ConfigurationError: there is no handler, or one is not named after an event, or is not a coroutine function of
+            these arguments.
     """
 
     def __init__(
@@ -48,21 +48,22 @@ class Lambda(Subscriber):
     ) -> None:
         if not handlers:
             raise ConfigurationError(
-                "Lambda() handles no event: give functions, as in Lambda(on_epoch_completed=report). They cannot come "
-                "from a configuration file; build it in Python: Trainer(subscribers=[...])."
+                "Lambda() handles no event. Give it functions, as in Lambda(on_epoch_completed=report). They cannot "
+                "come from a configuration file; build it in Python: Trainer(subscribers=[...])."
             )
         for event_name, handler in handlers.items():
             if not event_name.startswith("on_"):
                 raise ConfigurationError(
-                    f"Lambda({event_name}=...): handlers are named on_ and the event, such as on_epoch_completed."
+                    f"Lambda({event_name}=...): handlers must be named on_ and the event, such as on_epoch_completed."
                 )
             if not callable(handler):
                 raise ConfigurationError(
-                    f"Lambda({event_name}={handler!r}): needs a coroutine function of (event) or (event, control)."
+                    f"Lambda({event_name}={handler!r}): {event_name} must be a coroutine function of (event) or "
+                    "(event, control)."
                 )
         self.lag = lag
         self.name = name
         self.on_error = on_error
         self.event_types = tuple(event_types)
         vars(self).update(handlers)
-        event_routes(self, name or "Lambda")  # finds out now which of them cannot work
+        event_routes(self, name or "Lambda")  # raises now instead of when the run starts

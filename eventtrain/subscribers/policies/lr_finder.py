@@ -1,10 +1,13 @@
-"""``LRFinder``: an exponential learning rate range test, with the state put back afterwards."""
+"""``LRFinder``: an exponential learning rate range test, after which the state is restored."""
 
 from __future__ import annotations
 
 import logging
-from typing import Any, Literal
+import math
+from dataclasses import dataclass, field
+from typing import Literal
 
+import numpy as np
 from pydantic import FiniteFloat
 
 from eventtrain.control.control import Control
@@ -13,62 +16,123 @@ from eventtrain.events import RunStarted, StepCompleted
 from eventtrain.subscribers._shared.metric_reader import MetricReader
 from eventtrain.subscribers._shared.state import SavedState
 from eventtrain.subscribers._shared.validation import require_choice, require_count, require_number
-from eventtrain.subscribers.base import RunContext, Subscriber
-from eventtrain.subscribers.policies.patience_units import STEP_LAG
-from eventtrain.subscribers.policies.range_test import RangeTest
+from eventtrain.subscribers.base import RunContext
+from eventtrain.subscribers.policies.policy import STEP_LAG, Policy
 
 logger = logging.getLogger("eventtrain")
 
 
+@dataclass
+class RangeTest:
+    """Arithmetic of the test, pure; the arguments are those of ``LRFinder``.
+
+    Attributes:
+        learning_rates, losses, smoothed: the observations so far, one entry for each finite loss.
+    """
+
+    min_lr: float
+    max_lr: float
+    num_steps: int
+    smoothing: float = 0.98
+    divergence: float | None = 4.0
+    learning_rates: list[float] = field(default_factory=list)
+    losses: list[float] = field(default_factory=list)
+    smoothed: list[float] = field(default_factory=list)
+
+    def rate(self, index: int) -> float:
+        """Returns the learning rate of the step with this 0-based index."""
+        return self.min_lr * (self.max_lr / self.min_lr) ** (index / (self.num_steps - 1))
+
+    def observe(self, index: int, loss: float) -> str:
+        """Adds the loss of one step, in order. Returns why the test is over; "" while it is not."""
+        rate = self.rate(index)
+        if not math.isfinite(loss):
+            return f"was {loss!r} at {rate:.3g}"
+        # The bias-corrected exponential average, in the form that keeps a constant constant.
+        before = self.smoothed[-1] if self.smoothed else loss
+        weight = (1 - self.smoothing) / (1 - self.smoothing ** (len(self.losses) + 1))
+        self.learning_rates.append(rate)
+        self.losses.append(loss)
+        self.smoothed.append(before + weight * (loss - before))
+        if self._has_diverged():
+            return f"diverged at {rate:.3g}"
+        return f"was observed for all {self.num_steps} steps" if index + 1 == self.num_steps else ""
+
+    def _has_diverged(self) -> bool:
+        if self.divergence is None:
+            return False
+        best = min(self.smoothed)
+        # A positive loss: more than ``divergence`` times the best. A negative one may grow by as much.
+        return self.smoothed[-1] - best > (self.divergence - 1) * abs(best)
+
+    @property
+    def suggestion(self) -> float | None:
+        """The learning rate at the steepest fall of the average over the logarithm; None if it never falls.
+
+        The first tenth, where the average is of few losses, and the last point, where it may have diverged, do not
+        count.
+        """
+        first, last = len(self.losses) // 10, len(self.losses) - 1
+        if last - first < 2:
+            return None
+        slope = np.gradient(np.asarray(self.smoothed[first:last]))  # the logarithms are evenly spaced
+        steepest = int(slope.argmin())
+        return self.learning_rates[first + steepest] if slope[steepest] < 0 else None
+
+
 class LRFinderState(SavedState):
-    """What survives a restart."""
+    """State of an ``LRFinder``.
+
+    Attributes:
+        first_step: steps completed when the test began; None before.
+        back_at: the boundary at which the state before the test is restored; None while the test runs.
+        learning_rates, losses, smoothed: the observations so far.
+    """
 
     version: Literal[1] = 1
     first_step: int | None = None
-    """Completed when the test began; None before."""
     back_at: int | None = None
-    """Where the state before the test is put back; None while it goes on."""
     learning_rates: tuple[FiniteFloat, ...] = ()
     losses: tuple[FiniteFloat, ...] = ()
     smoothed: tuple[FiniteFloat, ...] = ()
 
 
-NOTHING = LRFinderState()
+class LRFinder(Policy[LRFinderState]):
+    """Trains the first steps of a run with a growing learning rate, suggests a good one, and restores the state.
 
-
-class LRFinder(Subscriber):
-    """Trains the first steps of a run with a growing learning rate, says which is good, and puts the state back.
-
-    The test is Smith's (2017, arXiv:1506.01186) as fastai and Lightning's ``lr_find`` do it: the learning rate grows
+    The test is that of Smith (2017, arXiv:1506.01186) as in fastai and Lightning's ``lr_find``: the learning rate grows
     exponentially from step to step, the losses are averaged exponentially (with bias correction), and the suggestion is
-    where the average falls fastest over the logarithm of the learning rate (the first tenth and the last point left
-    out).
+    where the average falls fastest over the logarithm of the learning rate (without the first tenth and the last
+    point).
 
     Args:
         min_lr, max_lr: of the first and the last step of the test.
         num_steps: its length.
         monitor: name of a metric of StepCompleted, the smaller the better.
         hyperparam: its name in ``optax.inject_hyperparams``, built with a number and not with a schedule.
-        path: of the hyperparameter, where the name stands in several places.
+        path: of the hyperparameter, if several have this name.
         smoothing: weight of the past in the average, from 0 (none) to below 1.
         divergence: the test ends early once the average is this many times its best value; None: never. A loss that
             is NaN or infinite always ends it.
-        then: when the test is over, "stop" the run; "continue" from the state before the test; or "apply": continue
-            so, with the suggestion as learning rate.
-        lag: the test ends so many steps after the event that says so, in every rerun.
+        then: after the test, "stop" the run; "continue" from the state before the test; or "apply": continue with the
+            suggestion as learning rate.
+        lag: the test ends this many steps after the event that ends it, in every rerun.
 
     Every ``fit`` begins with a test, unless a saved state was loaded. The state of the first boundary is kept on the
-    device meanwhile; parameters, optimiser state, hyperparameters and step extensions are put back bit for bit. The
-    step count, the epoch and the position in the data are not. A run that ends before its test has the state put back
-    at its end. One that is interrupted keeps both states: the next ``fit`` puts the first one back and tests anew.
+    device meanwhile; parameters, optimiser state, hyperparameters and step extensions are restored bit for bit. The
+    step count, the epoch and the position in the data are not. If a run ends before its test, the state is restored at
+    its end. A run that is interrupted keeps both states: the next ``fit`` restores the first one and tests again.
 
     Other policies see the losses of the test, so a run of its own, ``then="stop"``, is best: ``fit(data,
-    steps=num_steps)``. With "continue" and "apply" it goes on to get every step, as any policy by step.
+    steps=num_steps)``. With "continue" and "apply" this policy still receives every step after the test.
+
+    A saved test that is over is not repeated; one that was cut short by a checkpoint continues.
 
     Raises:
-        ConfigurationError: values out of their range; when a run starts, one that is too short for the test.
+        ConfigurationError: an argument is invalid; when a run starts, it is too short for the test.
     """
 
+    _initial = LRFinderState()
     events = (RunStarted, StepCompleted)
     on_error = "fail"
 
@@ -86,29 +150,17 @@ class LRFinder(Subscriber):
         then: Literal["stop", "continue", "apply"] = "stop",
         lag: int = STEP_LAG,
     ) -> None:
-        require_number("LRFinder", "min_lr", min_lr)
+        require_number("LRFinder", "min_lr", min_lr, above=0)
         require_number("LRFinder", "max_lr", max_lr)
+        if max_lr <= min_lr:
+            raise ConfigurationError(
+                f"LRFinder(min_lr={min_lr!r}, max_lr={max_lr!r}): min_lr must be < max_lr."
+            )
         require_count("LRFinder", "num_steps", num_steps, at_least=4)
-        require_number("LRFinder", "smoothing", smoothing, at_least=0)
+        require_number("LRFinder", "smoothing", smoothing, at_least=0, below=1)
+        require_number("LRFinder", "divergence", divergence, above=1, optional=True)
         require_count("LRFinder", "lag", lag)
         require_choice("LRFinder", "then", then, ("stop", "continue", "apply"))
-        if not 0 < min_lr < max_lr:
-            raise ConfigurationError(
-                f"LRFinder(min_lr={min_lr!r}, max_lr={max_lr!r}): the learning rate grows exponentially from one to "
-                "the other, so 0 < min_lr < max_lr has to hold."
-            )
-        if smoothing >= 1:
-            raise ConfigurationError(
-                f"LRFinder(smoothing={smoothing!r}): with a weight of 1 or more for the past no loss would count. Give "
-                "less, say 0.98."
-            )
-        if divergence is not None:
-            require_number("LRFinder", "divergence", divergence)
-            if divergence <= 1:
-                raise ConfigurationError(
-                    f"LRFinder(divergence={divergence!r}): how many times its best value the loss has to be; more than "
-                    "1, or None for never."
-                )
         self.lag = {RunStarted: 0, StepCompleted: lag}
         self._test = RangeTest(min_lr, max_lr, num_steps, smoothing, divergence)
         self._num_steps = num_steps
@@ -120,62 +172,65 @@ class LRFinder(Subscriber):
         self._reader = MetricReader("LRFinder", monitor, strict=True)
         self._first_step: int | None = None
         self._back_at: int | None = None
-        self._loaded = False
 
     @property
     def suggestion(self) -> float | None:
-        """The learning rate at the steepest fall of the smoothed loss; None where it falls nowhere."""
+        """The learning rate at the steepest fall of the smoothed loss; None if it never falls."""
         return self._test.suggestion
 
     @property
     def learning_rates(self) -> list[float]:
-        """Of each step of the test with a finite loss."""
+        """Learning rate of each step of the test with a finite loss."""
         return list(self._test.learning_rates)
 
     @property
     def losses(self) -> list[float]:
-        """Of the same steps, to be drawn over ``learning_rates``."""
+        """Losses of the same steps, for a plot over ``learning_rates``."""
         return list(self._test.losses)
 
     @property
     def smoothed(self) -> list[float]:
-        """The averages of ``losses``."""
+        """Averages of ``losses``."""
         return list(self._test.smoothed)
 
     async def start(self, run: RunContext) -> None:
-        """Begin anew, unless a saved state was loaded. Raises where the run cannot hold the test."""
+        """Starts from scratch, unless a state was loaded.
+
+        Raises ConfigurationError if the run is too short or resumes without a state of the test, StateError if the
+        state before the test is lost, HyperparamError if the hyperparameter cannot be set.
+        """
         run.require_hyperparam(self._hyperparam, self._path)
-        self._reader = MetricReader(self._name, self._metric, strict=True)
+        self._reader = self._reader.for_run(self._name)
         if self.every != 1:
             raise ConfigurationError(
                 f"{self._name}: every={self.every!r} would leave out steps of the test. Leave it at 1."
             )
         if run.resumed and not self._loaded:
             raise ConfigurationError(
-                f"{self._name} tests at the beginning of a run, and this one resumes in its middle. Leave it out."
+                f"{self._name} tests at the beginning of a run, and this run resumes from a later step. Leave it out."
             )
+        await super().start(run)
         if not self._loaded:
-            self._take(NOTHING)
             self._check_length(run)
         elif self._is_under_way and self._tag not in run.control.snapshots:
             raise StateError(
-                f"{self._name} cannot go on with a test that was cut short: the state before it is lost, and the "
-                "present one was trained with the rates of the test. Begin anew, or resume from an earlier checkpoint."
+                f"{self._name} cannot continue a test that was cut short: the state before it is lost, and the current "
+                "one was trained with the rates of the test. Start again, or resume from an earlier checkpoint."
             )
-        run.restore_at_end(self._tag, "all")  # where the state is not back and released by then
+        run.restore_at_end(self._tag, "all")  # unless the state was restored and released before
 
     async def stop(self) -> None:
-        """Say what was found, if the run ended before the test was over."""
-        self._loaded = False
+        """Logs the suggestion, if the run ended before the test was over."""
+        await super().stop()
         if self._is_under_way:
             logger.warning(
                 "The run ended after %d of the %d steps of the test of %s.",
                 len(self.losses), self._num_steps, self._name,
             )  # fmt: skip
-            self._say_suggestion()
+            self._log_suggestion()
 
     async def handle(self, event: RunStarted | StepCompleted, control: Control) -> None:
-        """Begin the test, or take one step's loss."""
+        """Begins the test, or adds one step's loss."""
         if isinstance(event, RunStarted):
             if self._back_at is None:
                 self._begin(event, control)
@@ -185,7 +240,7 @@ class LRFinder(Subscriber):
             control.snapshots[self._tag].release()
 
     def _begin(self, event: RunStarted, control: Control) -> None:
-        self._take(NOTHING.model_copy(update={"first_step": event.step}))
+        self._set_state(LRFinderState(first_step=event.step))
         if self._tag in control.snapshots:
             control.restore(self._tag, reason="an earlier test was interrupted")
         else:
@@ -197,7 +252,7 @@ class LRFinder(Subscriber):
         assert self._first_step is not None
         if self._tag not in control.snapshots:
             raise SnapshotError(
-                f"{self._name} cannot put the state back: the device had no room to keep it. Use "
+                f"{self._name} cannot restore the state: the device had no room to keep it. Use "
                 'Trainer(snapshot="host"), or a smaller model or batch.'
             )
         loss = self._reader.read(event.metrics)
@@ -211,32 +266,30 @@ class LRFinder(Subscriber):
 
     def _end(self, step: int, control: Control, why: str) -> None:
         self._back_at = step + self._lag
-        suggestion = self._say_suggestion()
+        self._log_suggestion()
         if self._then == "stop":
-            control.stop(reason=f"lr finder: {why}")  # the state is put back when the run has ended
+            control.stop(reason=f"lr finder: {why}")  # the state is restored when the run has ended
             return
         control.restore(self._tag, reason=f"lr finder: {why}")
-        if self._then == "apply" and suggestion is not None:
+        if self._then == "apply" and self.suggestion is not None:
             control.set_hyperparam(
-                self._hyperparam, suggestion, path=self._path, reason="lr finder: suggestion"
+                self._hyperparam, self.suggestion, path=self._path, reason="lr finder: suggestion"
             )
 
-    def _say_suggestion(self) -> float | None:
-        suggestion = self.suggestion
-        if suggestion is None:
+    def _log_suggestion(self) -> None:
+        if self.suggestion is None:
             logger.warning(
-                "%s has no suggestion: %s fell nowhere between the learning rates tested.", self._name, self._metric
+                "%s has no suggestion: %s never fell between the learning rates tested.", self._name, self._metric
             )  # fmt: skip
         else:
-            logger.info("%s suggests a learning rate of %.3g.", self._name, suggestion)
-        return suggestion
+            logger.info("%s suggests a learning rate of %.3g.", self._name, self.suggestion)
 
     def _check_length(self, run: RunContext) -> None:
         steps = run.total_steps
         needed = self._num_steps if self._then == "stop" else self._num_steps + self._lag + 1
         if steps is not None and steps < needed:
             raise ConfigurationError(
-                f"{self._name}(num_steps={self._num_steps}, then={self._then!r}, lag={self._lag}) needs a run of at "
+                f"{self._name}(num_steps={self._num_steps}, then={self._then!r}, lag={self._lag}) requires a run of at "
                 f"least {needed} steps, and this one has {steps}. Train longer, or test with fewer steps."
             )
 
@@ -255,33 +308,19 @@ class LRFinder(Subscriber):
         return self._first_step is not None and self._back_at is None
 
     @property
-    def _name(self) -> str:
-        return self.name or "LRFinder"
-
-    @property
     def _tag(self) -> str:
         return f"{self._name}/start"
 
-    def state_dict(self) -> dict[str, Any]:
-        """The test so far, as plain JSON data."""
+    def _get_state(self) -> LRFinderState:
         return LRFinderState(
             first_step=self._first_step,
             back_at=self._back_at,
             learning_rates=tuple(self._test.learning_rates),
             losses=tuple(self._test.losses),
             smoothed=tuple(self._test.smoothed),
-        ).to_json()
+        )
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take the test over: one that is over is not repeated, one that was cut short by a checkpoint goes on.
-
-        Raises:
-            StateError: another version, or broken.
-        """
-        self._take(LRFinderState.parse(self._name, state))
-        self._loaded = True
-
-    def _take(self, state: LRFinderState) -> None:
+    def _set_state(self, state: LRFinderState) -> None:
         self._first_step, self._back_at = state.first_step, state.back_at
         self._test.learning_rates = list(state.learning_rates)
         self._test.losses = list(state.losses)

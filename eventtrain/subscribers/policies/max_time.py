@@ -1,4 +1,4 @@
-"""``MaxTime``: end the run when its time is used up."""
+"""``MaxTime``: stops the run when its time is used up."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import threading
 from collections.abc import Callable
 from datetime import timedelta
 from time import monotonic
-from typing import Annotated, Any, Literal, Protocol
+from typing import Annotated, Literal, Protocol
 
 from pydantic import Field
 
@@ -17,48 +17,50 @@ from eventtrain.errors import ConfigurationError
 from eventtrain.events import RunResumed, RunStarted
 from eventtrain.subscribers._shared.state import SavedState
 from eventtrain.subscribers._shared.validation import require_number
-from eventtrain.subscribers.base import RunContext, Subscriber
+from eventtrain.subscribers.base import RunContext
+from eventtrain.subscribers.policies.policy import Policy
 
 
 class Timer(Protocol):
-    """What MaxTime needs of ``threading.Timer``."""
+    """The part of ``threading.Timer`` that MaxTime uses."""
 
     daemon: bool
 
     def start(self) -> None:
-        """Begin to wait."""
+        """Starts the time."""
         ...
 
     def cancel(self) -> None:
-        """Do nothing when the time has passed."""
+        """Prevents the call."""
         ...
 
 
 class MaxTimeState(SavedState):
-    """What survives a restart."""
+    """State of a ``MaxTime``."""
 
     version: Literal[1] = 1
     elapsed_s: Annotated[float, Field(ge=0, allow_inf_nan=False)]
 
 
-class MaxTime(Subscriber):
+class MaxTime(Policy[MaxTimeState]):
     """Stops the run when the time that it and its predecessors took is used up.
 
     Args:
         max_time: seconds, a ``timedelta``, or "DD:HH:MM:SS" as for Lightning's Timer.
-        clock: gives seconds since some moment, and never goes back.
-        timer: calls a function after so many seconds, on a thread of its own.
+        clock: returns seconds since some moment, never decreasing.
+        timer: ``threading.Timer``, or a fake of it: calls a function after a number of seconds, on its own thread.
 
     The time counts from the start of the run; compiling, evaluations, pauses and waiting for data are part of it. When
     it is over the run stops at the next boundary, also while it waits for data or is paused; a step or a compilation
-    that runs is finished first. That depends on the clock, so RunCompleted says ``deterministic=False``. Every ``fit``
-    has the whole time, unless a saved state was loaded; where that leaves none, the run stops before its first step.
-    With a larger ``max_time`` a run that this stopped goes on with ``fit(resume=True)``.
+    under way is finished first. That depends on the clock, so RunCompleted has ``deterministic=False``. Every ``fit``
+    has the whole time, unless a saved state was loaded; if that leaves none, the run stops before its first step. With
+    a larger ``max_time``, ``fit(resume=True)`` continues a run that this stopped.
 
     Raises:
-        ConfigurationError: a time that is not positive, or text of another form.
+        ConfigurationError: the time is not positive, or text of another form.
     """
 
+    _initial = MaxTimeState(elapsed_s=0.0)
     lag: Lag = {RunStarted: 0}  # noqa: RUF012  # read only
 
     def __init__(
@@ -76,27 +78,25 @@ class MaxTime(Subscriber):
         self._run: RunContext | None = None
         self._before_s = 0.0
         self._began_s: float | None = None
-        self._loaded = False
 
     @property
     def elapsed_s(self) -> float:
-        """Seconds used so far, by this run and those whose state was carried over. Any thread."""
+        """Seconds used so far, by this run and those before it whose state was loaded. Any thread."""
         began_s = self._began_s
         return self._before_s + (self._clock() - began_s if began_s is not None else 0.0)
 
     async def start(self, run: RunContext) -> None:
-        """The time begins; anew, unless a saved state was loaded."""
+        """Starts the time, from 0 unless a state was loaded."""
+        await super().start(run)
         self._run = run
-        if not self._loaded:
-            self._before_s = 0.0
         self._began_s = self._clock()
 
     async def on_run_started(self, event: RunStarted, control: Control) -> None:
-        """Wait, on a thread of its own, until the rest of the time has passed."""
+        """Starts the timer, for the rest of the time."""
         self._begin(control)
 
     async def on_run_resumed(self, event: RunResumed, control: Control) -> None:
-        """The same, in a run that goes on from a checkpoint."""
+        """Starts the timer in a run that resumes."""
         self._begin(control)
 
     def _begin(self, control: Control) -> None:
@@ -115,23 +115,17 @@ class MaxTime(Subscriber):
         self._run.control.stop(reason=self._reason, final=False)
 
     async def stop(self) -> None:
-        """Count this run's time."""
+        """Adds this run's time to the time used."""
+        await super().stop()
         if self._timer is not None:
             self._timer.cancel()
-        self._before_s, self._began_s, self._timer, self._loaded = self.elapsed_s, None, None, False
+        self._before_s, self._began_s, self._timer = self.elapsed_s, None, None
 
-    def state_dict(self) -> dict[str, Any]:
-        """The seconds used so far, as plain JSON data."""
-        return MaxTimeState(elapsed_s=self.elapsed_s).to_json()
+    def _get_state(self) -> MaxTimeState:
+        return MaxTimeState(elapsed_s=self.elapsed_s)
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take the seconds over; the run that follows has only the rest.
-
-        Raises:
-            StateError: another version, or broken.
-        """
-        self._before_s = MaxTimeState.parse(self.name or "MaxTime", state).elapsed_s
-        self._loaded = True
+    def _set_state(self, state: MaxTimeState) -> None:
+        self._before_s = state.elapsed_s
 
 
 def _seconds(max_time: float | str | timedelta) -> float:
@@ -139,8 +133,8 @@ def _seconds(max_time: float | str | timedelta) -> float:
         found = re.fullmatch(r"(\d+):(\d\d):(\d\d):(\d\d)", max_time, re.ASCII)
         if found is None:
             raise ConfigurationError(
-                f'MaxTime(max_time={max_time!r}): text has the form "DD:HH:MM:SS", say "00:12:00:00" for 12 hours; '
-                "a number means seconds."
+                f'MaxTime(max_time={max_time!r}): text must have the form "DD:HH:MM:SS", for example "00:12:00:00" for '
+                "12 hours; a number means seconds."
             )
         days, hours, minutes, seconds = map(int, found.groups())
         max_time = timedelta(days=days, hours=hours, minutes=minutes, seconds=seconds)

@@ -1,4 +1,4 @@
-"""``TerminateOnNaN``: what to do when the loss is no longer a finite number: stop, fail, or roll back and go on."""
+"""``TerminateOnNaN``: stops, fails or rolls back the run when the loss is NaN or infinite."""
 
 from __future__ import annotations
 
@@ -14,23 +14,23 @@ from eventtrain.events import RunStarted, StepCompleted
 from eventtrain.subscribers._shared.metric_reader import MetricReader
 from eventtrain.subscribers._shared.state import SavedState
 from eventtrain.subscribers._shared.validation import require_choice, require_count, require_number
-from eventtrain.subscribers.base import RunContext, Subscriber
-from eventtrain.subscribers.policies.patience_units import STEP_LAG
+from eventtrain.subscribers.base import RunContext
+from eventtrain.subscribers.policies.policy import STEP_LAG, Policy
 
 Action = Literal["stop", "raise", "rollback"]
 Place = Literal[0, 1]
-"""Snapshots are kept in two places in turn."""
+"""Snapshots alternate between two places."""
 
 
 class TerminateOnNaNState(SavedState):
-    """What survives a restart.
+    """State of a ``TerminateOnNaN``. The snapshots are not part of it.
 
     Attributes:
         good: the place of the snapshot to roll back to.
         candidate: the place of one that is not proven yet, and the boundary at which it is taken.
         rollbacks: in this run; ``rollbacks_to_good``: to the good snapshot.
-        ignore_until: events up to this step are of a state that is given up.
-        unrepaired: the last value looked at was not finite.
+        ignore_until: events up to this step belong to a state that was given up.
+        unrepaired: the last value read was not finite.
         over: the run was told to stop.
     """
 
@@ -44,37 +44,40 @@ class TerminateOnNaNState(SavedState):
     over: bool = False
 
 
-class TerminateOnNaN(Subscriber):
-    """Looks at every step's loss; NaN and infinities are bad, as for Keras' TerminateOnNaN.
+class TerminateOnNaN(Policy[TerminateOnNaNState]):
+    """Checks every step's loss; NaN and infinities are bad, as for Keras' TerminateOnNaN.
 
     Args:
         action: "stop" ends the run with a reason that names metric, value and step. "raise" fails it: ``fit`` raises
-            SubscriberError from NonFiniteMetric. "rollback" puts the last good state back, with a smaller learning
-            rate, and goes on.
+            SubscriberError from NonFiniteMetric. "rollback" restores the last good state, reduces the learning rate,
+            and continues.
         monitor: name of a metric of StepCompleted.
-        snapshot_every: a state is kept after each step whose number this divides. (This and what follows but the
-            last two: for "rollback".)
+        snapshot_every: a state is kept after each step whose number this divides. (This and the following arguments
+            but the last two: for "rollback".)
         lr_factor: above 0 and at most 1. The n-th rollback to the same snapshot multiplies its learning rate by
             ``lr_factor ** n``.
         max_rollbacks: in one run; the next bad value stops it.
         hyperparam: name of the learning rate in ``optax.inject_hyperparams``.
-        path: of it, where the name stands in several places.
-        lag: what is decided takes effect so many steps after the bad one, in every rerun. None: as soon as it arrives,
+        path: of the learning rate, if several have this name.
+        lag: a decision takes effect this many steps after the bad one, in every rerun. None: as soon as it arrives,
             but not for "rollback".
         strict: fail the run if the metric is missing, instead of warning once.
 
     A snapshot is good once a step computed from it had a finite loss: the loss of step k is that of the state before
     its update. At most two are kept on the device, the good one and its successor until that is proven. The first is
-    taken when the run starts. What was computed after the bad step is given up with the state, and the data goes on
-    where it is. A run that ends while the state is bad gets the good one back at its end, with the learning rate it
-    had. A run without a good snapshot stops.
+    taken when the run starts. Steps computed after the bad one are given up with the state, and the data continues
+    at its current position. If a run ends while the state is bad, the good one is restored at its end, with the
+    learning rate it had. A run without a good snapshot stops.
 
-    It begins anew with every ``fit``, unless a saved state was loaded. Snapshots are given back when a run ends by
-    itself. A run whose optimiser has no such hyperparameter fails when it starts.
+    It starts from scratch with every ``fit``, unless a saved state was loaded; missing snapshots are then taken again.
+    Snapshots are released when a run ends by itself. A run whose optimiser has no such hyperparameter fails when it
+    starts.
 
     Raises:
-        ConfigurationError: values out of the ranges above.
+        ConfigurationError: an argument is invalid.
     """
+
+    _initial = TerminateOnNaNState()
 
     def __init__(
         self,
@@ -91,17 +94,12 @@ class TerminateOnNaN(Subscriber):
     ) -> None:
         require_choice("TerminateOnNaN", "action", action, ("stop", "raise", "rollback"))
         require_count("TerminateOnNaN", "snapshot_every", snapshot_every, at_least=1)
-        require_number("TerminateOnNaN", "lr_factor", lr_factor, above=0)
+        require_number("TerminateOnNaN", "lr_factor", lr_factor, above=0, at_most=1)
         require_count("TerminateOnNaN", "max_rollbacks", max_rollbacks)
-        if lr_factor > 1:
-            raise ConfigurationError(
-                f"TerminateOnNaN(lr_factor={lr_factor!r}): a learning rate that diverged would grow. Give a number "
-                "below 1, or 1 to leave it alone."
-            )
         if action == "rollback" and lag is None:
             raise ConfigurationError(
-                'TerminateOnNaN("rollback", lag=None): without a finite lag nobody knows which events are of the state '
-                "that was given up. Leave lag out, or give a number of steps."
+                'TerminateOnNaN("rollback", lag=None): without a finite lag it is not known which events belong to the '
+                "state that was given up. Leave lag out, or give a number of steps."
             )
         self.events = (RunStarted, StepCompleted) if action == "rollback" else StepCompleted
         self.lag = {RunStarted: 0, StepCompleted: lag} if action == "rollback" else lag
@@ -114,30 +112,28 @@ class TerminateOnNaN(Subscriber):
         self._hyperparam = hyperparam
         self._path = path
         self._lag = lag or 0
-        self._strict = strict
-        self._state = TerminateOnNaNState()
-        self._loaded = False
+        self._state = self._initial
         self._reader = MetricReader("TerminateOnNaN", monitor, strict=strict)
 
     @property
     def rollbacks(self) -> int:
-        """Rollbacks in this run so far."""
+        """Number of rollbacks in this run so far."""
         return self._state.rollbacks
 
     async def start(self, run: RunContext) -> None:
-        """Begin anew, unless a saved state was loaded. Raises where the hyperparameter cannot be set.
+        """Starts from scratch, unless a state was loaded.
 
-        For "rollback" also where ``every`` or ``lag`` is not the constructor's.
+        For "rollback" raises ConfigurationError if ``every`` or ``lag`` was changed, HyperparamError if the
+        hyperparameter cannot be set.
         """
-        self._reader = MetricReader(self._name, self._metric, strict=self._strict)
-        if not self._loaded:
-            self._state = TerminateOnNaNState()
+        self._reader = self._reader.for_run(self._name)
+        await super().start(run)
         if self._action != "rollback":
             return
         if (self.every, self.lag) != (1, {RunStarted: 0, StepCompleted: self._lag}):
             raise ConfigurationError(
-                f'{self._name}("rollback") cannot have every={self.every!r}, lag={self.lag!r}: it would not know of '
-                "which step its snapshots are. Give lag= to the constructor, and leave every alone."
+                f'{self._name}("rollback") cannot have every={self.every!r}, lag={self.lag!r}: the steps of its '
+                "snapshots would not be known. Give lag= to the constructor, and leave every alone."
             )
         if self._lr_factor < 1:
             run.require_hyperparam(self._hyperparam, self._path)
@@ -146,12 +142,8 @@ class TerminateOnNaN(Subscriber):
                 self._release(place, run.control)
             run.restore_at_end(self._tag(place), "all", where=partial(self._is_wanted_at_end, place))
 
-    async def stop(self) -> None:
-        """The next run begins anew."""
-        self._loaded = False
-
     async def handle(self, event: RunStarted | StepCompleted, control: Control) -> None:
-        """Take one step's value in, and do what is to be done about it."""
+        """Checks one step's value, and acts on a bad one."""
         if isinstance(event, RunStarted):
             self._take_first(event.step, control)
             return
@@ -163,7 +155,7 @@ class TerminateOnNaN(Subscriber):
         what = f"{self._metric} is {value} at step {event.step}"
         if math.isfinite(value):
             if self._action == "rollback":
-                self._go_on(event.step, control)
+                self._note_good(event.step, control)
         elif self._action == "raise":
             raise NonFiniteMetric(f"{what}. Lower the learning rate, or clip the gradients.")
         elif self._action == "stop":
@@ -171,7 +163,7 @@ class TerminateOnNaN(Subscriber):
         else:
             self._roll_back(event.step, what, control)
 
-    # --- what is done about a bad value ---------------------------------------------------------------------
+    # --- after a bad value --------------------------------------------------------------------------------------
 
     def _give_up(self, reason: str, control: Control) -> None:
         self._change(over=True)
@@ -201,7 +193,7 @@ class TerminateOnNaN(Subscriber):
     def _is_wanted_at_end(self, place: int) -> bool:
         return self._state.unrepaired and place == self._state.good
 
-    # --- snapshots ------------------------------------------------------------------------------------------
+    # --- snapshots ----------------------------------------------------------------------------------------------
 
     def _take_first(self, step: int, control: Control) -> None:
         state = self._state
@@ -210,14 +202,14 @@ class TerminateOnNaN(Subscriber):
             self._change(good=None, rollbacks_to_good=0)
             self._take(0, step, control)
 
-    def _go_on(self, step: int, control: Control) -> None:
-        """The state before ``step`` was good."""
+    def _note_good(self, step: int, control: Control) -> None:
+        """The state before ``step`` was good: accepts the candidate computed before it, and takes the next one."""
         if self._state.unrepaired:
             self._change(unrepaired=False)
         candidate = self._state.candidate
         if candidate is not None and step > candidate[1]:
             self._change(candidate=None)
-            # It is not there where the device had no room for it.
+            # It does not exist if the device had no room for it.
             if self._is_kept(candidate[0], control, candidate[1]):
                 if self._state.good is not None:
                     self._release(self._state.good, control)
@@ -242,24 +234,5 @@ class TerminateOnNaN(Subscriber):
     def _tag(self, place: Place) -> str:
         return f"{self._name}/{place}"
 
-    # --- state ----------------------------------------------------------------------------------------------
-
-    @property
-    def _name(self) -> str:
-        return self.name or "TerminateOnNaN"
-
     def _change(self, **fields: Any) -> None:
         self._state = self._state.model_copy(update=fields)
-
-    def state_dict(self) -> dict[str, Any]:
-        """What was counted and where the snapshots are, as plain JSON data. The snapshots are no part of it."""
-        return self._state.to_json()
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take it over; the run that follows goes on with it. Snapshots that are not there are taken anew.
-
-        Raises:
-            StateError: another version, or broken.
-        """
-        self._state = TerminateOnNaNState.parse(self._name, state)
-        self._loaded = True

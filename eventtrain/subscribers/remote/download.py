@@ -1,4 +1,4 @@
-"""``download_checkpoint``: a checkpoint back from a store, verified before it has its name. Blocking; any thread."""
+"""``download_checkpoint``: fetches a checkpoint from a store and verifies it. Blocking; any thread."""
 
 from __future__ import annotations
 
@@ -9,24 +9,19 @@ import threading
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from eventtrain.errors import SnapshotError, StorageError
 from eventtrain.subscribers._shared import atomic_files
 from eventtrain.subscribers._shared.retry import retry
 from eventtrain.subscribers.checkpointing.directory import temporary_path, try_to_remove
+from eventtrain.subscribers.remote.object_store import ObjectStore, Options
 from eventtrain.subscribers.remote.parallel import in_parallel
 from eventtrain.subscribers.remote.upload_manifest import (
     UPLOAD_MANIFEST,
-    Options,
     UploadedFile,
     UploadManifest,
-    connect,
     leads_below,
 )
-
-if TYPE_CHECKING:
-    from eventtrain.subscribers.remote.object_store import ObjectStore
 
 logger = logging.getLogger("eventtrain")
 
@@ -43,64 +38,65 @@ def download_checkpoint(
     retry_delay_s: float = 1.0,
     timeout_s: float = 120.0,
 ) -> Path:
-    """Fetch a checkpoint that an ``Uploader`` copied; a run can then go on from it, and ``et.load_state`` read it.
+    """Fetches a checkpoint that an ``Uploader`` copied, so that a run can resume from it or ``et.load_state`` read it.
 
-    Blocks; any thread. It is written to a folder beside, which gets its name when the SHA-256 of every file was right
-    and the disk has them. Nothing that comes from the store is run.
+    Blocks; any thread. The files are written to a temporary folder, which gets its name when the SHA-256 of each was
+    right and all are on the disk. Nothing that comes from the store is run.
 
     Args:
         url: the Uploader's, or that of one checkpoint (``CheckpointUploaded.url``).
-        directory: where to put it; made if missing. To resume: the Checkpointer's.
+        directory: of the new folder; created if missing. To resume: the Checkpointer's.
         which: "newest", a step, a tag, or the checkpoint's path below ``url``. "newest" is the one written last that a
-            run can go on from; without any such, the one written last.
-        logs: where to put the logs, as they were when the checkpoint was copied. To resume: the new ``run_dir``, so
-            that a JSONLLogger goes on in them. None: they stay where they are.
+            run can resume from; if there is none, the one written last.
+        logs: folder for the logs, as they were when the checkpoint was copied. To resume: the new ``run_dir``, so that
+            a JSONLLogger continues them. None: they are not fetched.
         options, timeout_s: as of the Uploader.
         max_concurrency: files at once.
         retries, retry_delay_s: as of the Uploader.
 
     Returns:
-        The folder of the checkpoint. What is there already is verified, and not touched.
+        The folder of the checkpoint. If it exists already, it is verified and not changed.
 
     Raises:
-        SnapshotError: there is no such checkpoint, or something else lies where it, or a log, belongs.
+        SnapshotError: there is no such checkpoint, or other files are at its path or at that of a log.
         StorageError: the store cannot be reached, or what it has is not what was uploaded.
-        ConfigurationError: obstore is missing, or ``url`` or ``options`` cannot work.
-        OSError: it cannot be written here.
+        ConfigurationError: obstore is not installed, or ``url`` or ``options`` are invalid.
+        OSError: the files cannot be written.
     """
-    store = connect("download_checkpoint", url, options, timeout_s)
+    store = ObjectStore("download_checkpoint", url, options, timeout_s=timeout_s)
     again = partial(retry, retries=retries, delay_s=retry_delay_s, stopping=threading.Event())
-    at_the_same_time = partial(in_parallel, threads=max_concurrency, name="download")
+    for_each = partial(in_parallel, threads=max_concurrency, name="download")
 
     def fetch(files: Sequence[UploadedFile], base: str, folder: Path) -> None:
-        at_the_same_time(lambda file: again(lambda: _fetch(store, base, file, folder)), files)
+        for_each(lambda file: again(lambda: _fetch(store, base, file, folder)), files)
 
     store.open(make=False)
     places = again(lambda: _places(store))
-    found = at_the_same_time(lambda place: again(lambda: _manifest(store, place)), places)
+    found = for_each(lambda place: again(lambda: _manifest(store, place)), places)
     place, manifest = _chosen([one for one in found if one is not None], which, store.url)
     path = Path(directory).absolute() / (place or store.url).rpartition("/")[2]
-    if not _lies_there(path, manifest.files):
+    if not _is_at(path, manifest.files):
         path.parent.mkdir(parents=True, exist_ok=True)
         folder = temporary_path(path.parent, path.name)
         try:
             fetch(manifest.files, place, folder)
-            _name(folder, path)
+            for parent, _, _ in os.walk(folder, topdown=False):
+                atomic_files.sync(Path(parent))
+            atomic_files.rename(folder, path)
+            atomic_files.sync(path.parent)
         except BaseException:
             try_to_remove(folder)
             raise
     if logs is not None:
         if manifest.logs and not place:
-            raise SnapshotError(
-                f"The logs do not lie below {store.url}. Give the URL that the Uploader was given."
-            )
-        missing = [log for log in manifest.logs if not _lies_there(Path(logs) / log.path, [log])]
+            raise SnapshotError(f"{store.url} is not the URL of the Uploader, which the logs are below.")
+        missing = [log for log in manifest.logs if not _is_at(Path(logs) / log.path, [log])]
         fetch(missing, "", Path(logs))
     return path
 
 
 def _places(store: ObjectStore) -> list[str]:
-    """Where manifests lie."""
+    """Returns the paths of the folders with manifests."""
     paths = [
         path for path in store.names() if path.rpartition("/")[2] == UPLOAD_MANIFEST and leads_below(path)
     ]
@@ -108,7 +104,7 @@ def _places(store: ObjectStore) -> list[str]:
 
 
 def _manifest(store: ObjectStore, place: str) -> tuple[str, UploadManifest] | None:
-    """With its place; None where it is none of ours, or not valid, which is said."""
+    """Returns the manifest with its place; None if it is something else, or not valid, which is logged."""
     try:
         manifest = UploadManifest.parse(store.read(_join(place, UPLOAD_MANIFEST)) or b"")
     except SnapshotError as error:
@@ -128,12 +124,12 @@ def _chosen(
         matching = [one for one in found if which in (one[1].tag, one[0], one[0].rpartition("/")[2])]
     if not matching:
         names = ", ".join(sorted(place for place, _ in found)) or "none"
-        raise SnapshotError(f"There is no checkpoint {which!r} at {url}; those there: {names}.")
+        raise SnapshotError(f"There is no checkpoint {which!r} at {url}; found: {names}.")
     return max(matching, key=lambda one: (one[1].resumable, one[1].time))
 
 
 def _fetch(store: ObjectStore, base: str, file: UploadedFile, folder: Path) -> None:
-    """One file, synced; what turns out to be another one is removed again."""
+    """Writes and syncs one file; removes it again if it is not the one that was uploaded."""
     digest = hashlib.sha256()
     target = folder / file.path
     path = _join(base, file.path)
@@ -146,25 +142,17 @@ def _fetch(store: ObjectStore, base: str, file: UploadedFile, folder: Path) -> N
             out.flush()
             os.fsync(out.fileno())
         if digest.hexdigest() != file.sha256:
-            raise StorageError(f"{path}: what lies there is not what was uploaded", may_pass=True)
+            raise StorageError(f"{path}: the store has another file than was uploaded", may_pass=True)
     except BaseException:
         target.unlink(missing_ok=True)
         raise
 
 
-def _name(folder: Path, path: Path) -> None:
-    """Have the disk hold a folder, and give it its name."""
-    for parent, _, _ in os.walk(folder, topdown=False):
-        atomic_files.sync(Path(parent))
-    atomic_files.rename(folder, path)
-    atomic_files.sync(path.parent)
-
-
-def _lies_there(path: Path, files: Sequence[UploadedFile]) -> bool:
-    """Whether these files lie there: below ``path`` where it is a folder, else it is the one.
+def _is_at(path: Path, files: Sequence[UploadedFile]) -> bool:
+    """Returns whether these files are at ``path``: in it if it is a folder, otherwise it is the one.
 
     Raises:
-        SnapshotError: something else does.
+        SnapshotError: other files are.
     """
     if not path.exists():
         return False
@@ -172,8 +160,7 @@ def _lies_there(path: Path, files: Sequence[UploadedFile]) -> bool:
         one = path / file.path if path.is_dir() else path
         if not one.is_file() or one.stat().st_size != file.size_bytes or _sha256(one) != file.sha256:
             raise SnapshotError(
-                f"{path} is there already, and is another one than that in the store. Give another directory, or "
-                "delete it."
+                f"{path} exists and differs from the one in the store. Choose another directory, or delete it."
             )
     return True
 

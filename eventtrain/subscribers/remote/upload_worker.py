@@ -1,51 +1,50 @@
-"""``UploadThread``: copies checkpoints and logs to a store, one checkpoint after the other, several files at once."""
+"""``UploadWorker``: copies checkpoints and logs to a store, one checkpoint after the other, several files at once."""
 
 from __future__ import annotations
 
+import hashlib
 import logging
+import threading
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
-from importlib.metadata import version
 from itertools import count
 from pathlib import Path
 from time import monotonic
-from typing import TYPE_CHECKING, TypeVar
+from typing import BinaryIO, TypeVar
 
-from eventtrain.errors import EventTrainError, SnapshotError
+from eventtrain._version import __version__
+from eventtrain.errors import EventTrainError, SnapshotError, StorageError
 from eventtrain.events import CheckpointUploaded, CheckpointUploadFailed, Event, SubscriberFailed
 from eventtrain.subscribers._shared.retry import retry
 from eventtrain.subscribers._shared.worker_thread import WorkerThread
-from eventtrain.subscribers.checkpointing.directory import committed_in
+from eventtrain.subscribers.checkpointing.directory import committed_in, files_in
 from eventtrain.subscribers.checkpointing.manifest import MANIFEST as CHECKPOINT_MANIFEST
 from eventtrain.subscribers.checkpointing.manifest import read_manifest
-from eventtrain.subscribers.remote.local_file import LocalFile, open_file, open_files, sha256_of
+from eventtrain.subscribers.remote.object_store import ObjectStore
 from eventtrain.subscribers.remote.parallel import in_parallel
 from eventtrain.subscribers.remote.upload_manifest import UPLOAD_MANIFEST, UploadedFile, UploadManifest
-
-if TYPE_CHECKING:
-    from eventtrain.subscribers.remote.object_store import ObjectStore
 
 logger = logging.getLogger("eventtrain")
 
 T = TypeVar("T")
 
+READ_BYTES = 8 * 2**20
+OPEN_FILES = 200
+"""Of one checkpoint; a process may have some 1,000 files open."""
+
 
 @dataclass(frozen=True)
 class UploadOptions:
-    """How to copy.
+    """How files are copied.
 
     Attributes:
-        owner: name of the Uploader.
-        run_dir: the paths below it are kept in the store.
-        logs: patterns of the logs in it.
+        logs: patterns of the logs in the run's directory.
         max_concurrency: files at once.
-        retries, retry_delay_s: of one file, after what obstore itself tries again; the delay doubles each time.
+        retries, retry_delay_s: of one file, after those of obstore itself; the delay doubles each time.
     """
 
-    owner: str
-    run_dir: Path
     logs: Sequence[str]
     max_concurrency: int
     retries: int
@@ -53,7 +52,7 @@ class UploadOptions:
 
 
 @dataclass(frozen=True)
-class Wanted:
+class PendingUpload:
     """A committed checkpoint that is to be copied."""
 
     path: Path
@@ -61,93 +60,148 @@ class Wanted:
     tag: str | None
 
 
-class UploadThread(WorkerThread):
-    """Copies what it is told to, in that order.
+@dataclass(frozen=True)
+class LocalFile:
+    """A file as long as it was when it was opened. One thread at a time reads it.
 
-    Args:
-        store: where to; opened by the thread.
-        options: how.
-        publish: ``EventBus.publish``.
+    Attributes:
+        path: of the file.
+        name: its path below its folder, with slashes.
+        size_bytes: how much of it is sent.
+        file: the open file, which can be read after its deletion; None: it is opened for each part.
+        stopping: once set, reading fails, so that transfers end.
     """
 
-    def __init__(self, store: ObjectStore, options: UploadOptions, publish: Callable[[Event], None]) -> None:
-        super().__init__(options.owner, publish)
+    path: Path
+    name: str
+    size_bytes: int
+    file: BinaryIO | None
+    stopping: threading.Event
+
+    def read(self, offset: int, size: int) -> bytes:
+        """Returns ``size`` bytes from ``offset`` on. Raises StorageError if they cannot be read."""
+        if self.stopping.is_set():
+            raise StorageError(f"{self.name}: it was given up at the end of the run")
+        try:
+            with ExitStack() as stack:
+                file = self.file or stack.enter_context(self.path.open("rb"))
+                file.seek(offset)
+                data = file.read(size)
+        except OSError as error:
+            raise StorageError(f"{self.path} cannot be read: {error.strerror or error}") from error
+        if len(data) != size:
+            raise StorageError(f"{self.path} became shorter while it was copied")
+        return data
+
+    def sha256(self, size: int) -> str:
+        """Returns the SHA-256 of the first ``size`` bytes. Raises StorageError if they cannot be read."""
+        digest = hashlib.sha256()
+        for offset in range(0, size, READ_BYTES):
+            digest.update(self.read(offset, min(READ_BYTES, size - offset)))
+        return digest.hexdigest()
+
+
+class UploadWorker(WorkerThread):
+    """Copies what is added, in that order.
+
+    Args:
+        owner: name of the Uploader.
+        publish: ``EventBus.publish``.
+        store: opened by the thread.
+        run_dir: paths below it are kept in the store.
+        options: how files are copied.
+    """
+
+    def __init__(
+        self,
+        owner: str,
+        publish: Callable[[Event], None],
+        *,
+        store: ObjectStore,
+        run_dir: Path,
+        options: UploadOptions,
+    ) -> None:
+        super().__init__(owner, publish)
+        self._owner = owner
         self._store = store
+        self._run_dir = run_dir
         self._options = options
         self._copied: dict[Path, tuple[int, int]] = {}
         self._logs: dict[Path, UploadedFile] = {}
-        self.waiting: list[Wanted] = []
-        """Neither there nor failed, in order."""
+        self.waiting: list[PendingUpload] = []
+        """Neither copied nor failed yet, in order."""
 
     @property
     def url(self) -> str:
-        """Where to."""
+        """URL of the store."""
         return self._store.url
 
     # --- any thread; never blocks -----------------------------------------------------------------------------
 
-    def add(self, wanted: Wanted) -> None:
-        """Have the logs copied, and then this checkpoint."""
-        self.waiting.append(wanted)
-        self.put(partial(self._copy_logs, wanted.step))
-        self.put(partial(self._copy, wanted))
+    def add(self, upload: PendingUpload) -> None:
+        """Has the logs copied, and then this checkpoint."""
+        self.waiting.append(upload)
+        self.put(partial(self._copy_logs, upload.step))
+        self.put(partial(self._copy, upload))
 
     def add_all(self, directory: Path) -> None:
-        """Have every checkpoint in ``directory`` copied that is not there yet."""
+        """Has every checkpoint in ``directory`` copied that the store does not have yet."""
         self.put(partial(self._copy_all, directory))
 
     def add_logs(self, step: int) -> None:
-        """Have the logs copied."""
+        """Has the logs copied."""
         self.put(partial(self._copy_logs, step))
 
-    # --- on the thread ----------------------------------------------------------------------------------------
+    # --- on the thread: checkpoints ---------------------------------------------------------------------------
 
     def _copy_all(self, directory: Path) -> None:
         try:
-            found = [Wanted(one.path, one.manifest.step, one.manifest.tag) for one in committed_in(directory)]
+            found = [
+                PendingUpload(one.path, one.manifest.step, one.manifest.tag)
+                for one in committed_in(directory)
+            ]
         except OSError as error:
-            logger.error("What lies in %s was not copied to %s: %s", directory, self.url, error)
+            logger.error("The checkpoints in %s were not copied to %s: %s", directory, self.url, error)
             return
         self.waiting.extend(found)
-        for wanted in found:
-            self._copy(wanted)
+        for upload in found:
+            self._copy(upload)
 
-    def _copy(self, wanted: Wanted) -> None:
+    def _copy(self, upload: PendingUpload) -> None:
         began_s = monotonic()
         try:
-            name, size_bytes = self._upload(wanted.path)
+            name, size_bytes = self._upload(upload.path)
         except Exception as error:
             if self.stopping.is_set():
-                return  # whoever gave up says it
-            self.waiting.remove(wanted)
-            reason = _told(error)
-            if not wanted.path.exists():
-                reason = (
-                    "it was deleted before it was copied. Keep more checkpoints (max_to_keep), or write fewer"
-                )
-            logger.error("%s was not copied to %s: %s", wanted.path, self.url, reason)
-            self.publish(
-                CheckpointUploadFailed(
-                    step=wanted.step,
-                    path=str(wanted.path),
-                    url=self.url,
-                    tag=wanted.tag,
-                    error=reason,
-                )
-            )
+                return  # the Uploader reports it
+            self.waiting.remove(upload)
+            self._failed(upload, error)
             return
-        self.waiting.remove(wanted)
+        self.waiting.remove(upload)
         if size_bytes is None:
-            logger.info("%s lies at %s/%s already", wanted.path, self.url, name)
+            logger.info("%s is at %s/%s already", upload.path, self.url, name)
             return
         self.publish(
             CheckpointUploaded(
-                step=wanted.step,
-                path=str(wanted.path),
+                step=upload.step,
+                path=str(upload.path),
                 url=f"{self.url}/{name}",
-                tag=wanted.tag,
+                tag=upload.tag,
                 size_bytes=size_bytes,
                 duration_s=monotonic() - began_s,
+            )
+        )
+
+    def _failed(self, upload: PendingUpload, error: Exception) -> None:
+        reason = _text_of(error)
+        if not upload.path.exists():
+            reason = (
+                "it was deleted before it was copied. Retain more checkpoints (max_to_keep), or write fewer"
+            )
+        logger.error("%s was not copied to %s: %s", upload.path, self.url, reason)
+        self.publish(
+            CheckpointUploadFailed(
+                step=upload.step, path=str(upload.path), url=self.url, tag=upload.tag, error=reason
             )
         )
 
@@ -157,18 +211,18 @@ class UploadThread(WorkerThread):
         store.open()
         with ExitStack() as stack:
             checkpoint = read_manifest(path)
-            files = open_files(path, stack, self.stopping)
-            name, there = self._retried(partial(self._place, path, files))
-            if there:
+            files = self._open_files(path, stack)
+            name, is_there = self._retry(partial(self._place, path, files))
+            if is_there:
                 return name, None
             uploaded = in_parallel(
                 lambda file: self._put(f"{name}/{file.name}", file),
                 files,
                 threads=options.max_concurrency,
-                name=options.owner,
+                name=self._owner,
             )
         manifest = UploadManifest(
-            eventtrain=version("eventtrain"),
+            eventtrain=__version__,
             step=checkpoint.step,
             tag=checkpoint.tag,
             run_id=checkpoint.run_id,
@@ -177,14 +231,38 @@ class UploadThread(WorkerThread):
             files=tuple(uploaded),
             logs=tuple(self._logs.values()),
         )
-        self._retried(lambda: store.write(f"{name}/{UPLOAD_MANIFEST}", manifest.to_bytes()))
+        self._retry(lambda: store.write(f"{name}/{UPLOAD_MANIFEST}", manifest.to_bytes()))
         return name, manifest.size_bytes
 
+    def _open_files(self, folder: Path, stack: ExitStack) -> list[LocalFile]:
+        """Opens ``OPEN_FILES`` of the files of a folder until ``stack`` ends, so that their deletion does not matter.
+
+        Raises:
+            OSError: the folder was deleted before all of them were open.
+        """
+        inode = folder.stat().st_ino
+        files: list[LocalFile] = []
+        for path in files_in(folder):
+            name = path.relative_to(folder).as_posix()
+            if len(files) < OPEN_FILES:
+                files.append(self._open(path, name, stack))
+            else:
+                files.append(LocalFile(path, name, path.stat().st_size, None, self.stopping))
+        if (
+            folder.stat().st_ino != inode
+        ):  # it is renamed before its files are deleted, so some might be missing
+            raise FileNotFoundError(f"{folder} was replaced while it was read")
+        return files
+
+    def _open(self, path: Path, name: str, stack: ExitStack) -> LocalFile:
+        file = stack.enter_context(path.open("rb"))
+        return LocalFile(path, name, file.seek(0, 2), file, self.stopping)
+
     def _place(self, path: Path, files: Sequence[LocalFile]) -> tuple[str, bool]:
-        """Where a checkpoint can lie without touching another one, and whether this one lies there already."""
-        identity = next(sha256_of(file) for file in files if file.name == CHECKPOINT_MANIFEST)
+        """Returns a free path for a checkpoint, or its path and True if it is in the store already."""
+        identity = next(file.sha256(file.size_bytes) for file in files if file.name == CHECKPOINT_MANIFEST)
         try:
-            name = path.relative_to(self._options.run_dir).as_posix()
+            name = path.relative_to(self._run_dir).as_posix()
         except ValueError:
             name = f"{path.parent.name}/{path.name}"
         for each in (name if n == 1 else f"{name}-{n}" for n in count(1)):
@@ -200,55 +278,51 @@ class UploadThread(WorkerThread):
         raise AssertionError("unreachable")
 
     def _put(self, path: str, file: LocalFile) -> UploadedFile:
-        sha256 = self._retried(lambda: self._store.put(path, file))
+        sha256 = self._retry(lambda: self._store.put(path, file.size_bytes, file.read))
         return UploadedFile(path=file.name, size_bytes=file.size_bytes, sha256=sha256)
 
+    # --- on the thread: logs ----------------------------------------------------------------------------------
+
     def _copy_logs(self, step: int) -> None:
-        paths = {path for pattern in self._options.logs for path in self._options.run_dir.glob(pattern)}
+        paths = {path for pattern in self._options.logs for path in self._run_dir.glob(pattern)}
         for path in sorted(path for path in paths if path.is_file()):
             try:
                 self._copy_log(path)
             except Exception as error:
                 if self.stopping.is_set():
                     return
-                text = f"{path.name} was not copied to {self.url}: {_told(error)}"
+                text = f"{path.name} was not copied to {self.url}: {_text_of(error)}"
                 logger.error("%s", text)
-                self.publish(
-                    SubscriberFailed(
-                        step=step,
-                        subscriber=self._options.owner,
-                        event_kind="checkpoint_committed",
-                        error=text,
-                    )
-                )
+                kind = "checkpoint_committed"
+                self.publish(SubscriberFailed(step=step, subscriber=self._owner, event_kind=kind, error=text))
 
     def _copy_log(self, path: Path) -> None:
         now = path.stat()
         version = (now.st_size, now.st_mtime_ns)
         if self._copied.get(path) == version:
             return
-        name = path.relative_to(self._options.run_dir).as_posix()
+        name = path.relative_to(self._run_dir).as_posix()
         self._store.open()
         with ExitStack() as stack:
-            file = open_file(path, name, stack, self.stopping)
+            file = self._open(path, name, stack)
             if path not in self._copied:
-                self._retried(lambda: self._set_aside(file))
+                self._retry(lambda: self._set_aside(file))
             self._logs[path] = self._put(name, file)
         self._copied[path] = version
 
     def _set_aside(self, file: LocalFile) -> None:
-        """What another process wrote under this name, and this file does not begin with, gets a name of its own."""
+        """Renames an object that another process wrote under this name, unless this file begins with it."""
         store, name = self._store, file.name
         size = store.size_bytes(name)
-        if size is None or (size <= file.size_bytes and sha256_of(file, size) == store.sha256(name)):
+        if size is None or (size <= file.size_bytes and file.sha256(size) == store.sha256(name)):
             return
         names = (f"{name}.before-{n}" for n in count(1))
         store.rename(name, next(each for each in names if store.size_bytes(each) is None))
 
-    def _retried(self, action: Callable[[], T]) -> T:
+    def _retry(self, action: Callable[[], T]) -> T:
         options = self._options
         return retry(action, retries=options.retries, delay_s=options.retry_delay_s, stopping=self.stopping)
 
 
-def _told(error: Exception) -> str:
+def _text_of(error: Exception) -> str:
     return str(error) if isinstance(error, EventTrainError) else f"{type(error).__name__}: {error}"

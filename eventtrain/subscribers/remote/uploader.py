@@ -10,38 +10,38 @@ from eventtrain.errors import ConfigurationError, EventTrainError, SubscriberErr
 from eventtrain.events import CheckpointCommitted, CheckpointUploadFailed, RunResumed
 from eventtrain.subscribers._shared.validation import require_count, require_number
 from eventtrain.subscribers.base import RunContext, Subscriber
-from eventtrain.subscribers.remote.upload_manifest import Options, connect, keep_secret
-from eventtrain.subscribers.remote.upload_worker import UploadOptions, UploadThread, Wanted
+from eventtrain.subscribers.remote.object_store import ObjectStore, Options, keep_secret
+from eventtrain.subscribers.remote.upload_worker import PendingUpload, UploadOptions, UploadWorker
 
 logger = logging.getLogger("eventtrain")
 
 
 class Uploader(Subscriber):
-    """Copies each committed checkpoint to a store, whole and verified, and the logs of the run.
+    """Copies each committed checkpoint to a store, completely and verified, and the logs of the run.
 
     Args:
         url: ``s3://bucket/prefix``, ``gs://bucket/prefix``, ``az://container/prefix``, or an absolute folder, also as
             ``file:///folder``. ``{run_id}`` in it becomes that of the run. It is shown in events and logs, so it must
-            not hold keys. One run, one URL.
+            not contain keys. One run, one URL.
         options: obstore's configuration of its S3Store, GCSStore or AzureStore, such as ``endpoint`` and
             ``secret_access_key``, and of its HTTP client, such as ``allow_http``. What is not here comes from the
             environment (``AWS_ACCESS_KEY_ID`` ...). No value is ever shown.
         logs: patterns of files in ``run_dir`` that are copied before each checkpoint and at the end; () for none.
         max_concurrency: files copied at once. Each takes about 40 MiB of memory at most.
-        retries, retry_delay_s: more tries of one file, and the seconds before the first of them; doubled each time.
+        retries, retry_delay_s: more attempts for one file, and the seconds before the first of them; doubled each time.
         timeout_s: of one request, which carries at most 8 MiB (of a file above 70 GiB, a 9,000th of it).
-        finish_timeout_s: how long ``stop`` waits for what is on its way, within the trainer's ``drain_timeout_s``.
+        finish_timeout_s: how long ``stop`` waits for what is not copied, within the trainer's ``drain_timeout_s``.
 
     List it after the loggers, whose last rows it copies. Checkpoints are copied in the order in which they were
-    committed, to where they lie below ``run_dir``. ``manifest.json``, with the SHA-256 of each file, comes last: a
-    checkpoint without one does not exist. CheckpointUploaded says that it is there, CheckpointUploadFailed that it
-    is not and will not be. A run that resumes copies what lies in its Checkpointer's folder and not in the store.
-    Nothing there is deleted. Only files without a manifest, and logs that went on, are overwritten.
+    committed, to their paths below ``run_dir``. ``manifest.json``, with the SHA-256 of each file, comes last: a
+    checkpoint without one does not exist. CheckpointUploaded reports that it is in the store, CheckpointUploadFailed
+    that it is not and will not be. A resumed run copies the checkpoints in its Checkpointer's folder that are not in
+    the store. Nothing in the store is deleted. Only files without a manifest, and logs that grew, are overwritten.
 
-    ``download_checkpoint`` brings one back. Tested with an S3 server and with folders; GCS and Azure are untested.
+    ``download_checkpoint`` fetches one. Tested with an S3 server and with folders; GCS and Azure are untested.
 
     Raises:
-        ConfigurationError: obstore is missing, or an argument cannot work.
+        ConfigurationError: obstore is not installed, or an argument is invalid.
     """
 
     disable_after = None  # a store that was away for a day may be back
@@ -66,69 +66,68 @@ class Uploader(Subscriber):
         for pattern in logs:
             if not pattern or PurePath(pattern).is_absolute() or ".." in PurePath(pattern).parts:
                 raise ConfigurationError(
-                    f"Uploader(logs={logs!r}): {pattern!r} is no pattern of files below run_dir."
+                    f"Uploader(logs={logs!r}): logs must be patterns of files below run_dir, got {pattern!r}."
                 )
         self._url = url
-        self._connect = partial(connect, "Uploader", options=keep_secret(options or {}), timeout_s=timeout_s)
-        self._connect(url.replace("{run_id}", "run"))  # finds out now whether that can work
-        self._logs = logs
-        self._max_concurrency = max_concurrency
-        self._retries = retries
-        self._retry_delay_s = retry_delay_s
+        secret = keep_secret(options or {})
+        self._connect = partial(ObjectStore, "Uploader", options=secret, timeout_s=timeout_s)
+        self._connect(url.replace("{run_id}", "run"))  # raises now if that cannot work
+        self._options = UploadOptions(logs, max_concurrency, retries, retry_delay_s)
         self._finish_timeout_s = finish_timeout_s
         self._run: RunContext | None = None
-        self._thread: UploadThread | None = None
+        self._worker: UploadWorker | None = None
         self._step = 0
 
     async def start(self, run: RunContext) -> None:
-        """Start the thread that copies."""
+        """Starts the thread that copies."""
         self._run = run
-        options = UploadOptions(
-            owner=self.name or "Uploader",
+        self._worker = UploadWorker(
+            self.name or "Uploader",
+            run.publish,
+            store=self._connect(self._url.replace("{run_id}", run.run_id)),
             run_dir=run.run_dir,
-            logs=self._logs,
-            max_concurrency=self._max_concurrency,
-            retries=self._retries,
-            retry_delay_s=self._retry_delay_s,
+            options=self._options,
         )
-        store = self._connect(self._url.replace("{run_id}", run.run_id))
-        self._thread = UploadThread(store, options, run.publish)
-        self._thread.start()
+        self._worker.start()
 
     async def on_checkpoint_committed(self, event: CheckpointCommitted) -> None:
-        """Have it copied; returns at once."""
+        """Has it copied; returns at once."""
         self._step = event.step
-        if self._thread is not None:
-            self._thread.add(Wanted(Path(event.path), event.step, event.tag))
+        if self._worker is not None:
+            self._worker.add(PendingUpload(Path(event.path), event.step, event.tag))
 
     async def on_run_resumed(self, event: RunResumed) -> None:
-        """Have copied what the attempts before could not; returns at once."""
-        if self._thread is not None:
-            self._thread.add_all(Path(event.path).parent)
+        """Has copied what the earlier attempts could not; returns at once."""
+        if self._worker is not None:
+            self._worker.add_all(Path(event.path).parent)
 
     async def stop(self) -> None:
-        """Wait for what is on its way. Raises SubscriberError where that takes too long."""
-        run, thread, self._thread = self._run, self._thread, None
-        if run is None or thread is None:
+        """Waits for what is not copied.
+
+        Raises:
+            SubscriberError: that took longer than ``finish_timeout_s``.
+        """
+        run, worker, self._worker = self._run, self._worker, None
+        if run is None or worker is None:
             return
-        thread.add_logs(self._step)
-        in_time = await thread.finish_within(self._finish_timeout_s, partial(_tell_left, thread, run))
+        worker.add_logs(self._step)
+        in_time = await worker.finish_within(self._finish_timeout_s, partial(_report_left, worker, run))
         if not in_time:
             raise SubscriberError(
-                f"Not everything was copied to {thread.url} within {self._finish_timeout_s:g} s after the run."
+                f"Not everything was copied to {worker.url} within {self._finish_timeout_s:g} s after the run."
             )
 
 
-def _tell_left(thread: UploadThread, run: RunContext) -> None:
-    reason = "it was not there when the time for the end of the run was over"
-    left = list(thread.waiting)
-    names = ", ".join(wanted.path.name for wanted in left) or "the last rows of the logs"
-    logger.error("The time for the end of the run is over; %s lacks %s", thread.url, names)
-    for wanted in left:
+def _report_left(worker: UploadWorker, run: RunContext) -> None:
+    left = list(worker.waiting)
+    names = ", ".join(upload.path.name for upload in left) or "the last rows of the logs"
+    logger.error("The time for the end of the run is over; %s lacks %s", worker.url, names)
+    reason = "it was not in the store when the time for the end of the run was over"
+    for upload in left:
         event = CheckpointUploadFailed(
-            step=wanted.step, path=str(wanted.path), url=thread.url, tag=wanted.tag, error=reason
+            step=upload.step, path=str(upload.path), url=worker.url, tag=upload.tag, error=reason
         )
         try:
             run.publish(event)
         except EventTrainError as error:
-            logger.error("The event that says so was not taken: %s", error)
+            logger.error("The event that reports it was not published: %s", error)

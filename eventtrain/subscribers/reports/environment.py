@@ -9,12 +9,17 @@ from importlib.metadata import PackageNotFoundError, version
 
 import jax
 
-PACKAGES = ("eventtrain", "jax", "jaxlib", "optax", "orbax-checkpoint", "numpy")
+from eventtrain._version import __version__
+
+PACKAGES = ("jax", "jaxlib", "optax", "orbax-checkpoint", "numpy")
 
 
 def environment() -> dict[str, str]:
     """Name -> value. No host, user, path or environment variable. Any thread, once JAX has a backend."""
-    facts = {"Python": f"{platform.python_version()} ({platform.python_implementation()})"}
+    facts = {
+        "Python": f"{platform.python_version()} ({platform.python_implementation()})",
+        "eventtrain": __version__,
+    }
     for package in PACKAGES:
         try:
             facts[package] = version(package)

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from datetime import UTC, datetime
 from functools import partial
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal
 
+from eventtrain._version import __version__
 from eventtrain.errors import ConfigurationError, SubscriberError
 from eventtrain.events import Event, StepsCompleted
 from eventtrain.subscribers._shared.atomic_files import write_atomically
@@ -161,7 +161,7 @@ class Report(Subscriber):
             failures.append(error)
             return
         content = mapped(whole, partial(without_folders, run_dir=run.run_dir))
-        footer = f"Written by eventtrain {version('eventtrain')}, {datetime.now(UTC):%Y-%m-%d %H:%M} UTC."
+        footer = f"Written by eventtrain {__version__}, {datetime.now(UTC):%Y-%m-%d %H:%M} UTC."
         texts = (
             (self._html, partial(to_html, content, curves.LIGHT, curves.DARK, footer)),
             (self._markdown, partial(to_markdown, content, footer)),

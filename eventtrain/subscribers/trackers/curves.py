@@ -1,9 +1,14 @@
-"""``TrackedCurves``: from events to points of a tracker's curves, but for those of single steps. Pure."""
+"""``TrackedCurves``: the points of a tracker's curves, from the events of a run. Pure.
+
+Points of single steps are not made here: they come in windows, by ``step_rows``.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterator, Mapping
 from typing import NamedTuple
+
+from pydantic import BaseModel, ConfigDict
 
 from eventtrain.events import (
     EpochCompleted,
@@ -15,7 +20,6 @@ from eventtrain.events import (
     StepsCompleted,
 )
 from eventtrain.events.models import Number
-from eventtrain.subscribers.trackers.hyperparam_curve import HyperparamCurve, HyperparamCurveState, Value
 
 
 class Points(NamedTuple):
@@ -26,64 +30,102 @@ class Points(NamedTuple):
     values: Mapping[str, Number]
 
     def named(self) -> dict[str, Number]:
-        """By the name of the curve: ``<group>/<name>``."""
+        """Returns the values by the name of their curve: ``<group>/<name>``."""
         return {f"{self.group}/{name}": value for name, value in self.values.items()}
 
 
+class HyperparamCurveState(BaseModel):
+    """State saved with checkpoints: name -> step and value, of the newest points and of those not due yet."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", ser_json_inf_nan="strings")
+
+    last: dict[str, tuple[int, float]] = {}
+    waiting: dict[str, tuple[int, float]] = {}
+
+
 class TrackedCurves:
-    """Turns events, in their order, into points of ``epoch/...``, ``eval/...`` and ``hyperparams/...``, none twice."""
+    """Turns events, in their order, into points of ``epoch/...``, ``eval/...`` and ``hyperparams/...``, none twice.
+
+    Call ``points`` with each event of the types ``events``. A hyperparameter has a point at the first step, at each
+    change, and at the last step of each epoch. A change at boundary k is a point of step k + 1, the first that is
+    computed with it. It is returned once that step is completed: several changes at one boundary are one point.
+    """
 
     events = (RunStarted, EpochStarted, StepsCompleted, EvalCompleted, HyperparamChanged, EpochCompleted)
-    """What it has to hear of."""
 
     def __init__(self) -> None:
-        self._hyperparams = HyperparamCurve()
+        self._last: dict[str, tuple[int, float]] = {}
+        self._waiting: dict[str, tuple[int, float]] = {}
         self.evaluated_at = -1
-        """The step of the last evaluation there are points of; together with ``state`` what survives a restart."""
+        """Step of the last evaluation that has points; a restart needs it and ``state``."""
 
     def points(self, event: Event) -> list[Points]:
-        """What ``event`` adds; an event of another kind adds nothing."""
+        """Returns the points that ``event`` adds; none for an event of another type."""
         match event:
             case StepsCompleted():
                 return self.due(event.last_step)
             case HyperparamChanged():
-                return _of_hyperparams(self._hyperparams.changed(event))
+                return self._changed(event)
             case EpochCompleted():
-                return [
-                    *_of_hyperparams(self._hyperparams.completed(event)),
-                    *_of_metrics(event.step, "epoch", event.metrics),
-                ]
+                values = [*self.due(event.step), *self._at_the_end_of(event)]
+                return [*values, *_of_metrics(event.step, "epoch", event.metrics)]
             case EvalCompleted() if (
                 event.step > self.evaluated_at
-            ):  # else a command evaluated at this very boundary
+            ):  # a command may evaluate the same boundary again
                 self.evaluated_at = event.step
                 return _of_metrics(event.step, "eval", event.metrics)
             case EpochStarted():
-                self._hyperparams.started(event)
-            case RunStarted():  # perhaps another trainer's, from the first step on
-                self._hyperparams.begin(event.step)
-                self.evaluated_at = min(self.evaluated_at, event.step)
+                for name, value in event.hyperparams.items():
+                    if name not in self._last and name not in self._waiting:
+                        self._waiting[name] = (event.step + 1, float(value))
+            case RunStarted(step=step):  # perhaps of another trainer, from the first step on
+                self._last = {name: point for name, point in self._last.items() if point[0] <= step}
+                self._waiting = {name: point for name, point in self._waiting.items() if point[0] <= step + 1}
+                self.evaluated_at = min(self.evaluated_at, step)
             case _:
                 pass
         return []
 
     def due(self, step: int) -> list[Points]:
-        """What was noted of steps up to ``step``."""
-        return _of_hyperparams(self._hyperparams.due(step))
+        """Returns the points of hyperparameters that waited for ``step`` or an earlier one, in order."""
+        due = {name: point for name, point in self._waiting.items() if point[0] <= step}
+        self._last.update(due)
+        for name in due:
+            del self._waiting[name]
+        return [
+            _of_hyperparam(*point) for point in sorted((at, name, value) for name, (at, value) in due.items())
+        ]
 
     @property
     def state(self) -> HyperparamCurveState:
-        """What ``restore`` takes."""
-        return self._hyperparams.state
+        """State for ``restore``."""
+        return HyperparamCurveState(last=dict(self._last), waiting=dict(self._waiting))
 
     def restore(self, state: HyperparamCurveState, evaluated_at: int) -> None:
-        """Go on where these were read."""
-        self._hyperparams.restore(state)
+        """Continues from a saved state."""
+        self._last, self._waiting = dict(state.last), dict(state.waiting)
         self.evaluated_at = evaluated_at
 
+    def _changed(self, event: HyperparamChanged) -> list[Points]:
+        due = self.due(event.step)
+        known = event.name in self._last or event.name in self._waiting
+        self._waiting[event.name if known else event.path] = (event.step + 1, float(event.new))
+        return due
 
-def _of_hyperparams(values: Iterable[Value]) -> list[Points]:
-    return [Points(step, "hyperparams", {name: value}) for step, name, value in values]
+    def _at_the_end_of(self, event: EpochCompleted) -> Iterator[Points]:
+        for name, shown in event.hyperparams.items():
+            at, value = self._last.get(name, (-1, float(shown)))
+            if (
+                name not in self._waiting
+            ):  # else it changed at this boundary, and the last step had the old value
+                value = float(shown)
+            if at < event.step:
+                self._last[name] = (event.step, value)
+                yield _of_hyperparam(event.step, name, value)
+
+
+def _of_hyperparam(step: int, name: str, value: float) -> Points:
+    return Points(step, "hyperparams", {name: value})
 
 
 def _of_metrics(step: int, group: str, metrics: Mapping[str, Number]) -> list[Points]:

@@ -1,7 +1,7 @@
-"""``TrackedArrays``: arrays of the state, read from a snapshot now and then, in the thread of a tracker.
+"""``HistogramSnapshots``: arrays of the state for histograms, read from snapshots in the thread of a tracker.
 
-The loop keeps the state of one boundary; nothing is copied on the training thread, and nothing waits. One snapshot at
-a time: while it is read, no other is asked for.
+The loop keeps the state of one boundary; nothing is copied on the training thread, and nothing waits. There is one
+snapshot at a time: while it is read, no other is requested.
 """
 
 from __future__ import annotations
@@ -19,12 +19,16 @@ from eventtrain.errors import ConfigurationError, SnapshotError, StorageError
 from eventtrain.events import CommandRejected, EpochCompleted, SnapshotTaken, StepsCompleted
 from eventtrain.subscribers._shared.validation import require_count
 from eventtrain.subscribers.base import RunContext
+from eventtrain.subscribers.trackers.recorded_values import Array
 
 logger = logging.getLogger("eventtrain")
 
+BINS = 64
+PATH_PART = re.compile(r"\[['\"]([^]]*)['\"]\]|\[([^]]*)\]|\.(\w+)")
 
-class TrackedArrays:
-    """Asks for snapshots on a schedule, and reads the arrays of one.
+
+class HistogramSnapshots:
+    """Requests snapshots on a schedule, and reads the arrays of each.
 
     Args:
         owner: name of the subscriber's class, for errors.
@@ -32,19 +36,20 @@ class TrackedArrays:
         arrays: patterns (as of ``fnmatch``) of the arrays' names, such as ``params/dense/*``; None: the params.
 
     A name is the array's path in the state with slashes: ``['params']['w']`` is ``params/w``.
+
+    Raises:
+        ConfigurationError: an argument is invalid.
     """
 
     def __init__(
         self, owner: str, every: int | None, every_epochs: int | None, arrays: tuple[str, ...] | None
     ) -> None:
-        if every is not None:
-            require_count(owner, "histogram_every", every, at_least=1)
-        if every_epochs is not None:
-            require_count(owner, "histogram_every_epochs", every_epochs, at_least=1)
+        require_count(owner, "histogram_every", every, at_least=1, optional=True)
+        require_count(owner, "histogram_every_epochs", every_epochs, at_least=1, optional=True)
         if arrays is not None and every is None and every_epochs is None:
             raise ConfigurationError(
-                f"{owner}(arrays={arrays!r}): of these histograms are made, and nothing says when. Give "
-                "histogram_every (steps) or histogram_every_epochs."
+                f"{owner}(arrays={arrays!r}): arrays requires a schedule. Set histogram_every (steps) or "
+                "histogram_every_epochs."
             )
         self._owner = owner
         self._every = every
@@ -53,77 +58,75 @@ class TrackedArrays:
         self._run: RunContext | None = None
         self._tag = ""
         self._in_flight = False
-        self._said = False
+        self._warned = False
 
     def start(self, run: RunContext, name: str) -> None:
-        """A run begins; ``name`` is the subscriber's."""
+        """Begins a run; ``name`` is the subscriber's."""
         self._run = run
         self._tag = f"{name} reads"
         self._in_flight = False
 
-    def steps(self, event: StepsCompleted) -> None:
-        """Ask for a snapshot if these steps are due."""
+    def on_steps(self, event: StepsCompleted) -> None:
+        """Requests a snapshot if these steps are due."""
         if self._every is not None and event.is_multiple_of(self._every):
-            self._ask()
+            self._request()
 
-    def epoch(self, event: EpochCompleted) -> None:
-        """Ask for a snapshot if this epoch is due, and not the last one: the run would be over before it was taken."""
+    def on_epoch(self, event: EpochCompleted) -> None:
+        """Requests a snapshot if this epoch is due. Not of the last one: the run would end before it was taken."""
         run = self._run
         is_last = (
             run is not None and run.epochs is not None and event.epoch + 1 >= run.start_epoch + run.epochs
         )
         if self._every_epochs is not None and event.is_multiple_of(self._every_epochs) and not is_last:
-            self._ask()
+            self._request()
+
+    def on_rejected(self, event: CommandRejected) -> None:
+        """Logs a warning, once, if a snapshot was refused, for example because the device has no room."""
+        if getattr(event.command, "tag", None) == self._tag:
+            self._in_flight = False
+            if not self._warned:
+                logger.warning("%s makes no histograms of step %d: %s", self._owner, event.step, event.reason)
+            self._warned = True
 
     def taken(self, event: SnapshotTaken) -> KeptSnapshot | None:
-        """The snapshot that ``event`` tells of, if it is ours; ``read`` or ``done`` has to follow."""
+        """Returns the snapshot that ``event`` announces if it was requested here; ``read`` or ``release`` it."""
         if event.tag != self._tag or self._run is None:
             return None
         return self._run.control.snapshots.get(self._tag)
 
-    def rejected(self, event: CommandRejected) -> None:
-        """The device has no room, say."""
-        if getattr(event.command, "tag", None) == self._tag:
-            self._in_flight = False
-            if not self._said:
-                logger.warning("%s makes no histograms of step %d: %s", self._owner, event.step, event.reason)
-            self._said = True
-
-    def read(self, snapshot: KeptSnapshot) -> dict[str, np.ndarray[Any, Any]]:
-        """The arrays by name, as they are on the host; only numbers. Blocks; afterwards the snapshot is released.
+    def read(self, snapshot: KeptSnapshot) -> dict[str, Array]:
+        """Returns the arrays by name, as host arrays of numbers, and releases the snapshot. Blocks.
 
         Raises:
-            StorageError: there is no such array, or the snapshot is gone.
+            StorageError: no array has such a name, or the snapshot was released before.
         """
         try:
             return self._read(snapshot)
         except SnapshotError as error:
             raise StorageError(str(error)) from None
         finally:
-            self.done(snapshot)
+            self.release(snapshot)
 
-    def done(self, snapshot: KeptSnapshot | None = None) -> None:
-        """Release a snapshot that is not read, and any that an earlier attempt left. Any thread."""
+    def release(self, snapshot: KeptSnapshot | None = None) -> None:
+        """Releases a snapshot that is not read, or any that an earlier attempt left. Any thread."""
         if snapshot is None and self._run is not None:
             snapshot = self._run.control.snapshots.get(self._tag)
         if snapshot is not None:
             snapshot.release()
         self._in_flight = False
 
-    def _ask(self) -> None:
+    def _request(self) -> None:
         if not self._in_flight and self._run is not None:
             self._in_flight = True
             self._run.control.snapshot(self._tag, reason="histograms")
 
-    def _read(self, snapshot: KeptSnapshot) -> dict[str, np.ndarray[Any, Any]]:
+    def _read(self, snapshot: KeptSnapshot) -> dict[str, Array]:
         assert self._run is not None
         params = {path for path in self._run.params.values() if path is not None}
-        wanted = _Wanted(params if self._patterns is None else None, self._patterns or ())
+        wanted = _WantedPaths(params if self._patterns is None else None, self._patterns or ())
         found = snapshot.device.host_leaves(wanted)
         arrays = {
-            array_name(path): np.array(
-                array
-            )  # what CPU gives is a view, which would keep the device's memory
+            array_name(path): np.array(array)  # on a CPU it is a view, which would keep the device's memory
             for path, array in found.items()
             if isinstance(array, np.ndarray)
         }
@@ -135,8 +138,8 @@ class TrackedArrays:
         return arrays
 
 
-class _Wanted(Collection[str]):
-    """The paths of what is read; nothing else is transferred."""
+class _WantedPaths(Collection[str]):
+    """Paths of the arrays to be read; no other is transferred."""
 
     def __init__(self, paths: set[str] | None, patterns: tuple[str, ...]) -> None:
         self.asked: list[str] = []
@@ -157,9 +160,25 @@ class _Wanted(Collection[str]):
         return len(self._paths or ())
 
 
-PART = re.compile(r"\[['\"]([^]]*)['\"]\]|\[([^]]*)\]|\.(\w+)")
-
-
 def array_name(path: str) -> str:
-    """``['params']['w'][0].bias`` is called ``params/w/0/bias``."""
-    return PART.sub(lambda part: "/" + (part[1] or part[2] or part[3] or ""), path).strip("/") or "state"
+    """Returns the name of an array: that of ``['params']['w'][0].bias`` is ``params/w/0/bias``."""
+    return PATH_PART.sub(lambda part: "/" + (part[1] or part[2] or part[3] or ""), path).strip("/") or "state"
+
+
+def finite_values(array: Any) -> tuple[Array, int]:
+    """Returns the finite values, float64[n], and the number of the others."""
+    values = np.asarray(array, np.float64).ravel()
+    finite = values[np.isfinite(values)]
+    return finite, values.size - finite.size
+
+
+def bin_edges(values: Array) -> Array:
+    """Returns the edges of a histogram of finite float64 values, at least one; each value is in one of the bins."""
+    low, high = float(values.min()), float(values.max())
+    if low == high:
+        low, high = np.nextafter(low, -np.inf), np.nextafter(high, np.inf)
+        return np.array([low, high]) if np.isfinite([low, high]).all() else np.array([values[0], values[0]])
+    with np.errstate(over="ignore"):  # in halves: high - low may exceed float64
+        edges = np.linspace(low / 2, high / 2, BINS + 1) * 2
+    edges[0], edges[-1] = low, high
+    return np.unique(edges)

@@ -5,13 +5,13 @@ from __future__ import annotations
 import logging
 import uuid
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
 from functools import partial
 from time import monotonic
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import SecretStr
 
-from eventtrain.errors import ConfigurationError
 from eventtrain.events import (
     TO_BE_CONTINUED,
     EpochCompleted,
@@ -21,18 +21,20 @@ from eventtrain.events import (
     RunStarted,
     StepsCompleted,
 )
+from eventtrain.subscribers._shared.optional_imports import import_optional, require_installed
 from eventtrain.subscribers._shared.state import SavedState
 from eventtrain.subscribers._shared.step_table import due_steps, step_rows
-from eventtrain.subscribers._shared.validation import require_count, require_number
-from eventtrain.subscribers.base import RunContext, Subscriber
-from eventtrain.subscribers.trackers.curves import Points, TrackedCurves
-from eventtrain.subscribers.trackers.hyperparam_curve import HyperparamCurveState
-from eventtrain.subscribers.trackers.tracker_thread import TrackerStatistics, TrackerThread
+from eventtrain.subscribers._shared.validation import require_count
+from eventtrain.subscribers.base import RunContext
+from eventtrain.subscribers.trackers.curves import HyperparamCurveState, Points, TrackedCurves
+from eventtrain.subscribers.trackers.tracker import Tracker
 
-try:
-    from eventtrain.subscribers.trackers import mlflow_run
-except ModuleNotFoundError:
-    mlflow_run = None
+if TYPE_CHECKING:
+    from eventtrain.subscribers.trackers.mlflow_run import MLflowRun, Value
+
+mlflow_run = import_optional(
+    "eventtrain.subscribers.trackers.mlflow_run", extra="mlflow", used_by="MLflowLogger"
+)
 
 logger = logging.getLogger("eventtrain")
 
@@ -40,15 +42,10 @@ SEND_INTERVAL_S = 1.0
 """How long rows may be collected before they are sent in one request."""
 SEND_VALUES = 1000
 """As many as MLflow takes in one request."""
-SETTLE_S = 10.0
-"""How long a checkpoint waits for rows to arrive."""
-
-Row = tuple[str, float, int, int]
-"""Name, value, step, milliseconds since 1970."""
 
 
 class MLflowLoggerState(SavedState):
-    """What survives a restart."""
+    """State saved with checkpoints."""
 
     version: Literal[1] = 1
     run_id: str | None
@@ -58,32 +55,54 @@ class MLflowLoggerState(SavedState):
     evaluated_at: int = -1
 
 
-class MLflowLogger(Subscriber):
-    """Logs a run to MLflow: one run there for one here, also over restarts.
+@dataclass
+class _Batch:
+    """Rows for one request, as windows of steps and lists of values."""
+
+    send_at_s: float = 0.0
+    parts: list[StepsCompleted | list[Value]] = field(default_factory=list["StepsCompleted | list[Value]"])
+    rows: int = 0
+    values: int = 0
+
+    def add(self, part: StepsCompleted | list[Value], rows: int, values: int) -> None:
+        if not self.parts:
+            self.send_at_s = monotonic() + SEND_INTERVAL_S
+        self.parts.append(part)
+        self.rows += rows
+        self.values += values
+
+    @property
+    def is_due(self) -> bool:
+        return self.values >= SEND_VALUES or monotonic() >= self.send_at_s
+
+
+class MLflowLogger(Tracker):
+    """Logs a run to MLflow: one run there for one run here, also over restarts.
 
     Args:
-        tracking_uri: such as ``sqlite:///mlflow.db`` or ``https://host``. It may hold a password, and is shown nowhere.
-        experiment: that the run belongs to; made if it is not there.
-        run_name: of the run in MLflow; ours' ``run_id`` if None.
-        params: logged once, at the start; what a run that resumes has already stays as it is.
+        tracking_uri: such as ``sqlite:///mlflow.db`` or ``https://host``. It may contain a password, and is never
+            shown.
+        experiment: that the run belongs to; created if missing.
+        run_name: of the run in MLflow; None: the ``run_id`` of this one.
+        params: logged once, at the start; those that a resumed run has already stay as they are.
         tags: set at each start, besides ``eventtrain.run_id`` and, at the end, ``eventtrain.stop_reason``.
         every: only steps that are a multiple of it are logged, each value as a row of MLflow's database; 0: none.
-        finish_timeout_s: how long ``stop`` waits for what is not logged, within the trainer's ``drain_timeout_s``.
+        finish_timeout_s: how long ``stop`` waits for rows that are not logged, within the trainer's
+            ``drain_timeout_s``.
 
-    The metrics in MLflow are ``step/<metric>``, ``epoch/<metric>`` (with ``val_`` those of evaluation),
+    The metrics in MLflow are ``step/<metric>``, ``epoch/<metric>`` (those of evaluation with ``val_``),
     ``eval/<metric>`` and ``hyperparams/<name>``, the value that a step was computed with. Characters that MLflow does
     not take become ``_``.
 
-    MLflow is spoken to in a thread of its own; what it has waiting is bounded, and what an outage costs is said
-    (``TrackerThread``). A run that resumes goes on with the run in MLflow that its checkpoint names, and leaves out the
-    steps that a metric has there already. Training again with the same logger goes on with the same run.
+    A thread of its own uses MLflow. Rows that wait for it are bounded; what an outage costs is reported
+    (``TrackerThread``). A resumed run continues the run in MLflow that its checkpoint names, and leaves out the steps
+    that a metric has there already. Training again with the same logger continues the same run.
 
     Raises:
-        ConfigurationError: MLflow is missing, or an argument cannot work.
+        ConfigurationError: MLflow is not installed, or an argument is invalid.
     """
 
     events = (*TrackedCurves.events, RunCompleted, RunFailed)
-    disable_after = None
 
     def __init__(
         self,
@@ -96,89 +115,63 @@ class MLflowLogger(Subscriber):
         every: int = 10,
         finish_timeout_s: float = 30.0,
     ) -> None:
-        if mlflow_run is None:
-            raise ConfigurationError(
-                "MLflowLogger needs MLflow, the whole of it. Install it: pip install 'eventtrain[mlflow]'."
-            )
+        require_installed(mlflow_run)
+        super().__init__(finish_timeout_s)
         require_count("MLflowLogger", "every", every)
-        require_number("MLflowLogger", "finish_timeout_s", finish_timeout_s, at_least=0)
-        self._connect = partial(
-            mlflow_run.MLflowRun,
-            tracking_uri if isinstance(tracking_uri, SecretStr) else SecretStr(tracking_uri),
-            experiment=experiment,
-        )
+        uri = tracking_uri if isinstance(tracking_uri, SecretStr) else SecretStr(tracking_uri)
+        self._connect = partial(mlflow_run.MLflowRun, uri, experiment=experiment)
         self._run_name = run_name
         self._params = dict(params or {})
         self._tags = dict(tags or {})
         self._every = every
-        self._finish_timeout_s = finish_timeout_s
         self._run_id: str | None = None
         self._token = uuid.uuid4().hex
         self._curves = TrackedCurves()
         self._newest: Event = RunStarted()
-        self._collected: list[StepsCompleted | list[Row]] = []
-        self._collected_rows = 0
-        self._collected_values = 0
-        self._send_at_s = 0.0
-        self._mlflow: Any = None
-        self._thread: TrackerThread | None = None
+        self._batch = _Batch()
+        self._mlflow: MLflowRun | None = None
 
     @property
     def run_id(self) -> str | None:
-        """Of the run in MLflow; None while there is none. Any thread."""
+        """Id of the run in MLflow; None while there is none. Any thread."""
         return self._run_id
 
-    @property
-    def statistics(self) -> TrackerStatistics:
-        """What became of the rows of this run, or the last one."""
-        return self._thread.statistics if self._thread is not None else TrackerStatistics()
-
     async def start(self, run: RunContext) -> None:
-        """Start the thread that speaks to MLflow, and have it make the run, or go on with it."""
-        self._mlflow = self._connect(
+        """Starts the thread, which creates the run in MLflow or continues it."""
+        self._mlflow = run_there = self._connect(
             run_name=self._run_name or run.run_id, token=self._token, run_id=self._run_id
         )
-        self._thread = TrackerThread(self.name or "MLflowLogger", run.publish, target="MLflow")
-        self._thread.start()
-        self._thread.add(
-            partial(self._begin, {"eventtrain.run_id": run.run_id, **self._tags}),
-            step=run.start_step,
-            event_kind="start",
-            rows=0,
-            must_keep=True,
-        )
+        tags = {"eventtrain.run_id": run.run_id, **self._tags}
+        self._start_thread(run, "MLflow", partial(self._open, run_there, tags))
 
     async def handle(self, event: Event) -> None:
-        """Collect its values; returns at once."""
+        """Collects the event's values; returns at once."""
         self._newest = event
-        self._collect_points(self._curves.points(event))
-        if isinstance(event, StepsCompleted):
-            self._collect_steps(event)
-        elif isinstance(event, RunCompleted):
-            self._end("KILLED" if event.reason in TO_BE_CONTINUED else "FINISHED", event.reason)
-        elif isinstance(event, RunFailed):
-            self._end("FAILED", "failed")
-        due = self._collected_values >= SEND_VALUES or monotonic() >= self._send_at_s
-        if due or isinstance(event, EpochCompleted):
+        self._collect(self._curves.points(event))
+        match event:
+            case StepsCompleted() if self._every:
+                if rows := len(due_steps(event, self._every)):
+                    self._batch.add(event, rows, rows * len(event.metrics))
+            case RunCompleted():
+                self._end("KILLED" if event.reason in TO_BE_CONTINUED else "FINISHED", event.reason)
+            case RunFailed():
+                self._end("FAILED", "failed")
+            case _:
+                pass
+        if self._batch.is_due or isinstance(event, EpochCompleted):
             self._send()
 
     async def flush(self) -> None:
-        """Have everything so far in MLflow, if it takes it in time; an outage is not waited for."""
+        """Waits until MLflow has everything so far; an outage does not delay a checkpoint."""
         if self._thread is not None:
             self._send()
-            if not await self._thread.settle(SETTLE_S):
+            if not await self._flushed():
                 logger.warning(
                     "MLflow lacks rows of steps before this checkpoint; if the run is killed now, they are lost."
                 )
 
-    async def stop(self) -> None:
-        """Wait for what is on its way. Raises SubscriberError where that takes too long."""
-        thread = self._thread
-        if thread is not None and thread.is_alive():
-            await thread.aclose(self._finish_timeout_s)
-
     def state_dict(self) -> dict[str, Any]:
-        """Which run in MLflow it is, as plain JSON data."""
+        """Returns which run in MLflow it is, as plain JSON data."""
         return MLflowLoggerState(
             run_id=self._run_id,
             token=self._token,
@@ -187,81 +180,54 @@ class MLflowLogger(Subscriber):
         ).to_json()
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """At the next ``start``, go on with that run.
+        """Takes over a saved state: the next ``start`` continues that run.
 
         Raises:
-            StateError: another version, or broken.
+            StateError: the state is of another version, or broken.
         """
-        saved = MLflowLoggerState.parse(self.name or "MLflowLogger", state)
+        saved = MLflowLoggerState.parse(self._owner, state)
         self._run_id, self._token = saved.run_id, saved.token
         self._curves.restore(saved.curve, saved.evaluated_at)
 
     # --- on the event loop ------------------------------------------------------------------------------------
 
-    def _collect_steps(self, event: StepsCompleted) -> None:
-        rows = len(due_steps(event, self._every)) if self._every else 0
-        if rows:
-            self._collect(event, rows, rows * len(event.metrics))
-
-    def _collect_points(self, points: list[Points]) -> None:
-        if not points:
-            return
+    def _collect(self, points: list[Points]) -> None:
         time_ms = _ms(self._newest)
-        rows = [
+        values: list[Value] = [
             (name, float(value), point.step, time_ms)
             for point in points
             for name, value in point.named().items()
         ]
-        # The hyperparameters are one row together.
-        self._collect(rows, len({point.group for point in points}), len(rows))
-
-    def _collect(self, piece: StepsCompleted | list[Row], rows: int, values: int) -> None:
-        if not self._collected:
-            self._send_at_s = monotonic() + SEND_INTERVAL_S
-        self._collected.append(piece)
-        self._collected_rows += rows
-        self._collected_values += values
+        if values:  # the hyperparameters are one row together
+            self._batch.add(values, len({point.group for point in points}), len(values))
 
     def _send(self) -> None:
-        collected, self._collected = self._collected, []
-        rows, self._collected_rows, self._collected_values = self._collected_rows, 0, 0
-        if collected and self._thread is not None:
-            newest = self._newest
-            self._thread.add(
-                partial(self._log, collected), step=newest.step, event_kind=newest.kind, rows=rows
-            )
+        batch, self._batch = self._batch, _Batch()
+        if batch.parts and self._mlflow is not None:
+            self._add(self._newest, partial(self._log, self._mlflow, batch), rows=batch.rows)
 
     def _end(self, status: str, reason: str) -> None:
-        self._collect_points(self._curves.due(self._newest.step))
+        self._collect(self._curves.due(self._newest.step))
         self._send()
-        if self._thread is not None:
-            self._thread.add(
-                partial(self._finish, status, {"eventtrain.stop_reason": reason}),
-                step=self._newest.step,
-                event_kind=self._newest.kind,
-                rows=0,
-                must_keep=True,
-            )
+        if self._mlflow is not None:
+            close = partial(self._mlflow.close, status, {"eventtrain.stop_reason": reason})
+            self._add(self._newest, close, rows=0)
 
     # --- on the thread ----------------------------------------------------------------------------------------
 
-    def _begin(self, tags: Mapping[str, str]) -> None:
-        self._run_id = self._mlflow.open()
-        self._mlflow.describe(self._params, tags)
+    def _open(self, run: MLflowRun, tags: Mapping[str, str]) -> None:
+        self._run_id = run.open()
+        run.describe(self._params, tags)
 
-    def _log(self, collected: list[StepsCompleted | list[Row]]) -> None:
-        self._mlflow.log(row for piece in collected for row in self._rows(piece))
+    def _log(self, run: MLflowRun, batch: _Batch) -> None:
+        run.log(value for part in batch.parts for value in self._values(part))
 
-    def _finish(self, status: str, tags: Mapping[str, str]) -> None:
-        self._mlflow.describe({}, tags)
-        self._mlflow.close(status)
-
-    def _rows(self, piece: StepsCompleted | list[Row]) -> Iterator[Row]:
-        if isinstance(piece, list):
-            yield from piece
+    def _values(self, part: StepsCompleted | list[Value]) -> Iterator[Value]:
+        if isinstance(part, list):
+            yield from part
             return
-        time_ms = _ms(piece)
-        for step, metrics in step_rows(piece, self._every):
+        time_ms = _ms(part)
+        for step, metrics in step_rows(part, self._every):
             for name, value in metrics.items():
                 yield f"step/{name}", float(value), step, time_ms
 

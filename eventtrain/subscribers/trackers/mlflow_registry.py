@@ -3,23 +3,40 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 
 from mlflow import MlflowClient
 from mlflow.entities import Metric
 from mlflow.exceptions import MlflowException
 from pydantic import SecretStr
 
-from eventtrain.subscribers.trackers.mlflow_client import experiment_id, key_for, told
-from eventtrain.subscribers.trackers.registry_thread import Version
+from eventtrain.subscribers.trackers.mlflow_client import experiment_id, key_for, without_text
+
+
+@dataclass(frozen=True)
+class Version:
+    """A version to be registered.
+
+    Attributes:
+        source: path or URL of the checkpoint.
+        step: of its state.
+        metrics, tags: by name.
+    """
+
+    source: str
+    step: int
+    metrics: Mapping[str, float] = field(default_factory=dict[str, float])
+    tags: Mapping[str, str] = field(default_factory=dict[str, str])
 
 
 class MLflowRegistry:
-    """Adds versions to one registered model, and their metrics to one run of MLflow's. Nothing is done before ``add``.
+    """Adds versions to one registered model, and their metrics to one run in MLflow. Nothing is done before.
 
     Args:
-        model: its name; made if it is not there.
+        model: its name; created if missing.
         uri: of MLflow's store, for runs and models.
-        experiment: that the run belongs to; made if it is not there.
+        experiment: that the run belongs to; created if missing.
         run_name: of the run.
     """
 
@@ -32,8 +49,8 @@ class MLflowRegistry:
         self._run_id = ""
 
     def add(self, version: Version) -> str:
-        """Register one version; returns its number. Raises StorageError."""
-        with told():
+        """Registers one version; returns its number. Raises StorageError."""
+        with without_text():
             client = self._opened()
             now_ms = int(time.time() * 1000)
             metrics = {key_for(name): value for name, value in version.metrics.items()}
@@ -51,8 +68,8 @@ class MLflowRegistry:
             return str(made.version)
 
     def has(self, source: str) -> bool:
-        """Whether a version with this source is there. Raises StorageError."""
-        with told():
+        """Returns whether a version with this source is registered. Raises StorageError."""
+        with without_text():
             client = self._opened()
             token = None
             while True:
@@ -64,9 +81,9 @@ class MLflowRegistry:
                     return False
 
     def close(self, status: str) -> None:
-        """End the run: "FINISHED", "FAILED" or "KILLED". Raises StorageError."""
+        """Ends the run: "FINISHED", "FAILED" or "KILLED". Raises StorageError."""
         if self._run_id:
-            with told():
+            with without_text():
                 self._opened().set_terminated(self._run_id, status)
 
     def _opened(self) -> MlflowClient:
@@ -78,8 +95,7 @@ class MLflowRegistry:
             except MlflowException as error:
                 if error.error_code != "RESOURCE_ALREADY_EXISTS":
                     raise
-            self._run_id = client.create_run(
-                experiment_id(client, self._experiment), run_name=self._run_name
-            ).info.run_id
+            experiment = experiment_id(client, self._experiment)
+            self._run_id = client.create_run(experiment, run_name=self._run_name).info.run_id
             self._client = client
         return self._client

@@ -12,14 +12,14 @@ from mlflow.entities import Metric, Param, RunTag
 from mlflow.exceptions import MlflowException
 from pydantic import SecretStr
 
-from eventtrain.subscribers.trackers.mlflow_client import Keys, experiment_id, key_for, told
+from eventtrain.subscribers.trackers.mlflow_client import Keys, experiment_id, key_for, without_text
 
 T = TypeVar("T")
 
 logger = logging.getLogger("eventtrain")
 
 GONE = frozenset({"RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"})
-"""What MLflow says of a run that is not there, or that was deleted."""
+"""MLflow's error codes for a run that does not exist, or was deleted."""
 TOKEN = "eventtrain.token"
 METRICS_PER_BATCH = 1000
 PARAMS_PER_BATCH = 100
@@ -35,10 +35,11 @@ class MLflowRun:
 
     Args:
         uri: of MLflow's tracking store.
-        experiment: that a new run belongs to; made if it is not there.
+        experiment: that a new run belongs to; created if missing.
         run_name: of a new run.
-        token: a tag of the run, by which it is found where its id is not known: the answer that told it was lost, say.
-        run_id: of the run to go on with, if it is known.
+        token: a tag of the run, by which it is found if its id is not known, for example because the answer to its
+            creation was lost.
+        run_id: of the run to be continued, if it is known.
     """
 
     def __init__(
@@ -55,20 +56,17 @@ class MLflowRun:
         self._param_keys = Keys()
         self._params: set[str] = set()
         self._newest: dict[str, int] = {}
-        self.skipped = 0
-        """Values that were there already."""
 
     def open(self) -> str:
-        """Make the run, or go on with it; returns its id. Done once, however often it is called."""
+        """Creates the run, or continues it; returns its id. Further calls do nothing."""
         if self._client is None:
-            with told():
+            with without_text():
                 client = MlflowClient(tracking_uri=self._uri.get_secret_value())
-                if self._known_id is None or not self._go_on(client, self._known_id):
+                if self._known_id is None or not self._continue(client, self._known_id):
                     experiment = experiment_id(client, self._experiment)
-                    known = client.search_runs(
-                        [experiment], f"tags.`{TOKEN}` = '{self._token}'", max_results=1
-                    )
-                    if not known or not self._go_on(client, known[0].info.run_id):
+                    query = f"tags.`{TOKEN}` = '{self._token}'"
+                    known = client.search_runs([experiment], query, max_results=1)
+                    if not known or not self._continue(client, known[0].info.run_id):
                         made = client.create_run(
                             experiment, run_name=self._run_name, tags={TOKEN: self._token}
                         )
@@ -77,11 +75,11 @@ class MLflowRun:
         return self._run_id
 
     def describe(self, params: Mapping[str, object], tags: Mapping[str, str]) -> None:
-        """Log params that are not there yet, and set tags."""
+        """Logs params that the run does not have yet, and sets tags."""
         client = self._opened()
         keys = {self._param_keys[name]: str(value)[:VALUE_LIMIT] for name, value in params.items()}
         new = [Param(key, value) for key, value in keys.items() if key not in self._params]
-        with told():
+        with without_text():
             for batch in _batches(new, PARAMS_PER_BATCH):
                 client.log_batch(self._run_id, params=batch, synchronous=True)
                 self._params.update(param.key for param in batch)
@@ -89,35 +87,34 @@ class MLflowRun:
                 client.log_batch(self._run_id, tags=batch, synchronous=True)
 
     def log(self, values: Iterable[Value]) -> None:
-        """Log values; of a run that is gone on with, those of steps that its metric has already are skipped.
+        """Logs values, except those of steps that the metric had when the run was continued.
 
-        Once more after a failure: MLflow takes what it has, with its time, for the same.
+        May be repeated after a failure: MLflow takes a value that it has, with the same time, for the same one.
         """
         client = self._opened()
         metrics: list[Metric] = []
         for name, value, step, time_ms in values:
             key = self._keys[name]
-            if step <= self._newest.get(key, -1):
-                self.skipped += 1
-            else:
+            if step > self._newest.get(key, -1):
                 metrics.append(Metric(key, value, time_ms, step))
-        with told():
+        with without_text():
             for batch in _batches(metrics, METRICS_PER_BATCH):
                 client.log_batch(self._run_id, metrics=batch, synchronous=True)
 
-    def close(self, status: str) -> None:
-        """End the run: "FINISHED", "FAILED" or "KILLED"."""
+    def close(self, status: str, tags: Mapping[str, str]) -> None:
+        """Sets tags and ends the run: "FINISHED", "FAILED" or "KILLED"."""
+        self.describe({}, tags)
         client = self._opened()
-        with told():
+        with without_text():
             client.set_terminated(self._run_id, status)
 
-    def _go_on(self, client: MlflowClient, run_id: str) -> bool:
+    def _continue(self, client: MlflowClient, run_id: str) -> bool:
         try:
             client.update_run(run_id, status="RUNNING")
         except MlflowException as error:
             if error.error_code not in GONE:
                 raise
-            logger.warning("MLflow has no run %s to go on with; a new one is made", run_id)
+            logger.warning("MLflow has no run %s to continue; a new run is created", run_id)
             return False
         found = client.get_run(run_id)
         self._params = set(found.data.params)

@@ -7,32 +7,38 @@ from collections import deque
 from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from pydantic import SecretStr
 
-from eventtrain.errors import ConfigurationError, SubscriberError
+from eventtrain.errors import ConfigurationError, StorageError, SubscriberError
 from eventtrain.events import (
     TO_BE_CONTINUED,
     CheckpointCommitted,
     CheckpointUploaded,
     EpochCompleted,
+    Event,
     RunCompleted,
     RunFailed,
     RunResumed,
+    SubscriberFailed,
 )
+from eventtrain.subscribers._shared.optional_imports import import_optional, require_installed
+from eventtrain.subscribers._shared.retry import retry
 from eventtrain.subscribers._shared.validation import require_choice, require_count, require_number
+from eventtrain.subscribers._shared.worker_thread import WorkerThread
 from eventtrain.subscribers.base import RunContext, Subscriber
-from eventtrain.subscribers.trackers.registry_thread import RegistryThread, Version
 
-try:
-    from eventtrain.subscribers.trackers import mlflow_registry
-except ModuleNotFoundError:
-    mlflow_registry = None
+if TYPE_CHECKING:
+    from eventtrain.subscribers.trackers.mlflow_registry import MLflowRegistry, Version
+
+mlflow_registry = import_optional(
+    "eventtrain.subscribers.trackers.mlflow_registry", extra="mlflow", used_by="ModelRegistry"
+)
 
 logger = logging.getLogger("eventtrain")
 
-EPOCHS_KEPT = 100
+REMEMBERED_EPOCHS = 100
 """A checkpoint may be committed some epochs after that of its step."""
 
 
@@ -40,27 +46,28 @@ class ModelRegistry(Subscriber):
     """Registers committed checkpoints as versions of a model in MLflow, each with the metrics of the last epoch.
 
     Args:
-        name: of the registered model; made if it is not there.
-        tracking_uri: of MLflow, such as ``sqlite:///mlflow.db`` or ``https://host``. It may hold a password, and is
-            shown nowhere.
-        source: what a version points to. "checkpoint": the folder, once it is committed; "upload": its URL, once an
-            ``Uploader`` has copied it. A server of MLflow takes no folders.
+        name: of the registered model; created if missing.
+        tracking_uri: of MLflow, such as ``sqlite:///mlflow.db`` or ``https://host``. It may contain a password, and is
+            never shown.
+        source: of a version: "checkpoint": the folder, once it is committed; "upload": its URL, once an ``Uploader``
+            has copied it. An MLflow server takes no folders.
         directory: only the checkpoints of the Checkpointer with this directory; None: of all.
         tags: of each version, besides ``step``, ``epoch``, ``tag``, ``run_id`` and ``metrics.<name>``.
         metrics: names of those that are registered; None: all of EpochCompleted.
-        experiment: where the run lies that the metrics are logged to; each run of ours makes one.
-        retries, retry_delay_s: more tries, and the seconds before the first of them; doubled each time.
+        experiment: of the run that the metrics are logged to; there is one for each run of the trainer.
+        retries, retry_delay_s: more attempts, and the seconds before the first of them; doubled each time.
         finish_timeout_s: how long ``stop`` waits for what is not registered, within the trainer's ``drain_timeout_s``.
 
     The metrics are those of the last EpochCompleted up to the step of the checkpoint; before the first one there are
-    none. MLflow is spoken to in a thread of its own, and delays nothing. What cannot be registered is said by
-    SubscriberFailed. A run that resumes registers what it resumes from, if it is not there yet. A version outlives its
-    checkpoint: keep what you register (a tag, ``keep_best``, ``max_to_keep=None``), or register uploads.
+    none. A thread of its own uses MLflow and delays nothing. SubscriberFailed reports what cannot be registered. A
+    resumed run registers the checkpoint that it resumes from, if that is not registered yet. A version outlives its
+    checkpoint: retain what you register (a tag, ``keep_best``, ``max_to_keep=None``), or register uploads.
 
     Raises:
-        ConfigurationError: MLflow is missing, or an argument cannot work.
+        ConfigurationError: MLflow is not installed, or an argument is invalid.
     """
 
+    events = (EpochCompleted, CheckpointCommitted, CheckpointUploaded, RunResumed, RunCompleted, RunFailed)
     disable_after = None
 
     def __init__(
@@ -77,13 +84,10 @@ class ModelRegistry(Subscriber):
         retry_delay_s: float = 1.0,
         finish_timeout_s: float = 60.0,
     ) -> None:
-        if mlflow_registry is None:
-            raise ConfigurationError(
-                "ModelRegistry needs MLflow, the whole of it. Install it: pip install 'eventtrain[mlflow]'."
-            )
+        require_installed(mlflow_registry)
         if not name or set("/:'") & set(name):
             raise ConfigurationError(
-                f"ModelRegistry(name={name!r}): MLflow takes names without / and :, and here also without '."
+                f"ModelRegistry(name={name!r}): name must be a model name without / : and '."
             )
         require_choice("ModelRegistry", "source", source, ("checkpoint", "upload"))
         require_count("ModelRegistry", "retries", retries)
@@ -93,97 +97,115 @@ class ModelRegistry(Subscriber):
         self._directory = directory
         self._tags = dict(tags or {})
         self._metrics = metrics
-        self._connect = partial(
-            mlflow_registry.MLflowRegistry,
-            name,
-            tracking_uri if isinstance(tracking_uri, SecretStr) else SecretStr(tracking_uri),
-            experiment=experiment,
-        )
+        uri = tracking_uri if isinstance(tracking_uri, SecretStr) else SecretStr(tracking_uri)
+        self._connect = partial(mlflow_registry.MLflowRegistry, name, uri, experiment=experiment)
         self._retries = retries
         self._retry_delay_s = retry_delay_s
         self._finish_timeout_s = finish_timeout_s
-        self._epochs: deque[EpochCompleted] = deque(maxlen=EPOCHS_KEPT)
+        self._epochs: deque[EpochCompleted] = deque(maxlen=REMEMBERED_EPOCHS)
         self._status = "FINISHED"
         self._run: RunContext | None = None
-        self._thread: RegistryThread | None = None
+        self._registry: MLflowRegistry | None = None
+        self._thread: WorkerThread | None = None
+        self._waiting: list[str] = []
+        """Sources that are neither registered nor failed yet."""
 
     async def start(self, run: RunContext) -> None:
-        """Start the thread that speaks to MLflow."""
+        """Starts the thread that uses MLflow."""
         self._run = run
-        self._thread = RegistryThread(
-            self.name or "ModelRegistry",
-            run.publish,
-            self._connect(run_name=run.run_id),
-            retries=self._retries,
-            retry_delay_s=self._retry_delay_s,
-        )
+        self._registry = self._connect(run_name=run.run_id)
+        self._thread = WorkerThread(self._owner, run.publish)
         self._thread.start()
 
-    async def on_epoch_completed(self, event: EpochCompleted) -> None:
-        """Remember the metrics."""
-        self._epochs.append(event)
-
-    async def on_checkpoint_committed(self, event: CheckpointCommitted) -> None:
-        """Have it registered, if folders are; returns at once."""
-        if self._source == "checkpoint":
-            self._register(event, event.path)
-
-    async def on_checkpoint_uploaded(self, event: CheckpointUploaded) -> None:
-        """Have it registered, if uploads are; returns at once."""
-        if self._source == "upload":
-            self._register(event, event.url)
-
-    async def on_run_resumed(self, event: RunResumed) -> None:
-        """Have registered what the attempt before could not; returns at once."""
-        if self._source == "checkpoint":
-            self._register(event, event.path, unless_there=True)
-
-    async def on_run_completed(self, event: RunCompleted) -> None:
-        """Remember how it ended."""
-        self._status = "KILLED" if event.reason in TO_BE_CONTINUED else "FINISHED"
-
-    async def on_run_failed(self, event: RunFailed) -> None:
-        """Remember how it ended."""
-        self._status = "FAILED"
+    async def handle(self, event: Event) -> None:
+        """Has the checkpoint registered, or remembers metrics and the end of the run; returns at once."""
+        match event:
+            case EpochCompleted():
+                self._epochs.append(event)
+            case CheckpointCommitted() if self._source == "checkpoint":
+                self._register(event, event.path)
+            case CheckpointUploaded() if self._source == "upload":
+                self._register(event, event.url)
+            case RunResumed() if self._source == "checkpoint":  # the attempt before may have failed to
+                self._register(event, event.path)
+            case RunCompleted():
+                self._status = "KILLED" if event.reason in TO_BE_CONTINUED else "FINISHED"
+            case RunFailed():
+                self._status = "FAILED"
+            case _:
+                pass
 
     async def stop(self) -> None:
-        """Wait for what is not registered. Raises SubscriberError where that takes too long."""
+        """Waits for what is not registered.
+
+        Raises:
+            SubscriberError: that took longer than ``finish_timeout_s``.
+        """
         thread, self._thread = self._thread, None
-        if thread is None:
+        registry = self._registry
+        if thread is None or registry is None:
             return
-        thread.end(self._status)
+        thread.put(partial(self._end, thread, registry, self._status))
 
-        def give_up() -> None:
-            logger.error("The time for the end of the run is over; not registered: %s", thread.listing)
+        def unfinished() -> str:
+            return ", ".join(list(self._waiting)) or "nothing, but its run was not ended"
 
-        in_time = await thread.finish_within(self._finish_timeout_s, give_up)
-        if not in_time:
+        def report() -> None:
+            logger.error("The time for the end of the run is over; not registered: %s", unfinished())
+
+        if not await thread.finish_within(self._finish_timeout_s, report):
             raise SubscriberError(
-                f"Not everything was registered within {self._finish_timeout_s:g} s after the run: {thread.listing}."
+                f"Not everything was registered within {self._finish_timeout_s:g} s after the run; not registered: "
+                f"{unfinished()}."
             )
 
-    def _register(
-        self,
-        event: CheckpointCommitted | CheckpointUploaded | RunResumed,
-        source: str,
-        *,
-        unless_there: bool = False,
-    ) -> None:
-        run, thread = self._run, self._thread
-        if run is None or thread is None:
+    @property
+    def _owner(self) -> str:
+        return self.name or "ModelRegistry"
+
+    def _register(self, event: CheckpointCommitted | CheckpointUploaded | RunResumed, source: str) -> None:
+        run, thread, registry = self._run, self._thread, self._registry
+        if run is None or thread is None or registry is None:
             return
-        if (
-            self._directory is not None
-            and Path(event.path).parent != (run.run_dir / self._directory).absolute()
-        ):
-            return
-        epoch = next((one for one in reversed(self._epochs) if one.step <= event.step), None)
+        if self._directory is not None:
+            directory = (run.run_dir / self._directory).absolute()
+            if Path(event.path).parent != directory:
+                return
         tags = {"step": str(event.step), "run_id": run.run_id}
-        metrics: dict[str, float] = {}
         if not isinstance(event, RunResumed) and event.tag is not None:
             tags["tag"] = event.tag
+        metrics: dict[str, float] = {}
+        epoch = next((one for one in reversed(self._epochs) if one.step <= event.step), None)
         if epoch is not None:
             tags["epoch"] = str(epoch.epoch)
             names = epoch.metrics.keys() if self._metrics is None else self._metrics
             metrics = {name: float(epoch.metrics[name]) for name in names if name in epoch.metrics}
-        thread.add(Version(source, event.step, event.kind, metrics, {**tags, **self._tags}), unless_there)
+        version = mlflow_registry.Version(source, event.step, metrics, {**tags, **self._tags})
+        self._waiting.append(source)
+        thread.put(partial(self._add, thread, registry, event, version))
+
+    # --- on the thread ----------------------------------------------------------------------------------------
+
+    def _add(self, thread: WorkerThread, registry: MLflowRegistry, event: Event, version: Version) -> None:
+        source = version.source
+        attempt = partial(retry, retries=self._retries, delay_s=self._retry_delay_s, stopping=thread.stopping)
+        try:
+            if isinstance(event, RunResumed) and attempt(lambda: registry.has(source)):
+                logger.info("%s is registered already", source)
+            else:
+                logger.info("%s is version %s of the model", source, attempt(lambda: registry.add(version)))
+        except StorageError as error:
+            if thread.stopping.is_set():
+                return  # ``stop`` reports what is left
+            self._report(thread, event.step, event.kind, f"{source} was not registered: {error}")
+        self._waiting.remove(source)
+
+    def _end(self, thread: WorkerThread, registry: MLflowRegistry, status: str) -> None:
+        try:
+            registry.close(status)
+        except StorageError as error:
+            self._report(thread, 0, "stop", f"the run in MLflow was not ended: {error}")
+
+    def _report(self, thread: WorkerThread, step: int, event_kind: str, text: str) -> None:
+        logger.error("%s", text)
+        thread.publish(SubscriberFailed(step=step, subscriber=self._owner, event_kind=event_kind, error=text))

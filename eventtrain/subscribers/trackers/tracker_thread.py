@@ -1,38 +1,40 @@
-"""``TrackerThread``: rows on their way to a tracker, which may be slow, fail or hang without touching the run.
+"""``TrackerThread``: writes rows to a tracker that may be slow, fail or hang, without affecting the run.
 
-A tracker's subscriber only puts jobs in; the thread does them in order, tries again while the target is away, flushes
-from time to time, and says what was lost. Nothing here knows what a row is.
+A tracker's subscriber only adds jobs. The thread runs them in order, repeats them while the target is away, flushes
+from time to time, and reports what was lost. It does not look into rows.
 """
 
 from __future__ import annotations
 
 import logging
+import math
 import queue
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from time import monotonic
 
 from eventtrain.errors import BusClosed, EventTrainError, QueueFull, StorageError, SubscriberError
 from eventtrain.events import Event, SubscriberFailed
+from eventtrain.subscribers._shared.retry import attempts
 from eventtrain.subscribers._shared.worker_thread import WorkerThread, in_own_thread
 
 logger = logging.getLogger("eventtrain")
 
 ROW_LIMIT = 100_000
-"""Rows that may wait; what comes beyond is lost, and counted."""
-TRIES_AT_END = 2
-"""How often a job is tried again, while the target is away, once the run has ended."""
+"""Rows that may wait; further ones are lost, and counted."""
+RETRIES_AT_END = 2
+"""How often a job is repeated after the run has ended, while the target is away."""
 
 
 @dataclass(frozen=True)
 class TrackerStatistics:
-    """What became of the rows.
+    """Counts of a tracker's rows.
 
     Attributes:
         written, waiting, lost: rows.
-        outages: how often the target failed, or fell behind by the limit, after having worked.
+        outages: how often the target failed, or fell behind by the row limit, after it had worked.
     """
 
     written: int = 0
@@ -50,25 +52,25 @@ class _Job:
 
 
 class TrackerThread(WorkerThread):
-    """Does jobs in order; what they raise is said once for each outage, with the number of rows that it cost.
+    """Runs jobs in order; reports each outage once, with the number of rows that it cost.
 
-    A job that raises ``StorageError(may_pass=True)`` is tried again, with growing delays, until it works or the run
-    has ended; it has to be one that can be repeated. What any other exception ends is lost. Only the text of a
-    StorageError is shown, so it must hold no secrets; of other exceptions only the type is.
+    A job that raises ``StorageError(may_pass=True)`` is repeated, with growing delays, until it works or the run has
+    ended; jobs must be repeatable. The rows of a job that raises another exception are lost. Only the text of a
+    StorageError is shown, so it must not contain secrets; of other exceptions only the type is.
 
-    An outage begins with the first failure, or when ``row_limit`` rows wait, and is said by SubscriberFailed. It ends
-    with a job that works while no more than half of ``row_limit`` waits; if it cost rows, a second SubscriberFailed
-    says how many.
+    An outage begins with the first failure, or when ``row_limit`` rows wait; SubscriberFailed reports it. It ends with
+    a job that works while at most half of ``row_limit`` waits; if rows were lost, a second SubscriberFailed says how
+    many.
 
     Args:
         owner: name of the subscriber.
         publish: ``EventBus.publish``.
-        target: what is written to, for messages, without secrets, such as "the tracking server".
+        target: the tracker in messages, such as "the tracking server"; without secrets.
         flush: makes durable what the jobs wrote; called in the thread, at most ``flush_interval_s`` after a job.
             May raise as jobs do.
         flush_interval_s: seconds.
         row_limit: rows that may wait.
-        retry_delay_s, max_retry_delay_s: seconds before another try, doubled each time up to the second.
+        retry_delay_s, max_retry_delay_s: seconds before a job is repeated; doubled each time, up to the second.
     """
 
     def __init__(
@@ -93,9 +95,9 @@ class TrackerThread(WorkerThread):
         self._max_retry_delay_s = max_retry_delay_s
         self._lock = threading.Lock()
         self._statistics = TrackerStatistics()
-        self._outage: int | None = None
-        """The rows lost before the outage that lasts; None: all is well."""
-        self._unsaid: list[Event] = []
+        self._lost_before: int | None = None
+        """Rows lost before the current outage; None while there is none."""
+        self._unpublished: list[Event] = []
         self._ending = threading.Event()
         self._given_up = False
         self._last = _Job(lambda: None, 0, "run_started", 0)
@@ -109,172 +111,173 @@ class TrackerThread(WorkerThread):
         step: int,
         event_kind: str,
         rows: int = 1,
-        must_keep: bool = False,
     ) -> bool:
-        """Have ``work`` done, unless too many rows wait; whether it will be tried.
+        """Queues ``work``, unless too many rows wait; returns whether it was queued.
 
         Args:
             work: writes the rows; called in the thread, perhaps several times.
-            step, event_kind: of the event that it is done for; what SubscriberFailed says.
-            rows: how many of ``row_limit`` it takes.
-            must_keep: take it also at the limit; for the few that say how a run began and ended.
+            step, event_kind: of the event that it is done for; shown in SubscriberFailed.
+            rows: its share of ``row_limit``; 0 for the few jobs that begin and end a run, which are always queued.
         """
         job = self._last = _Job(work, step, event_kind, rows)
         with self._lock:
             waiting = self._statistics.waiting
-            taken = must_keep or waiting + rows <= self._row_limit
+            taken = waiting + rows <= self._row_limit
             if taken:
                 self._count(waiting=rows)
         if taken:
             self.put(partial(self._do, job))
             return True
-        self._begin_outage(
-            job, f"{self._target} is slower than the run: {waiting} rows wait, and what comes now is lost"
-        )
+        text = f"{self._target} is slower than the run: {waiting} rows wait, and further ones are lost"
+        self._begin_outage(job, text)
         with self._lock:
             self._count(lost=rows)
         return False
 
     @property
     def statistics(self) -> TrackerStatistics:
-        """As of now."""
+        """Counts up to now."""
         return self._statistics
 
     # --- on the event loop ------------------------------------------------------------------------------------
 
-    async def settle(self, timeout_s: float) -> bool:
-        """Wait until everything so far was written and flushed; False, at once, where an outage lasts, or in the end.
+    async def flushed_within(self, timeout_s: float) -> bool:
+        """Waits until the jobs so far are done and flushed; returns whether they were.
 
-        For ``flush`` of the subscriber: a checkpoint does not wait for a target that is away.
+        Returns False at once during an outage and after the end: a checkpoint does not wait for a target that is away.
         """
-        if self._outage is not None or not self.is_alive():
+        if self._lost_before is not None or not self.is_alive():
             return False
-        done = threading.Event()
-        self.put(partial(self._settle, done))
-        in_time = await in_own_thread(partial(done.wait, timeout_s))
-        return in_time and self._outage is None
+        flushed = threading.Event()
+
+        def flush() -> None:
+            self._do_flush()
+            flushed.set()
+
+        self.put(flush)
+        in_time = await in_own_thread(partial(flushed.wait, timeout_s))
+        return in_time and self._lost_before is None
 
     async def aclose(self, timeout_s: float) -> None:
-        """Take no more, and wait for what is on its way, but no longer than ``timeout_s`` seconds.
+        """Ends the thread after the jobs so far; waits for that at most ``timeout_s`` seconds.
 
         Raises:
             SubscriberError: that was too short; the message counts the rows.
         """
 
-        def give_up() -> None:
+        def report() -> None:
             logger.error("The time for the end of the run is over; %s lacks %s", self._target, self._left)
 
-        if not await self.finish_within(timeout_s, give_up):
+        if not await self.finish_within(timeout_s, report):
             raise SubscriberError(
                 f"{self._target} did not take everything within {timeout_s:g} s after the run; it lacks {self._left}."
             )
 
     def finish(self, timeout_s: float) -> bool:
-        """Take no more jobs, and wait for those there are; whether ``timeout_s`` was enough. Blocks."""
-        self._ending.set()  # whoever waits for the next try tries now
+        """Ends the thread after the jobs so far; returns whether it ended within ``timeout_s``. Blocks."""
+        self._ending.set()  # a job that waits is repeated at once
         return super().finish(timeout_s)
 
     # --- on the thread ----------------------------------------------------------------------------------------
 
     def run(self) -> None:
-        """Work until ``finish``."""
-        flush_at = None
+        """Runs jobs and flushes until ``finish``."""
+        flush_at_s = None
         while not self.stopping.is_set():
             try:
-                job = self._jobs.get(timeout=None if flush_at is None else max(0.0, flush_at - monotonic()))
+                job = self._jobs.get(
+                    timeout=None if flush_at_s is None else max(0.0, flush_at_s - monotonic())
+                )
             except queue.Empty:
-                flush_at = None
+                flush_at_s = None
                 self._do_flush()
                 continue
             if job is None:
                 self._do_flush()
                 break
             job()
-            if flush_at is None:
-                flush_at = monotonic() + self._flush_interval_s
-            elif monotonic() >= flush_at:  # there was always a next job
-                flush_at = None
+            if flush_at_s is None:
+                flush_at_s = monotonic() + self._flush_interval_s
+            elif monotonic() >= flush_at_s:  # there was always a next job
+                flush_at_s = None
                 self._do_flush()
-        if self._outage is not None and not self.stopping.is_set():
+        if self._lost_before is not None and not self.stopping.is_set():
             self._end_outage()
-
-    def _settle(self, done: threading.Event) -> None:
-        self._do_flush()
-        done.set()
 
     def _do_flush(self) -> None:
         if self._flush is not None:
             self._do(_Job(self._flush, self._last.step, "flush", 0))
 
     def _do(self, job: _Job) -> None:
-        delay_s = self._retry_delay_s
-        tries_at_end = 0
-        while not self._given_up:
-            error = _attempted(job.work)
+        for _ in self._attempts():
+            error = _error_of(job.work)
             if error is None:
                 self._succeeded(job)
                 return
             self._begin_outage(job, f"{self._target}: {error}")
             if not error.may_pass:
                 break
-            if not self._ending.is_set():
-                self._ending.wait(delay_s)
-                delay_s = min(delay_s * 2, self._max_retry_delay_s)
-            elif tries_at_end < TRIES_AT_END:
-                tries_at_end += 1
-                self.stopping.wait(self._retry_delay_s)
-            else:
-                self._given_up = True
+        else:
+            self._given_up = True
             if self.stopping.is_set():
-                return  # its rows go on waiting: whoever set it says how many
+                return  # its rows stay among those that wait, which ``aclose`` reports
         with self._lock:
             self._count(waiting=-job.rows, lost=job.rows)
+
+    def _attempts(self) -> Iterator[int]:
+        """Attempts without end while the run lasts, then a few more; none after a job was given up."""
+        delay_s = self._retry_delay_s
+        if not self._ending.is_set():
+            yield from attempts(math.inf, delay_s, self._ending.wait, max_delay_s=self._max_retry_delay_s)
+        if not self._given_up:
+            yield from attempts(RETRIES_AT_END, delay_s, self.stopping.wait, max_delay_s=delay_s)
 
     def _succeeded(self, job: _Job) -> None:
         with self._lock:
             self._count(waiting=-job.rows, written=job.rows)
-        if self._unsaid:
-            self.publish(self._unsaid.pop(0))
-        if self._outage is not None and self._statistics.waiting <= self._row_limit // 2:
+        if self._unpublished:
+            self.publish(self._unpublished.pop(0))
+        if self._lost_before is not None and self._statistics.waiting <= self._row_limit // 2:
             self._end_outage()
 
-    # --- what is said -----------------------------------------------------------------------------------------
+    # --- reports ----------------------------------------------------------------------------------------------
 
     def _begin_outage(self, job: _Job, text: str) -> None:
         with self._lock:
-            if self._outage is not None:
+            if self._lost_before is not None:
                 return
-            self._outage = self._statistics.lost
+            self._lost_before = self._statistics.lost
             self._count(outages=1)
         logger.error("%s", text)
         event = SubscriberFailed(step=job.step, subscriber=self._owner, event_kind=job.event_kind, error=text)
-        try:  # also called on the event loop, which may not wait
+        try:  # also called on the event loop, which must not wait
             self._publish(event)
         except QueueFull:
-            self._unsaid.append(event)
+            self._unpublished.append(event)
         except BusClosed:
             pass
         except EventTrainError as error:
-            logger.error("The event that says so was not taken: %s", error)
+            logger.error("The event that reports it was not published: %s", error)
 
     def _end_outage(self) -> None:
         with self._lock:
-            before, self._outage = self._outage, None
-            lost = self._statistics.lost - (before or 0)
+            lost = self._statistics.lost - (self._lost_before or 0)
+            self._lost_before = None
         if not lost:
-            logger.info("%s works again; nothing was lost", self._target)
+            logger.info("%s works again; no row was lost", self._target)
             return
         text = f"{self._target}: {lost} rows were lost"
         logger.error("%s", text)
         last = self._last
-        self.publish(
-            SubscriberFailed(step=last.step, subscriber=self._owner, event_kind=last.event_kind, error=text)
+        event = SubscriberFailed(
+            step=last.step, subscriber=self._owner, event_kind=last.event_kind, error=text
         )
+        self.publish(event)
 
     @property
     def _left(self) -> str:
         now = self._statistics
-        return f"{now.waiting + now.lost} rows" if now.waiting or now.lost else "what says that the run ended"
+        return f"{now.waiting + now.lost} rows" if now.waiting or now.lost else "the end of the run"
 
     def _count(self, *, written: int = 0, waiting: int = 0, lost: int = 0, outages: int = 0) -> None:
         now = self._statistics
@@ -283,11 +286,11 @@ class TrackerThread(WorkerThread):
         )
 
 
-def _attempted(work: Callable[[], None]) -> StorageError | None:
+def _error_of(work: Callable[[], None]) -> StorageError | None:
     try:
         work()
     except StorageError as error:
         return error
-    except Exception as error:  # its text may hold secrets
+    except Exception as error:  # its text may contain secrets
         return StorageError(type(error).__name__)
     return None

@@ -1,6 +1,6 @@
-"""``WandbRun``: one run of W&B's, spoken to by one thread. Everything blocks.
+"""``WandbRun``: one run at W&B, used by one thread. Everything blocks.
 
-W&B's messages may quote the API key or parts of a URL, so only the kind of a failure is passed on.
+W&B's messages may quote the API key or parts of a URL, so only the type of a failure is passed on.
 """
 
 from __future__ import annotations
@@ -12,29 +12,32 @@ from collections.abc import Callable, Generator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import wandb
 from pydantic import SecretStr
 
+from eventtrain.control.run_context import StepProgram
 from eventtrain.errors import ConfigurationError, StorageError
-from eventtrain.events.models import Number
-from eventtrain.subscribers.trackers.recorded_values import Array, Tracked, bin_edges
-from eventtrain.subscribers.trackers.wandb_files import WrittenSteps, last_step
+from eventtrain.events import Event, StepsCompleted
+from eventtrain.events.models import Number, escape_surrogates
+from eventtrain.subscribers._shared.optional_imports import import_optional
+from eventtrain.subscribers._shared.step_table import step_rows
+from eventtrain.subscribers.trackers.curves import Points
+from eventtrain.subscribers.trackers.histograms import bin_edges, finite_values
+from eventtrain.subscribers.trackers.recorded_values import Array, RecordedValues
+from eventtrain.subscribers.trackers.wandb_transaction_log import TransactionLog, last_step
 
-try:
-    from PIL import Image
-except ModuleNotFoundError:
-    Image = None
+Image = import_optional("PIL.Image", extra="wandb", used_by="WandbLogger, to log images,")
 
 Row = dict[str, Any]
 """Values by name, as W&B takes them."""
-TOLD_LIMIT = 10_000
+REMEMBERED_ROWS = 10_000
 """Rows that are remembered until W&B's process has written them, which it does once a second."""
 HISTOGRAM_STEP = "histograms/step"
 """The axis of the histograms."""
-TEMPORARY = (
+TEMPORARY_ERRORS = (
     "CommError",
     "HTTPError",
     "ConnectionError",
@@ -42,186 +45,185 @@ TEMPORARY = (
     "Timeout",
     "TimeoutError",
 )
-"""Kinds of failures after which another try may work."""
+"""Types of failures after which another attempt may succeed."""
 
 
 @dataclass(frozen=True)
 class WandbOptions:
-    """What ``wandb.init`` is told; ``run_id`` is W&B's."""
+    """How a run begins at W&B.
+
+    Attributes:
+        run_id: W&B's.
+        folder: in which W&B creates its folder.
+        resumes: the run exists.
+        arguments: others of ``wandb.init``.
+        api_key, base_url, init_timeout_s: of ``wandb.Settings``.
+    """
 
     run_id: str
     folder: Path
-    mode: Literal["online", "offline"]
-    project: str
-    entity: str | None
-    name: str
-    group: str | None
-    tags: tuple[str, ...]
-    config: Mapping[str, Any]
+    resumes: bool
+    arguments: Mapping[str, Any]
     api_key: SecretStr | None
     base_url: str | None
     init_timeout_s: float
-    resumes: bool
 
 
 class WandbRun:
-    """Opened by the first job that works; a step that was written before is not written again.
+    """Logs rows; a step that an earlier attempt wrote is not written again. ``open`` it first.
 
-    W&B takes nothing for a step behind the newest one that it was told of. So what is of a step waits here until
-    ``complete`` says that no earlier step is still to come.
-
-    Args:
-        options: of the run.
+    W&B takes nothing for a step before the newest one that it was given. So the values of a step wait here until
+    ``complete`` says that no earlier step will follow. All methods but ``unwritten_rows`` raise StorageError.
     """
 
     def __init__(self, options: WandbOptions) -> None:
         self._options = options
         self._run: Any = None
-        self._step = -1
-        self._told: dict[int, dict[str, Number]] = {}
-        """Numbers of the newest steps, which W&B may have in memory only: all of the last one, some of those before."""
-        self._written: WrittenSteps | None = None
-        self._complete = -1
+        self._log: TransactionLog | None = None
+        self._present_step = -1
+        """The last step that an earlier attempt wrote."""
+        self._complete_step = -1
+        self._newest_step = -1
         self._early: dict[int, Row] = {}
-        self._present = -1
-        self.skipped = 0
-        """Rows left out, since an attempt before wrote them."""
+        """Rows of steps after ``_complete_step``."""
+        self._logged: dict[int, dict[str, Number]] = {}
+        """Numbers of the newest steps, which W&B may have in memory only: all of the last one, some of those before."""
 
     def open(self) -> None:
-        """Begin, or go on with, the run. Raises StorageError."""
+        """Begins the run at W&B, or continues it."""
         options = self._options
-        with _told():
+        with _without_text():
             options.folder.mkdir(parents=True, exist_ok=True)
             if options.resumes:
-                self._present = last_step(options.folder, options.run_id)
+                self._present_step = last_step(options.folder, options.run_id)
+            is_online = options.arguments["mode"] == "online"
             self._run = wandb.init(
-                project=options.project,
-                entity=options.entity,
-                name=options.name,
+                **options.arguments,
                 id=options.run_id,
-                group=options.group,
-                tags=options.tags,
-                config=dict(options.config),
                 dir=str(options.folder),
-                mode=options.mode,
-                resume="allow" if options.mode == "online" else None,
+                resume="allow" if is_online else None,
                 reinit="create_new",  # the program may have a run of its own
                 settings=_settings(options),
             )
-            if options.resumes and options.mode == "online":
-                self._present = max(self._present, int(self._run.step) - 1)
-            self._written = WrittenSteps(Path(self._run.dir).parent / f"run-{options.run_id}.wandb")
+            if options.resumes and is_online:
+                self._present_step = max(self._present_step, int(self._run.step) - 1)
+            self._log = TransactionLog(Path(self._run.dir).parent / f"run-{options.run_id}.wandb")
             self._run.define_metric("histograms/*", step_metric=HISTOGRAM_STEP)
 
     def log(self, rows: Mapping[int, Mapping[str, Any]]) -> None:
-        """Rows by step; what belongs to one step becomes one row. Raises StorageError."""
-        with _told(self._run):
+        """Logs rows by step; the values of one step become one row."""
+        with _without_text(self._run):
             for step, values in rows.items():
-                if step <= self._present:
-                    self.skipped += 1
-                elif values:
-                    self._log(values, step)
+                if step > self._present_step and values:
+                    self._add(values, step)
+
+    def log_window(self, event: StepsCompleted, every: int, points: list[Points]) -> None:
+        """Logs the steps that are a multiple of ``every``, with points of curves; no earlier step will follow."""
+        rows: dict[int, Row] = {}
+        for point in points:
+            rows.setdefault(point.step, {}).update(point.named())
+        for step, metrics in step_rows(event, every):
+            rows.setdefault(step, {}).update({f"step/{name}": value for name, value in metrics.items()})
+        self.log(rows)
+        self.complete(event.last_step)
 
     def complete(self, step: int) -> None:
-        """What is still to come of steps up to ``step`` cannot have a row before theirs. Raises StorageError."""
+        """Writes the rows up to ``step`` that wait, since no row of an earlier step will follow."""
         due = sorted(early for early in self._early if early <= step)
         try:
-            with _told(self._run):
+            with _without_text(self._run):
                 for early in due:
                     self._write(self._early[early], early)
                     del self._early[early]
-                self._complete = max(self._complete, step)
+                self._complete_step = max(self._complete_step, step)
         except StorageError as error:
             for early in due if not error.may_pass else ():
                 self._early.pop(early, None)
             raise
 
-    def volatile(self) -> dict[int, dict[str, Number]]:
-        """The numbers, by step, that are in no file yet."""
+    def unwritten_rows(self) -> dict[int, dict[str, Number]]:
+        """Returns the numbers, by step, that are in no file yet."""
         self._forget_written()
-        rows = {step: dict(row) for step, row in self._told.items()}
+        rows = {step: dict(row) for step, row in self._logged.items()}
         for step, row in self._early.items():
             rows.setdefault(step, {}).update(_numbers(row))
         return {step: row for step, row in rows.items() if row}
 
-    def log_histograms(self, step: int, arrays: Mapping[str, Array]) -> None:
-        """Of the state after ``step``, which may be some steps ago: they have an axis of their own."""
-        with _told(self._run):
-            if step > self._present:
-                made = {
-                    f"histograms/{name}": value
-                    for name, array in arrays.items()
-                    for value in _histogram(array)
-                }
-                self._log({**made, HISTOGRAM_STEP: step}, step)
+    def log_histograms(self, event: Event, step: int, arrays: Mapping[str, Array]) -> None:
+        """Logs one histogram of each array of the state after ``step``, which may be over: they have their own axis."""
+        with _without_text(self._run):
+            if step > self._present_step:
+                named = {f"histograms/{name}": array for name, array in arrays.items()}
+                self._add({**_histograms(named), HISTOGRAM_STEP: step}, step)
 
-    def log_tracked(self, step: int, values: Tracked) -> None:
-        """What functions of the user's gave. Raises StorageError."""
-        with _told(self._run):
-            if step <= self._present:
-                self.skipped += 1
+    def log_recorded(self, event: Event, values: RecordedValues) -> None:
+        """Logs what the user's functions returned for ``event``."""
+        with _without_text(self._run):
+            if event.step <= self._present_step:
                 return
-            made: dict[str, Any] = dict(values.numbers)
-            made |= {
+            row: Row = dict(values.numbers)
+            row |= {
                 name: wandb.Html(f"<pre>{html.escape(text)}</pre>") for name, text in values.texts.items()
             }
-            made |= {name: _image(picture) for name, picture in values.images.items()}
-            made |= {name: value for name, array in values.arrays.items() for value in _histogram(array)}
-            self._log(made, step)
+            row |= {name: _image(image) for name, image in values.images.items()}
+            self._add(row | _histograms(values.arrays), event.step)
+
+    def log_program(self, event: StepsCompleted, program: StepProgram) -> None:
+        """Saves the jaxpr and the HLO of the compiled step as files of the run."""
+        self._save_text("program-jaxpr.txt", lambda: program.jaxpr)
+        self._save_text("program-hlo.txt", lambda: program.hlo)
 
     def configure(self, values: Mapping[str, Any]) -> None:
-        """Add to the run's config."""
-        with _told(self._run):
-            self._run.config.update(
-                {_key(name): value for name, value in values.items()}, allow_val_change=True
-            )
-
-    def save_text(self, name: str, make: Callable[[], str]) -> None:
-        """A file of the run's."""
-        with _told(self._run):
-            path = Path(self._run.dir) / name
-            path.write_text(make(), encoding="utf-8")
-            self._run.save(str(path), base_path=self._run.dir, policy="now")
+        """Adds to the run's config."""
+        with _without_text(self._run):
+            named = {_key(name): value for name, value in values.items()}
+            self._run.config.update(named, allow_val_change=True)
 
     def finish(self, exit_code: int) -> None:
-        """The run has ended; W&B sends what it has not sent yet. Raises StorageError."""
+        """Ends the run; W&B sends what it has not sent yet."""
         if self._run is not None:
             try:
                 self.complete(max(self._early, default=-1))
             finally:
-                with _told(self._run):
+                with _without_text(self._run):
                     self._run.finish(exit_code=exit_code)
 
-    def _log(self, values: Mapping[str, Any], step: int) -> None:
+    def _save_text(self, name: str, make: Callable[[], str]) -> None:
+        with _without_text(self._run):
+            path = Path(self._run.dir) / name
+            path.write_text(make(), encoding="utf-8")
+            self._run.save(str(path), base_path=self._run.dir, policy="now")
+
+    def _add(self, values: Mapping[str, Any], step: int) -> None:
         row = {_key(name): value for name, value in values.items()}
-        if step > self._complete:
+        if step > self._complete_step:
             self._early.setdefault(step, {}).update(row)
         else:
             self._write(row, step)
 
     def _write(self, row: Row, step: int) -> None:
-        self._step = max(self._step, step)
-        self._run.log(row, step=self._step)
-        self._told.setdefault(self._step, {}).update(_numbers(row))
-        if len(self._told) > TOLD_LIMIT:
+        self._newest_step = max(self._newest_step, step)
+        self._run.log(row, step=self._newest_step)
+        self._logged.setdefault(self._newest_step, {}).update(_numbers(row))
+        if len(self._logged) > REMEMBERED_ROWS:
             self._forget_written()
-            for old in list(self._told)[: -(TOLD_LIMIT // 2)]:
-                del self._told[old]
+            for old in list(self._logged)[: -(REMEMBERED_ROWS // 2)]:
+                del self._logged[old]
 
     def _forget_written(self) -> None:
-        last = self._written.last() if self._written is not None else -1
-        self._told = {step: row for step, row in self._told.items() if step > last}
+        last = self._log.last_step() if self._log is not None else -1
+        self._logged = {step: row for step, row in self._logged.items() if step > last}
 
 
 def require_key(base_url: str | None) -> None:
-    """Make sure that W&B can be logged in to without asking anybody. Blocks.
+    """Checks that W&B knows an API key without asking the user. Blocks.
 
     Raises:
-        ConfigurationError: nothing says a key.
+        ConfigurationError: there is none.
     """
     if "prompt" not in inspect.signature(wandb.login).parameters:
-        return  # an older version could only be asked by having it ask the user
-    with _told():
+        return  # an older version can only be asked by letting it ask the user
+    with _without_text():
         known = wandb.login(host=base_url, prompt=False, verify=False)
     if not known:
         raise ConfigurationError(
@@ -250,20 +252,25 @@ def _settings(options: WandbOptions) -> wandb.Settings:
     return wandb.Settings(**{name: value for name, value in given.items() if name in known})
 
 
-def _histogram(array: Array) -> Generator[Any]:
-    values = np.asarray(array, np.float64).ravel()
-    finite = values[np.isfinite(values)]
-    if finite.size:
-        edges = bin_edges(finite)
-        yield wandb.Histogram(np_histogram=(np.histogram(finite, edges)[0].tolist(), edges.tolist()))
+def _histograms(arrays: Mapping[str, Array]) -> Row:
+    """Returns a histogram of the finite values of each array that has any."""
+    made: Row = {}
+    for name, array in arrays.items():
+        finite, _ = finite_values(array)
+        if finite.size:
+            edges = bin_edges(finite)
+            counts = np.histogram(finite, edges)[0]
+            made[name] = wandb.Histogram(np_histogram=(counts.tolist(), edges.tolist()))
+    return made
 
 
-def _image(picture: Array | bytes) -> Any:
-    if Image is None:
-        raise StorageError("images need Pillow; install it: pip install 'eventtrain[wandb]'")
-    if isinstance(picture, bytes):
-        return wandb.Image(Image.open(io.BytesIO(picture)))
-    return wandb.Image(Image.fromarray(picture[:, :, 0] if picture.shape[2] == 1 else picture))
+def _image(image: Array | bytes) -> Any:
+    try:
+        if isinstance(image, bytes):
+            return wandb.Image(Image.open(io.BytesIO(image)))
+        return wandb.Image(Image.fromarray(image[:, :, 0] if image.shape[2] == 1 else image))
+    except ConfigurationError as error:  # Pillow is not installed
+        raise StorageError(str(error)) from None
 
 
 def _numbers(row: Row) -> dict[str, Number]:
@@ -275,18 +282,18 @@ def _numbers(row: Row) -> dict[str, Number]:
 
 
 def _key(name: str) -> str:
-    return name.encode("utf-8", "backslashreplace").decode() or "_"
+    return escape_surrogates(name) or "_"
 
 
 @contextmanager
-def _told(run: Any = True) -> Generator[None]:
-    """Turns what W&B raises into a StorageError that quotes nothing of it."""
+def _without_text(run: Any = True) -> Generator[None]:
+    """Turns an error of W&B into a StorageError that quotes nothing of it."""
     if run is None:
-        raise StorageError("no run of W&B's could be opened")
+        raise StorageError("no run could be opened at W&B")
     try:
         yield
     except StorageError:
         raise
     except Exception as error:
         kind = type(error).__name__
-        raise StorageError(f"W&B failed: {kind}", may_pass=kind in TEMPORARY) from None
+        raise StorageError(f"W&B failed: {kind}", may_pass=kind in TEMPORARY_ERRORS) from None

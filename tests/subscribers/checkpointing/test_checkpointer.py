@@ -287,7 +287,7 @@ def test_two_checkpointers_get_two_names_and_both_write(tmp_path: Path) -> None:
 
 
 def test_what_does_not_fit_is_refused_by_name(tmp_path: Path) -> None:
-    with pytest.raises(et.SnapshotError, match="no checkpoint"):
+    with pytest.raises(et.SnapshotError, match="not a checkpoint"):
         subs.restore_state(tmp_path)
     trainer, _ = make_trainer(tmp_path, subs.Checkpointer("ck", every=1))
     trainer.fit(batches(1), epochs=1)
@@ -351,7 +351,7 @@ def test_one_command_is_served_by_all_checkpointers_however_long_one_of_them_tak
     copy_to_host = checkpoint_writer.CheckpointWriter._copy_to_host
 
     def after_the_first(self: Any, claimed: Any) -> Any:
-        if self._options.owner == "b":
+        if self._owner == "b":
             assert first_is_done.wait(30)
         return copy_to_host(self, claimed)
 

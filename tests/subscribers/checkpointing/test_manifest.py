@@ -139,7 +139,7 @@ def hostile(tmp_path: Path) -> list[Any]:
 def test_a_file_that_is_no_manifest_is_refused_and_runs_nothing(tmp_path: Path) -> None:
     for content in hostile(tmp_path):
         (tmp_path / MANIFEST).write_bytes(content if isinstance(content, bytes) else content.encode("latin1"))
-        with pytest.raises(et.SnapshotError, match="no checkpoint of eventtrain"):
+        with pytest.raises(et.SnapshotError, match="not a checkpoint of eventtrain"):
             read_manifest(tmp_path)
     assert not (tmp_path / "exploded").exists()
 
@@ -175,7 +175,7 @@ def test_a_manifest_with_something_wrong_is_refused_by_name(
     tmp_path: Path, manifest: dict[str, Any], key: str, value: Any
 ) -> None:
     (tmp_path / MANIFEST).write_text(json.dumps({**manifest, key: value}))
-    with pytest.raises(et.SnapshotError, match=f"(?s)is broken.*{key}"):
+    with pytest.raises(et.SnapshotError, match=f"(?s)is damaged.*{key}"):
         read_manifest(tmp_path)
 
 

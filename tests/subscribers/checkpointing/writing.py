@@ -19,7 +19,7 @@ from eventtrain.control.run_state import LoopRecord, StreamRecord
 from eventtrain.device.snapshot import Snapshot
 from eventtrain.device.state import split_state
 from eventtrain.subscribers.checkpointing.retention import Retention
-from eventtrain.subscribers.checkpointing.writer import CheckpointWriter, Job, WriterOptions
+from eventtrain.subscribers.checkpointing.writer import CheckpointWriter, PendingCheckpoint, WriteOptions
 
 
 def state_of(step: int) -> dict[str, Any]:
@@ -53,15 +53,19 @@ class Writing:
         plane.requests.checkpoints.append(self.request)
         self.handover = plane.handover
         self.writer = CheckpointWriter(
-            WriterOptions("owner", directory, frozenset({"run"}), retention or Retention(), **options),
-            {"['w']": "['params']['w']"},
+            directory,
             self.events.append,
+            owner="owner",
+            runs=frozenset({"run"}),
+            params={"['w']": "['params']['w']"},
+            retention=retention or Retention(),
+            options=WriteOptions(**options),
         )
         self.writer.open().result(30)
 
     def claim(self, step: int, cut: Barrier[RunPart] | None = None) -> ClaimedSnapshot:
-        leaves, skeleton = split_state(state_of(step))
-        snapshot = Snapshot(step, [jnp.asarray(leaf) for leaf in leaves], skeleton)
+        leaves, structure = split_state(state_of(step))
+        snapshot = Snapshot(step, [jnp.asarray(leaf) for leaf in leaves], structure)
         self.handover.offer(snapshot, {}, cut or complete_cut(step), [self.request], "owner")
         claimed = self.handover.claim("owner", step, "owner")
         assert claimed is not None
@@ -69,16 +73,17 @@ class Writing:
 
     def job(
         self, step: int, cut: Barrier[RunPart] | None = None, tag: str | None = None, **metrics: float
-    ) -> Job:
+    ) -> PendingCheckpoint:
         name = f"step-{step:08d}" if tag is None else f"step-{step:08d}-{tag}"
-        return Job(self.claim(step, cut), name, step, 0, tag or f"step-{step}", "run", metrics)
+        event = et.SnapshotTaken(step=step, tag=tag or f"step-{step}", run_id="run")
+        return PendingCheckpoint(self.claim(step, cut), event, name, metrics)
 
     def write(
         self, step: int, *, cut: Barrier[RunPart] | None = None, tag: str | None = None, **metrics: float
     ) -> et.Event:
         """Write one checkpoint and return what was said of it last."""
         self.writer.submit(self.job(step, cut, tag, **metrics))
-        self.writer.through().result(60)
+        self.writer.written().result(60)
         return self.events[-1]
 
     def close(self) -> None:

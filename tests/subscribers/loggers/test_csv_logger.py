@@ -26,7 +26,7 @@ import eventtrain as et
 from eventtrain import subscribers as subs
 from eventtrain.subscribers.loggers import csv_file
 from eventtrain.subscribers.loggers.csv_file import CSVFile, CSVRows
-from eventtrain.subscribers.loggers.row_buffer import WaitingRows
+from eventtrain.subscribers.loggers.row_file import RowBuffer
 from tests.conftest import python_path
 from tests.subscribers._shared.test_step_table import EXTREMES, NAMES, make_window
 
@@ -49,11 +49,11 @@ def epoch_event(epoch: int, metrics: dict[str, Any], **hyperparams: Any) -> et.E
 
 def make_file(path: Path, **options: Any) -> CSVFile:
     own = {"separator": ",", "own": ("step",), "fsync": False}
-    return CSVFile(path, WaitingRows(), **(own | options))
+    return CSVFile(path, RowBuffer(), **(own | options))
 
 
 def put(file: CSVFile, steps: range, **columns: Any) -> None:
-    file.rows.put(CSVRows(len(steps), {"step": steps, **columns}), len(steps), 100)
+    file.waiting.put(CSVRows(len(steps), {"step": steps, **columns}), len(steps), 100)
 
 
 def test_a_run_has_one_row_per_step_which_csv_and_pandas_read(tmp_path: Path) -> None:
@@ -169,7 +169,7 @@ def test_widening_changes_no_row_and_a_failure_leaves_the_file_as_it_was(
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert path.read_bytes() == before
-    assert file.rows.rows == 2
+    assert file.waiting.rows == 2
 
     def failing(old: Path, new: Path) -> None:
         raise OSError(errno.EIO, "Input/output error")
@@ -192,13 +192,13 @@ import os, signal, sys
 from pathlib import Path
 import numpy as np
 from eventtrain.subscribers.loggers.csv_file import CSVFile, CSVRows
-from eventtrain.subscribers.loggers.row_buffer import WaitingRows
-file = CSVFile(Path(sys.argv[1]), WaitingRows(), separator=",", own=("step",), fsync=False)
+from eventtrain.subscribers.loggers.row_file import RowBuffer
+file = CSVFile(Path(sys.argv[1]), RowBuffer(), separator=",", own=("step",), fsync=False)
 file.prepare()
 for n in range(10):
     if n == 5:
         setattr(os, sys.argv[2], lambda *_: os.kill(os.getpid(), signal.SIGKILL))
-    file.rows.put(CSVRows(1, {"step": range(n, n + 1), f"m{n}": np.array([n])}), 1, 100)
+    file.waiting.put(CSVRows(1, {"step": range(n, n + 1), f"m{n}": np.array([n])}), 1, 100)
     file.commit()
 """
     env = {"PYTHONPATH": python_path(), "JAX_PLATFORMS": "cpu", "PATH": os.environ["PATH"]}
@@ -258,7 +258,7 @@ def test_a_cut_takes_rows_off_the_end_and_keeps_them_with_their_header(
     again = make_file(path)
     again.prepare()
     assert again.row_count == 600
-    again.cut(rows)
+    again.cut_rows(rows)
     assert again.row_count == rows
     assert read(path) == whole[:rows]
     beside = tmp_path / "a.csv.cut-1"
@@ -282,7 +282,7 @@ def test_a_torn_last_row_is_moved_aside(tmp_path: Path) -> None:
 def test_a_file_that_lost_rows_is_said(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     file = make_file(tmp_path / "a.csv")
     file.prepare()
-    file.cut(7)
+    file.cut_rows(7)
     assert "has 0 rows, but had 7 when the checkpoint was written" in caplog.text
 
 

@@ -23,8 +23,7 @@ from pyarrow import parquet
 import eventtrain as et
 from eventtrain import subscribers as subs
 from eventtrain.subscribers._shared import atomic_files
-from eventtrain.subscribers.loggers import group_commit, row_file
-from eventtrain.subscribers.loggers import parquet_files as parquet_parts
+from eventtrain.subscribers.loggers import group_commit, parquet_files, row_file
 from tests.subscribers._shared.test_step_table import make_window
 from tests.support.saved_in_memory import MemoryCheckpointer
 
@@ -170,7 +169,7 @@ def test_a_full_disk_is_said_and_the_run_goes_on_without_losing_a_row(
         replace(old, new)
 
     monkeypatch.setattr(atomic_files.os, "write", failing_write)
-    monkeypatch.setattr(parquet_parts.os, "replace", failing_replace)
+    monkeypatch.setattr(parquet_files.os, "replace", failing_replace)
     trainer = make_trainer(tmp_path, kind.make("log", flush_interval_s=0.01))
 
     @trainer.on(et.SubscriberFailed)
@@ -204,7 +203,7 @@ async def test_a_disk_that_stays_full_makes_training_wait_instead_of_filling_mem
     monkeypatch.setattr(group_commit, "RETRY_S", 0.001)
     full = threading.Event()
     full.set()
-    commits = {cls: cls.commit for cls in (row_file.RowFile, parquet_parts.ParquetParts)}
+    commits = {cls: cls.commit for cls in (row_file.RowFile, parquet_files.ParquetFiles)}
 
     def make_failing(cls: Any) -> Any:
         def failing(self: Any) -> None:
@@ -248,7 +247,7 @@ async def test_a_second_attempt_at_an_event_writes_no_second_row(
 ) -> None:
     logger: Any = kind.make("log", flush_interval_s=1000.0)
     await logger.start(context(tmp_path))
-    logger._commits._committer.error = OSError(errno.ENOSPC, "No space left on device")
+    logger._commits.error = OSError(errno.ENOSPC, "No space left on device")
     (event,) = events_for(kind, 1, 1)
     with pytest.raises(OSError, match="No space left"):
         await logger.handle(event)
@@ -262,7 +261,7 @@ def test_a_disk_that_is_slow_delays_no_step(
     tmp_path: Path, kind: Kind, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     ended, waited = threading.Event(), list[bool]()
-    for cls in (row_file.RowFile, parquet_parts.ParquetParts):
+    for cls in (row_file.RowFile, parquet_files.ParquetFiles):
 
         def slow(self: Any, commit: Any = cls.commit) -> None:
             waited.append(ended.wait(60))
@@ -287,7 +286,7 @@ async def test_a_disk_that_hangs_holds_the_end_up_only_as_long_as_the_trainer_wa
     tmp_path: Path, kind: Kind, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     come_back = threading.Event()
-    for cls in (row_file.RowFile, parquet_parts.ParquetParts):
+    for cls in (row_file.RowFile, parquet_files.ParquetFiles):
         monkeypatch.setattr(cls, "commit", lambda self: come_back.wait(60))
     logger: Any = kind.make("log", flush_interval_s=1000.0)
     await logger.start(context(tmp_path))

@@ -13,7 +13,7 @@ import pytest
 
 import eventtrain as et
 from eventtrain import subscribers as subs
-from eventtrain.subscribers.loggers.columns import Columns
+from eventtrain.subscribers.loggers.column_store import ColumnStore
 from eventtrain.testing import RecordingSubscriber, ScriptedStep
 from tests.support.models import batches, new_state, step_fn
 from tests.support.saved_in_memory import MemoryCheckpointer
@@ -121,7 +121,7 @@ async def test_of_too_many_rows_the_newest_are_kept_and_the_others_counted() -> 
 
 
 def test_few_chunks_are_held_however_small_the_windows_are() -> None:
-    columns = Columns(100_000)
+    columns = ColumnStore(100_000)
     for row in range(3000):
         columns.add({"step": np.array([row])})
         assert len(columns._chunks) <= 14
@@ -189,3 +189,23 @@ def test_a_broken_state_is_refused(column: dict[str, str]) -> None:
     state["steps"]["columns"] = {"step": one, "loss": column}
     with pytest.raises(et.errors.StateError, match="History cannot load its state"):
         subs.History().load_state_dict(state)
+
+
+def test_a_state_of_an_earlier_release_is_loaded_and_saved_with_the_same_keys() -> None:
+    columns = {
+        "step": {"dtype": "<i8", "data": "BwAAAAAAAAAIAAAAAAAAAA=="},
+        "loss": {"dtype": "<f4", "data": "AAAAPwAAgD8="},
+    }
+    state = {
+        "version": 1,
+        "epochs": {"version": 1, "dropped": 0, "columns": {}},
+        "steps": {"version": 1, "dropped": 6, "columns": columns},
+    }
+    history = subs.History(steps=True)
+    history.load_state_dict(state)
+    assert {name: column.tolist() for name, column in history.steps.items()} == {
+        "step": [7, 8],
+        "loss": [0.5, 1.0],
+    }
+    assert history.dropped_steps == 6
+    assert history.state_dict() == state

@@ -23,9 +23,8 @@ import eventtrain as et
 from eventtrain import subscribers as subs
 from eventtrain.subscribers._shared import atomic_files
 from eventtrain.subscribers.loggers import group_commit
-from eventtrain.subscribers.loggers.jsonl_logger import render
-from eventtrain.subscribers.loggers.row_buffer import WaitingRows
-from eventtrain.subscribers.loggers.row_file import RowFile
+from eventtrain.subscribers.loggers.jsonl_logger import JSONLFile
+from eventtrain.subscribers.loggers.row_file import RowBuffer, RowFile
 
 
 def make_trainer(run_dir: Path, *subscribers: et.Subscriber, **options: Any) -> et.Trainer:
@@ -157,13 +156,13 @@ async def test_it_writes_on_every_event_loop_without_blocking_it(tmp_path: Path)
 def test_a_full_disk_is_loud_and_loses_tears_and_doubles_nothing(tmp_path: Path) -> None:
     """A limit on the file size is a real write error: the kernel takes a part of the group and refuses the rest."""
     path = tmp_path / "run.jsonl"
-    file = RowFile(path, WaitingRows[Any](), render)
+    file = JSONLFile(path, RowBuffer())
     file.prepare()
     wanted = [step_event(step).model_dump_json().encode() for step in range(1, 201)]
 
     def put(rows: list[bytes]) -> None:
         for row in rows:
-            file.rows.put(row, 1, len(row))
+            file.waiting.put(row, 1, len(row))
 
     put(wanted[:50])
     file.commit()
@@ -178,7 +177,7 @@ def test_a_full_disk_is_loud_and_loses_tears_and_doubles_nothing(tmp_path: Path)
             assert path.read_bytes() == before
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-    assert file.rows.rows == 100
+    assert file.waiting.rows == 100
     put(wanted[150:])
     file.commit()
     assert path.read_bytes() == b"".join(row + b"\n" for row in wanted)
@@ -274,6 +273,7 @@ async def test_what_was_written_after_the_checkpoint_is_cut_off_at_resume_and_ke
         await logger.handle(step_event(step))
     await logger.flush()
     saved = json.loads(json.dumps(logger.state_dict()))
+    assert saved == {"version": 1, "path": "run.jsonl", "offset": path.stat().st_size}
     for step in (4, 5):
         await logger.handle(step_event(step))
     await logger.stop()

@@ -19,11 +19,11 @@ from pyarrow import dataset, parquet
 
 import eventtrain as et
 from eventtrain import subscribers as subs
+from eventtrain.subscribers._shared.optional_imports import MissingModule
 from eventtrain.subscribers._shared.step_table import StepTable
-from eventtrain.subscribers.loggers import parquet_files as parquet_parts
-from eventtrain.subscribers.loggers import parquet_logger
-from eventtrain.subscribers.loggers.parquet_files import ParquetParts
-from eventtrain.subscribers.loggers.row_buffer import WaitingRows
+from eventtrain.subscribers.loggers import parquet_files, parquet_logger
+from eventtrain.subscribers.loggers.parquet_files import ParquetFiles
+from eventtrain.subscribers.loggers.row_file import RowBuffer
 from tests.subscribers._shared.test_step_table import EXTREMES, NAMES, make_window
 
 
@@ -32,16 +32,16 @@ def context(run_dir: Path, **changes: Any) -> et.RunContext:
     return dataclasses.replace(et.RunContext("run", run_dir, control, lambda event: None), **changes)
 
 
-def make_parts(path: Path, rows_per_part: int = 50_000) -> ParquetParts:
-    parts = ParquetParts(path, WaitingRows(), rows_per_part)
+def make_parts(path: Path, rows_per_part: int = 50_000) -> ParquetFiles:
+    parts = ParquetFiles(path, RowBuffer(), rows_per_part)
     parts.prepare()
     return parts
 
 
-def put(parts: ParquetParts, first_step: int, rows: int, **metrics: Any) -> None:
+def put(parts: ParquetFiles, first_step: int, rows: int, **metrics: Any) -> None:
     columns = metrics or {"loss": np.arange(first_step, first_step + rows, dtype=np.float32)}
     table = StepTable.of(make_window(columns, rows, first_step=first_step))
-    parts.rows.put(table, rows, table.size_bytes)
+    parts.waiting.put(table, rows, table.size_bytes)
 
 
 def steps_in(path: Path) -> list[int]:
@@ -155,9 +155,9 @@ def test_a_failed_write_leaves_every_part_whole_and_the_rows_waiting(
         if failing == "write":  # a full disk: the kernel takes a part of the file, and refuses the rest
             resource.setrlimit(resource.RLIMIT_FSIZE, (len(before) + 100, hard))
         elif failing == "sync":
-            patch.setattr(parquet_parts, "sync", fail)
+            patch.setattr(parquet_files, "sync", fail)
         else:
-            patch.setattr(parquet_parts.os, "replace", fail)
+            patch.setattr(parquet_files.os, "replace", fail)
         try:
             with pytest.raises(OSError, match=r"too large|Input/output"):
                 parts.commit()
@@ -165,9 +165,9 @@ def test_a_failed_write_leaves_every_part_whole_and_the_rows_waiting(
             resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert (tmp_path / "m/part-00001.parquet").read_bytes() == before
     assert names_in(tmp_path / "m") == ["part-00001.parquet"]
-    assert parts.rows.rows == 2000
+    assert parts.waiting.rows == 2000
     parts.commit()
-    assert parts.rows.rows == 0
+    assert parts.waiting.rows == 0
     assert steps_in(tmp_path / "m") == list(range(1, 3001))
 
 
@@ -178,7 +178,7 @@ def test_what_fails_in_the_middle_is_not_written_twice(
     put(parts, 1, 3)
     put(parts, 4, 3, other=np.zeros(3))
     put(parts, 7, 3)
-    write, calls = parquet_parts._write, []
+    write, calls = parquet_files._write, []
 
     def second_fails(table: Any, path: Path) -> None:
         calls.append(path)
@@ -186,10 +186,10 @@ def test_what_fails_in_the_middle_is_not_written_twice(
             raise OSError(errno.ENOSPC, "No space left on device")
         write(table, path)
 
-    monkeypatch.setattr(parquet_parts, "_write", second_fails)
+    monkeypatch.setattr(parquet_files, "_write", second_fails)
     with pytest.raises(OSError, match="No space"):
         parts.commit()
-    assert parts.rows.rows == 6
+    assert parts.waiting.rows == 6
     parts.commit()
     assert steps_in(tmp_path / "m") == list(range(1, 10))
 
@@ -232,11 +232,11 @@ def test_a_part_that_is_none_stays_as_it_is_and_is_said(
     parts = make_parts(tmp_path / "m")
     put(parts, 1, 3)
     parts.commit()
-    assert "part-00003.parquet is no Parquet file" in caplog.text
+    assert "part-00003.parquet is not a Parquet file" in caplog.text
     (tmp_path / "m" / f"part-{parts.part:05d}.parquet").write_text("mine, too")
     put(parts, 4, 3)
     parts.commit()
-    assert "was changed by somebody" in caplog.text
+    assert "was changed by another program" in caplog.text
     assert steps_in(tmp_path / "m" / f"part-{parts.part:05d}.parquet") == [4, 5, 6]
     assert (tmp_path / "m/part-00003.parquet").read_text() == "mine"
 
@@ -278,6 +278,7 @@ async def test_the_end_of_an_epoch_has_the_part_written_soon(tmp_path: Path) -> 
 
 
 def test_without_pyarrow_the_error_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(parquet_logger, "parquet_parts", None)
+    missing = MissingModule(ImportError("No module named 'pyarrow'"), "parquet", "ParquetLogger")
+    monkeypatch.setattr(parquet_logger, "parquet_files", missing)
     with pytest.raises(et.ConfigurationError, match=r"pip install 'eventtrain\[parquet\]'"):
         subs.ParquetLogger("m")

@@ -361,10 +361,10 @@ def test_a_state_loaded_without_its_best_weights_says_so_and_restores_only_bette
     trainer, run = climbing([3.0, 1.0], subscribers=[first], run_dir=tmp_path / "first")
     trainer.fit(**run)
     second.load_state_dict(json.loads(json.dumps(first.state_dict())))
-    assert "not here" not in caplog.text
+    assert "are missing" not in caplog.text
     trainer, run = climbing(losses, subscribers=[second], run_dir=tmp_path / "second")
     assert trainer.fit(**run).state["params"]["w"].tolist() == [weight, weight]
-    assert "whose best weights (loss 1) are not here: only better ones can be restored" in caplog.text
+    assert "whose best weights (loss 1) are missing: only better ones can be restored" in caplog.text
     better = min(losses) < 1
     assert ("restored no weights: those of the best loss, 1, were not kept" in caplog.text) is not better
 

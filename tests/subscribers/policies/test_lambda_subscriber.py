@@ -119,9 +119,12 @@ def plain(event: et.Event) -> None: ...
     [
         ({}, "configuration file"),
         ({"on_epoch_complete": observe}, r"Did you mean 'on_epoch_completed'\?"),
-        ({"epoch_completed": observe}, r"Lambda\(epoch_completed=...\): handlers are named on_"),
+        ({"epoch_completed": observe}, r"Lambda\(epoch_completed=...\): handlers must be named on_"),
         ({"on_epoch_completed": plain}, "on_epoch_completed must be written `async def`"),
-        ({"on_epoch_completed": None}, r"on_epoch_completed=None\): needs a coroutine function"),
+        (
+            {"on_epoch_completed": None},
+            r"on_epoch_completed=None\): on_epoch_completed must be a coroutine function",
+        ),
         ({"on_epoch_completed": take_three}, "take_three"),
     ],
 )

@@ -177,7 +177,7 @@ def test_the_reason_names_the_margin_that_a_lower_value_missed(tmp_path: Path) -
     trainer, seen = make_trainer(tmp_path, subs.ReduceLROnPlateau("loss", patience=1, min_delta=0.5))
     trainer.fit(lambda epoch: [np.float32(1.0 - epoch / 4)], epochs=2)
     (change,) = [event for event in seen if isinstance(event, et.HyperparamChanged)]
-    assert change.reason == "plateau: loss 0.75 is no improvement on 1 (patience 1, min_delta 0.5)"
+    assert change.reason == "plateau: loss 0.75 is not an improvement on 1 (patience 1, min_delta 0.5)"
 
 
 @pytest.mark.parametrize("backend", ["asyncio", "trio"])

@@ -197,7 +197,7 @@ def test_a_scheduler_by_step_that_a_checkpoint_does_not_know_is_refused_at_the_r
     trainer.fit(DATA, steps=10)
     scheduler = subs.LearningRateScheduler(lambda step: 0.1, by="step")
     trainer, _ = make_trainer(sgd(), [kept, scheduler])
-    with pytest.raises(et.StateError, match="LearningRateScheduler was not there"):
+    with pytest.raises(et.StateError, match="LearningRateScheduler was missing"):
         trainer.fit(DATA, steps=20, resume=10)
 
 

@@ -29,7 +29,9 @@ from typer.testing import CliRunner
 import eventtrain as et
 from eventtrain import subscribers as subs
 from eventtrain.cli import main as cli
-from eventtrain.subscribers.remote import upload_manifest as uploads
+from eventtrain.subscribers._shared.optional_imports import MissingModule
+from eventtrain.subscribers.remote import object_store, upload_worker
+from eventtrain.subscribers.remote.object_store import ObjectStore
 from eventtrain.subscribers.remote.upload_manifest import UploadedFile, UploadManifest
 from tests.conftest import python_path
 
@@ -347,8 +349,6 @@ async def test_a_server_that_fails_for_longer_than_a_request_is_asked_again_late
 
 def without_retries(monkeypatch: pytest.MonkeyPatch) -> None:
     """obstore's own are off, so that ours are counted."""
-    from eventtrain.subscribers.remote import object_store
-
     monkeypatch.setitem(object_store.REQUEST_RETRIES, "max_retries", 0)
 
 
@@ -522,10 +522,8 @@ async def test_half_a_checkpoint_is_never_copied_as_a_whole_one(
     trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """It is deleted between the listing of its files and their opening; another one of its name takes its place."""
-    from eventtrain.subscribers.remote import local_file
-
     folder = trained / "checkpoints" / "step-00000004"
-    listing = local_file.files_in
+    listing = upload_worker.files_in
 
     def deleted_meanwhile(path: Path) -> list[Path]:
         found = listing(path)
@@ -534,7 +532,7 @@ async def test_half_a_checkpoint_is_never_copied_as_a_whole_one(
         shutil.copytree(kept, path)
         return found[1:]
 
-    monkeypatch.setattr(local_file, "files_in", deleted_meanwhile)
+    monkeypatch.setattr(upload_worker, "files_in", deleted_meanwhile)
     said = await uploaded(Place(str(tmp_path / "store")).uploader(), trained, folder.name)
     assert [event.kind for event in said] == ["checkpoint_upload_failed"]
 
@@ -620,13 +618,13 @@ def test_a_log_goes_on_where_it_was_and_one_of_another_machine_is_kept(
     log.write_text("another machine's\n")
     anyio.run(uploaded, place.uploader(), trained)
     assert names(place) == ["run.jsonl", "run.jsonl.before-1"]
-    store = uploads.connect("test", place.url, place.options, 10)
+    store = ObjectStore("test", place.url, place.options, timeout_s=10)
     store.open()
     assert (store.read("run.jsonl"), store.read("run.jsonl.before-1")) == (b"another machine's\n", first)
 
 
 def names(place: Place) -> list[str]:
-    store = uploads.connect("test", place.url, place.options, 10)
+    store = ObjectStore("test", place.url, place.options, timeout_s=10)
     store.open(make=False)
     return sorted(store.names())
 
@@ -696,7 +694,7 @@ def test_what_is_not_what_was_uploaded_never_gets_its_name(store: Path, tmp_path
 )
 def test_a_manifest_that_leads_out_of_its_folder_is_refused(store: Path, tmp_path: Path, path: str) -> None:
     edit(store, files=[*files_of(store), {"path": path, "size_bytes": 0, "sha256": "0" * 64}])
-    with pytest.raises(et.SnapshotError, match="no checkpoint"):
+    with pytest.raises(et.SnapshotError, match="There is no checkpoint"):
         fetch(store, tmp_path / "deep" / "back")
     assert not (tmp_path / "deep").exists()
 
@@ -729,7 +727,7 @@ def test_a_manifest_that_is_not_valid_is_no_checkpoint(
     store: Path, tmp_path: Path, values: Any, caplog: Any
 ) -> None:
     edit(store, **values)
-    with pytest.raises(et.SnapshotError, match="those there: none"):
+    with pytest.raises(et.SnapshotError, match="found: none"):
         fetch(store, tmp_path / "back")
     assert ("left out" in caplog.text) == ("format" not in values)
 
@@ -759,7 +757,7 @@ def test_a_checkpoint_that_is_there_is_verified_and_another_one_is_not_touched(
     path = fetch(store, tmp_path / "back")
     assert fetch(store, tmp_path / "back") == path
     (path / "arrays" / "_METADATA").write_text("mine")
-    with pytest.raises(et.SnapshotError, match="another"):
+    with pytest.raises(et.SnapshotError, match="differs"):
         fetch(store, tmp_path / "back")
     assert (path / "arrays" / "_METADATA").read_text() == "mine"
 
@@ -903,6 +901,7 @@ def test_a_file_describes_an_uploader_and_its_keys_stay_secret(tmp_path: Path) -
 
 
 def test_without_obstore_the_remedy_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr(uploads, "object_store", None)
-    with pytest.raises(et.ConfigurationError, match=r"pip install 'eventtrain\[upload\]'"):
+    missing = MissingModule(ModuleNotFoundError("No module named 'obstore'"), "upload", "Uploader")
+    monkeypatch.setattr(object_store, "obstore", missing)
+    with pytest.raises(et.ConfigurationError, match=r"No module named 'obstore'.*'eventtrain\[upload\]'"):
         subs.Uploader(str(tmp_path))

@@ -22,7 +22,8 @@ import pytest
 
 import eventtrain as et
 from eventtrain import subscribers as subs
-from eventtrain.subscribers.trackers import mlflow_logger
+from eventtrain.subscribers._shared.optional_imports import MissingModule
+from eventtrain.subscribers.trackers import mlflow_logger, tracker
 from eventtrain.subscribers.trackers.tracker_thread import TrackerThread
 from eventtrain.testing import ScriptedStep
 from tests.conftest import python_path
@@ -274,11 +275,11 @@ KILLED = """
     import numpy as np, jax.numpy as jnp
     import eventtrain as et
     from eventtrain import subscribers as subs
-    from eventtrain.subscribers.trackers import mlflow_logger
+    from eventtrain.subscribers.trackers import tracker
 
     uri, experiment, run_dir, kill = sys.argv[1], sys.argv[2], sys.argv[3], sys.argv[4] == "kill"
     logger = subs.MLflowLogger(uri, experiment=experiment, every=1)
-    mlflow_logger.SETTLE_S = 120.0  # the machine may be busy
+    tracker.FLUSH_TIMEOUT_S = 120.0  # the machine may be busy
 
     class Killer(et.Subscriber):
         lag = 0
@@ -346,7 +347,7 @@ class Fake:
         self._answer()
         self.rows += rows
 
-    def close(self, status: str) -> None:
+    def close(self, status: str, tags: Any) -> None:
         self._answer()
         self.status = status
 
@@ -387,7 +388,7 @@ def test_an_mlflow_that_hangs_is_not_waited_for_beyond_the_time_given(
 ) -> None:
     fake.hold.clear()
     logger = subs.MLflowLogger("sqlite://", every=1, finish_timeout_s=0.2)
-    monkeypatch.setattr(mlflow_logger, "SETTLE_S", 0.01)
+    monkeypatch.setattr("eventtrain.subscribers.trackers.tracker.FLUSH_TIMEOUT_S", 0.01)
     fit(tmp_path, logger, MemoryCheckpointer(every=2), epochs=5)
     assert fake.rows == []
     assert "MLflow did not take everything within 0.2 s after the run; it lacks" in caplog.text
@@ -398,7 +399,7 @@ def test_what_waits_is_bounded_and_what_is_lost_is_counted(
     tmp_path: Path, fake: Fake, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     limit = 200
-    monkeypatch.setattr(mlflow_logger, "TrackerThread", partial(TrackerThread, row_limit=limit))
+    monkeypatch.setattr(tracker, "TrackerThread", partial(TrackerThread, row_limit=limit))
     fake.hold.clear()
     logger = subs.MLflowLogger("sqlite://", every=1)
     said: list[str] = []
@@ -468,7 +469,7 @@ def test_an_mlflow_that_cannot_be_reached_costs_no_run_and_its_password_is_shown
             "sqlite": f"sqlite:///{tmp_path}/file/x.db?password={SECRET}",
             "scheme": f"nonsense://{SECRET}",
         }[place]
-        monkeypatch.setattr(mlflow_logger, "SETTLE_S", 0.2)
+        monkeypatch.setattr("eventtrain.subscribers.trackers.tracker.FLUSH_TIMEOUT_S", 0.2)
         logger = subs.MLflowLogger(uri, every=1, finish_timeout_s=1)
         run_dir = tmp_path / "run"
         checkpointer = subs.Checkpointer("checkpoints", every_epochs=1)
@@ -531,11 +532,12 @@ def test_many_and_long_params_and_tags_arrive(store: Store) -> None:
 
 @pytest.mark.parametrize("wrong", [{"every": -1}, {"every": 1.5}, {"finish_timeout_s": "1"}])
 def test_arguments_that_cannot_work_are_refused(wrong: dict[str, Any]) -> None:
-    with pytest.raises(et.ConfigurationError, match=f"MLflowLogger.{next(iter(wrong))}="):
+    with pytest.raises(et.ConfigurationError, match=f"MLflowLogger.{next(iter(wrong))}=.* must be"):
         subs.MLflowLogger("sqlite://", **wrong)
 
 
 def test_without_mlflow_the_remedy_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(mlflow_logger, "mlflow_run", None)
-    with pytest.raises(et.ConfigurationError, match=r"pip install 'eventtrain\[mlflow\]'"):
+    missing = MissingModule(ModuleNotFoundError("No module named 'mlflow'"), "mlflow", "MLflowLogger")
+    monkeypatch.setattr(mlflow_logger, "mlflow_run", missing)
+    with pytest.raises(et.ConfigurationError, match=r"No module named 'mlflow'.*'eventtrain\[mlflow\]'"):
         subs.MLflowLogger("sqlite://")

@@ -19,10 +19,11 @@ import pytest
 import eventtrain as et
 from eventtrain import subscribers as subs
 from eventtrain.subscribers._shared import atomic_files
+from eventtrain.subscribers._shared.optional_imports import MissingModule
 from eventtrain.subscribers.trackers import model_registry
 
 mlflow = pytest.importorskip("mlflow", reason="MLflow is not installed: pip install 'eventtrain[mlflow]'")
-from eventtrain.subscribers.trackers.mlflow_registry import MLflowRegistry  # noqa: E402
+from eventtrain.subscribers.trackers.mlflow_registry import MLflowRegistry, Version  # noqa: E402
 
 # MLflow itself, when it first maps its tables.
 pytestmark = pytest.mark.filterwarnings("ignore:The ``noload`` loader strategy:DeprecationWarning")
@@ -196,11 +197,11 @@ async def test_a_checkpoint_has_the_metrics_of_its_own_epoch_however_late_it_is_
     tmp_path: Path, fake: Fake
 ) -> None:
     registry, _ = await started(tmp_path)
-    await registry.on_checkpoint_committed(committed(3))
+    await registry.handle(committed(3))
     for number in range(3):
-        await registry.on_epoch_completed(epoch(number, 4 * number + 4, float(number)))
+        await registry.handle(epoch(number, 4 * number + 4, float(number)))
     for step in (4, 7, 8, 100):
-        await registry.on_checkpoint_committed(committed(step))
+        await registry.handle(committed(step))
     await registry.stop()
     assert [version.metrics for version in fake.added] == [
         {},
@@ -222,7 +223,7 @@ async def test_a_checkpoint_has_the_metrics_of_its_own_epoch_however_late_it_is_
 )
 async def test_the_run_of_mlflows_ends_as_ours(tmp_path: Path, fake: Fake, last: Any, status: str) -> None:
     registry, _ = await started(tmp_path)
-    await (registry.on_run_failed if isinstance(last, et.RunFailed) else registry.on_run_completed)(last)
+    await registry.handle(last)
     await registry.stop()
     assert fake.status == status
 
@@ -231,7 +232,7 @@ async def test_a_run_that_resumes_registers_what_is_not_registered_yet(tmp_path:
     fake.there = {"ck/step-4"}
     registry, said = await started(tmp_path)
     for step in (4, 8):
-        await registry.on_run_resumed(et.RunResumed(epoch=1, batch=0, step=step, path=f"ck/step-{step}"))
+        await registry.handle(et.RunResumed(epoch=1, batch=0, step=step, path=f"ck/step-{step}"))
     await registry.stop()
     assert [version.source for version in fake.added] == ["ck/step-8"]
     assert said == []
@@ -247,7 +248,7 @@ def test_what_is_there_is_found_on_any_page(uri: str, name: str, monkeypatch: py
     registry = MLflowRegistry(name, model_registry.SecretStr(uri), experiment="x", run_name="y")
     for source in ("a", "b", "c"):
         assert not registry.has(source)
-        registry.add(model_registry.Version(source, 1, "kind"))
+        registry.add(Version(source, 1))
     assert [registry.has(source) for source in ("a", "b", "c", "d")] == [True, True, True, False]
 
 
@@ -255,7 +256,7 @@ async def test_what_may_pass_is_tried_again_and_the_order_is_kept(tmp_path: Path
     fake.errors = [et.StorageError("busy", may_pass=True)] * 2
     registry, said = await started(tmp_path)
     for step in (1, 2, 3):
-        await registry.on_checkpoint_committed(committed(step))
+        await registry.handle(committed(step))
     await registry.stop()
     assert [version.step for version in fake.added] == [1, 2, 3]
     assert said == []
@@ -267,8 +268,8 @@ async def test_what_cannot_be_registered_is_said(
 ) -> None:
     fake.errors = list(errors)
     registry, said = await started(tmp_path)
-    await registry.on_checkpoint_committed(committed(1))
-    await registry.on_checkpoint_committed(committed(2))
+    await registry.handle(committed(1))
+    await registry.handle(committed(2))
     await registry.stop()
     (failed,) = said
     assert isinstance(failed, et.SubscriberFailed)
@@ -282,7 +283,7 @@ async def test_the_end_of_a_run_waits_no_longer_than_told_and_names_what_is_left
 ) -> None:
     fake.hold.clear()
     registry, _ = await started(tmp_path, finish_timeout_s=0.1)
-    await registry.on_checkpoint_committed(committed(1))
+    await registry.handle(committed(1))
     with anyio.fail_after(10), pytest.raises(et.SubscriberError, match="ck/step-1"):
         await registry.stop()
 
@@ -348,13 +349,14 @@ def test_a_registry_that_cannot_be_reached_costs_no_run_and_its_password_is_show
     ],
 )
 def test_arguments_that_cannot_work_are_refused(named: str, wrong: dict[str, Any]) -> None:
-    with pytest.raises(et.ConfigurationError, match=f"ModelRegistry.{next(iter(wrong), 'name')}="):
+    with pytest.raises(et.ConfigurationError, match=f"ModelRegistry.{next(iter(wrong), 'name')}=.* must be"):
         subs.ModelRegistry(named, "sqlite://", **wrong)
 
 
 def test_without_mlflow_the_remedy_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(model_registry, "mlflow_registry", None)
-    with pytest.raises(et.ConfigurationError, match=r"pip install 'eventtrain\[mlflow\]'"):
+    missing = MissingModule(ModuleNotFoundError("No module named 'mlflow'"), "mlflow", "ModelRegistry")
+    monkeypatch.setattr(model_registry, "mlflow_registry", missing)
+    with pytest.raises(et.ConfigurationError, match=r"No module named 'mlflow'.*'eventtrain\[mlflow\]'"):
         subs.ModelRegistry("model", "sqlite://")
 
 

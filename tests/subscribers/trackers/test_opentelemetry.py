@@ -17,6 +17,7 @@ import pytest
 
 import eventtrain as et
 from eventtrain import subscribers as subs
+from eventtrain.subscribers._shared.optional_imports import MissingModule
 from eventtrain.subscribers.trackers import opentelemetry as open_telemetry
 from eventtrain.testing import ScriptedStep
 from tests.subscribers.trackers.tracked_runs import ODD
@@ -166,21 +167,21 @@ def test_half_a_surrogate_pair_in_a_name_or_an_error_costs_no_batch_of_an_export
     telemetry: Telemetry,
 ) -> None:
     now = datetime.now(UTC)
-    recorder = open_telemetry.otel_recorder.Recorder(
+    recorder = open_telemetry.opentelemetry_recorder.Recorder(
         telemetry.tracer_provider,
         telemetry.meter_provider,
         attributes={},
-        context=open_telemetry.otel_recorder.surroundings(),
+        context=open_telemetry.opentelemetry_recorder.get_current(),
         run_id="run",
         step=0,
         time=now,
     )
     recorder.open()
-    recorder.take(et.EpochStarted(epoch=0, time=now))
+    recorder.record(et.EpochStarted(epoch=0, time=now))
     metrics = {"\udc80": 1.0}
-    recorder.take(et.EpochCompleted(epoch=0, metrics=metrics, steps=1, duration_s=1.0, time=now))
-    recorder.take(et.CheckpointFailed(path="\udc80", error="OSError: \udc80", time=now))
-    recorder.take(et.RunFailed(error="ValueError: \udc80", time=now))
+    recorder.record(et.EpochCompleted(epoch=0, metrics=metrics, steps=1, duration_s=1.0, time=now))
+    recorder.record(et.CheckpointFailed(path="\udc80", error="OSError: \udc80", time=now))
+    recorder.record(et.RunFailed(error="ValueError: \udc80", time=now))
     recorder.close()
     spans = [*telemetry.spans("epoch"), *telemetry.spans("checkpoint"), *telemetry.spans("run")]
     assert len(spans) == 3
@@ -385,11 +386,11 @@ def test_an_exporter_that_raises_costs_nothing_and_its_endpoint_is_shown_nowhere
 async def test_events_that_nobody_announced_are_spans_all_the_same(telemetry: Telemetry) -> None:
     """As after an outage, or where somebody else's subscription options left something out."""
     now = datetime.now(UTC)
-    recorder = open_telemetry.otel_recorder.Recorder(
+    recorder = open_telemetry.opentelemetry_recorder.Recorder(
         telemetry.tracer_provider,
         telemetry.meter_provider,
         attributes={},
-        context=open_telemetry.otel_recorder.surroundings(),
+        context=open_telemetry.opentelemetry_recorder.get_current(),
         run_id="run",
         step=0,
         time=now,
@@ -401,7 +402,7 @@ async def test_events_that_nobody_announced_are_spans_all_the_same(telemetry: Te
         et.CheckpointCommitted(path="ck", size_bytes=1, duration_s=4.0, time=now),
         et.CheckpointFailed(path="", error="nothing was begun", time=now),
     ):
-        recorder.take(event)
+        recorder.record(event)
     recorder.close()
     durations = {span.name: (span.end_time - span.start_time) / 1e9 for span in telemetry.spans()}
     assert durations["eventtrain.epoch"] == pytest.approx(2)
@@ -412,19 +413,19 @@ async def test_events_that_nobody_announced_are_spans_all_the_same(telemetry: Te
 def test_the_end_of_one_thing_ends_what_was_left_open(telemetry: Telemetry) -> None:
     now = datetime.now(UTC)
     new = partial(et.EpochStarted, time=now)
-    recorder = open_telemetry.otel_recorder.Recorder(
+    recorder = open_telemetry.opentelemetry_recorder.Recorder(
         telemetry.tracer_provider,
         telemetry.meter_provider,
         attributes={},
-        context=open_telemetry.otel_recorder.surroundings(),
+        context=open_telemetry.opentelemetry_recorder.get_current(),
         run_id="run",
         step=0,
         time=now,
     )
     recorder.open()
-    recorder.take(new(epoch=0))
-    recorder.take(new(epoch=1))
-    recorder.take(et.CheckpointStarted(path="ck", time=now))
+    recorder.record(new(epoch=0))
+    recorder.record(new(epoch=1))
+    recorder.record(et.CheckpointStarted(path="ck", time=now))
     recorder.close()
     assert len(telemetry.spans("epoch")) == 2
     assert len(telemetry.spans("checkpoint")) == 1
@@ -436,10 +437,10 @@ def test_the_end_of_one_thing_ends_what_was_left_open(telemetry: Telemetry) -> N
     [
         (
             {"tracer_provider": f"http://me:{SECRET}@host"},
-            "tracer_provider=...): the str that was given has no get_tracer",
+            "tracer_provider=...): it must have a method get_tracer(), got str",
         ),
-        ({"meter_provider": 1}, "meter_provider=...): the int that was given has no get_meter"),
-        ({"finish_timeout_s": -1}, "finish_timeout_s=-1"),
+        ({"meter_provider": 1}, "meter_provider=...): it must have a method get_meter(), got int"),
+        ({"finish_timeout_s": -1}, "finish_timeout_s must be a finite number >= 0, got -1"),
     ],
 )
 def test_arguments_that_cannot_work_are_refused(wrong: dict[str, Any], said: str) -> None:
@@ -450,6 +451,10 @@ def test_arguments_that_cannot_work_are_refused(wrong: dict[str, Any], said: str
 
 
 def test_without_the_api_the_remedy_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(open_telemetry, "otel_recorder", None)
-    with pytest.raises(et.ConfigurationError, match=r"pip install 'eventtrain\[opentelemetry\]'"):
+    error = ModuleNotFoundError("No module named 'opentelemetry'")
+    missing = MissingModule(error, "opentelemetry", "OpenTelemetry")
+    monkeypatch.setattr(open_telemetry, "opentelemetry_recorder", missing)
+    with pytest.raises(
+        et.ConfigurationError, match=r"No module named 'opentelemetry'.*'eventtrain\[opentelemetry\]'"
+    ):
         subs.OpenTelemetry()

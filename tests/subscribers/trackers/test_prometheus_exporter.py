@@ -20,6 +20,7 @@ import pytest
 
 import eventtrain as et
 from eventtrain import subscribers as subs
+from eventtrain.subscribers._shared.optional_imports import MissingModule
 from eventtrain.subscribers.trackers import prometheus_exporter
 from eventtrain.testing import ScriptedStep
 from tests.support.saved_in_memory import MemoryCheckpointer
@@ -201,12 +202,12 @@ async def test_alerts_and_what_became_of_checkpoints_are_counted(tmp_path: Path)
     exporter = subs.PrometheusExporter(None)
     control: Any = type("Control", (), {"hyperparams": {}})()
     await exporter.start(et.RunContext("run", tmp_path, control, lambda event: None))
-    await exporter.on_alert_raised(et.AlertRaised(name="spike", severity="critical"))
-    await exporter.on_alert_raised(et.AlertRaised(name="stall"))
-    await exporter.on_alert_resolved(et.AlertResolved(name="spike"))
-    await exporter.on_checkpoint_failed(et.CheckpointFailed(path="", error="no"))
-    await exporter.on_checkpoint_skipped(et.CheckpointSkipped(requested_by="x", in_flight=2))
-    await exporter.on_checkpoint_skipped(et.CheckpointSkipped(requested_by="x", in_flight=2))
+    await exporter.handle(et.AlertRaised(name="spike", severity="critical"))
+    await exporter.handle(et.AlertRaised(name="stall"))
+    await exporter.handle(et.AlertResolved(name="spike"))
+    await exporter.handle(et.CheckpointFailed(path="", error="no"))
+    await exporter.handle(et.CheckpointSkipped(requested_by="x", in_flight=2))
+    await exporter.handle(et.CheckpointSkipped(requested_by="x", in_flight=2))
     samples = of_registry(exporter)
     assert at(samples, "alert", name="spike", severity="critical") == 0
     assert at(samples, "alert", name="stall", severity="warning") == 1
@@ -329,7 +330,7 @@ async def test_clients_that_hang_hold_up_neither_others_nor_the_end(
 
 
 async def test_a_client_that_says_nothing_is_left(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("eventtrain.subscribers.trackers.prometheus_server._Handler.timeout", 0.05)
+    monkeypatch.setattr("eventtrain.subscribers.trackers.prometheus_metrics.CLIENT_TIMEOUT_S", 0.05)
     exporter = subs.PrometheusExporter(0)
     control: Any = type("Control", (), {"hyperparams": {}})()
     await exporter.start(et.RunContext("run", tmp_path, control, lambda event: None))
@@ -446,11 +447,15 @@ async def test_in_a_starlette_app_it_answers_without_a_server(tmp_path: Path, wa
     ],
 )
 def test_arguments_that_cannot_work_are_refused(wrong: dict[str, Any]) -> None:
-    with pytest.raises(et.ConfigurationError, match=f"PrometheusExporter.{next(iter(wrong))}="):
+    with pytest.raises(et.ConfigurationError, match=f"PrometheusExporter.{next(iter(wrong))}=.* must"):
         subs.PrometheusExporter(**wrong)
 
 
 def test_without_prometheus_client_the_remedy_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(prometheus_exporter, "prometheus_http", None)
-    with pytest.raises(et.ConfigurationError, match=r"pip install 'eventtrain\[prometheus\]'"):
+    error = ModuleNotFoundError("No module named 'prometheus_client'")
+    missing = MissingModule(error, "prometheus", "PrometheusExporter")
+    monkeypatch.setattr(prometheus_exporter, "prometheus_metrics", missing)
+    with pytest.raises(
+        et.ConfigurationError, match=r"No module named 'prometheus_client'.*'eventtrain\[prometheus\]'"
+    ):
         subs.PrometheusExporter()

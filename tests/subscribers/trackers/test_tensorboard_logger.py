@@ -40,6 +40,7 @@ from tensorboardX.crc32c import crc32c  # noqa: E402
 from tensorboardX.proto.plugin_hparams_pb2 import HParamsPluginData  # noqa: E402
 
 from eventtrain.subscribers._shared import atomic_files  # noqa: E402
+from eventtrain.subscribers._shared.optional_imports import MissingModule  # noqa: E402
 from eventtrain.subscribers.trackers import tensorboard_file as event_file  # noqa: E402
 from eventtrain.subscribers.trackers import tensorboard_logger  # noqa: E402
 
@@ -210,7 +211,7 @@ def test_a_function_that_raises_or_gives_nonsense_costs_its_own_rows_only_and_is
         "'odd' cannot be recorded: an image is [height, width] or [height, width, 1, 3 or 4], not [2, 2, 2]",
         failed[-2].error.partition("tensorboard: ")[2],
     ]
-    assert "'broken' cannot be recorded: it is no image file" in failed[-2].error
+    assert "'broken' cannot be recorded: it is not an image file" in failed[-2].error
     assert logger.statistics.lost == 3
     assert len(curves(tmp_path / "tensorboard")["step/loss"]) == 15
 
@@ -276,9 +277,9 @@ async def test_arrays_are_chosen_by_name_and_what_is_not_finite_is_counted(tmp_p
 def test_a_histogram_of_extreme_values_holds_each_of_them(values: list[float]) -> None:
     from tensorboard.compat.proto.event_pb2 import Event
 
-    from eventtrain.subscribers.trackers import tensorboard_records as tensorboard_events
+    from eventtrain.subscribers.trackers import tensorboard_records
 
-    (record,) = tensorboard_events.histogram(window(1, 1), 1, "x", np.array(values))
+    (record,) = tensorboard_records.histogram(window(1, 1), 1, "x", np.array(values))
     found = Event.FromString(record).summary.value[0].histo
     assert (found.num, sum(found.bucket), found.min, found.max) == (
         len(values), len(values), min(values), max(values)
@@ -490,7 +491,7 @@ def test_a_disk_that_hangs_delays_neither_training_nor_the_end(
         return write(descriptor, data)
 
     monkeypatch.setattr(atomic_files.os, "write", hanging)
-    monkeypatch.setattr(tensorboard_logger, "SETTLE_S", 0.1)
+    monkeypatch.setattr("eventtrain.subscribers.trackers.tracker.FLUSH_TIMEOUT_S", 0.1)
     logger = subs.TensorBoardLogger(finish_timeout_s=0.2, histogram_every=1)
     checkpointer = subs.Checkpointer("checkpoints", every_epochs=1)
     trainer = scripted_run(tmp_path, checkpointer, logger)
@@ -520,12 +521,12 @@ async def test_a_directory_that_cannot_be_made_fails_the_start_by_name(tmp_path:
     ("options", "text"),
     [
         ({"directory": "../elsewhere"}, "leads out of run_dir"),
-        ({"every": 0}, "every=0"),
-        ({"histogram_every": 0}, "histogram_every=0"),
-        ({"arrays": ("params/*",)}, "nothing says when"),
-        ({"record": {"EpochCompleted": len}}, "needs event classes"),
+        ({"every": 0}, "every must be an integer >= 1, got 0"),
+        ({"histogram_every": 0}, "histogram_every must be an integer >= 1 or None, got 0"),
+        ({"arrays": ("params/*",)}, "requires a schedule"),
+        ({"record": {"EpochCompleted": len}}, "record must map event classes"),
         ({"hparams": {"layers": [1, 2]}}, "layers"),
-        ({"finish_timeout_s": -1}, "finish_timeout_s=-1"),
+        ({"finish_timeout_s": -1}, "finish_timeout_s must be a finite number >= 0, got -1"),
     ],
 )
 def test_arguments_that_cannot_work_are_refused_by_name(options: dict[str, Any], text: str) -> None:
@@ -534,8 +535,12 @@ def test_arguments_that_cannot_work_are_refused_by_name(options: dict[str, Any],
 
 
 def test_without_tensorboardx_the_error_names_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tensorboard_logger, "tensorboard_events", None)
-    with pytest.raises(et.ConfigurationError, match=r"pip install 'eventtrain\[tensorboard\]'"):
+    error = ModuleNotFoundError("No module named 'tensorboardX'")
+    missing = MissingModule(error, "tensorboard", "TensorBoardLogger")
+    monkeypatch.setattr(tensorboard_logger, "tensorboard_records", missing)
+    with pytest.raises(
+        et.ConfigurationError, match=r"No module named 'tensorboardX'.*'eventtrain\[tensorboard\]'"
+    ):
         subs.TensorBoardLogger()
 
 

@@ -23,6 +23,7 @@ import pytest
 
 import eventtrain as et
 from eventtrain import subscribers as subs
+from eventtrain.subscribers._shared.optional_imports import MissingModule
 from tests.subscribers.trackers.tracked_runs import (
     ODD,
     context,
@@ -38,7 +39,7 @@ from tests.subscribers.trackers.tracked_runs import (
 os.environ.setdefault("WANDB_ERROR_REPORTING", "false")
 pytest.importorskip("wandb", reason="not installed: pip install 'eventtrain[wandb]'")
 
-from eventtrain.subscribers.trackers import wandb_files, wandb_logger, wandb_run
+from eventtrain.subscribers.trackers import wandb_logger, wandb_run, wandb_transaction_log
 
 KEY = "5ec7e75ec7e75ec7e75ec7e75ec7e75ec7e75ec7"
 """An API key as W&B has them."""
@@ -76,7 +77,7 @@ def read(folder: Path, finished: int = 1) -> Written:
 def read_now(folder: Path) -> Written:
     written = Written()
     for path in sorted(folder.glob("wandb/offline-run-*/*.wandb")):
-        for record in wandb_files.records(path):
+        for record in wandb_transaction_log.records(path):
             kind = record.WhichOneof("record_type")
             if kind == "history":
                 row: dict[str, Any] = {}
@@ -283,10 +284,10 @@ class Fake:
     def log(self, rows: Any) -> None:
         self._do("log", rows)
 
-    def complete(self, step: int) -> None:
-        self._do("complete", step)
+    def log_window(self, event: et.StepsCompleted, every: int, points: Any) -> None:
+        self._do("log_window", event)
 
-    def volatile(self) -> dict[int, dict[str, float]]:
+    def unwritten_rows(self) -> dict[int, dict[str, float]]:
         return {}
 
     def configure(self, values: Any) -> None:
@@ -324,7 +325,7 @@ async def test_a_run_that_resumes_goes_on_with_its_id_and_a_new_one_gets_another
     assert ids[0] == ids[1] == tracker.wandb_id == again.wandb_id != ids[2]
     assert [options.resumes for options in fake.options] == [False, True, False]
     assert [what for name, what in fake.jobs if name == "configure"] == [{"lr": 0.5}]
-    with pytest.raises(et.errors.StateError, match="is no id of W&B's"):
+    with pytest.raises(et.errors.StateError, match="cannot load its state: wandb_id"):
         again.load_state_dict({**state, "wandb_id": "../../precious"})
 
 
@@ -342,7 +343,7 @@ async def test_a_failed_run_is_said_to_have_failed(tmp_path: Path, fake: Fake) -
 def test_a_tracker_that_hangs_delays_neither_training_nor_checkpoints_nor_the_end(
     tmp_path: Path, fake: Fake, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(wandb_logger, "SETTLE_S", 0.1)
+    monkeypatch.setattr("eventtrain.subscribers.trackers.tracker.FLUSH_TIMEOUT_S", 0.1)
     fake.hold.clear()
     tracker = logger(finish_timeout_s=0.2, histogram_every=1)
     trainer = scripted_run(tmp_path, subs.Checkpointer("checkpoints", every_epochs=1), tracker)
@@ -379,6 +380,7 @@ from pathlib import Path
 import logging
 logging.basicConfig(level=logging.DEBUG)
 from eventtrain import subscribers as subs
+from eventtrain.subscribers._shared.optional_imports import MissingModule
 from tests.subscribers.trackers.tracked_runs import data, failures, scripted_run
 
 if __name__ == "__main__":
@@ -422,13 +424,13 @@ def test_a_server_that_never_answers_delays_the_end_by_the_timeout_and_shows_no_
 @pytest.mark.parametrize(
     ("options", "text"),
     [
-        ({"project": "a/b"}, "project='a/b'"),
-        ({"mode": "disabled"}, "mode='disabled'"),
+        ({"project": "a/b"}, "project='a/b'.* must be a name without"),
+        ({"mode": "disabled"}, "mode must be one of .* got 'disabled'"),
         ({"directory": "../elsewhere"}, "leads out of run_dir"),
-        ({"every": 0}, "every=0"),
-        ({"arrays": ("params/*",)}, "nothing says when"),
-        ({"record": {"EpochCompleted": len}}, "needs event classes"),
-        ({"init_timeout_s": 0}, "init_timeout_s=0"),
+        ({"every": 0}, "every must be an integer >= 1, got 0"),
+        ({"arrays": ("params/*",)}, "requires a schedule"),
+        ({"record": {"EpochCompleted": len}}, "record must map event classes"),
+        ({"init_timeout_s": 0}, "init_timeout_s must be a finite number > 0, got 0"),
     ],
 )
 def test_arguments_that_cannot_work_are_refused_by_name(options: dict[str, Any], text: str) -> None:
@@ -465,8 +467,9 @@ async def test_without_a_key_the_error_says_what_to_do(
 
 
 def test_without_wandb_the_error_names_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(wandb_logger, "wandb_run", None)
-    with pytest.raises(et.ConfigurationError, match=r"pip install 'eventtrain\[wandb\]'"):
+    missing = MissingModule(ModuleNotFoundError("No module named 'wandb'"), "wandb", "WandbLogger")
+    monkeypatch.setattr(wandb_logger, "wandb_run", missing)
+    with pytest.raises(et.ConfigurationError, match=r"No module named 'wandb'.*'eventtrain\[wandb\]'"):
         logger()
 
 
@@ -480,9 +483,9 @@ def test_a_file_that_is_torn_is_read_up_to_there(rich: Any, tmp_path: Path) -> N
         torn.parent.mkdir(parents=True)
         torn.write_bytes(whole[:size])
         rows[size] = sum(
-            record.WhichOneof("record_type") == "history" for record in wandb_files.records(torn)
+            record.WhichOneof("record_type") == "history" for record in wandb_transaction_log.records(torn)
         )
     assert rows[0] == rows[7] == rows[10] == 0
     assert rows[len(whole)] == 15
-    assert wandb_files.last_step(tmp_path, tracker.wandb_id) == 15
-    assert wandb_files.last_step(tmp_path, "another") == -1
+    assert wandb_transaction_log.last_step(tmp_path, tracker.wandb_id) == 15
+    assert wandb_transaction_log.last_step(tmp_path, "another") == -1

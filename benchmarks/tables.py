@@ -1,49 +1,27 @@
-"""Writes the measured table of README.md from ``benchmarks/results``: ``python -m benchmarks.readme``."""
+"""Renders the results in ``benchmarks/results`` as Markdown tables; docs/make_pages.py puts them into the pages."""
 
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parent.parent
-RESULTS = ROOT / "benchmarks" / "results"
-README = ROOT / "README.md"
-BEGIN, END = "<!-- loop_overhead:begin -->", "<!-- loop_overhead:end -->"
-
-SUBSCRIBERS = {"none": "none"}
-"""What the benchmark calls a case -> what the table does; all other cases run with eight."""
+RESULTS = Path(__file__).resolve().parent / "results"
 
 
-def tables() -> str:
-    """All tables with their machines; for what was not measured yet, how to do it."""
-    parts = [
-        section(name, render)
-        for name, render in (
-            ("loop_overhead", loop_overhead),
-            ("live_sinks", partial(live, "every file sink, TensorBoard, Prometheus, report and curves")),
-            ("alert_rules", partial(live, "twenty alert rules on every step")),
-            ("sinks", sinks),
-            ("bus_throughput", bus_throughput),
-            ("checkpoint_stall_120MB", checkpoint_stall),
-            ("checkpoint_stall_1000MB", checkpoint_stall),
-        )
-    ]
-    return "\n".join(parts)
-
-
-def section(name: str, render: Any) -> str:
-    """One benchmark's table, and below it machine, date and versions."""
+def section(name: str) -> str:
+    """Returns the table of one benchmark with machine, date and versions, or the command that measures it."""
     path = RESULTS / f"{name}-cpu.json"
     if not path.exists():
-        return f"Not measured yet: `python -m benchmarks.{name} --json benchmarks/results/{path.name}`.\n"
+        return f"Not measured yet: `python -m benchmarks.{name} --json benchmarks/results/{path.name}`."
     document = json.loads(path.read_text())
-    return f"{render(document['figures'])}\n\n{machine(document)}\n"
+    return f"{RENDERERS[name](document['figures'])}\n\n{machine(document)}"
 
 
 def machine(document: dict[str, Any]) -> str:
-    """On what, with what and when it was measured."""
+    """Returns the line that names date, machine and versions of a measurement."""
     found = document["machine"]
     versions = ", ".join(f"{package} {found[package]}" for package in ("jax", "anyio", "pydantic"))
     return (
@@ -53,7 +31,7 @@ def machine(document: dict[str, Any]) -> str:
 
 
 def loop_overhead(figures: list[dict[str, Any]]) -> str:
-    """Observed run over bare loop, for each size of step."""
+    """Returns the time of an observed run over that of the bare loop, for each step duration."""
     lines = [
         "| bare step | subscribers | steps per call | observed / bare loop | pairs |",
         "|---|---|---|---|---|",
@@ -61,7 +39,7 @@ def loop_overhead(figures: list[dict[str, Any]]) -> str:
     for figure in figures:
         lowest, highest = min(figure["ratios"]), max(figure["ratios"])
         lines.append(
-            f"| {_duration(figure['step_us'])} | {SUBSCRIBERS.get(figure['subscribers'], 'eight')} | "
+            f"| {_duration(figure['step_us'])} | {'none' if figure['subscribers'] == 'none' else 'eight'} | "
             f"{figure['steps_per_call']} | **{figure['ratio_median']:.3f}** ({lowest:.3f} to {highest:.3f}) | "
             f"{figure['pairs']} |"
         )
@@ -69,8 +47,8 @@ def loop_overhead(figures: list[dict[str, Any]]) -> str:
 
 
 def live(what: str, figures: list[dict[str, Any]]) -> str:
-    """A run with these subscribers over the bare loop, for each size of step."""
-    lines = ["| bare step | live | observed / bare loop | pairs |", "|---|---|---|---|"]
+    """Returns the time of a run with these subscribers over that of the bare loop, for each step duration."""
+    lines = ["| bare step | subscribers | observed / bare loop | pairs |", "|---|---|---|---|"]
     for figure in figures:
         each = figure.get("ratios") or figure["ratios_to_bare"]
         middle = figure.get("ratio_median") or figure["ratio_to_bare"]
@@ -82,8 +60,8 @@ def live(what: str, figures: list[dict[str, Any]]) -> str:
 
 
 def sinks(figures: dict[str, dict[str, float]]) -> str:
-    """Rows a second of the file loggers."""
-    lines = ["| rows of 3 metrics | rows/s | over writing them row by row |", "|---|---|---|"]
+    """Returns the rows per second of the file loggers."""
+    lines = ["| rows of 3 metrics | rows/s | rows/s over writing row by row |", "|---|---|---|"]
     for logger, figure in figures.items():
         ratio = f"**{figure['ratio']:.1f}**" if "ratio" in figure else ""
         lines.append(f"| {logger} | {figure['rows/s']:,.0f} | {ratio} |")
@@ -91,11 +69,11 @@ def sinks(figures: dict[str, dict[str, float]]) -> str:
 
 
 def bus_throughput(figures: dict[str, dict[str, float]]) -> str:
-    """Time over that of the plain thing, for publishing and for each way of handing events out."""
+    """Returns the time of publishing, and of delivering an event to handlers by each library."""
     published, one, ten = figures["publish"], figures["1 handler"], figures["10 handlers"]
     ways = [name for name in one if name.endswith(" / direct")]
     lines = [
-        "| time over awaiting the handlers directly | 1 handler | 10 handlers |",
+        "| time / time of awaiting the handlers | 1 handler | 10 handlers |",
         "|---|---|---|",
         *(f"| {way.removesuffix(' / direct')} | {one[way]:.1f} | {ten[way]:.1f} |" for way in ways),
         "",
@@ -107,7 +85,7 @@ def bus_throughput(figures: dict[str, dict[str, float]]) -> str:
 
 
 def checkpoint_stall(figures: dict[str, Any]) -> str:
-    """The steps around a snapshot, and the whole time, for each way to write checkpoints."""
+    """Returns the steps around a snapshot and the total time, for each way to write checkpoints."""
     ways = {
         "eventtrain": "`Checkpointer`",
         "orbax async": "Orbax, asynchronous",
@@ -116,7 +94,7 @@ def checkpoint_stall(figures: dict[str, Any]) -> str:
     steps, every = figures["steps"], figures["every"]
     lines = [
         f"| {figures['megabytes']} MB every {every} of {steps} steps of {figures['none']['median_step_ms']:.0f} ms | "
-        "slowest step around a snapshot / median | time / without checkpoints | states held besides |",
+        "slowest step around a snapshot / median | time / without checkpoints | extra states held |",
         "|---|---|---|---|",
     ]
     for way, what in ways.items():
@@ -133,17 +111,13 @@ def _duration(microseconds: float) -> str:
     return f"{microseconds / 1000:.2f} ms" if microseconds >= 1000 else f"{microseconds:.0f} us"
 
 
-def filled(page: str) -> str:
-    """The page with the tables between the markers."""
-    before, rest = page.split(BEGIN)
-    _, after = rest.split(END)
-    return f"{before}{BEGIN}\n\n{tables()}\n{END}{after}"
-
-
-def main() -> None:
-    """Write the page."""
-    README.write_text(filled(README.read_text()))
-
-
-if __name__ == "__main__":
-    main()
+RENDERERS: dict[str, Callable[[Any], str]] = {
+    "loop_overhead": loop_overhead,
+    "checkpoint_stall_120MB": checkpoint_stall,
+    "checkpoint_stall_1000MB": checkpoint_stall,
+    "bus_throughput": bus_throughput,
+    "sinks": sinks,
+    "live_sinks": partial(live, "all file loggers, TensorBoard, Prometheus, report and curves"),
+    "alert_rules": partial(live, "twenty alert rules on every step"),
+}
+"""Name of the results -> the function that makes a table of their figures."""
