@@ -1,4 +1,4 @@
-"""For tests of training code: a subscriber that remembers, a step that follows a script, a clock that stands still.
+"""Tools for tests of training code: a recording subscriber, a scripted step, a clock that the test advances.
 
 ::
 
@@ -41,12 +41,10 @@ E = TypeVar("E", bound=Event)
 
 
 class RecordingSubscriber(Subscriber):
-    """Keeps every event it gets, in order.
-
-    Pass it to a ``Trainer``, or ``attach`` it to a bus.
+    """Records every event it receives, in order. Pass it to a ``Trainer``, or ``attach`` it to a bus.
 
     Args:
-        events: which events; a class, a base class or a union. Everything, unless given.
+        events: a class, a base class or a union; by default every event.
         name: as for any subscription.
     """
 
@@ -55,20 +53,20 @@ class RecordingSubscriber(Subscriber):
         self.events = events
         self.name = name
         self.recorded: list[Event] = []
-        """Everything so far, in the order of arrival."""
+        """The events so far, in the order of arrival."""
         self._arrived = CrossLoopCondition()
 
     def attach(self, bus: EventBus, **options: Unpack[SubscriptionOptions[Event]]) -> Subscription:
-        """Subscribe to a bus that no trainer uses; ``options`` as for ``EventBus.subscribe``."""
+        """Subscribes to a bus that no trainer uses; ``options`` as for ``EventBus.subscribe``."""
         return bus.subscribe(event_classes(self.events or Event), self.handle, **options)
 
     async def handle(self, event: Event) -> None:
-        """Record one event."""
+        """Records one event."""
         self.recorded.append(event)
         self._arrived.notify_all()
 
     def of(self, event_type: type[E]) -> list[E]:
-        """The recorded events of one class (or of classes derived from it), in order. Any thread."""
+        """Returns the recorded events of one class or its subclasses, in order. Any thread."""
         return [event for event in list(self.recorded) if isinstance(event, event_type)]
 
     async def wait_for(
@@ -79,13 +77,13 @@ class RecordingSubscriber(Subscriber):
         count: int = 1,
         timeout_s: float = 10.0,
     ) -> E:
-        """Wait until ``count`` events of a class (that ``where`` accepts) are recorded; returns the last of those.
+        """Waits until ``count`` events of a class (for which ``where`` is true) are recorded; returns the last of them.
 
-        Unlike ``EventBus.wait_for`` it also finds what came before the call, so a test cannot be too late. Any event
-        loop, also another than the bus'.
+        Unlike ``EventBus.wait_for`` it also finds events from before the call, so a test cannot be too late. Any event
+        loop, also one that does not serve the bus.
 
         Raises:
-            TimeoutError: there were fewer after ``timeout_s`` seconds (of real time).
+            TimeoutError: there were fewer after ``timeout_s`` seconds of real time.
         """
 
         def found() -> list[E]:
@@ -96,30 +94,30 @@ class RecordingSubscriber(Subscriber):
         events = found()
         if len(events) < count:
             raise TimeoutError(
-                f"{len(events)} of {count} {event_type.__name__} came within {timeout_s:g} s, among "
-                f"{len(self.recorded)} events recorded."
+                f"{len(events)} of {count} {event_type.__name__} were recorded within {timeout_s:g} s, among "
+                f"{len(self.recorded)} events."
             )
         return events[count - 1]
 
 
 class ScriptedStep:
-    """A training step without a model: its metrics follow a script, so that a policy sees exactly what a test says.
+    """A training step without a model: its metrics follow a script, so that a policy sees exactly the values of a test.
 
-    The script lies in the state, on the device, indexed by the number of steps taken; ``step_fn`` and ``eval_fn`` are
-    pure and can be jitted. Past its end a script repeats its last value.
+    The script is part of the state, on the device, indexed by the number of steps taken; ``step_fn`` and ``eval_fn``
+    are pure and can be jitted. After its end a script repeats its last value.
 
     Args:
         metrics: name -> one value per step.
-        eval_metrics: name -> one value per epoch, which ``eval_fn`` gives for every batch.
-        steps_per_epoch: how long ``data`` is, and after how many steps ``eval_fn`` goes to the next value.
+        eval_metrics: name -> one value per epoch, which ``eval_fn`` returns for every batch.
+        steps_per_epoch: the length of ``data``, and the number of steps after which ``eval_fn`` uses the next value.
         learning_rate: if given, the state holds an ``optax.inject_hyperparams`` state with this ``learning_rate`` for
-            policies to change, and the value each step used is the metric ``learning_rate``.
+            policies to change, and the metric ``learning_rate`` is the value that each step used.
 
     Attributes:
-        step_fn, eval_fn: what ``Trainer`` takes.
-        state: for ``Trainer``, too. ``state["params"]["weight"]`` counts the steps, so that a test sees of which step
-            restored weights are.
-        data, eval_data: batches without content, one epoch long and one batch long.
+        step_fn, eval_fn: arguments of ``Trainer``.
+        state: argument of ``Trainer``. ``state["params"]["weight"]`` counts the steps, so that a test sees from which
+            step restored weights are.
+        data, eval_data: empty batches, for one epoch and for one evaluation of one batch.
     """
 
     def __init__(
@@ -132,7 +130,7 @@ class ScriptedStep:
     ) -> None:
         if steps_per_epoch < 1:
             raise ConfigurationError(
-                f"ScriptedStep: steps_per_epoch={steps_per_epoch!r} needs to be at least 1."
+                f"ScriptedStep: steps_per_epoch must be an integer >= 1, got {steps_per_epoch!r}."
             )
         self.steps_per_epoch = steps_per_epoch
         self.state: dict[str, Any] = {
@@ -149,7 +147,7 @@ class ScriptedStep:
 
     @staticmethod
     def step_fn(state: dict[str, Any], batch: Any) -> tuple[dict[str, Any], dict[str, jax.Array]]:
-        """The step: the script's next value of each metric."""
+        """The training step. Returns the script's next value of each metric."""
         metrics = _values_at(state["script"], state["step"])
         if "opt_state" in state:
             metrics["learning_rate"] = state["opt_state"].hyperparams["learning_rate"]
@@ -157,7 +155,7 @@ class ScriptedStep:
         return {**state, "step": state["step"] + 1, "params": params}, metrics
 
     def eval_fn(self, state: dict[str, Any], batch: Any) -> dict[str, jax.Array]:
-        """The evaluation: each metric's value of the epoch that the last step belongs to."""
+        """The evaluation. Returns each metric's value for the epoch of the last step."""
         epoch = (jnp.maximum(state["step"], 1) - 1) // self.steps_per_epoch
         return _values_at(state["eval_script"], epoch)
 
@@ -167,7 +165,7 @@ def _script(argument: str, values: Mapping[str, Sequence[float]]) -> dict[str, j
     for name, column in script.items():
         if column.ndim != 1 or not column.size:
             raise ConfigurationError(
-                f"ScriptedStep: {argument}[{name!r}] needs at least one number, in a flat sequence."
+                f"ScriptedStep: {argument}[{name!r}] must be a flat sequence of at least one number."
             )
     return script
 
@@ -179,9 +177,8 @@ def _values_at(script: dict[str, jax.Array], index: jax.Array) -> dict[str, jax.
 class FakeClock(Clock):
     """A clock for ``EventBus(clock=...)`` that stands still until a test advances it.
 
-    It governs what the bus does by time: ``every_s``, the delays of ``on_error="retry"``, ``timeout_s`` of handlers, of
-    ``wait_for`` and of ``drain``, and the reports of dropped events. Handlers' own ``anyio.sleep`` takes real time, and
-    so does the training loop.
+    It governs ``every_s``, the delays of ``on_error="retry"``, ``timeout_s`` of handlers, of ``wait_for`` and of
+    ``drain``, and the reports of dropped events. ``anyio.sleep`` in handlers and the training loop take real time.
 
     ::
 
@@ -199,15 +196,14 @@ class FakeClock(Clock):
         self._ties = count()
 
     def now_s(self) -> float:
-        """Seconds advanced so far."""
+        """Returns the seconds advanced so far."""
         return self._now_s
 
     async def advance(self, duration_s: float) -> None:
-        """Let so much time pass, stopping at every moment at which something is due.
+        """Advances by ``duration_s`` seconds, with a stop at every moment at which a timer is due.
 
-        Before each moment it waits until every other task of the calling event loop is blocked, so that whoever was
-        woken has gone on to its next wait: a test sees what would have happened, in that order. What worker threads
-        do meanwhile is not waited for.
+        Before each stop it waits until every other task of the calling event loop is blocked, so that tasks reach their
+        next wait in the order of real time. It does not wait for worker threads.
         """
         end_s = self._now_s + duration_s
         while True:
@@ -221,14 +217,14 @@ class FakeClock(Clock):
             loop.run_soon(wake)
 
     async def sleep(self, duration_s: float) -> None:
-        """Wait until the clock was advanced by so much."""
+        """Sleeps until the clock was advanced by ``duration_s`` seconds."""
         woken = anyio.Event()
         with self._timer(duration_s, woken.set):
             await woken.wait()
 
     @contextmanager
     def timeout(self, duration_s: float | None) -> Generator[anyio.CancelScope]:
-        """A scope that is cancelled once the clock was advanced by so much (None: never)."""
+        """Returns a scope that is cancelled once the clock was advanced by ``duration_s`` seconds (None: never)."""
         with anyio.CancelScope() as scope, self._timer(duration_s, scope.cancel):
             yield scope
 

@@ -3,7 +3,7 @@
 Two ways lead in. ``publish`` appends to ``publish_queue``, from any thread; ``feed`` appends to ``stream``, from the
 training loop, in the order of steps. Both are routed on the event loop that serves the bus.
 
-Threads. Methods are for any thread unless they say otherwise; coroutines for any event loop. ``_runner`` and the
+Threads. Methods are for any thread unless stated otherwise; coroutines for any event loop. ``_runner`` and the
 start of workers are guarded by ``table.delivery_lock``: a subscription either joins before an event loop takes over,
 and is started by it, or sees the runner and joins behind the waiting events. ``failure`` is set once per run, by
 whichever handler fails first; every waiter learns of it, as of all else, through ``progress``.
@@ -39,9 +39,9 @@ from eventtrain.events import Event
 T = TypeVar("T")
 
 DROP_REPORT_S = 1.0
-"""How often dropped events are reported."""
+"""Interval at which dropped events are reported."""
 GIVE_UP_POLL_S = 0.05
-"""How often a thread that waits for room asks whether to give up."""
+"""Interval at which a thread that waits for room evaluates ``give_up``."""
 
 
 class ControlSource(Protocol):
@@ -228,11 +228,11 @@ class BusCore:
         return {subscription.name: subscription.statistics() for subscription in self.subscriptions}
 
     def has_ended(self, name: str) -> bool:
-        """Whether the subscription of this name was cancelled or disabled, or has finished."""
+        """Returns whether the subscription of this name was cancelled or disabled, or has finished."""
         return self.table.has_ended(name)
 
     def has_subscribers(self, event_type: type[Event]) -> bool:
-        """Whether any subscription receives events of this class."""
+        """Returns whether any subscription receives events of this class."""
         return bool(self.table.route(event_type))
 
     # --- the subscriptions' side ------------------------------------------------------------------------------
@@ -352,15 +352,8 @@ class BusCore:
 
     # --- draining and closing ---------------------------------------------------------------------------------
 
-    async def drain(self, timeout_s: float | None = None) -> dict[str, int]:
-        """See ``EventBus.drain``."""
-        left = await self.wait_until_quiet(timeout_s)
-        if self.failure is not None:
-            raise self.failure
-        return left
-
     async def wait_until_quiet(self, timeout_s: float | None = None) -> dict[str, int]:
-        """Like ``drain``, but raises nothing if a subscription has failed."""
+        """See ``EventBus.drain``, but raises nothing if a subscription has failed."""
         with self.clock.timeout(timeout_s):
             await self.progress.wait_until(self._is_quiet)
             for subscription in self.table.active:

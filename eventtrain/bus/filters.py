@@ -54,11 +54,11 @@ class EventFilter:
         return self._lags[event_type]
 
     def is_due(self, event: Event) -> bool:
-        """Whether ``every`` lets ``event`` pass."""
+        """Returns whether ``every`` lets ``event`` pass."""
         return self._every == 1 or event.is_multiple_of(self._every)
 
     def passes(self, event: Event) -> bool:
-        """Whether the handler receives ``event``. Exceptions of ``where`` propagate."""
+        """Returns whether the handler receives ``event``. Exceptions of ``where`` propagate."""
         if self.spent or not self.is_due(event):
             return False
         now_s = self._clock.now_s() if self._every_s is not None else 0.0

@@ -58,7 +58,7 @@ class CommandTransaction(Protocol):
 
 
 def takes_control(handler: Handler) -> bool:
-    """Whether ``handler`` takes ``(event, control)`` rather than ``(event)``.
+    """Returns whether ``handler`` takes ``(event, control)`` rather than ``(event)``.
 
     Raises:
         ConfigurationError: it can be called with neither.
@@ -92,7 +92,7 @@ def require_annotation(handler: Handler, types: tuple[type[Event], ...], name: s
     """Raises ConfigurationError if the annotation of the handler's first parameter contradicts one of ``types``.
 
     It does if neither is a subclass of the other. An annotation that cannot be resolved, such as a name imported for
-    type checkers only, says nothing.
+    type checkers only, is ignored.
     """
     try:
         parameter = next(iter(inspect.signature(handler).parameters.values()))
@@ -121,7 +121,8 @@ def _globals_of(handler: Handler) -> dict[str, Any]:
 
 
 def is_async(handler: Handler) -> bool:
-    """Whether calling ``handler`` returns a coroutine (functions, partials, objects with an async ``__call__``)."""
+    """Returns whether calling ``handler`` gives a coroutine: functions, partials, objects with an async
+    ``__call__``."""
     while isinstance(handler, partial):
         handler = handler.func
     return inspect.iscoroutinefunction(handler) or inspect.iscoroutinefunction(

@@ -48,9 +48,10 @@ class SubscriptionOptions(StreamOptions[E], Generic[E], total=False):
     """When commands take effect. None (default): as soon as they arrive. L: exactly L steps after the event. 0: before
     the next step. Or a mapping from event class to lag."""
     concurrency: int
-    """How many events may be handled at once. Above 1, only the starts are in order. Default 1."""
+    """Number of events that may be handled at once. Above 1, only the starts are in order. Default 1."""
     on_error: OnError
-    """"isolate" (default): report and continue. "retry": also try again. "fail": end the run."""
+    """Reaction to an exception: "isolate" (default) reports it and continues, "retry" also tries again, "fail" ends
+    the run."""
     retries: int
     """Attempts after the first, for ``on_error="retry"``. Default 3."""
     retry_delay_s: float

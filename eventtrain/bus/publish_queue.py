@@ -212,5 +212,5 @@ class PublishQueue:
             await wakeup.sleep_until(lambda: len(self._entries))
             with self._table.delivery_lock:
                 self._route_batch()
-            self._progress.notify_all()  # an event that no subscription wants is handled now
+            self._progress.notify_all()  # an event without subscriptions is handled now
             await checkpoint()

@@ -20,10 +20,8 @@ from eventtrain.errors import ConfigurationError
 class EventQueue(ABC):
     """FIFO queue of one subscription."""
 
-    put: Callable[[Any], None]
-    """Adds one item, and drops what the policy says."""
-    put_many: Callable[[Iterable[Any]], None]
-    """Adds each item, in order."""
+    put: Callable[[Iterable[Any]], None]
+    """Adds the items, in order, and drops what the policy says."""
     take: Callable[[], Any]
     """Removes and returns the oldest item; raises IndexError if there is none."""
     dropped: int = 0
@@ -44,9 +42,9 @@ class EventQueue(ABC):
     def clear(self) -> int:
         """Removes all items without counting them as dropped; returns their number."""
 
-    @abstractmethod
     def drop_all(self) -> None:
         """Removes all items and counts them as dropped."""
+        self.dropped += self.clear()
 
     def room(self) -> int | None:
         """Returns how many more items fit; None if the queue drops instead."""
@@ -64,8 +62,7 @@ class _LosslessQueue(EventQueue):
         self.limit = limit
         self._items: deque[Any] = deque()
         # The deque's own methods, so that a queue without a policy costs no more than the deque.
-        self.put = self._items.append
-        self.put_many = self._items.extend
+        self.put = self._items.extend
         self.take = self._items.popleft
 
     def oldest(self) -> Any | None:
@@ -91,9 +88,6 @@ class _LosslessQueue(EventQueue):
             count += 1
         return count
 
-    def drop_all(self) -> None:
-        self.dropped += self.clear()
-
     def room(self) -> int:
         return self.limit - len(self._items)
 
@@ -104,20 +98,15 @@ class _DroppingQueue(EventQueue):
     def __init__(self, limit: int, *, newest: bool) -> None:
         self.limit = limit
         self._drop_newest = newest
-        self._lock = threading.Lock()  # put may drop the item that take is about to return
+        self._lock = threading.RLock()  # put may drop the item that take is about to return
         # An OrderedDict and not a dict: taking the first key of a dict is O(n) after many deletions in front.
         self._items: OrderedDict[int, Any] = OrderedDict()
         self._droppable: deque[int] = deque()
         self._next_key = 0
         self.put = self._put
-        self.put_many = self._put_many
         self.take = self._take
 
-    def _put(self, item: Any) -> None:
-        with self._lock:
-            self._add(item)
-
-    def _put_many(self, items: Iterable[Any]) -> None:
+    def _put(self, items: Iterable[Any]) -> None:
         with self._lock:
             for item in items:
                 self._add(item)
@@ -151,17 +140,14 @@ class _DroppingQueue(EventQueue):
 
     def clear(self) -> int:
         with self._lock:
-            return self._clear()
+            count = len(self._items)
+            self._items.clear()
+            self._droppable.clear()
+            return count
 
     def drop_all(self) -> None:
-        with self._lock:
-            self.dropped += self._clear()
-
-    def _clear(self) -> int:
-        count = len(self._items)
-        self._items.clear()
-        self._droppable.clear()
-        return count
+        with self._lock:  # put counts drops, too
+            super().drop_all()
 
     def choose(self, steps: range) -> range:
         with self._lock:

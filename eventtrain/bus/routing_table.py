@@ -29,6 +29,7 @@ class RoutingTable:
         """Names of subscriptions with ``once`` that have received their event."""
         self._lock = threading.Lock()
         self._routes: dict[type[Event], tuple[SubscriptionCore, ...]] = {}
+        self._bounded_routes: dict[type[Event], tuple[SubscriptionCore, ...]] = {}
         self._last_index = 0
         self._names: set[str] = set()
         self._ended: set[str] = set()
@@ -47,7 +48,7 @@ class RoutingTable:
             return unique, self._last_index
 
     def has_ended(self, name: str) -> bool:
-        """Whether a subscription of this name has ended and no newer one has its name."""
+        """Returns whether a subscription of this name has ended and no newer one has its name."""
         return name in self._ended
 
     def join(self, subscription: SubscriptionCore) -> None:
@@ -74,8 +75,8 @@ class RoutingTable:
         deciders = tuple(s for s in active if s.filter.decides)
         if deciders != self.deciders:
             self.deciders = deciders
-        # After `active`: a reader that sees the new, empty dict fills it from the new tuple.
-        self._routes = {}
+        # After the tuples: a reader that sees a new, empty dict fills it from the new tuple.
+        self._routes, self._bounded_routes = {}, {}
 
     def route(self, event_type: type[Event]) -> tuple[SubscriptionCore, ...]:
         """Returns the active subscriptions to ``event_type`` or one of its bases; cached per concrete class."""
@@ -83,4 +84,12 @@ class RoutingTable:
         found = routes.get(event_type)
         if found is None:
             found = routes[event_type] = tuple(s for s in self.active if issubclass(event_type, s.types))
+        return found
+
+    def bounded_route(self, event_type: type[Event]) -> tuple[SubscriptionCore, ...]:
+        """Returns those of ``route(event_type)`` whose queue refuses events at its limit; cached too."""
+        routes = self._bounded_routes
+        found = routes.get(event_type)
+        if found is None:
+            found = routes[event_type] = tuple(s for s in self.bounded if issubclass(event_type, s.types))
         return found

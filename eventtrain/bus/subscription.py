@@ -65,7 +65,7 @@ class SubscriptionStatistics:
     pending: int
     """Events waiting or being handled."""
     lag_events: int
-    """How many events it is behind: ``pending``, and what its queue dropped since the handler last took one."""
+    """Number of events it is behind: ``pending``, and those that its queue dropped since the handler last took one."""
     lag_s: float
     """Age of the oldest waiting event, in seconds; 0.0 if none waits."""
     handler_wall_s: float
@@ -154,7 +154,7 @@ class Subscription:
 
 
 class SubscriptionCore:
-    """What the bus and the training loop know of one subscription. Users see ``Subscription``.
+    """One subscription, as the bus and the training loop see it. Users see ``Subscription``.
 
     Args:
         host: the bus.
@@ -243,7 +243,7 @@ class SubscriptionCore:
             self._put([CountedEvent(event if self._passes(event) else None, self.run) for event in due])
 
     def _put(self, items: Iterable[Any]) -> None:
-        self.queue.put_many(items)
+        self.queue.put(items)
         wakeup = self.worker.wakeup
         if wakeup is not None and wakeup.armed:
             wakeup.wake()
@@ -259,7 +259,7 @@ class SubscriptionCore:
         """Returns the steps, of these consecutive ones, whose events need to be built for this subscription."""
         if self.state != "active":
             return steps[:0]
-        # Without a filter the queue says in advance what it would drop; such events are not even built.
+        # Without a filter the queue decides in advance what it would drop; such events are not even built.
         return self.queue.choose(steps) if self.filter.passes_all else self.filter.due_steps(steps)
 
     def activate(self) -> None:
@@ -420,7 +420,7 @@ class SubscriptionCore:
 
     @property
     def stall_timeout_s(self) -> float:
-        """How long training waits for it at the limit of its queue."""
+        """Time that training waits for it at the limit of its queue."""
         policy = self.options.policy
         return policy.stall_timeout_s if isinstance(policy, Lossless) else float("inf")
 

@@ -92,12 +92,7 @@ class TrainingStream:
 
     def fullest(self, event_types: Iterable[type[Event]]) -> SubscriptionCore | None:
         """Returns the subscription to any of these classes with room for the fewest rows, if a queue is bounded."""
-        bounded = (
-            subscription
-            for event_type in event_types
-            for subscription in self._table.route(event_type)
-            if subscription.queue.room() is not None
-        )
+        bounded = (s for event_type in event_types for s in self._table.bounded_route(event_type))
         return min(bounded, key=_free_rows, default=None)
 
     def continue_from(self, seq: int) -> None:
@@ -203,11 +198,13 @@ class TrainingStream:
 
     async def _wait_for_room(self, event_type: type[Event]) -> int:
         """Waits until every Lossless queue that wants ``event_type`` has room; returns for how many events."""
-        while (fullest := self._fullest_queue(event_type)) is not None and not _has_room(fullest):
-            handled = fullest.handled
+        while fullest := min(self._table.bounded_route(event_type), key=_room, default=None):
+            room, handled = _room(fullest), fullest.handled
+            if room > 0:
+                return room
 
             def has_moved(fullest: SubscriptionCore = fullest, handled: int = handled) -> bool:
-                return not fullest.active or fullest.handled != handled or _has_room(fullest)
+                return not fullest.active or fullest.handled != handled or _room(fullest) > 0
 
             # The training loop watches over its own rows. This timeout is for events that it does not count, such as
             # those of epochs: there it may be waiting for another subscription, behind this very event.
@@ -215,17 +212,13 @@ class TrainingStream:
                 await self._progress.wait_until(has_moved)
             if scope.cancelled_caught and not has_moved():
                 fullest.disable_stalled(fullest.stall_timeout_s)
-        return self._most_rows if fullest is None else fullest.queue.room() or 1
-
-    def _fullest_queue(self, event_type: type[Event]) -> SubscriptionCore | None:
-        bounded = (s for s in self._table.route(event_type) if s.queue.room() is not None)
-        return min(bounded, key=lambda s: s.queue.room() or 0, default=None)
+        return self._most_rows
 
 
-def _has_room(subscription: SubscriptionCore) -> bool:
-    return (subscription.queue.room() or 0) > 0
+def _room(subscription: SubscriptionCore) -> int:
+    return subscription.queue.room() or 0
 
 
 def _free_rows(subscription: SubscriptionCore) -> int:
-    """How many rows, every ``every``-th of which becomes an event, fit into the queue."""
-    return max(0, subscription.queue.room() or 0) * subscription.options.every
+    """Returns the number of rows, every ``every``-th of which becomes an event, that fit into the queue."""
+    return max(0, _room(subscription)) * subscription.options.every

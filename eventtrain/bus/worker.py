@@ -21,7 +21,7 @@ from eventtrain.bus.wakeup import CrossLoopCondition, LoopThread, Wakeup
 from eventtrain.events import Event
 
 SLICE_TARGET_S = 0.0005
-"""How long a worker handles events before it suspends for other tasks and for threads that wait for the GIL."""
+"""Time for which a worker handles events before it suspends for other tasks and for threads that wait for the GIL."""
 STRIDE = 8
 """Events between two readings of the clock once the first was quick: a reading costs as much as half a cheap
 handler."""

@@ -31,17 +31,17 @@ class RunFigures(Protocol):
     """Figures of a run in progress. Any thread; never blocks."""
 
     def statistics(self) -> LoopStatistics:
-        """Where the training thread's time went so far."""
+        """Returns where the training thread's time went so far."""
         ...
 
     def program(self) -> StepProgram | None:
-        """The compiled step; None before the first one."""
+        """Returns the compiled step; None before the first one."""
         ...
 
 
 @dataclass(frozen=True)
 class RunContext:
-    """What a subscriber knows of the run that starts, and what it may ask of it.
+    """The run that starts, and the requests that a subscriber may make to it.
 
     Attributes:
         run_id: the run's identity, stamped on its events.
@@ -86,7 +86,7 @@ class RunContext:
             return self.steps
         return self.epochs * self.steps_per_epoch
 
-    # --- publishing and looking: any thread, never blocks unless it says so -----------------------------------
+    # --- publishing and reading: any thread, never blocks unless stated otherwise -----------------------------------
 
     async def publish_async(self, event: Event) -> None:
         """Like ``publish``, but waits while a Lossless queue is at its limit. Any event loop."""

@@ -31,7 +31,7 @@ class Event(Frozen):
     """Lifecycle events (run, epoch, checkpoint, alert) are never dropped by any queue."""
 
     def is_multiple_of(self, every: int) -> bool:
-        """Whether a subscription with ``every=`` receives this event."""
+        """Returns whether a subscription with ``every=`` receives this event."""
         return self.step % every == 0
 
 
@@ -47,7 +47,7 @@ class EpochEvent(LifecycleEvent):
     epoch: int = Field(ge=0)
 
     def is_multiple_of(self, every: int) -> bool:
-        """Whether ``epoch + 1`` is a multiple of ``every``."""
+        """Returns whether ``epoch + 1`` is a multiple of ``every``."""
         return (self.epoch + 1) % every == 0
 
 
@@ -55,5 +55,5 @@ class RunEvent(LifecycleEvent):
     """Base class of events that belong to a whole run: ``every`` omits none of them."""
 
     def is_multiple_of(self, every: int) -> bool:
-        """Always True."""
+        """Returns True."""
         return True

@@ -108,7 +108,7 @@ class StepsCompleted(Event):
     metrics: Columns
 
     def is_multiple_of(self, every: int) -> bool:
-        """Whether a step of the window is a multiple of ``every``."""
+        """Returns whether a step of the window is a multiple of ``every``."""
         return self.last_step // every > (self.first_step - 1) // every
 
 
@@ -275,7 +275,7 @@ class CheckpointRestored(LifecycleEvent):
     """The step whose state was put back. ``step`` itself never goes back."""
 
     def is_multiple_of(self, every: int) -> bool:
-        """Always True: a subscriber of every N-th step must learn that the state it saw before is gone."""
+        """Returns True: a subscriber of every N-th step must learn that the state it saw before is gone."""
         return True
 
 

@@ -178,7 +178,8 @@ def _require_no_misspelt_attribute(cls: type[Subscriber], name: str) -> None:
 
 
 def _is_misspelling(given: str, known: str) -> bool:
-    """Whether one typing error turns ``known`` into ``given``: two letters swapped, or one wrong, missing or added.
+    """Returns whether one typing error turns ``known`` into ``given``: two letters swapped, or one wrong, missing or
+    added.
 
     Short names have too many neighbours that are words (``stop`` and ``step``, ``lag`` and ``tag``), plurals are words
     of their own: both count only if letters are swapped.

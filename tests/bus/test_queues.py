@@ -61,12 +61,12 @@ def test_every_queue_holds_and_drops_what_its_policy_says(policy: et.Queue, acti
                     queue.take()
         elif action == "many":
             events = [Ping(number=number), alert(number), Ping(number=number)]
-            queue.put_many(events)
+            queue.put(events)
             for event in events:
                 reference.put(event)
         else:
             event = Ping(number=number) if action == "put" else alert(number)
-            queue.put(event)
+            queue.put([event])
             reference.put(event)
         assert len(queue) == len(reference.items)
         assert queue.dropped == reference.dropped
@@ -80,10 +80,10 @@ def test_choosing_before_building_keeps_and_counts_the_same_as_putting_all(
 ) -> None:
     chosen, put = policy.open(), policy.open()
     for queue in (chosen, put):
-        queue.put_many([Ping(number=-1)] * waiting)
+        queue.put([Ping(number=-1)] * waiting)
     wanted = chosen.choose(range(steps))
-    chosen.put_many([Ping(number=step) for step in wanted])
-    put.put_many([Ping(number=step) for step in range(steps)])
+    chosen.put([Ping(number=step) for step in wanted])
+    put.put([Ping(number=step) for step in range(steps)])
     assert [chosen.take().number for _ in range(len(chosen))] == [put.take().number for _ in range(len(put))]
     assert chosen.dropped == put.dropped
 
@@ -91,10 +91,10 @@ def test_choosing_before_building_keeps_and_counts_the_same_as_putting_all(
 @pytest.mark.parametrize("policy", [et.Lossless(4), et.KeepLatest(), et.DropOldest(4), et.DropNewest(4)])
 def test_clearing_counts_nothing_as_dropped_and_dropping_all_counts_everything(policy: et.Queue) -> None:
     queue = policy.open()
-    queue.put(Ping())
+    queue.put([Ping()])
     assert queue.clear() == 1
     assert (len(queue), queue.dropped) == (0, 0)
-    queue.put_many([Ping(), alert(1)])
+    queue.put([Ping(), alert(1)])
     queue.drop_all()
     assert (len(queue), queue.dropped) == (0, 2)
 
@@ -117,7 +117,7 @@ def test_taking_in_one_thread_while_another_puts_loses_and_doubles_nothing(polic
     taker = threading.Thread(target=take)
     taker.start()
     for number in range(count):
-        queue.put(Ping(number=number))
+        queue.put([Ping(number=number)])
     done.set()
     taker.join()
     assert len(taken) + queue.dropped == count

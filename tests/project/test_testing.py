@@ -58,7 +58,9 @@ async def test_waiting_for_an_event_finds_it_before_and_after_the_call(anyio_bac
             for number in range(2, 5):
                 bus.publish(Ping(number=number))
         assert found == [3]
-        with pytest.raises(TimeoutError, match=r"0 of 1 AlertRaised came within 0\.01 s, among 4 events"):
+        with pytest.raises(
+            TimeoutError, match=r"0 of 1 AlertRaised were recorded within 0\.01 s, among 4 events"
+        ):
             await recorder.wait_for(et.AlertRaised, timeout_s=0.01)
 
 
@@ -123,7 +125,7 @@ def test_restored_params_say_of_which_step_they_are(tmp_path: Path) -> None:
 def test_a_script_that_is_no_flat_sequence_is_refused_by_name(values: Any) -> None:
     with pytest.raises(et.ConfigurationError, match=r"eval_metrics\['loss'\]"):
         ScriptedStep({}, eval_metrics={"loss": values})
-    with pytest.raises(et.ConfigurationError, match="steps_per_epoch=0"):
+    with pytest.raises(et.ConfigurationError, match="steps_per_epoch must be an integer >= 1, got 0"):
         ScriptedStep({}, steps_per_epoch=0)
 
 

@@ -118,7 +118,7 @@ def plain(event: et.Event) -> None: ...
     ("handlers", "named"),
     [
         ({}, "configuration file"),
-        ({"on_epoch_complete": observe}, r"Did you mean on_epoch_completed\?"),
+        ({"on_epoch_complete": observe}, r"Did you mean 'on_epoch_completed'\?"),
         ({"epoch_completed": observe}, r"Lambda\(epoch_completed=...\): handlers must be named on_"),
         ({"on_epoch_completed": plain}, "on_epoch_completed must be written `async def`"),
         (
