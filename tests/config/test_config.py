@@ -536,6 +536,13 @@ def test_all_problems_of_a_table_are_told_at_once_and_the_table_is_counted(
     )
 
 
+def test_a_table_with_many_problems_is_told_in_at_most_20_lines(refusal: Callable[..., str]) -> None:
+    told = refusal(table(type="early_stopping", **{f"key{number}": 1 for number in range(40)}))
+    assert told.count("unknown key") == 15
+    assert told.endswith("\n  and 25 more")
+    assert len(told.splitlines()) <= 20
+
+
 def test_a_file_that_cannot_be_read_is_told_by_name(tmp_path: Path) -> None:
     (tmp_path / "latin.toml").write_bytes(b"# \xe9\n")
     for name, reason in (
