@@ -1,31 +1,30 @@
-"""Every error eventtrain raises on purpose.
+"""Every error that eventtrain raises on purpose.
 
     EventTrainError
-    ├── ConfigurationError      an option, a handler or an argument that cannot work
-    ├── StepError               step_fn, eval_fn or predict_fn broke its contract
-    │   ├── MetricsError        metrics that are no flat dict of scalars, or that changed
+    ├── ConfigurationError      an option, a handler or an argument cannot work
+    ├── StepError               step_fn, eval_fn or predict_fn raised or broke its contract
+    │   ├── MetricsError        metrics are not a flat dict of scalars, or changed
     │   └── StateError          the returned state differs in structure, shape or dtype
-    ├── DataError               data that is empty, exhausted or of the wrong kind
-    ├── HyperparamError
+    ├── DataError               data is empty, exhausted or of the wrong type
+    ├── HyperparamError         a hyperparameter cannot be read or written
     │   ├── UnknownHyperparam
     │   ├── AmbiguousHyperparam
     │   └── ScheduledHyperparam
-    ├── CommandRejected         what ``await command.result()`` raises
-    ├── SnapshotError           a snapshot that is unknown, released or does not fit the device
-    ├── StorageError            a store off the machine that cannot be reached, or refuses
-    ├── StateInUse              ``trainer.state`` while a run owns it
-    ├── AlreadyRunning          fit, evaluate or predict called while another one runs
-    ├── BusError
+    ├── CommandRejectedError    a command was not carried out
+    ├── SnapshotError           a snapshot is unknown, released, or does not fit the device
+    ├── StorageError            a remote store cannot be reached, or refuses
+    ├── StateInUse              ``trainer.state`` was read during a run
+    ├── AlreadyRunning          a second fit, evaluate or predict of one trainer
+    ├── BusError                the event bus cannot accept or deliver an event
     │   ├── BusClosed
     │   ├── QueueFull
     │   ├── EventReused
     │   └── WaitsForItself
-    ├── NonFiniteMetric         a metric is NaN or infinite, and that was to be an error
-    ├── SubscriberError         a subscriber with ``on_error="fail"`` failed
-    └── EventParseError         JSON that is no known event
+    ├── NonFiniteMetric         a metric is NaN or infinite, and a policy was told to fail the run
+    ├── SubscriberError         a subscription with ``on_error="fail"`` failed
+    └── EventParseError         text is not the JSON of a known event
 
-The *event* named ``CommandRejected`` is ``eventtrain.CommandRejected``; the exception of that name
-lives here only.
+``CommandRejected`` is an alias of ``CommandRejectedError``. ``eventtrain.CommandRejected`` is the *event*.
 """
 
 from __future__ import annotations
@@ -39,6 +38,7 @@ __all__ = [
     "BusClosed",
     "BusError",
     "CommandRejected",
+    "CommandRejectedError",
     "ConfigurationError",
     "DataError",
     "EventParseError",
@@ -61,11 +61,11 @@ __all__ = [
 
 
 class EventTrainError(Exception):
-    """The root: ``except EventTrainError`` catches whatever eventtrain raises on purpose."""
+    """Base class: ``except EventTrainError`` catches everything that eventtrain raises on purpose."""
 
 
 class ConfigurationError(EventTrainError, ValueError):
-    """An option, a handler or an argument that cannot work, found before anything ran."""
+    """An option, a handler or an argument cannot work. Raised before anything runs."""
 
 
 class StepError(EventTrainError):
@@ -73,19 +73,19 @@ class StepError(EventTrainError):
 
 
 class MetricsError(StepError):
-    """Metrics that are no flat dict of scalar arrays, or whose names or dtypes changed."""
+    """Metrics are not a flat dict of scalar arrays, or their names or dtypes changed."""
 
 
 class StateError(StepError):
-    """The state that ``step_fn`` returned differs from the one given in structure, shape or dtype."""
+    """The state that ``step_fn`` returned differs from the given one in structure, shape or dtype."""
 
 
 class DataError(EventTrainError):
-    """Training, evaluation or prediction data that is empty, exhausted or of the wrong kind."""
+    """Training, evaluation or prediction data is empty, exhausted or of the wrong type."""
 
 
 class HyperparamError(EventTrainError):
-    """A hyperparameter that cannot be read or written."""
+    """A hyperparameter cannot be read or written."""
 
 
 class UnknownHyperparam(HyperparamError):
@@ -93,27 +93,30 @@ class UnknownHyperparam(HyperparamError):
 
 
 class AmbiguousHyperparam(HyperparamError):
-    """The name stands in several places of the optimiser state; ``path=`` decides."""
+    """Several places of the optimiser state hold this name; ``path=`` selects one."""
 
 
 class ScheduledHyperparam(HyperparamError):
     """The hyperparameter follows a schedule, which would overwrite any value at the next update."""
 
 
-class CommandRejected(EventTrainError):
-    """A command was not carried out; ``reason`` says why."""
+class CommandRejectedError(EventTrainError):
+    """A command was not carried out. Raised by ``await command.result()``; ``reason`` explains why."""
 
     def __init__(self, message: str, *, reason: str) -> None:
         super().__init__(message)
         self.reason = reason
 
 
+CommandRejected = CommandRejectedError
+
+
 class SnapshotError(EventTrainError):
-    """A snapshot that is unknown, already released, or that the device has no room for."""
+    """A snapshot is unknown or already released, or the device has no room for it."""
 
 
 class StorageError(EventTrainError):
-    """A store off the machine could not be reached, or refused; ``may_pass``: another try may succeed."""
+    """A remote store cannot be reached, or refuses. ``may_pass``: another attempt may succeed."""
 
     def __init__(self, message: str, *, may_pass: bool = False) -> None:
         super().__init__(message)
@@ -121,7 +124,7 @@ class StorageError(EventTrainError):
 
 
 class StateInUse(EventTrainError):
-    """``trainer.state`` was read while a run owns it; ``control.snapshot()`` gives a safe copy."""
+    """``trainer.state`` was read while a run owns it. ``control.snapshot()`` gives a safe copy."""
 
 
 class AlreadyRunning(EventTrainError):
@@ -129,11 +132,11 @@ class AlreadyRunning(EventTrainError):
 
 
 class BusError(EventTrainError):
-    """The event bus cannot take or deliver an event."""
+    """The event bus cannot accept or deliver an event."""
 
 
 class BusClosed(BusError):
-    """The bus was closed; what is published now would reach nobody."""
+    """The bus was closed and delivers nothing more."""
 
 
 class QueueFull(BusError):
@@ -141,7 +144,7 @@ class QueueFull(BusError):
 
 
 class EventReused(BusError):
-    """One event instance was published twice; every publication needs an instance of its own."""
+    """One event instance was published twice. Every publication needs an instance of its own."""
 
 
 class WaitsForItself(BusError):
@@ -149,7 +152,7 @@ class WaitsForItself(BusError):
 
 
 class NonFiniteMetric(EventTrainError):
-    """A metric is NaN or infinite, and a policy was told to fail the run then."""
+    """A metric is NaN or infinite, and a policy was told to fail the run in that case."""
 
 
 class SubscriberError(EventTrainError):
@@ -157,7 +160,7 @@ class SubscriberError(EventTrainError):
 
 
 class EventParseError(EventTrainError, ValueError):
-    """Text that is no JSON, or that names a kind of event nobody announced."""
+    """Text is not JSON, or its ``kind`` is not that of a known event class."""
 
 
 def did_you_mean(given: str, known: Iterable[str], otherwise: str = "") -> str:

@@ -18,7 +18,7 @@ import threading
 from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import contextmanager
 from itertools import count
-from typing import Any, TypeVar
+from typing import Any, TypeVar, Unpack
 
 import anyio
 import jax
@@ -28,9 +28,9 @@ import optax
 
 from eventtrain.bus.bus import EventBus
 from eventtrain.bus.clock import Clock
-from eventtrain.bus.options import EventTypes, event_classes
+from eventtrain.bus.options import EventTypes, SubscriptionOptions, event_classes
 from eventtrain.bus.subscription import Subscription
-from eventtrain.bus.wakeup import LoopThread, Signal
+from eventtrain.bus.wakeup import CrossLoopCondition, LoopThread
 from eventtrain.errors import ConfigurationError
 from eventtrain.events import Event
 from eventtrain.subscribers.base import Subscriber
@@ -56,16 +56,16 @@ class RecordingSubscriber(Subscriber):
         self.name = name
         self.recorded: list[Event] = []
         """Everything so far, in the order of arrival."""
-        self._arrived = Signal()
+        self._arrived = CrossLoopCondition()
 
-    def attach(self, bus: EventBus, **options: Any) -> Subscription:
+    def attach(self, bus: EventBus, **options: Unpack[SubscriptionOptions[Event]]) -> Subscription:
         """Subscribe to a bus that no trainer uses; ``options`` as for ``EventBus.subscribe``."""
-        return bus.subscribe(self.events or Event, self.handle, **options)
+        return bus.subscribe(event_classes(self.events or Event), self.handle, **options)
 
     async def handle(self, event: Event) -> None:
         """Record one event."""
         self.recorded.append(event)
-        self._arrived.pulse()
+        self._arrived.notify_all()
 
     def of(self, event_type: type[E]) -> list[E]:
         """The recorded events of one class (or of classes derived from it), in order. Any thread."""
@@ -92,8 +92,7 @@ class RecordingSubscriber(Subscriber):
             return [event for event in self.of(event_type) if where is None or where(event)]
 
         with anyio.move_on_after(timeout_s):
-            while len(found()) < count:
-                await self._arrived.wait_unless(lambda: len(found()) >= count)
+            await self._arrived.wait_until(lambda: len(found()) >= count)
         events = found()
         if len(events) < count:
             raise TimeoutError(

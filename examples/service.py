@@ -152,7 +152,7 @@ async def post_command(request: Request) -> Response:
         with anyio.fail_after(ANSWER_TIMEOUT_S):
             command = training.trainer.control.set_hyperparam("learning_rate", value, reason="POST /commands")
             applied = await command.result()
-    except et.errors.CommandRejected as error:
+    except et.CommandRejectedError as error:
         return JSONResponse({"error": error.reason}, 409)
     except TimeoutError:
         return JSONResponse(

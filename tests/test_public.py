@@ -63,10 +63,11 @@ def test_every_name_of_the_design_is_exported():
     assert len(et.__all__) == len(set(et.__all__))
 
 
-def test_every_error_is_exported_but_the_one_whose_name_is_an_event():
+def test_every_error_is_exported_but_the_alias_whose_name_is_an_event():
     assert {name for name in et.errors.__all__ if name not in et.__all__} == set()
     assert issubclass(et.CommandRejected, et.Event)
-    assert issubclass(et.errors.CommandRejected, et.EventTrainError)
+    assert issubclass(et.CommandRejectedError, et.EventTrainError)
+    assert et.errors.CommandRejected is et.errors.CommandRejectedError is et.CommandRejectedError
 
 
 def test_the_subscribers_stand_under_their_final_names():
@@ -86,3 +87,21 @@ def test_the_subscribers_stand_under_their_final_names():
 
 def test_what_tests_need_is_exported():
     assert {"RecordingSubscriber", "ScriptedStep", "FakeClock"} <= set(testing.__all__)
+
+
+def test_the_bus_and_its_subscriptions_show_only_what_is_for_users():
+    def public(cls):
+        return {name for name in dir(cls) if not name.startswith("_")}
+
+    publishing = {"publish", "publish_async"}
+    subscribing = {"subscribe", "on", "stream", "wait_for", "subscriptions", "statistics"}
+    running = {"serve", "drain", "aclose", "running", "run_id"}
+    assert public(et.EventBus) == publishing | subscribing | running
+    assert public(et.Subscription) == {
+        "name",
+        "active",
+        "cancel",
+        "redeliver",
+        "dead_letters",
+        "statistics",
+    }

@@ -1,8 +1,8 @@
-"""The bus' side of one consistent cut: what each subscription that takes part holds at one place in the stream.
+"""Barrier: collects a consistent state of all subscriptions at one place in the event stream.
 
-Asynchronous barrier snapshotting (Carbone et al., 2015, arXiv:1506.08603): a marker travels in the stream, behind the
-last event of its step. It overtakes what waits in a subscription's queue; what the subscription stores is its state at
-its next handler boundary together with the events that still waited when the marker came.
+Asynchronous barrier snapshotting (Carbone et al., 2015, arXiv:1506.08603). A marker travels in the stream, behind the
+last event of its step. It overtakes the events that wait in a subscription's queue: the subscription contributes its
+state at its next handler boundary, together with the events that waited when the marker came.
 """
 
 from __future__ import annotations
@@ -11,24 +11,25 @@ import threading
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from time import monotonic
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 from eventtrain.errors import SnapshotError
-from eventtrain.events import BUILT_IN, Event
-from eventtrain.events.run_records import LoopRecord, StreamRecord
+from eventtrain.events import Event
+
+R = TypeVar("R")
 
 
 @dataclass(frozen=True)
-class SubscriptionState:
-    """What one subscription contributes.
+class SubscriptionCheckpoint:
+    """Contribution of one subscription to a barrier.
 
     Attributes:
-        state: what its ``state_dict`` gave; None where it has none.
-        unhandled: the events up to the cut that it has not handled, oldest first.
+        state: the result of its ``state_dict``; None if it has none.
+        unhandled: the events before the marker that it has not handled, oldest first.
         decided_on: for each of them, whether the training loop waits for it (it has a finite lag).
-        spent: a subscription with ``once`` has been given its event.
-        disabled: it was switched off after failures.
-        failures: in a row, until the cut.
+        spent: a subscription with ``once`` has received its event.
+        disabled: it was disabled after failures.
+        failures: failures in a row before the marker.
     """
 
     state: Mapping[str, Any] | None = None
@@ -39,99 +40,87 @@ class SubscriptionState:
     failures: int = 0
 
 
-@dataclass
-class Barrier:
-    """Collects the shares of one cut. Any thread.
+class Barrier(Generic[R]):
+    """Collects the contributions of all subscriptions for one step. Any thread.
 
-    Attributes:
-        step: the cut lies behind the last event of this step.
-        loop: where the loop was; None until it has said so.
-        stream: where its stream was; None until the marker was routed.
+    Args:
+        step: the marker is behind the last event of this step.
+        run: what the training side adds to the checkpoint; the bus does not read it.
     """
 
-    step: int
-    loop: LoopRecord | None = None
-    stream: StreamRecord | None = None
-
-    def __post_init__(self) -> None:
-        self.orders: list[Any] = []
-        """Commands of the loop's side that were not due, or came while the cut was open."""
-        self._shares: dict[str, SubscriptionState] = {}
-        self._missing: set[str] | None = None
+    def __init__(self, step: int, run: R) -> None:
+        self.step = step
+        self.run = run
+        self.seq = 0
+        """Number of the last event in front of the marker; valid once ``wait`` has returned."""
+        self._collected: dict[str, SubscriptionCheckpoint] = {}
+        self._missing: set[str] | None = None  # None until the marker was routed
         self._problem: str | None = None
-        self._moved = threading.Condition()
+        self._changed = threading.Condition()
 
     @property
     def open(self) -> bool:
-        """Whether somebody may still give something."""
+        """Whether a contribution may still arrive."""
         return self._problem is None and (self._missing is None or bool(self._missing))
 
     def expect(self, names: Iterable[str], seq: int) -> None:
-        """The marker was routed behind event ``seq``: these subscriptions take part."""
-        with self._moved:
-            if self.stream is not None:
-                self.stream = self.stream.model_copy(update={"seq": seq})
-            self._missing = set(names) - self._shares.keys()
-            self._moved.notify_all()
+        """Expects contributions of these subscriptions: the marker was routed behind event ``seq``."""
+        with self._changed:
+            self.seq = seq
+            self._missing = set(names) - self._collected.keys()
+            self._changed.notify_all()
 
-    def give(self, name: str, share: SubscriptionState) -> None:
-        """A subscription's share."""
-        with self._moved:
-            self._shares[name] = share
+    def add(self, name: str, checkpoint: SubscriptionCheckpoint) -> None:
+        """Adds the contribution of one subscription."""
+        with self._changed:
+            self._collected[name] = checkpoint
             if self._missing is not None:
                 self._missing.discard(name)
-            self._moved.notify_all()
+            self._changed.notify_all()
 
     def fail(self, name: str, error: Exception) -> None:
-        """A subscription cannot give its share."""
-        with self._moved:
-            self._problem = f"{name} could not give its state: {type(error).__name__}: {error}"
-            self._moved.notify_all()
+        """Makes ``wait`` raise: a subscription cannot contribute its state."""
+        self.abandon(f"{name} could not give its state: {type(error).__name__}: {error}")
 
     def abandon(self, reason: str) -> None:
-        """The cut will never be complete; whoever waits is told why."""
-        with self._moved:
+        """Makes ``wait`` raise with ``reason``: the barrier will never be complete. The first reason counts."""
+        with self._changed:
             self._problem = self._problem or reason
-            self._moved.notify_all()
+            self._changed.notify_all()
 
-    def wait(self, timeout_s: float) -> dict[str, SubscriptionState]:
-        """The shares by subscription name. Blocks; not for the event loop.
+    def wait(self, timeout_s: float) -> dict[str, SubscriptionCheckpoint]:
+        """Returns the contributions by subscription name. Blocks; never call it on the event loop.
 
         Raises:
-            SnapshotError: a subscription did not reach the marker in time, or could not give its state; by name.
+            SnapshotError: a subscription did not reach the marker within ``timeout_s``, or could not give its state.
         """
         deadline_s = monotonic() + timeout_s
-        with self._moved:
+        with self._changed:
             while self.open:
-                if not self._moved.wait(max(0.0, deadline_s - monotonic())):
+                if not self._changed.wait(max(0.0, deadline_s - monotonic())):
                     break
             if self._problem is not None:
                 raise SnapshotError(f"No checkpoint of step {self.step}: {self._problem}.")
             if self._missing is None or self._missing:
-                who = ", ".join(sorted(self._missing)) if self._missing else "the event stream"
+                late = ", ".join(sorted(self._missing)) if self._missing else "the event stream"
                 raise SnapshotError(
-                    f"No checkpoint of step {self.step}: {who} did not reach its marker within {timeout_s:g} s. A "
-                    "handler that takes so long holds up every checkpoint: give it a timeout_s, or raise the "
+                    f"No checkpoint of step {self.step}: {late} did not reach its marker within {timeout_s:g} s. A "
+                    "handler that takes so long delays every checkpoint: give it a timeout_s, or raise the "
                     "Checkpointer's marker_timeout_s."
                 )
-            return dict(self._shares)
+            return dict(self._collected)
 
 
 @dataclass(frozen=True, slots=True)
 class Marker:
-    """A place in the stream where ``cut`` is taken."""
+    """The place in the stream at which ``barrier`` is taken."""
 
-    cut: Barrier
+    barrier: Barrier[Any]  # the training side's part has no type here
 
 
 @dataclass(frozen=True, slots=True)
-class Redelivery:
-    """What a subscription had not handled at the cut from which the run resumes; its place is behind its activation."""
+class SubscriptionRestore:
+    """The place in the stream at which a subscription continues from its checkpoint, behind its activation."""
 
     name: str
-    share: SubscriptionState
-
-
-def can_be_stored(event: Event) -> bool:
-    """Whether it can be read back: one of the built-in classes."""
-    return type(event) in BUILT_IN
+    checkpoint: SubscriptionCheckpoint

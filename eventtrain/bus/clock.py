@@ -1,4 +1,4 @@
-"""Where the bus takes its time from, so that tests of timing need not wait (``eventtrain.testing.FakeClock``)."""
+"""Source of time for the bus. Tests replace it by ``eventtrain.testing.FakeClock``, so that they need not wait."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ class Clock:
     """The real time of the machine."""
 
     def now_s(self) -> float:
-        """Seconds since some moment; never goes back. Any thread."""
+        """Returns a number of seconds that never goes back. Any thread."""
         return monotonic()
 
     async def sleep(self, duration_s: float) -> None:
-        """Wait so many seconds."""
+        """Sleeps for ``duration_s`` seconds."""
         await anyio.sleep(duration_s)
 
     def timeout(self, duration_s: float | None) -> AbstractContextManager[anyio.CancelScope]:
-        """A scope that is cancelled after so many seconds (None: never) and leaves quietly."""
+        """Returns a scope that is cancelled after ``duration_s`` seconds (None: never) and raises nothing."""
         return anyio.move_on_after(duration_s)

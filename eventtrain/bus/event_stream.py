@@ -1,4 +1,4 @@
-"""Reads one subscription's events with ``async for`` instead of a handler, on any event loop."""
+"""Event stream: reads a subscription with ``async for`` instead of a handler, on any event loop."""
 
 from __future__ import annotations
 
@@ -8,28 +8,27 @@ from typing import Any, Self
 import anyio
 from anyio.lowlevel import cancel_shielded_checkpoint, checkpoint_if_cancelled
 
-from eventtrain.bus.options import EventTypes, event_classes
-from eventtrain.bus.subscription import Subscription
+from eventtrain.bus.subscription import SubscriptionCore
 from eventtrain.bus.wakeup import LoopThread, Wakeup
 from eventtrain.errors import WaitsForItself
-from eventtrain.events import CheckpointCommitted, CheckpointFailed
+from eventtrain.events import CheckpointCommitted, CheckpointFailed, Event
 
 
 class EventStream:
-    """An asynchronous iterator over the events of a subscription without a handler. For one task at a time.
+    """Asynchronous iterator over the events of a subscription without a handler. One task at a time.
 
-    Made on the event loop that will read. It ends when the bus was closed (or the subscription ended) and what waited
-    was read.
+    Created on the event loop that reads it. It ends when the bus was closed, or the subscription has ended, and the
+    waiting events were read.
     """
 
-    def __init__(self, subscription: Subscription, is_closed: Callable[[], bool]) -> None:
+    def __init__(self, subscription: SubscriptionCore, is_closed: Callable[[], bool]) -> None:
         self._subscription = subscription
         self._is_closed = is_closed
-        self._bell = subscription.worker.bell = Wakeup(LoopThread())
+        self._wakeup = subscription.worker.wakeup = Wakeup(LoopThread())
 
     def wake(self) -> None:
-        """Have it look again. Any thread."""
-        self._bell.ring()
+        """Lets the reader look again. Any thread."""
+        self._wakeup.wake()
 
     def __aiter__(self) -> Self:
         return self
@@ -41,29 +40,30 @@ class EventStream:
             try:
                 event = queue.take()
             except IndexError:
-                if self._is_closed() or not subscription.active:
+                if self._is_finished():
                     raise StopAsyncIteration from None
-                await self._bell.sleep_unless(
-                    lambda: len(queue) or self._is_closed() or not subscription.active
-                )
+                await self._wakeup.sleep_until(lambda: len(queue) or self._is_finished())
                 continue
             subscription.worker.delivered += 1
-            subscription.settle()  # there is room again
+            subscription.progress.notify_all()  # there is room again
             await cancel_shielded_checkpoint()
             return event
 
+    def _is_finished(self) -> bool:
+        return self._is_closed() or not self._subscription.active
 
-def require_no_wait_for_itself(event_type: EventTypes, active: Iterable[Subscription]) -> None:
-    """Raise WaitsForItself if this task is a handler of one of ``active`` that a checkpoint waits for."""
-    if not all(
-        issubclass(kind, (CheckpointCommitted, CheckpointFailed)) for kind in event_classes(event_type)
-    ):
-        return  # something else may come first
-    task = anyio.get_current_task().id
+
+def require_no_wait_for_itself(
+    event_types: tuple[type[Event], ...], active: Iterable[SubscriptionCore]
+) -> None:
+    """Raises WaitsForItself if this task is a handler, of one of ``active``, whose end a checkpoint waits for."""
+    if not all(issubclass(kind, (CheckpointCommitted, CheckpointFailed)) for kind in event_types):
+        return  # an event of another class may come first
+    task_id = anyio.get_current_task().id
     for subscription in active:
-        if subscription.takes_part and subscription.worker.task == task:
+        if subscription.in_checkpoints and subscription.worker.task_id == task_id:
             raise WaitsForItself(
                 f"{subscription.name} waits in its handler for the outcome of a checkpoint, and checkpoints wait "
-                "for the end of that handler, since it has state or a finite lag. Handle CheckpointCommitted in a "
+                "for the end of that handler, because it has state or a finite lag. Handle CheckpointCommitted in a "
                 "method or subscription of its own, or wait in a task that the handler does not wait for."
             )

@@ -1,66 +1,76 @@
-"""Which events one subscription wants, and after how many steps its decisions count."""
+"""Decides which events one subscription receives, and with which lag."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from typing import Any
 
 from eventtrain.bus.clock import Clock
-from eventtrain.bus.options import Options
 from eventtrain.events import LOOP_EVENTS, Event
 
 
 class EventFilter:
-    """``every``, ``every_s``, ``where``, ``once`` and ``lag`` of one subscription.
+    """The options ``every``, ``every_s``, ``where``, ``once`` and ``lag`` of one subscription.
 
-    For one thread at a time: a holder of the bus' routing lock.
+    One thread at a time: it must hold the bus' delivery lock.
     """
 
-    def __init__(self, types: tuple[type[Event], ...], options: Options, clock: Clock) -> None:
-        self._options = options
+    def __init__(
+        self,
+        types: tuple[type[Event], ...],
+        clock: Clock,
+        *,
+        every: int,
+        every_s: float | None,
+        where: Callable[[Any], bool] | None,
+        once: bool,
+        lag: int | Mapping[type[Event], int | None] | None,
+    ) -> None:
         self._clock = clock
-        self._last_s = -float("inf")
+        self._every = every
+        self._every_s = every_s
+        self._where = where
+        self._once = once
+        self._lag = lag
         self._lags: dict[type[Event], int | None] = {}
+        self._last_s = -float("inf")
         self.spent = False
-        """A subscription with ``once`` has got its event and wants nothing more."""
-        self.filters = (
-            options.every > 1 or options.every_s is not None or options.where is not None or options.once
-        )
-        """False: it wants every event of its types."""
-        lag = options.lag
-        kinds = lag if isinstance(lag, Mapping) else types
-        self.decides = any(self.lag_for(kind) is not None for kind in kinds)
-        """It has a finite lag for at least one class of events."""
+        """Whether a subscription with ``once`` has received its event."""
+        self.passes_all = every == 1 and every_s is None and where is None and not once
+        """Whether the subscription receives every event of its classes."""
+        lagged_types = lag if isinstance(lag, Mapping) else types
+        self.decides = any(self.lag_for(event_type) is not None for event_type in lagged_types)
+        """Whether the lag is finite for at least one class of events."""
 
-    def lag_for(self, kind: type[Event]) -> int | None:
-        """The lag that holds for events of class ``kind``; a mapping is searched along the MRO."""
-        if kind not in self._lags:
-            lag = self._options.lag
+    def lag_for(self, event_type: type[Event]) -> int | None:
+        """Returns the lag for events of this class: None, or a number of steps. A mapping is searched by the MRO."""
+        if event_type not in self._lags:
+            lag = self._lag
             if isinstance(lag, Mapping):
-                lag = next((lag[base] for base in kind.__mro__ if base in lag), None)
-            elif not issubclass(kind, LOOP_EVENTS):
+                lag = next((lag[base] for base in event_type.__mro__ if base in lag), None)
+            elif not issubclass(event_type, LOOP_EVENTS):
                 lag = None
-            self._lags[kind] = lag
-        return self._lags[kind]
+            self._lags[event_type] = lag
+        return self._lags[event_type]
 
     def is_due(self, event: Event) -> bool:
-        """Whether ``every`` lets it through."""
-        return self._options.every == 1 or event.is_multiple_of(self._options.every)
+        """Whether ``every`` lets ``event`` pass."""
+        return self._every == 1 or event.is_multiple_of(self._every)
 
-    def wants(self, event: Event) -> bool:
-        """Whether the handler gets ``event``. What ``where`` raises comes out of here."""
-        options = self._options
+    def passes(self, event: Event) -> bool:
+        """Whether the handler receives ``event``. Exceptions of ``where`` propagate."""
         if self.spent or not self.is_due(event):
             return False
-        now_s = self._clock.now_s() if options.every_s is not None else 0.0
-        if options.every_s is not None and now_s - self._last_s < options.every_s:
+        now_s = self._clock.now_s() if self._every_s is not None else 0.0
+        if self._every_s is not None and now_s - self._last_s < self._every_s:
             return False
-        if options.where is not None and not options.where(event):
+        if self._where is not None and not self._where(event):
             return False
         self._last_s = now_s
-        self.spent = options.once
+        self.spent = self._once
         return True
 
     def due_steps(self, steps: range) -> range:
-        """The steps among these consecutive ones that ``every`` lets through."""
-        every = self._options.every
+        """Returns those of these consecutive steps that ``every`` lets pass."""
+        every = self._every
         return steps if every == 1 else range(-(-steps.start // every) * every, steps.stop, every)

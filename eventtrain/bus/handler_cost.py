@@ -1,4 +1,4 @@
-"""What a handler costs: CPU time and time on the event loop, charged without touching each event."""
+"""Measures CPU time and event-loop time of handlers without reading a clock for each event."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any
 
 
 class HandlerCost:
-    """The costs of one subscription. Written on the event loop's thread (and by helper threads under the lock)."""
+    """Cost of one subscription's handler. Written on the event loop's thread, and by worker threads under the lock."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
@@ -20,17 +20,17 @@ class HandlerCost:
         self.wall_s = 0.0
         """Time from the start to the end of each handler call, summed, waiting included."""
         self.longest_slice_s = 0.0
-        """The longest time that the handler held the event loop without giving way."""
+        """The longest time that the handler held the event loop without suspending."""
         self.slice_began: float | None = None
-        """While the handler holds the event loop: since when (``perf_counter``). Read by the watchdog."""
+        """While the handler holds the event loop: since when (``perf_counter``). Read by the watchdog's thread."""
 
-    def charge_thread(self, cpu_s: float) -> None:
-        """Add CPU time used in a worker thread. Any thread."""
+    def add_thread_time(self, cpu_s: float) -> None:
+        """Adds CPU time used in a worker thread. Any thread."""
         with self._lock:
             self.cpu_s += cpu_s
 
-    def charge_slice(self, cpu_s: float, wall_s: float) -> None:
-        """Add one stretch between two suspensions, on the event loop's thread."""
+    def add_slice(self, cpu_s: float, wall_s: float) -> None:
+        """Adds the time between two suspensions. On the event loop's thread."""
         with self._lock:
             self.cpu_s += cpu_s
         if wall_s > self.longest_slice_s:
@@ -38,26 +38,26 @@ class HandlerCost:
 
 
 @coroutine
-def metered(work: Coroutine[Any, Any, None], meter: HandlerCost) -> Generator[Any, Any, None]:
-    """Drive ``work`` as ``await`` would, charging every slice between two suspensions to ``meter``.
+def measured(work: Coroutine[Any, Any, None], cost: HandlerCost) -> Generator[Any, Any, None]:
+    """Drives ``work`` as ``await`` would, and adds every slice between two suspensions to ``cost``.
 
-    A worker handles many events in one slice, so the two clocks (0.6 us for the CPU's) are read per wake-up and
-    per suspension, not per event.
+    A worker handles many events in one slice, so the two clocks (0.6 us for the CPU's) are read once per wake-up and
+    once per suspension, not for each event.
     """
     resume = partial(work.send, None)
     while True:
-        meter.slice_began = began = perf_counter()
+        cost.slice_began = began = perf_counter()
         cpu_began = thread_time()
         try:
             yielded = resume()
         except StopIteration:
             return
         finally:
-            meter.slice_began = None
-            meter.charge_slice(thread_time() - cpu_began, perf_counter() - began)
+            cost.slice_began = None
+            cost.add_slice(thread_time() - cpu_began, perf_counter() - began)
         try:
             sent = yield yielded
-        except BaseException as error:  # cancellation, GeneratorExit: the work decides what to do with it
+        except BaseException as error:  # cancellation or GeneratorExit: ``work`` decides how to react
             resume = partial(work.throw, error)
         else:
             resume = partial(work.send, sent)

@@ -1,4 +1,4 @@
-"""From what a user wrote (async or plain, with or without control) to one coroutine function ``event -> None``."""
+"""Turns a user's handler (async or plain, with or without control) into one coroutine function ``event -> None``."""
 
 from __future__ import annotations
 
@@ -7,14 +7,15 @@ from collections import deque
 from collections.abc import Awaitable, Callable
 from functools import partial
 from time import thread_time
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar, overload
 
 import anyio.to_thread
 from anyio import CapacityLimiter
 
 from eventtrain.bus.clock import Clock
+from eventtrain.bus.failures import HandlerTimeout
 from eventtrain.bus.handler_cost import HandlerCost
-from eventtrain.bus.wakeup import Signal
+from eventtrain.bus.wakeup import CrossLoopCondition
 from eventtrain.errors import ConfigurationError
 from eventtrain.events import Event
 
@@ -22,27 +23,36 @@ Handler = Callable[..., Any]
 """``(event)`` or ``(event, control)``; a coroutine function, or a plain one, which runs in a worker thread."""
 
 Call = Callable[[Event], Awaitable[None]]
-"""A handler made ready: one argument, awaitable."""
+"""A handler ready to be called: one argument, awaitable."""
+
+E = TypeVar("E", bound=Event)
+ControlT = TypeVar("ControlT")
+R = TypeVar("R")
 
 
-class HandlerTimeout(TimeoutError):
-    """An attempt took longer than the subscription's ``timeout_s``."""
+class HandlerDecorator(Protocol[E, ControlT]):
+    """Subscribes the decorated function to events of type ``E`` and returns it unchanged."""
+
+    @overload
+    def __call__(self, handler: Callable[[E], R], /) -> Callable[[E], R]: ...
+    @overload
+    def __call__(self, handler: Callable[[E, ControlT], R], /) -> Callable[[E, ControlT], R]: ...
 
 
-class Attempt(Protocol):
-    """The control of one handler call: its commands are sent or dropped together."""
+class CommandTransaction(Protocol):
+    """Control of one handler call. Its commands are sent together when the call succeeds, or dropped."""
 
     @property
-    def control(self) -> Any:  # eventtrain.Control lives on a floor above
-        """What the handler gets."""
+    def control(self) -> Any:  # eventtrain.Control belongs to a package above
+        """Second argument of the handler."""
         ...
 
     def commit(self) -> None:
-        """The handler succeeded: send its commands."""
+        """Sends the commands: the handler has succeeded."""
         ...
 
     def discard(self) -> None:
-        """The handler failed: drop its commands."""
+        """Drops the commands: the handler has failed."""
         ...
 
 
@@ -55,12 +65,12 @@ def takes_control(handler: Handler) -> bool:
     name = describe(handler)
     if not callable(handler):
         raise ConfigurationError(
-            f"Cannot subscribe {name}: a handler is a function of (event) or (event, control), "
-            f"not {type(handler).__name__}."
+            f"Cannot subscribe {name}: expected a function of (event) or (event, control), "
+            f"got {type(handler).__name__}."
         )
     try:
         signature = inspect.signature(handler)
-    except (ValueError, TypeError):  # builtins without a signature: list.append and the like take the event
+    except (ValueError, TypeError):  # builtins without a signature, such as list.append, take the event
         return False
     positional = [
         p for p in signature.parameters.values() if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)
@@ -78,7 +88,7 @@ def takes_control(handler: Handler) -> bool:
 
 
 def is_async(handler: Handler) -> bool:
-    """Whether calling ``handler`` gives a coroutine (functions, partials, objects with an async ``__call__``)."""
+    """Whether calling ``handler`` returns a coroutine (functions, partials, objects with an async ``__call__``)."""
     while isinstance(handler, partial):
         handler = handler.func
     return inspect.iscoroutinefunction(handler) or inspect.iscoroutinefunction(
@@ -87,62 +97,59 @@ def is_async(handler: Handler) -> bool:
 
 
 def describe(handler: object) -> str:
-    """A name for messages: ``module.function`` without the module's packages."""
+    """Returns the handler's qualified name, for messages."""
     while isinstance(handler, partial):
         handler = handler.func
     return getattr(handler, "__qualname__", None) or type(handler).__qualname__
 
 
 def in_thread(
-    handler: Handler, limiter: Callable[[], CapacityLimiter], meter: HandlerCost, concurrency: int
+    handler: Handler, limiter: Callable[[], CapacityLimiter], cost: HandlerCost, concurrency: int
 ) -> Callable[..., Awaitable[None]]:
-    """Run a plain function in a worker thread of the bus' own limiter, its CPU time charged to ``meter``.
+    """Runs a plain function in a worker thread of the bus' own limiter and adds its CPU time to ``cost``.
 
-    On cancellation or a timeout the thread is abandoned, not awaited: a plain function cannot be stopped. The next
-    event waits until it has returned, so that the function never runs more than ``concurrency`` times at once.
+    After cancellation or a timeout the thread is abandoned, because a plain function cannot be stopped. The next event
+    waits until it has returned, so that the function never runs more than ``concurrency`` times at once.
     """
-    at_work: deque[None] = (
-        deque()
-    )  # one item per thread in the handler, abandoned ones too; atomic, unlike an int
-    returned = Signal()
+    running: deque[None] = deque()  # one item per thread, abandoned ones included; atomic, unlike an int
+    returned = CrossLoopCondition()
 
     def call(*args: Any) -> None:
-        at_work.append(None)
+        running.append(None)
         began = thread_time()
         try:
             handler(*args)
         finally:
-            meter.charge_thread(thread_time() - began)
-            at_work.pop()
-            returned.pulse()
+            cost.add_thread_time(thread_time() - began)
+            running.pop()
+            returned.notify_all()
 
     async def run(*args: Any) -> None:
-        while len(at_work) >= concurrency:
-            await returned.wait_unless(lambda: len(at_work) < concurrency)
+        await returned.wait_until(lambda: len(running) < concurrency)
         await anyio.to_thread.run_sync(call, *args, abandon_on_cancel=True, limiter=limiter())
 
     return run
 
 
 def with_control(
-    handler: Callable[[Event, Any], Awaitable[None]], open_attempt: Callable[[Event], Attempt]
+    handler: Callable[[Event, Any], Awaitable[None]], begin: Callable[[Event], CommandTransaction]
 ) -> Call:
-    """Give the handler the control of this very attempt; commit it on success, discard it on anything else."""
+    """Passes each call a control of its own; commits it if the handler succeeds, discards it otherwise."""
 
     async def call(event: Event) -> None:
-        attempt = open_attempt(event)
+        transaction = begin(event)
         try:
-            await handler(event, attempt.control)
+            await handler(event, transaction.control)
         except BaseException:
-            attempt.discard()
+            transaction.discard()
             raise
-        attempt.commit()
+        transaction.commit()
 
     return call
 
 
 def with_timeout(call: Call, timeout_s: float, clock: Clock) -> Call:
-    """Raise HandlerTimeout in an attempt that takes longer than ``timeout_s`` seconds."""
+    """Raises HandlerTimeout in an attempt that takes longer than ``timeout_s`` seconds."""
 
     async def limited(event: Event) -> None:
         with clock.timeout(timeout_s) as scope:
@@ -157,28 +164,29 @@ def with_retries(
     call: Call,
     retries: int,
     first_delay_s: float,
+    *,
     clock: Clock,
     failed: Callable[[Event, Exception, int], None],
-    going_on: Callable[[], bool],
+    active: Callable[[], bool],
 ) -> Call:
-    """Try up to ``retries`` times more, waiting ``first_delay_s`` and then twice as long each time.
+    """Repeats a failed call up to ``retries`` times, after ``first_delay_s`` and then twice as long each time.
 
-    ``failed(event, error, attempt)`` hears of every attempt but the last, whose exception is raised. Once
-    ``going_on()`` is false, the attempt that just failed is the last.
+    ``failed(event, error, attempt)`` is called for every attempt but the last, whose exception is raised. An attempt
+    that fails while ``active()`` is false is the last.
     """
 
-    async def persistent(event: Event) -> None:
+    async def retried(event: Event) -> None:
         delay_s = first_delay_s
         for attempt in range(1, retries + 1):
             try:
                 await call(event)
                 return
             except Exception as error:
-                if not going_on():
+                if not active():
                     raise
                 failed(event, error, attempt)
             await clock.sleep(delay_s)
             delay_s *= 2
         await call(event)
 
-    return persistent
+    return retried

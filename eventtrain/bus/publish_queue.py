@@ -1,102 +1,92 @@
-"""Where published events wait for the event loop, and who is told that there is no room."""
+"""Publish queue: events from any thread, waiting for the event loop to number and route them.
+
+Threads. ``publish`` and ``notify`` run on any thread. They append to a deque, whose methods are atomic, and read
+``_headroom`` without a lock: the number of events that may wait before some Lossless queue could overflow. So the
+common publish costs an append and a few attribute reads. At ``_headroom`` a publisher routes the waiting events
+itself, under the delivery lock, and then looks at the queues that want its event. All other fields are written under
+that lock.
+
+``_headroom`` is computed at the end of a batch, so publishers that run while a batch is routed see the old number. A
+queue can exceed its limit by the few events that they publish. It never loses one.
+"""
 
 from __future__ import annotations
 
-import threading
 from collections import deque
-from collections.abc import Callable
 from datetime import UTC, datetime
-from typing import Any, Protocol
+from typing import Any
 
 from anyio.lowlevel import checkpoint
 
 from eventtrain.bus.routing_table import RoutingTable
-from eventtrain.bus.subscription import Subscription
-from eventtrain.bus.wakeup import Wakeup
+from eventtrain.bus.runner import BusRunner
+from eventtrain.bus.subscription import SubscriptionCore
+from eventtrain.bus.wakeup import CrossLoopCondition, Wakeup
 from eventtrain.errors import BusClosed, ConfigurationError, EventReused, QueueFull
 from eventtrain.events import Event
 
 CLAIMED = -1
-"""``seq`` of an event that was published and waits in the inbox for its number."""
+"""``seq`` of an event that was published and waits for its number."""
 ROUTE_BATCH = 256
 """Events routed before the event loop gets a turn."""
 
 
-class PublishQueueHost(Protocol):
-    """What the inbox asks of its bus."""
-
-    run_id: str
-    routing: threading.RLock
-
-    def settle(self) -> None:
-        """Have everyone who waits look again."""
-        ...
-
-
 class PublishQueue:
-    """Takes events from any thread with one append; the event loop numbers them and hands them out.
-
-    What fits into every Lossless queue is known in advance as ``headroom``, so that publishing looks at one number.
-    Only past it a publisher routes what waits itself, under the lock, and looks at the queues that want its event.
+    """Accepts published events, and subscriptions that join behind the events published before them.
 
     Args:
-        join: called, under the lock, when a subscription's turn has come.
+        table: finds the subscriptions to an event.
+        progress: notified when events were routed.
         limit: how many entries may wait.
     """
 
-    def __init__(
-        self, host: PublishQueueHost, roster: RoutingTable, join: Callable[[Subscription], None], limit: int
-    ) -> None:
-        self._host = host
-        self._roster = roster
-        self._join = join
+    def __init__(self, table: RoutingTable, progress: CrossLoopCondition, limit: int) -> None:
+        self.run_id = ""
+        """Stamped on events that carry none."""
+        self.closed = False
+        self._table = table
+        self._progress = progress
         self._limit = limit
-        self._entries: deque[Event | Subscription] = deque()
-        self._headroom = limit  # 0: every publisher looks
-        self._joining = 0  # subscriptions among the entries; their limits are not in the headroom yet
-        self._bell: Wakeup | None = None
+        self._entries: deque[Event | SubscriptionCore] = deque()
+        self._headroom = limit
+        self._joining = 0  # subscriptions among the entries, whose limits the headroom does not know yet
+        self._wakeup: Wakeup | None = None
+        self._runner: BusRunner | None = None
         self._is_routing = False
         self._seq = 0
-        self.closed = False
+
+    # --- any thread -------------------------------------------------------------------------------------------
 
     def publish(self, event: Event) -> None:
-        """Take one event in. Any thread; never blocks. See ``EventBus.publish``."""
+        """See ``EventBus.publish``."""
         entries = self._entries
         try:
-            fields: Any = event.__dict__  # the frozen model's own dict: the stamp goes past Pydantic
+            fields: Any = event.__dict__  # of the frozen model itself: Pydantic would refuse the stamp
             if fields["seq"] or len(entries) >= self._headroom:
-                self._admit(event)
+                self._make_room(event)
         except (AttributeError, KeyError):
             raise ConfigurationError(
-                f"Cannot publish {event!r}: it is no eventtrain.Event. Subclass Event."
+                f"Cannot publish {event!r}: it is not an eventtrain.Event. Subclass Event."
             ) from None
         fields["seq"] = CLAIMED
         entries.append(event)
-        bell = self._bell
-        if bell is not None and bell.armed:
-            bell.ring()
+        wakeup = self._wakeup  # read after the append, as wakeup.py requires
+        if wakeup is not None and wakeup.armed:
+            wakeup.wake()
 
     def notify(self, event: Event) -> None:
-        """Take in what the bus itself says; never refused while anyone could hear it: no failure stays unsaid."""
-        bell = self._bell
-        if self.closed and bell is None:
+        """Accepts an event of the bus itself: never refused while the bus is served, so that no failure is lost."""
+        wakeup = self._wakeup
+        if self.closed and wakeup is None:
             return
         fields: Any = event.__dict__
         fields["seq"] = CLAIMED
         self._entries.append(event)
-        if bell is not None:
-            bell.ring()
+        if wakeup is not None:
+            wakeup.wake()
 
-    def enlist(self, subscription: Subscription) -> None:
-        """Let a subscription join behind what was published before it. Under the lock."""
-        self._joining += 1
-        self._headroom = 0  # its limit may be lower than the others': the next publisher looks
-        self._entries.append(subscription)
-        assert self._bell is not None
-        self._bell.ring()
-
-    def _admit(self, event: Event) -> None:
-        """The rare path of publish: route what waits, here and now, then look at the queues that want the event."""
+    def _make_room(self, event: Event) -> None:
+        """Routes the waiting events on this thread and raises if ``event`` still cannot be published."""
         if not isinstance(event, Event):  # pyright: ignore[reportUnnecessaryIsInstance]
             raise AttributeError
         if event.seq:
@@ -105,11 +95,13 @@ class PublishQueue:
                 "subscribers already share it. Make a new one, for example event.model_copy(update={'seq': 0})."
             )
         if self.closed:
-            raise BusClosed(f"Cannot publish {event.kind}: the bus is closed and nobody would receive it.")
+            raise BusClosed(f"Cannot publish {event.kind}: the bus is closed and delivers nothing more.")
         for _ in range(0, len(self._entries), ROUTE_BATCH):
-            with self._host.routing:  # in batches, so that the event loop never waits long for the lock
-                if self._bell is not None:
-                    self._hand_out_waiting()
+            with (
+                self._table.delivery_lock
+            ):  # in batches, so that the event loop never waits long for the lock
+                if self._wakeup is not None:
+                    self._route_batch()
         full = self.full_for(event)
         if full is not None:
             raise QueueFull(
@@ -118,8 +110,8 @@ class PublishQueue:
             )
 
     def full_for(self, event: Event) -> str | None:
-        """Why ``event`` cannot be published now; None if it can. Any thread."""
-        for subscription in self._roster.route(type(event)):
+        """Returns why ``event`` cannot be published now; None if it can."""
+        for subscription in self._table.route(type(event)):
             room = subscription.queue.room()
             if room is not None and room <= 0 and subscription.active:
                 return f"the Lossless queue of {subscription.name} is at its limit of {len(subscription.queue)} events"
@@ -127,44 +119,54 @@ class PublishQueue:
             return f"{len(self._entries)} events wait and the bus is not routing them (was it started?)"
         return None
 
-    # --- the event loop's side ------------------------------------------------------------------------------
+    def unrouted(self) -> int:
+        """Returns the number of waiting events."""
+        return sum(isinstance(entry, Event) for entry in list(self._entries))
 
-    def open(self, bell: Wakeup | None) -> None:
-        """An event loop serves the bus from now on, or (None) does no more. Under the lock."""
-        self._bell = bell
+    def __len__(self) -> int:
+        return len(self._entries)
+
+    # --- under the delivery lock ------------------------------------------------------------------------------
+
+    def join(self, subscription: SubscriptionCore) -> None:
+        """Adds a subscription: behind the waiting events while the bus is served, else at once."""
+        if self._wakeup is None:
+            self._table.join(subscription)
+            return
+        self._joining += 1
+        self._headroom = 0  # its limit may be lower than the others': the next publisher looks
+        self._entries.append(subscription)
+        self._wakeup.wake()
+
+    def open(self, runner: BusRunner | None) -> None:
+        """An event loop serves the bus from now on; None: no longer."""
+        self._runner = runner
+        self._wakeup = runner.publish_wakeup if runner is not None else None
 
     def close(self) -> None:
-        """Refuse what is published from now on. Under the lock."""
+        """Refuses events from now on."""
         self.closed = True
         self._headroom = 0
 
-    async def route(self, bell: Wakeup) -> None:
-        """Number and hand out what waits, for ever."""
-        while True:
-            await bell.sleep_unless(lambda: len(self._entries))
-            with self._host.routing:
-                self._hand_out_waiting()
-            self._host.settle()  # an event that nobody wants is handled now
-            await checkpoint()
-
-    def _hand_out_waiting(self) -> None:
-        """Hand out at most ``ROUTE_BATCH`` entries. Under the lock."""
-        if self._is_routing:  # a `where` publishes: what it says comes after the event it looks at
+    def _route_batch(self) -> None:
+        """Numbers and routes at most ``ROUTE_BATCH`` entries."""
+        if (
+            self._is_routing
+        ):  # called from a `where` that publishes: its event comes behind the one it looks at
             return
         self._is_routing = True
         try:
             popleft = self._entries.popleft
-            seq, now, run_id = self._seq, datetime.now(UTC), self._host.run_id
-            kind: type[Event | Subscription] = Event
-            alike: list[Event] = []  # neighbours of one class are handed out together
+            seq, now, run_id = self._seq, datetime.now(UTC), self.run_id
+            batch_type: type[Event | SubscriptionCore] = Event
+            batch: list[Event] = []  # consecutive events of one class are delivered together
             for _ in range(min(len(self._entries), ROUTE_BATCH)):
                 entry = popleft()
-                if type(entry) is not kind:
-                    self._hand_out(alike)
-                    alike, kind = [], type(entry)
-                if isinstance(entry, Subscription):
-                    self._joining -= 1
-                    self._join(entry)
+                if type(entry) is not batch_type:
+                    self._deliver(batch)
+                    batch, batch_type = [], type(entry)
+                if isinstance(entry, SubscriptionCore):
+                    self._complete_join(entry)
                     continue
                 seq += 1
                 fields: Any = entry.__dict__
@@ -172,33 +174,43 @@ class PublishQueue:
                 fields["time"] = now
                 if not fields["run_id"]:
                     fields["run_id"] = run_id
-                alike.append(entry)
-            self._hand_out(alike)
+                batch.append(entry)
+            self._deliver(batch)
         finally:
             self._is_routing = False
         self._seq = seq
         self.measure_headroom()
 
-    def _hand_out(self, events: list[Event]) -> None:
+    def _complete_join(self, subscription: SubscriptionCore) -> None:
+        self._joining -= 1
+        self._table.join(subscription)
+        if self._runner is not None and subscription.handler is not None:
+            self._runner.start_worker(subscription.worker, subscription.name)
+
+    def _deliver(self, events: list[Event]) -> None:
         if events:
-            for subscription in self._roster.route(type(events[0])):
+            for subscription in self._table.route(type(events[0])):
                 subscription.offer(events)
 
     def measure_headroom(self) -> None:
-        """How many events may be published before a publisher has to look. Under the lock."""
+        """Computes how many events may be published before a publisher has to look at the queues."""
         if self.closed or self._joining:
             self._headroom = 0
             return
         headroom = self._limit
-        for subscription in self._roster.bounded:
+        for subscription in self._table.bounded:
             room = subscription.queue.room()
             if room is not None and room < headroom:
                 headroom = room
         self._headroom = headroom
 
-    def __len__(self) -> int:
-        return len(self._entries)
+    # --- the event loop's thread ------------------------------------------------------------------------------
 
-    def unrouted(self) -> int:
-        """How many events wait."""
-        return sum(isinstance(entry, Event) for entry in list(self._entries))
+    async def route(self, wakeup: Wakeup) -> None:
+        """Numbers and routes the waiting entries, forever."""
+        while True:
+            await wakeup.sleep_until(lambda: len(self._entries))
+            with self._table.delivery_lock:
+                self._route_batch()
+            self._progress.notify_all()  # an event that no subscription wants is handled now
+            await checkpoint()

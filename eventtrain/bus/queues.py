@@ -1,8 +1,8 @@
-"""The four queues between the bus and one subscriber: what happens when the subscriber is slower than the run.
+"""Queue policies: what happens when a subscriber is slower than the run.
 
-The public classes are choices (frozen, comparable, reusable for many subscriptions); ``open()`` makes the queue
-of one subscription. One thread at a time puts (it holds the bus' routing lock), any thread takes or clears: a reader
-may live on another event loop. Each method is O(1) in what waits.
+The public classes are settings (frozen, comparable, usable for many subscriptions); ``open()`` makes the queue of one
+subscription. One thread at a time puts (it holds the bus' delivery lock); any thread takes or clears, because a stream
+may be read on another event loop. Each method is O(1) in the number of waiting events.
 """
 
 from __future__ import annotations
@@ -18,52 +18,52 @@ from eventtrain.errors import ConfigurationError
 
 
 class EventQueue(ABC):
-    """First in, first out, for one subscription."""
+    """FIFO queue of one subscription."""
 
     put: Callable[[Any], None]
-    """Take one item in, dropping what the policy says."""
+    """Adds one item, and drops what the policy says."""
     put_many: Callable[[Iterable[Any]], None]
-    """``put`` for each item, in order."""
+    """Adds each item, in order."""
     take: Callable[[], Any]
-    """The oldest item; IndexError when empty."""
+    """Removes and returns the oldest item; raises IndexError if there is none."""
     dropped: int = 0
-    """Every event it ever let go."""
+    """Number of events dropped so far."""
 
     @abstractmethod
     def oldest(self) -> Any | None:
-        """The oldest item without taking it; None when empty."""
+        """Returns the oldest item, which stays in the queue; None if there is none."""
 
     @abstractmethod
     def __len__(self) -> int: ...
 
     def waiting(self) -> list[Any]:
-        """What waits, oldest first. Only of queues that drop nothing."""
+        """Returns the waiting items, oldest first. Only for queues that drop nothing."""
         raise NotImplementedError
 
     @abstractmethod
     def clear(self) -> int:
-        """Forget everything, without counting it as dropped; returns how many items that were."""
+        """Removes all items without counting them as dropped; returns their number."""
 
     @abstractmethod
     def drop_all(self) -> None:
-        """Let everything go and count it."""
+        """Removes all items and counts them as dropped."""
 
     def room(self) -> int | None:
-        """How many more items fit; None where there is always room, because the queue drops."""
+        """Returns how many more items fit; None if the queue drops instead."""
         return None
 
     def choose(self, steps: range) -> range:
-        """Which of these consecutive droppable events to build and put; the others are counted as dropped."""
+        """Returns which of these consecutive droppable events to build and put; counts the others as dropped."""
         return steps
 
 
 class _LosslessQueue(EventQueue):
-    """A deque: its methods are atomic, so it needs no lock."""
+    """A deque, whose methods are atomic, so that no lock is needed."""
 
     def __init__(self, limit: int) -> None:
         self.limit = limit
         self._items: deque[Any] = deque()
-        # The deque's own methods: a queue without a policy costs what the deque costs.
+        # The deque's own methods, so that a queue without a policy costs no more than the deque.
         self.put = self._items.append
         self.put_many = self._items.extend
         self.take = self._items.popleft
@@ -81,7 +81,7 @@ class _LosslessQueue(EventQueue):
         return list(self._items)
 
     def clear(self) -> int:
-        # One by one: the worker may take at the same time, and each item is counted on one side only.
+        # One by one: the worker may take at the same time, and each item must be counted on one side only.
         count = 0
         for _ in range(len(self._items)):
             try:
@@ -99,12 +99,12 @@ class _LosslessQueue(EventQueue):
 
 
 class _DroppingQueue(EventQueue):
-    """Holds at most ``limit`` droppable events, and every lifecycle event, in order of arrival."""
+    """Keeps at most ``limit`` droppable events, and every lifecycle event, in order of arrival."""
 
     def __init__(self, limit: int, *, newest: bool) -> None:
         self.limit = limit
         self._drop_newest = newest
-        self._lock = threading.Lock()  # putting drops what taking may be about to take
+        self._lock = threading.Lock()  # put may drop the item that take is about to return
         # An OrderedDict and not a dict: taking the first key of a dict is O(n) after many deletions in front.
         self._items: OrderedDict[int, Any] = OrderedDict()
         self._droppable: deque[int] = deque()
@@ -115,14 +115,14 @@ class _DroppingQueue(EventQueue):
 
     def _put(self, item: Any) -> None:
         with self._lock:
-            self._take_in(item)
+            self._add(item)
 
     def _put_many(self, items: Iterable[Any]) -> None:
         with self._lock:
             for item in items:
-                self._take_in(item)
+                self._add(item)
 
-    def _take_in(self, item: Any) -> None:
+    def _add(self, item: Any) -> None:
         if not item.lifecycle:
             if len(self._droppable) >= self.limit:
                 self.dropped += 1
@@ -172,27 +172,25 @@ class _DroppingQueue(EventQueue):
 
 
 class Queue(ABC):
-    """What ``queue=`` takes: ``Lossless``, ``KeepLatest``, ``DropOldest`` or ``DropNewest``."""
+    """Base class of ``Lossless``, ``KeepLatest``, ``DropOldest`` and ``DropNewest``, for the option ``queue=``."""
 
     @abstractmethod
     def open(self) -> EventQueue:
-        """The queue of one subscription."""
+        """Makes the queue of one subscription."""
 
 
 def _check_limit(policy: str, limit: int) -> None:
     if isinstance(limit, bool) or not isinstance(limit, int) or limit < 1:  # pyright: ignore[reportUnnecessaryIsInstance]
-        raise ConfigurationError(
-            f"{policy}(limit={limit!r}): a queue holds a whole number of events, at least 1."
-        )
+        raise ConfigurationError(f"{policy}(limit={limit!r}): limit must be an integer >= 1.")
 
 
 @dataclass(frozen=True)
 class Lossless(Queue):
-    """Nothing is dropped (the default).
+    """Drops nothing (the default).
 
-    At ``limit`` waiting events training runs at this subscriber's pace, which ``LoopStalled`` says, and ``publish``
-    raises ``QueueFull``. If the subscriber handles nothing for ``stall_timeout_s`` while training waits, that counts as
-    its failure and it is disabled.
+    At ``limit`` waiting events training runs at this subscriber's pace and publishes ``LoopStalled``; ``publish``
+    raises ``QueueFull``. If the subscriber handles nothing for ``stall_timeout_s`` while training waits, it is
+    disabled.
     """
 
     limit: int = 65_536
@@ -202,7 +200,7 @@ class Lossless(Queue):
         _check_limit("Lossless", self.limit)
         if not self.stall_timeout_s > 0:
             raise ConfigurationError(
-                f"Lossless(stall_timeout_s={self.stall_timeout_s!r}): needs a positive number of seconds."
+                f"Lossless(stall_timeout_s={self.stall_timeout_s!r}): stall_timeout_s must be a number of seconds > 0."
             )
 
     def open(self) -> EventQueue:  # noqa: D102  inherited
@@ -211,7 +209,7 @@ class Lossless(Queue):
 
 @dataclass(frozen=True)
 class KeepLatest(Queue):
-    """Only the newest event waits; every older one that was not yet handled is dropped and counted."""
+    """Keeps only the newest waiting event; older ones are dropped and counted."""
 
     def open(self) -> EventQueue:  # noqa: D102  inherited
         return _DroppingQueue(1, newest=False)
@@ -219,7 +217,7 @@ class KeepLatest(Queue):
 
 @dataclass(frozen=True)
 class DropOldest(Queue):
-    """At ``limit`` waiting events the oldest goes."""
+    """Drops the oldest waiting event when ``limit`` events wait and another one arrives."""
 
     limit: int
 
@@ -232,7 +230,7 @@ class DropOldest(Queue):
 
 @dataclass(frozen=True)
 class DropNewest(Queue):
-    """At ``limit`` waiting events what arrives is not taken."""
+    """Drops the arriving event when ``limit`` events wait."""
 
     limit: int
 

@@ -1,4 +1,4 @@
-"""One stretch of time in which an event loop serves a bus: its tasks, its threads, and work sent to it from outside."""
+"""Runs a bus on one event loop for a while: its tasks, its threads, and coroutines submitted from other threads."""
 
 from __future__ import annotations
 
@@ -11,42 +11,43 @@ from typing import Any, TypeVar
 from anyio import CapacityLimiter
 from anyio.abc import TaskGroup
 
-from eventtrain.bus.subscription import Subscription
 from eventtrain.bus.wakeup import LoopThread, Wakeup
+from eventtrain.bus.worker import Worker
 from eventtrain.errors import BusClosed
 
 T = TypeVar("T")
 
 PLAIN_HANDLER_THREADS = 40
-"""Worker threads for plain handlers: a limiter of our own, so that a service's own thread calls are not delayed."""
+"""Worker threads for plain handlers. They have a limiter of their own, so that a service's own threads are not
+delayed."""
 
 
 class BusRunner:
-    """Made and ended on the event loop's thread, inside the task group that its tasks run in."""
+    """Created and ended on the event loop's thread, inside the task group of its tasks."""
 
     def __init__(self, tasks: TaskGroup) -> None:
         self.tasks = tasks
         self.loop = LoopThread()
-        self.inbox_bell = Wakeup(self.loop)
-        self.stream_bell = Wakeup(self.loop)
+        self.publish_wakeup = Wakeup(self.loop)
+        self.stream_wakeup = Wakeup(self.loop)
         self.limiter = CapacityLimiter(PLAIN_HANDLER_THREADS)
-        self._errand_bell = Wakeup(self.loop)
-        self._errands: deque[Callable[[], None]] = deque()
+        self._start_wakeup = Wakeup(self.loop)
+        self._starts: deque[Callable[[], None]] = deque()
         self._submitted: set[Future[Any]] = set()
         self._lock = threading.Lock()
         self._ended = False
 
-    def employ(self, subscription: Subscription) -> None:
-        """Start the workers of a subscription. Any thread."""
+    def start_worker(self, worker: Worker, name: str) -> None:
+        """Starts the worker of the subscription ``name``. Any thread."""
 
         def start() -> None:
-            subscription.worker.attach(self.loop)
-            self.tasks.start_soon(subscription.worker.work, name=f"eventtrain {subscription.name}")
+            worker.attach(self.loop)
+            self.tasks.start_soon(worker.work, name=f"eventtrain {name}")
 
-        self._send(start)
+        self._start_soon(start)
 
     def submit(self, function: Callable[..., Coroutine[Any, Any, T]], *args: Any) -> Future[T]:
-        """Run a coroutine function as a task of its own, from any other thread."""
+        """Runs a coroutine function as a task of its own. Any other thread."""
         future: Future[T] = Future()
 
         async def run() -> None:
@@ -55,7 +56,7 @@ class BusRunner:
             except Exception as error:
                 future.set_exception(error)
             except BaseException:
-                future.set_exception(_stopped())
+                future.set_exception(_not_running())
                 raise
             else:
                 future.set_result(result)
@@ -70,35 +71,35 @@ class BusRunner:
 
         with self._lock:
             if self._ended:
-                raise _stopped()
+                raise _not_running()
             self._submitted.add(future)
-        self._send(start)
+        self._start_soon(start)
         return future
 
-    def _send(self, errand: Callable[[], None]) -> None:
-        self._errands.append(errand)
-        self._errand_bell.ring()
+    def _start_soon(self, start: Callable[[], None]) -> None:
+        self._starts.append(start)
+        self._start_wakeup.wake()
 
-    async def run_errands(self) -> None:
-        """Start tasks on behalf of other threads, for ever: anyio lets only a task start another one."""
+    async def start_tasks(self) -> None:
+        """Starts tasks for other threads, forever: anyio lets only a task of the loop start another one."""
         while True:
-            await self._errand_bell.sleep_unless(lambda: len(self._errands))
-            while self._errands:
-                self._errands.popleft()()
+            await self._start_wakeup.sleep_until(lambda: len(self._starts))
+            while self._starts:
+                self._starts.popleft()()
 
     def stop(self) -> None:
-        """Cancel all tasks. Any thread; never blocks."""
+        """Cancels all tasks. Any thread; never blocks."""
         self.loop.run_soon(self.tasks.cancel_scope.cancel)
 
     def end(self) -> None:
-        """All tasks have ended: whoever waits for one that never started is told."""
+        """All tasks have ended. Fails the futures whose task was never started."""
         with self._lock:
             self._ended = True
             left = list(self._submitted)
         for future in left:
             if not future.done() and (future.running() or future.set_running_or_notify_cancel()):
-                future.set_exception(_stopped())
+                future.set_exception(_not_running())
 
 
-def _stopped() -> BusClosed:
+def _not_running() -> BusClosed:
     return BusClosed("The bus is not running, so nothing can be run on its event loop.")

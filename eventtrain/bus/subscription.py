@@ -1,4 +1,10 @@
-"""One subscription: the queue its events wait in, the worker that hands them to the handler, and how it ends."""
+"""One subscription: its queue, its filter, its worker, and its end.
+
+Threads. The worker runs on the event loop's thread. Events are put into the queue by the holder of the bus' routing
+lock (``offer``, ``offer_from_loop``, ``restore``) and by ``redeliver``. Everything else may be called on any thread.
+``state`` changes once, away from "active", under ``_lock``; it is read without a lock. ``run`` and ``worker.passed``
+are written on the event loop's thread and read by the training thread, which relies on the order in ``activate``.
+"""
 
 from __future__ import annotations
 
@@ -12,16 +18,15 @@ from typing import Any, Literal, Protocol
 
 from anyio import CapacityLimiter
 
-from eventtrain.bus.barrier import Barrier, SubscriptionState, can_be_stored
+from eventtrain.bus.barrier import Barrier, SubscriptionCheckpoint
 from eventtrain.bus.clock import Clock
 from eventtrain.bus.failures import DeadLetter, Failures
 from eventtrain.bus.filters import EventFilter
 from eventtrain.bus.handler_cost import HandlerCost
 from eventtrain.bus.handlers import (
-    Attempt,
     Call,
+    CommandTransaction,
     Handler,
-    describe,
     in_thread,
     is_async,
     takes_control,
@@ -29,21 +34,25 @@ from eventtrain.bus.handlers import (
     with_retries,
     with_timeout,
 )
-from eventtrain.bus.options import EventTypes, Options, event_classes
+from eventtrain.bus.options import Options
 from eventtrain.bus.queues import Lossless
-from eventtrain.bus.worker import Gated, Worker, own_failure
+from eventtrain.bus.wakeup import CrossLoopCondition
+from eventtrain.bus.worker import CountedEvent, Worker, own_failure
 from eventtrain.errors import ConfigurationError
-from eventtrain.events import Event, SubscriberDisabled, SubscriberLagged
+from eventtrain.events import BUILT_IN, Event, SubscriberDisabled, SubscriberLagged
 
 logger = logging.getLogger("eventtrain")
 
 State = Literal["active", "disabled", "cancelled", "finished"]
 """``disabled`` after failures, ``cancelled`` on request, ``finished`` when ``once`` is fulfilled."""
 
+Save = Callable[[], Awaitable[Mapping[str, Any]]]
+"""Returns the state that belongs to a checkpoint, as plain JSON data. Called on the bus' event loop."""
+
 
 @dataclass(frozen=True)
 class SubscriptionStatistics:
-    """A moment's figures of one subscription."""
+    """Figures of one subscription at one moment."""
 
     name: str
     state: State
@@ -52,205 +61,268 @@ class SubscriptionStatistics:
     errors: int
     """Failed attempts."""
     dropped: int
-    """Events that the queue let go."""
+    """Events dropped by the queue."""
     pending: int
     """Events waiting or being handled."""
     lag_events: int
     """How many events it is behind: ``pending``, and what its queue dropped since the handler last took one."""
     lag_s: float
-    """Age of the oldest waiting event, in seconds; 0.0 when none waits."""
+    """Age of the oldest waiting event, in seconds; 0.0 if none waits."""
     handler_wall_s: float
     handler_cpu_s: float
     longest_slice_s: float
-    """The longest time the handler held the event loop without giving way, in seconds."""
+    """The longest time that the handler held the event loop without suspending, in seconds."""
 
 
 class SubscriptionHost(Protocol):
-    """What a subscription asks of its bus."""
+    """The bus, as its subscriptions see it."""
 
-    @property
-    def clock(self) -> Clock:
-        """Where time comes from."""
-        ...
+    clock: Clock
+    progress: CrossLoopCondition
 
     @property
     def limiter(self) -> CapacityLimiter:
-        """The limiter of the threads in which plain handlers run."""
+        """Limits the threads in which plain handlers run."""
         ...
 
     def notify(self, event: Event) -> None:
-        """Publish on behalf of the bus."""
+        """Publishes an event of the bus itself."""
         ...
 
-    def open_attempt(self, subscription: Subscription, event: Event) -> Attempt:
-        """Begin one handler call with a control."""
+    def begin_transaction(self, subscription: SubscriptionCore, event: Event) -> CommandTransaction:
+        """Makes the control of one handler call."""
         ...
 
-    def subscription_failed(self, subscription: Subscription, error: Exception) -> None:
-        """End the run."""
+    def subscription_failed(self, subscription: SubscriptionCore, error: Exception) -> None:
+        """A subscription with ``on_error="fail"`` failed."""
         ...
 
-    def settle(self) -> None:
-        """Have everyone who waits look again."""
-        ...
-
-    def left(self, subscription: Subscription) -> None:
-        """The subscription ended."""
+    def subscription_ended(self, subscription: SubscriptionCore) -> None:
+        """The subscription receives nothing more."""
         ...
 
 
 class Subscription:
-    """One handler's claim on a class of events. Made by ``EventBus.subscribe``."""
+    """One handler's subscription to a class of events. Returned by ``EventBus.subscribe``."""
+
+    def __init__(self, core: SubscriptionCore) -> None:
+        self._core = core
+
+    @property
+    def name(self) -> str:
+        """Name in messages and statistics."""
+        return self._core.name
+
+    @property
+    def active(self) -> bool:
+        """Whether it still receives events."""
+        return self._core.active
+
+    @property
+    def dead_letters(self) -> deque[DeadLetter]:
+        """The last events whose handling failed for good, oldest first; at most 100."""
+        return self._core.failures.dead_letters
+
+    def cancel(self) -> None:
+        """Ends the subscription: no further event is handled, a running handler finishes. Any thread; never blocks."""
+        self._core.cancel()
+
+    def redeliver(self) -> int:
+        """Queues all dead letters once more, oldest first, and returns their number. Any thread.
+
+        They go to the handler without asking ``where`` and the other filters. A training loop that waited for the
+        first attempt does not count them again.
+
+        Raises:
+            ConfigurationError: the subscription has ended.
+        """
+        return self._core.redeliver()
+
+    def statistics(self) -> SubscriptionStatistics:
+        """Returns the figures of this moment. Any thread; never blocks."""
+        return self._core.statistics()
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Subscription) and self._core is other._core
+
+    def __hash__(self) -> int:
+        return hash(self._core)
+
+    def __repr__(self) -> str:
+        types = " | ".join(event_type.__name__ for event_type in self._core.types)
+        return f"<Subscription {self.name!r} to {types}, {self._core.state}>"
+
+
+class SubscriptionCore:
+    """What the bus and the training loop know of one subscription. Users see ``Subscription``.
+
+    Args:
+        host: the bus.
+        types: the event classes subscribed to.
+        options: the checked options.
+        name: unique among the subscriptions of the bus.
+        index: grows in the order of subscribing; orders the commands of several handlers.
+        handler: None for a stream, whose reader takes events from the queue itself.
+        save: gives the state that belongs to a checkpoint, if there is one.
+    """
 
     def __init__(
         self,
         host: SubscriptionHost,
-        event_type: EventTypes,
-        handler: Handler | None,
+        types: tuple[type[Event], ...],
         options: Options,
+        *,
+        name: str,
         index: int,
+        handler: Handler | None,
+        save: Save | None = None,
     ) -> None:
-        self.types = event_classes(event_type)
-        self.handler = handler
-        self.name = options.name or (describe(handler) if handler is not None else f"stream-{index}")
-        options.check(self.name, self.types)
+        self.types = types
         self.options = options
+        self.name = name
         self.index = index
-        self.queue = options.queue.open()
-        self.meter = HandlerCost()
-        self.selection = EventFilter(self.types, options, host.clock)
-        self.failures = Failures(host.notify)
+        self.handler = handler
+        self.queue = options.policy.open()
+        self.cost = HandlerCost()
+        self.filter = EventFilter(
+            types,
+            host.clock,
+            every=options.every,
+            every_s=options.every_s,
+            where=options.where,
+            once=options.once,
+            lag=options.lag,
+        )
+        self.failures = Failures(name, host.notify)
+        self.progress = host.progress
         self.state: State = "active"
         self.run = 0
-        """Which run counts the events with a finite lag; 0 before the first."""
-        self.save: Callable[[], Awaitable[Mapping[str, Any]]] | None = None
-        """Gives the state that belongs into a checkpoint, as plain JSON data; on the bus' event loop."""
+        """The run that counts the events with a finite lag; 0 before the first."""
+        self._save = save
         self._reported_drops = 0
         self._host = host
         self._lock = threading.Lock()
-        call = self._assemble(handler) if handler is not None else _nobody
-        self.worker = Worker(self, call, self.meter, options.concurrency)
+        self.worker = Worker(self, self._assemble(handler), options.concurrency)
 
-    def __repr__(self) -> str:
-        return f"<Subscription {self.name!r} to {' | '.join(kind.__name__ for kind in self.types)}, {self.state}>"
-
-    def _assemble(self, handler: Handler) -> Call:
+    def _assemble(self, handler: Handler | None) -> Call:
+        if handler is None:
+            return _read_by_a_stream
         options, host = self.options, self._host
         call, control = handler, takes_control(handler)
         if not is_async(handler):
-            call = in_thread(handler, lambda: host.limiter, self.meter, options.concurrency)
+            call = in_thread(handler, lambda: host.limiter, self.cost, options.concurrency)
         if control:
-            call = with_control(call, lambda event: host.open_attempt(self, event))
+            call = with_control(call, lambda event: host.begin_transaction(self, event))
         if options.timeout_s is not None:
             call = with_timeout(call, options.timeout_s, host.clock)
         if options.on_error == "retry":
             call = with_retries(
-                call, options.retries, options.retry_delay_s, host.clock, self._note, lambda: self.active
+                call,
+                options.retries,
+                options.retry_delay_s,
+                clock=host.clock,
+                failed=self.failures.add_attempt,
+                active=lambda: self.active,
             )
         return call
 
-    def lag_for(self, kind: type[Event]) -> int | None:
-        """The lag that holds for events of class ``kind``: None, or that many steps."""
-        return self.selection.lag_for(kind)
-
-    # --- taking events in: by a holder of the bus' routing lock ---------------------------------------------
+    # --- receiving events: by the holder of the bus' delivery lock ---------------------------------------------
 
     def offer(self, events: Sequence[Event]) -> None:
-        """Take in those of these published events of one class that it wants."""
+        """Queues those of these events, all of one class, that pass the filter."""
         if self.state == "active":
-            self._put([event for event in events if self._wants(event)] if self.selection.filters else events)
+            passes_all = self.filter.passes_all
+            self._put(events if passes_all else [event for event in events if self._passes(event)])
 
     def offer_from_loop(self, events: Sequence[Event]) -> None:
-        """Take in events of one class from the training loop, which counts those with a finite lag."""
-        if self.lag_for(type(events[0])) is None:
+        """Like ``offer``, for events of the training loop, which counts those with a finite lag."""
+        if self.filter.lag_for(type(events[0])) is None:
             self.offer(events)
         elif self.state == "active" and self.run:
-            due = [event for event in events if self.selection.is_due(event)]
-            self._put([Gated(event if self._wants(event) else None, self.run) for event in due])
+            due = [event for event in events if self.filter.is_due(event)]
+            self._put([CountedEvent(event if self._passes(event) else None, self.run) for event in due])
 
     def _put(self, items: Iterable[Any]) -> None:
         self.queue.put_many(items)
-        bell = self.worker.bell
-        if bell is not None and bell.armed:
-            bell.ring()
+        wakeup = self.worker.wakeup
+        if wakeup is not None and wakeup.armed:
+            wakeup.wake()
 
-    def _wants(self, event: Event) -> bool:
+    def _passes(self, event: Event) -> bool:
         try:
-            return self.selection.wants(event)
+            return self.filter.passes(event)
         except Exception as error:  # of the user's `where`
             self._give_up(event, error, attempt=1)
             return False
 
     def choose(self, steps: range) -> range:
-        """Which of these consecutive steps' events need to be built for this subscription."""
+        """Returns the steps, of these consecutive ones, whose events need to be built for this subscription."""
         if self.state != "active":
             return steps[:0]
-        # Without filters the queue says at once what it would drop; such events are not even built.
-        return self.selection.due_steps(steps) if self.selection.filters else self.queue.choose(steps)
+        # Without a filter the queue says in advance what it would drop; such events are not even built.
+        return self.queue.choose(steps) if self.filter.passes_all else self.filter.due_steps(steps)
 
     def activate(self) -> None:
-        """A run begins to count this subscription's events, from here in the stream on."""
+        """Begins to count events for a run, from this place in the stream. On the event loop's thread."""
         self.worker.passed = 0
-        self.run += 1  # last: the loop believes ``passed`` once it sees this
+        self.run += 1  # last: the training thread trusts ``passed`` once it sees this
 
-    # --- cuts ---------------------------------------------------------------------------------------------------
+    # --- checkpoints ------------------------------------------------------------------------------------------
 
     @property
-    def takes_part(self) -> bool:
-        """Whether a checkpoint needs it: it has state or a finite lag, and a queue that drops nothing."""
-        return (self.save is not None or self.selection.decides) and self.queue.room() is not None
+    def in_checkpoints(self) -> bool:
+        """Whether checkpoints need it: it has state or a finite lag, and its queue drops nothing."""
+        return (self._save is not None or self.filter.decides) and self.queue.room() is not None
 
-    def mark(self, cut: Barrier) -> None:
-        """A marker has come: give the share at the next handler boundary. On the event loop's thread."""
-        waiting, spent = self.queue.waiting(), self.selection.spent
-
-        async def give() -> None:
-            await self._give_share(cut, waiting, spent)
-
-        self.worker.at_boundary.append(give)
+    def contribute_to(self, barrier: Barrier[Any]) -> None:
+        """Contributes to ``barrier`` at the next handler boundary. On the event loop's thread, at the marker."""
+        waiting, spent = self.queue.waiting(), self.filter.spent
+        self.worker.at_boundary.append(lambda: self._contribute(barrier, waiting, spent))
         self.wake()
 
-    async def _give_share(self, cut: Barrier, waiting: Iterable[Any], spent: bool) -> None:
+    async def _contribute(self, barrier: Barrier[Any], waiting: Iterable[Any], spent: bool) -> None:
         unhandled: list[Event] = []
         decided_on: list[bool] = []
         for item in waiting:
-            event = item.event if isinstance(item, Gated) else item
-            if event is not None and can_be_stored(event):
+            counted = isinstance(item, CountedEvent)
+            event = item.event if counted else item
+            if event is not None and type(event) in BUILT_IN:  # others cannot be read back from a checkpoint
                 unhandled.append(event)
-                decided_on.append(isinstance(item, Gated))
+                decided_on.append(counted)
         try:
-            state = await self.save() if self.save is not None else None
+            state = await self._save() if self._save is not None else None
         except BaseException as error:
-            cut.fail(self.name, own_failure(error))
+            barrier.fail(self.name, own_failure(error))
             return
-        disabled, failures = self.state == "disabled", self.failures.consecutive
-        cut.give(
-            self.name,
-            SubscriptionState(state, tuple(unhandled), tuple(decided_on), spent, disabled, failures),
+        checkpoint = SubscriptionCheckpoint(
+            state=state,
+            unhandled=tuple(unhandled),
+            decided_on=tuple(decided_on),
+            spent=spent,
+            disabled=self.state == "disabled",
+            failures=self.failures.consecutive,
         )
+        barrier.add(self.name, checkpoint)
 
-    def take_over(self, share: SubscriptionState) -> None:
-        """Begin with what was not handled at a cut, behind the activation. On the event loop's thread."""
-        self.selection.spent = share.spent
-        self.failures.consecutive = share.failures
-        if share.disabled:
+    def restore(self, checkpoint: SubscriptionCheckpoint) -> None:
+        """Continues from ``checkpoint``, behind the activation. On the event loop's thread."""
+        self.filter.spent = checkpoint.spent
+        self.failures.consecutive = checkpoint.failures
+        if checkpoint.disabled:
             self.disable("failures before the checkpoint from which the run resumes")
-        items = zip(share.unhandled, share.decided_on, strict=True)
-        self._put([Gated(event, self.run) if decided_on else event for event, decided_on in items])
+        items = zip(checkpoint.unhandled, checkpoint.decided_on, strict=True)
+        self._put([CountedEvent(event, self.run) if decided_on else event for event, decided_on in items])
 
     # --- failures -------------------------------------------------------------------------------------------
 
-    def _note(self, event: Event, error: Exception, attempt: int) -> None:
-        self.failures.note_attempt(self.name, event, error, attempt)
-
-    def failed(self, event: Event, error: Exception) -> None:
-        """The handler failed on ``event`` for good; called by the worker."""
+    def handler_failed(self, event: Event, error: Exception) -> None:
+        """The handler failed on ``event`` for good."""
         self._give_up(event, error, self.options.retries + 1 if self.options.on_error == "retry" else 1)
 
     def _give_up(self, event: Event, error: Exception, attempt: int) -> None:
         options, failures = self.options, self.failures
-        self._note(event, error, attempt)
-        failures.give_up(event, error)
+        failures.add_attempt(event, error, attempt)
+        failures.add_dead_letter(event, error)
         if options.on_error == "fail":
             self._host.subscription_failed(self, error)
         if options.disable_after is not None and failures.consecutive >= options.disable_after:
@@ -259,7 +331,7 @@ class Subscription:
             )
 
     def report_drops(self) -> None:
-        """Publish ``SubscriberLagged`` for what was dropped since the last report. Any thread."""
+        """Publishes ``SubscriberLagged`` for the events dropped since the last report."""
         with self._lock:
             dropped = self.queue.dropped - self._reported_drops
             self._reported_drops += dropped
@@ -267,34 +339,27 @@ class Subscription:
             self._host.notify(SubscriberLagged(subscriber=self.name, dropped=dropped))
 
     def redeliver(self) -> int:
-        """Queue all dead letters once more, oldest first; returns how many. Any thread.
-
-        They go to the handler without asking ``where`` and the like, and a loop that waited for the first attempt does
-        not count them again.
-
-        Raises:
-            ConfigurationError: the subscription has ended, so nobody would handle them.
-        """
+        """See ``Subscription.redeliver``."""
         if self.state != "active":
             raise ConfigurationError(
-                f"Cannot redeliver to {self.name}: it is {self.state}. Subscribe the handler anew and publish "
+                f"Cannot redeliver to {self.name}: it is {self.state}. Subscribe the handler again and publish "
                 "copies of the events in its dead_letters."
             )
-        letters = self.failures.take_letters()
+        letters = self.failures.take_dead_letters()
         self._put([letter.event for letter in letters])
         return len(letters)
 
     # --- the end --------------------------------------------------------------------------------------------
 
     def cancel(self) -> None:
-        """End the subscription: no further event is handled, a running handler finishes. Any thread; never blocks."""
+        """Ends the subscription on request. Waiting events are forgotten."""
         if self._end("cancelled"):
             self.queue.clear()
             self.report_drops()
             self.wake()
 
     def disable(self, reason: str) -> None:
-        """Switch it off after failures: what waits is dropped and counted, and ``SubscriberDisabled`` says so."""
+        """Ends the subscription after failures. Waiting events count as dropped."""
         if self._end("disabled"):
             self.queue.drop_all()
             logger.error("Subscriber %s is disabled after %s", self.name, reason)
@@ -302,101 +367,82 @@ class Subscription:
             self._host.notify(SubscriberDisabled(subscriber=self.name, reason=reason))
             self.wake()
 
-    def stall(self, waited_s: float) -> None:
-        """Training waited at the limit of its queue while it handled nothing: that is its failure."""
+    def disable_stalled(self, waited_s: float) -> None:
+        """Disables a subscription that handled nothing while training waited at the limit of its queue."""
         self.disable(
             f"it handled nothing for {waited_s:.1f} s while training waited at its limit of {len(self.queue)} events"
         )
 
     def finish(self) -> None:
-        """``once`` is fulfilled; called by the worker."""
+        """Ends the subscription: ``once`` is fulfilled."""
         self._end("finished")
-
-    def settle(self) -> None:
-        """Tell whoever waits for progress; called by the worker."""
-        self._host.settle()
 
     def _end(self, state: State) -> bool:
         with self._lock:
             if self.state != "active":
                 return False
             self.state = state
-        self._host.left(self)
-        self._host.settle()
+        self._host.subscription_ended(self)
+        self.progress.notify_all()
         return True
 
     def wake(self) -> None:
-        """Have the worker or reader look again."""
-        if self.worker.bell is not None:
-            self.worker.bell.ring()
+        """Lets the worker or the stream's reader look at the subscription again."""
+        if self.worker.wakeup is not None:
+            self.worker.wakeup.wake()
 
-    # --- looking at it --------------------------------------------------------------------------------------
+    # --- figures ----------------------------------------------------------------------------------------------
 
     @property
     def active(self) -> bool:
-        """Whether it still takes events."""
+        """Whether it still receives events."""
         return self.state == "active"
 
     @property
-    def delivered(self) -> int:
-        """Events handled without an error."""
-        return self.worker.delivered
+    def spent(self) -> bool:
+        """Whether it has received its only event, because of ``once``."""
+        return self.filter.spent
 
     @property
     def passed(self) -> int:
-        """How many events that the loop counts (those with a finite lag) it is through with, in this run."""
+        """Number of counted events (those with a finite lag) that it has finished in this run."""
         return self.worker.passed
 
     @property
     def pending(self) -> int:
-        """Events waiting or being handled."""
+        """Number of events waiting or being handled."""
         return len(self.queue) + self.worker.in_flight + len(self.worker.at_boundary)
 
     @property
-    def errors(self) -> int:
-        """Failed attempts."""
-        return self.failures.attempts
-
-    @property
     def handled(self) -> int:
-        """Grows whenever it got done with something, well or badly."""
+        """A number that grows with every handled event, whether handling succeeded or failed."""
         return self.worker.delivered + self.failures.attempts
 
     @property
-    def timed_out(self) -> bool:
-        """Whether an attempt ever exceeded ``timeout_s``: what it decides is then no longer reproducible."""
-        return self.failures.timed_out
-
-    @property
-    def dead_letters(self) -> deque[DeadLetter]:
-        """The last events whose handling failed for good, oldest first; at most 100."""
-        return self.failures.dead_letters
-
-    @property
     def stall_timeout_s(self) -> float:
-        """How long training waits for it at its limit."""
-        queue = self.options.queue
-        return queue.stall_timeout_s if isinstance(queue, Lossless) else float("inf")
+        """How long training waits for it at the limit of its queue."""
+        policy = self.options.policy
+        return policy.stall_timeout_s if isinstance(policy, Lossless) else float("inf")
 
     def statistics(self) -> SubscriptionStatistics:
-        """The figures of this moment. Any thread; never blocks."""
+        """See ``Subscription.statistics``."""
         oldest = self.queue.oldest()
-        event = oldest.event if isinstance(oldest, Gated) else oldest
+        event = oldest.event if isinstance(oldest, CountedEvent) else oldest
         pending, dropped = self.pending, self.queue.dropped
         return SubscriptionStatistics(
             name=self.name,
             state=self.state,
-            delivered=self.delivered,
-            errors=self.errors,
+            delivered=self.worker.delivered,
+            errors=self.failures.attempts,
             dropped=dropped,
             pending=pending,
             lag_events=pending + (dropped - self.worker.drops_when_taken if pending else 0),
             lag_s=max(0.0, (datetime.now(UTC) - event.time).total_seconds()) if event is not None else 0.0,
-            handler_wall_s=self.meter.wall_s,
-            handler_cpu_s=self.meter.cpu_s,
-            longest_slice_s=self.meter.longest_slice_s,
+            handler_wall_s=self.cost.wall_s,
+            handler_cpu_s=self.cost.cpu_s,
+            longest_slice_s=self.cost.longest_slice_s,
         )
 
 
-async def _nobody(event: Event) -> None:
-    """The handler of a stream, whose reader takes from the queue itself."""
+async def _read_by_a_stream(event: Event) -> None:
+    """Stands for the handler of a stream, which is never called."""

@@ -1,24 +1,28 @@
-"""What the training loop says, in its order.
+"""Training stream: the events of the training loop, in its order.
 
-Ready events, and series of them that are built only if someone wants them.
+They come as ready events, and as series whose events are built only if a subscription wants them. Everything in front
+of a marker or an activation is delivered before it takes effect.
+
+Threads. One thread at a time appends (``append``), without a lock: the deque is atomic. The event loop's thread routes.
+``rows_routed`` is written there and read by the training thread.
 """
 
 from __future__ import annotations
 
-import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from typing import Any, Protocol
+from typing import Any
 
 from anyio.lowlevel import checkpoint
 
-from eventtrain.bus.barrier import Marker, Redelivery, SubscriptionState
+from eventtrain.bus.barrier import Marker, SubscriptionCheckpoint, SubscriptionRestore
 from eventtrain.bus.clock import Clock
+from eventtrain.bus.publish_queue import PublishQueue
 from eventtrain.bus.routing_table import RoutingTable
-from eventtrain.bus.subscription import Subscription
-from eventtrain.bus.wakeup import Signal, Wakeup
+from eventtrain.bus.subscription import SubscriptionCore
+from eventtrain.bus.wakeup import CrossLoopCondition, Wakeup
 from eventtrain.events import Event
 
 BUILD_BATCH = 64
@@ -27,7 +31,7 @@ BUILD_BATCH = 64
 
 @dataclass(frozen=True, slots=True)
 class EventSeries:
-    """Consecutive events of one type, one per step, built on demand in step order."""
+    """Consecutive events of one class, one per step, built on demand in the order of steps."""
 
     event_type: type[Event]
     steps: range
@@ -36,188 +40,192 @@ class EventSeries:
 
 @dataclass(frozen=True, slots=True)
 class Activation:
-    """From here in the stream on, the training loop counts the events of this subscription."""
+    """The place in the stream from which the training loop counts the events of ``subscription``."""
 
-    subscription: Subscription
-
-
-StreamItem = Event | EventSeries | Activation | Marker | Redelivery
-"""What may be fed."""
+    subscription: SubscriptionCore
 
 
-class StreamHost(Protocol):
-    """What the stream asks of its bus."""
-
-    run_id: str
-    clock: Clock
-    routing: threading.RLock
-    settled: Signal
-
-    def settle(self) -> None:
-        """Have everyone who waits look again."""
-        ...
-
-    def measure_headroom(self) -> None:
-        """Queues were filled: how much may be published now?"""
-        ...
+StreamItem = Event | EventSeries | Activation | Marker | SubscriptionRestore
+"""Anything that may be appended."""
 
 
 class TrainingStream:
-    """Numbers and delivers what is fed, at the pace of the slowest Lossless queue that wants it."""
+    """Numbers and delivers events at the pace of the slowest Lossless queue that wants them.
 
-    def __init__(self, host: StreamHost, roster: RoutingTable, most_rows: int) -> None:
-        self._host = host
-        self._roster = roster
+    Args:
+        table: finds the subscriptions to an event.
+        publish_queue: told when events were put into queues past it.
+        progress: notified by the queues' workers, and by the stream when an item was delivered.
+        clock: measures how long the stream waits for a subscription.
+        most_rows: how many steps the training loop may be ahead if no Lossless queue limits it.
+    """
+
+    def __init__(
+        self,
+        table: RoutingTable,
+        publish_queue: PublishQueue,
+        progress: CrossLoopCondition,
+        *,
+        clock: Clock,
+        most_rows: int,
+    ) -> None:
+        self._table = table
+        self._publish_queue = publish_queue
+        self._progress = progress
+        self._clock = clock
         self._most_rows = most_rows
         self._items: deque[StreamItem] = deque()
         self._seq = 0
         self.rows_routed = 0
-        """How many events of series, wanted or not, have been routed."""
+        """Number of events of series that were routed, whether wanted or not."""
 
-    # --- the training loop's side: any thread, never blocks -------------------------------------------------
+    # --- the training loop: any thread, never blocks ----------------------------------------------------------
 
     def append(self, items: Iterable[StreamItem]) -> None:
-        """Take items in, in their order. One caller at a time."""
+        """Adds items in their order. One caller at a time."""
         self._items.extend(items)
 
-    def rows_allowed(self, kinds: Iterable[type[Event]]) -> int:
-        """Up to which count (as in ``rows_routed``) rows that become events of ``kinds`` may be produced."""
-        tightest = self.tightest(kinds)
-        return self.rows_routed + (self._most_rows if tightest is None else self._rows_free(tightest))
+    def rows_allowed(self, event_types: Iterable[type[Event]]) -> int:
+        """Returns the value of ``rows_routed`` up to which rows that become events of these classes may be produced."""
+        fullest = self.fullest(event_types)
+        return self.rows_routed + (self._most_rows if fullest is None else _free_rows(fullest))
 
-    def tightest(self, kinds: Iterable[type[Event]]) -> Subscription | None:
-        """The subscription to any of ``kinds`` whose Lossless queue has room for the fewest rows, if there is one."""
-        kinds = tuple(kinds)
-        bounded = [s for s in self._roster.bounded if any(s in self._roster.route(kind) for kind in kinds)]
-        return min(bounded, key=self._rows_free, default=None)
+    def fullest(self, event_types: Iterable[type[Event]]) -> SubscriptionCore | None:
+        """Returns the subscription to any of these classes with room for the fewest rows, if a queue is bounded."""
+        bounded = (
+            subscription
+            for event_type in event_types
+            for subscription in self._table.route(event_type)
+            if subscription.queue.room() is not None
+        )
+        return min(bounded, key=_free_rows, default=None)
 
-    @staticmethod
-    def _rows_free(subscription: Subscription) -> int:
-        return max(0, subscription.queue.room() or 0) * subscription.options.every
+    def continue_from(self, seq: int) -> None:
+        """Numbers the next event ``seq + 1``, as the run that is resumed would have done."""
+        self._seq = max(self._seq, seq)
 
-    def waiting(self) -> int:
-        """How many events have been fed and not yet routed."""
+    def unrouted(self) -> int:
+        """Returns the number of events that were appended and not routed yet."""
         return sum(len(i.steps) if isinstance(i, EventSeries) else 1 for i in list(self._items))
 
     def clear(self) -> None:
-        """Forget what was not routed."""
+        """Removes everything that was not routed."""
         self._items.clear()
 
     def __len__(self) -> int:
         return len(self._items)
 
-    # --- the event loop's side ------------------------------------------------------------------------------
+    # --- the event loop's thread ------------------------------------------------------------------------------
 
-    async def route(self, bell: Wakeup) -> None:
-        """Deliver what is fed, for ever."""
+    async def route(self, wakeup: Wakeup) -> None:
+        """Delivers the items, forever."""
         items = self._items
         while True:
-            await bell.sleep_unless(lambda: len(items))
-            item = items[0]  # it leaves only when it is delivered, so that nobody takes the stream for empty
+            await wakeup.sleep_until(lambda: len(items))
+            item = items[0]  # removed only after its delivery, so that the stream does not look empty before
             if isinstance(item, Activation):
                 item.subscription.activate()
             elif isinstance(item, Marker):
-                self._mark(item)
-            elif isinstance(item, Redelivery):
-                self._redeliver(item)
+                self._pass_marker(item)
+            elif isinstance(item, SubscriptionRestore):
+                self._restore(item)
             elif isinstance(item, EventSeries):
                 await self._deliver_series(item)
             else:
                 await self._wait_for_room(type(item))
-                self._deliver([item])
+                with self._table.delivery_lock:
+                    self._stamp([item])
+                    for subscription in self._table.route(type(item)):
+                        subscription.offer_from_loop([item])
+                    self._publish_queue.measure_headroom()
             items.popleft()
-            self._host.settle()
+            self._progress.notify_all()
 
-    def _mark(self, marker: Marker) -> None:
-        cut, roster = marker.cut, self._roster
-        with self._host.routing:
-            taking_part = [s for s in roster.active if s.takes_part]
-            for name in roster.finished - {s.name for s in taking_part}:
-                cut.give(name, SubscriptionState(spent=True))
-            for subscription in roster.disabled:
-                cut.give(subscription.name, SubscriptionState(disabled=True))
-            for subscription in taking_part:
-                subscription.mark(cut)
-        cut.expect((s.name for s in taking_part), self._seq)
+    def _pass_marker(self, marker: Marker) -> None:
+        barrier, table = marker.barrier, self._table
+        with table.delivery_lock:
+            expected = [s for s in table.active if s.in_checkpoints]
+            for name in table.finished - {s.name for s in expected}:
+                barrier.add(name, SubscriptionCheckpoint(spent=True))
+            for subscription in table.disabled:
+                barrier.add(subscription.name, SubscriptionCheckpoint(disabled=True))
+            for subscription in expected:
+                subscription.contribute_to(barrier)
+        barrier.expect((s.name for s in expected), self._seq)
 
-    def continue_from(self, seq: int) -> None:
-        """Number what follows from ``seq + 1`` on, as the run did from whose cut this one resumes."""
-        self._seq = max(self._seq, seq)
-
-    def _redeliver(self, redelivery: Redelivery) -> None:
-        with self._host.routing:
-            for subscription in self._roster.active:
-                if subscription.name == redelivery.name:
-                    subscription.take_over(redelivery.share)
-            self._host.measure_headroom()
+    def _restore(self, restore: SubscriptionRestore) -> None:
+        with self._table.delivery_lock:
+            for subscription in self._table.active:
+                if subscription.name == restore.name:
+                    subscription.restore(restore.checkpoint)
+            self._publish_queue.measure_headroom()
 
     async def _deliver_series(self, series: EventSeries) -> None:
         steps = series.steps
         while steps:
-            room = await self._wait_for_room(series.event_type)
-            chunk, steps = steps[: min(room, BUILD_BATCH)], steps[min(room, BUILD_BATCH) :]
-            with self._host.routing:
-                wanted = [(s, s.choose(chunk)) for s in self._roster.route(series.event_type)]
-                wanted = [(s, chosen) for s, chosen in wanted if chosen]
-                if wanted:
-                    self._deliver_chosen(series, chunk, wanted)
-                    self._host.measure_headroom()
+            room = min(await self._wait_for_room(series.event_type), BUILD_BATCH)
+            chunk, steps = steps[:room], steps[room:]
+            with self._table.delivery_lock:
+                choices = [(s, s.choose(chunk)) for s in self._table.route(series.event_type)]
+                choices = [(s, chosen) for s, chosen in choices if chosen]
+                if choices:
+                    self._deliver_chosen(series, chunk, choices)
+                    self._publish_queue.measure_headroom()
             self.rows_routed += len(chunk)
-            if wanted:
+            if choices:
                 await checkpoint()
 
     def _deliver_chosen(
-        self, series: EventSeries, chunk: range, wanted: list[tuple[Subscription, range]]
+        self, series: EventSeries, chunk: range, choices: list[tuple[SubscriptionCore, range]]
     ) -> None:
         needed: Iterable[int] = chunk
-        if all(len(chosen) < len(chunk) for _, chosen in wanted):
-            needed = sorted({step for _, chosen in wanted for step in chosen})
+        if all(len(chosen) < len(chunk) for _, chosen in choices):
+            needed = sorted({step for _, chosen in choices for step in chosen})
         events = series.build(needed)
         self._stamp(events)
         by_step = None
-        for subscription, chosen in wanted:
+        for subscription, chosen in choices:
             if len(chosen) == len(events):
                 subscription.offer_from_loop(events)
             else:
                 by_step = by_step or dict(zip(needed, events, strict=True))
                 subscription.offer_from_loop([by_step[step] for step in chosen])
 
-    def _deliver(self, events: Sequence[Event]) -> None:
-        self._stamp(events)
-        with self._host.routing:
-            for subscription in self._roster.route(type(events[0])):
-                subscription.offer_from_loop(events)
-            self._host.measure_headroom()
-
     def _stamp(self, events: Sequence[Event]) -> None:
-        now, run_id, seq = datetime.now(UTC), self._host.run_id, self._seq
+        now, run_id, seq = datetime.now(UTC), self._publish_queue.run_id, self._seq
         for event in events:
             seq += 1
-            fields: Any = event.__dict__  # past the frozen model, as in inbox.py
+            fields: Any = event.__dict__  # of the frozen model itself, as in publish_queue.py
             fields["seq"] = seq
             fields["time"] = now
             fields["run_id"] = run_id
         self._seq = seq
 
-    async def _wait_for_room(self, kind: type[Event]) -> int:
-        """Wait until every Lossless queue that wants ``kind`` takes one more; for how many rows there is room."""
-        while (full := self._fullest(kind)) is not None and (full.queue.room() or 0) <= 0:
-            handled = full.handled
+    async def _wait_for_room(self, event_type: type[Event]) -> int:
+        """Waits until every Lossless queue that wants ``event_type`` has room; returns for how many events."""
+        while (fullest := self._fullest_queue(event_type)) is not None and not _has_room(fullest):
+            handled = fullest.handled
 
-            def moved_on(full: Subscription = full, handled: int = handled) -> bool:
-                return full.state != "active" or full.handled != handled or (full.queue.room() or 0) > 0
+            def has_moved(fullest: SubscriptionCore = fullest, handled: int = handled) -> bool:
+                return not fullest.active or fullest.handled != handled or _has_room(fullest)
 
-            # The loop watches over its own rows; this one is for events that it does not count, such as those of
-            # epochs, where it may be waiting for another subscriber behind this very event.
-            with self._host.clock.timeout(full.stall_timeout_s) as patience:
-                while not moved_on():
-                    await self._host.settled.wait_unless(moved_on)
-            if patience.cancelled_caught and not moved_on():
-                full.stall(full.stall_timeout_s)
-        return self._most_rows if full is None else full.queue.room() or 1
+            # The training loop watches over its own rows. This timeout is for events that it does not count, such as
+            # those of epochs: there it may be waiting for another subscription, behind this very event.
+            with self._clock.timeout(fullest.stall_timeout_s) as scope:
+                await self._progress.wait_until(has_moved)
+            if scope.cancelled_caught and not has_moved():
+                fullest.disable_stalled(fullest.stall_timeout_s)
+        return self._most_rows if fullest is None else fullest.queue.room() or 1
 
-    def _fullest(self, kind: type[Event]) -> Subscription | None:
-        wanting = self._roster.route(kind)
-        return min(
-            (s for s in self._roster.bounded if s in wanting), key=lambda s: s.queue.room() or 0, default=None
-        )
+    def _fullest_queue(self, event_type: type[Event]) -> SubscriptionCore | None:
+        bounded = (s for s in self._table.route(event_type) if s.queue.room() is not None)
+        return min(bounded, key=lambda s: s.queue.room() or 0, default=None)
+
+
+def _has_room(subscription: SubscriptionCore) -> bool:
+    return (subscription.queue.room() or 0) > 0
+
+
+def _free_rows(subscription: SubscriptionCore) -> int:
+    """How many rows, every ``every``-th of which becomes an event, fit into the queue."""
+    return max(0, subscription.queue.room() or 0) * subscription.options.every

@@ -1,14 +1,20 @@
-"""The only crossing from threads to an event loop.
+"""The only crossing from other threads into an event loop.
 
-anyio has no public fire-and-forget wake: ``from_thread.run_sync`` blocks the caller (34-130 us) and a blocking
-portal costs 90-500 us. So this file asks the running loop itself: ``call_soon_threadsafe`` on asyncio and uvloop,
-``TrioToken.run_sync_soon`` on trio. Even that costs 6 us, hence the doorbell, which is rung only for a sleeper.
+anyio has no public fire-and-forget wake-up: ``from_thread.run_sync`` blocks the caller (34-130 us), a blocking portal
+costs 90-500 us. So this module asks the running loop itself: ``call_soon_threadsafe`` on asyncio and uvloop,
+``TrioToken.run_sync_soon`` on trio. Even that costs 6 us, so a ``Wakeup`` calls it only while its task sleeps.
+
+All classes here avoid a lock on the notifying side by one order of operations. The waiter first makes itself visible
+(``armed``, ``_waiters``) and then evaluates its condition once more; the notifier first changes what the condition
+reads and then looks for waiters. Whichever comes second sees the other, so no wake-up is lost. The order holds
+because CPython executes these reads and writes as they are written.
 """
 
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Generator
+from contextlib import contextmanager
 from typing import Any, Generic, TypeVar
 
 import anyio
@@ -18,7 +24,7 @@ T = TypeVar("T")
 
 
 class LoopThread:
-    """The event loop that runs on the thread that makes this object; other threads send it functions."""
+    """The event loop of the thread that creates this object. Other threads send it functions."""
 
     def __init__(self) -> None:
         native: Any = current_token().native_token  # asyncio's loop or trio's token: no common type
@@ -33,7 +39,7 @@ class LoopThread:
         return threading.get_ident() == self._ident
 
     def run_soon(self, function: Callable[[], object]) -> bool:
-        """Run ``function`` on the event loop: now if called there, else soon. False if the loop has ended.
+        """Runs ``function`` on the event loop: now if called there, else soon. Returns False if the loop has ended.
 
         Any thread; never blocks.
         """
@@ -42,18 +48,13 @@ class LoopThread:
             return True
         try:
             self._submit(function)
-        except RuntimeError:  # the loop is closed; trio's RunFinishedError is one too
+        except RuntimeError:  # the loop is closed; trio's RunFinishedError is a RuntimeError too
             return False
         return True
 
 
 class Wakeup:
-    """One task sleeps on it, any thread rings it.
-
-    The sleeper arms the bell, then looks once more at what it waits for; a ringer first changes that, then looks
-    at ``armed``. Whichever comes second sees the other, so no ring is lost, and a busy consumer costs its
-    producers one attribute read.
-    """
+    """Wakes one sleeping task from any thread. A busy task costs its producers one attribute read."""
 
     __slots__ = ("_event", "_loop", "armed")
 
@@ -61,85 +62,110 @@ class Wakeup:
         self._loop = loop
         self._event = anyio.Event()
         self.armed = False
+        """Whether the task sleeps, or is about to. Producers read it before they call ``wake``."""
 
-    async def sleep_unless(self, awake: Callable[[], object]) -> None:
-        """Sleep until rung with ``awake()`` true; return at once if it is. One task at a time.
+    async def sleep_until(self, ready: Callable[[], object]) -> None:
+        """Sleeps until woken with ``ready()`` true; returns immediately if it is. One task at a time.
 
-        A ringer that was slow between its two looks may ring for what was taken long ago: such a ring is slept through.
+        A producer may read ``armed`` and then be suspended, and wake a later sleep for something consumed long ago.
+        Such a wake-up finds ``ready()`` false and the task sleeps on.
         """
         try:
             while True:
                 self._event = anyio.Event()
                 self.armed = True
-                if awake():
+                if ready():
                     return
                 await self._event.wait()
         finally:
             self.armed = False
 
-    def ring(self) -> None:
-        """Wake the sleeper, if there is one. Any thread; never blocks."""
+    def wake(self) -> None:
+        """Wakes the task if it sleeps. Any thread; never blocks."""
         if self.armed:
             self.armed = False
             self._loop.run_soon(self._event.set)
 
 
-class Signal:
-    """Many tasks, on any event loops, wait for the next pulse; any thread gives it."""
+class CrossLoopCondition:
+    """Condition variable for tasks on any event loops and for threads, notified from any thread.
+
+    Attributes:
+        listener: called by every ``notify_all``, on the thread that notifies. Must not block.
+    """
 
     def __init__(self) -> None:
+        self.listener: Callable[[], object] | None = None
         self._lock = threading.Lock()
-        self._waiting: list[tuple[LoopThread, anyio.Event]] = []
+        self._waiters: list[Callable[[], object]] = []
 
-    async def wait_unless(self, ready: Callable[[], object]) -> None:
-        """Wait for the next pulse; return at once if ``ready()`` is true after this task was enlisted."""
-        entry = (LoopThread(), anyio.Event())
+    async def wait_until(self, ready: Callable[[], object]) -> None:
+        """Waits until ``ready()`` is true. It is evaluated on the caller's event loop, after each notification."""
+        while not ready():
+            loop, event = LoopThread(), anyio.Event()
+            with self._waiter(lambda loop=loop, event=event: loop.run_soon(event.set)):
+                if ready():
+                    return
+                await event.wait()
+
+    def block_until(self, ready: Callable[[], object], *, poll_s: float) -> None:
+        """Like ``wait_until``, but blocks the calling thread, and evaluates ``ready()`` every ``poll_s`` seconds."""
+        while not ready():
+            event = threading.Event()
+            with self._waiter(event.set):
+                if ready():
+                    return
+                event.wait(poll_s)
+
+    @contextmanager
+    def _waiter(self, wake: Callable[[], object]) -> Generator[None]:
         with self._lock:
-            self._waiting.append(entry)
+            self._waiters.append(wake)
         try:
-            if not ready():
-                await entry[1].wait()
+            yield
         finally:
             with self._lock:
-                if entry in self._waiting:
-                    self._waiting.remove(entry)
+                if wake in self._waiters:
+                    self._waiters.remove(wake)
 
-    def pulse(self) -> None:
-        """Wake everyone who waits now. Any thread; never blocks. Without waiters: one attribute read."""
-        if not self._waiting:
+    def notify_all(self) -> None:
+        """Lets all waiters evaluate their condition. Any thread; never blocks. Without waiters: two attribute reads."""
+        if self.listener is not None:
+            self.listener()
+        if not self._waiters:
             return
-        with self._lock:
-            woken, self._waiting = self._waiting, []
-        for loop, event in woken:
-            loop.run_soon(event.set)
+        with self._lock:  # taking them out wakes each once, however often it is notified before it runs
+            woken, self._waiters = self._waiters, []
+        for wake in woken:
+            wake()
 
 
-class Answer(Generic[T]):
-    """One value or error, given once by any thread, awaited by any task on any event loop."""
+class CrossLoopFuture(Generic[T]):
+    """One result or exception, set once by any thread and awaited by any number of tasks on any event loops."""
 
     def __init__(self) -> None:
-        self._signal = Signal()
-        self._value: T | None = None
-        self._error: Exception | None = None
-        self.given = False
+        self._condition = CrossLoopCondition()
+        self._result: T | None = None
+        self._exception: Exception | None = None
+        self.done = False
 
-    def give(self, value: T) -> None:
-        """The first answer counts; later ones are ignored. Any thread; never blocks."""
-        if not self.given:
-            self._value = value
-            self.given = True
-            self._signal.pulse()
+    def set_result(self, result: T) -> None:
+        """Sets the result, unless the future is done. Any thread; never blocks."""
+        self._finish(result, None)
 
-    def fail(self, error: Exception) -> None:
-        """Like ``give``: every ``wait`` raises ``error``."""
-        if not self.given:
-            self._error = error
-            self.given = True
-            self._signal.pulse()
+    def set_exception(self, exception: Exception) -> None:
+        """Makes every ``wait`` raise ``exception``, unless the future is done. Any thread; never blocks."""
+        self._finish(None, exception)
+
+    def _finish(self, result: T | None, exception: Exception | None) -> None:
+        if not self.done:
+            self._result, self._exception = result, exception
+            self.done = True  # after both: a waiter reads them once it sees this
+            self._condition.notify_all()
 
     async def wait(self) -> T:
-        """The value; raises the error given instead. Cancellation ends only this waiting."""
-        await self._signal.wait_unless(lambda: self.given)
-        if self._error is not None:
-            raise self._error
-        return self._value  # pyright: ignore[reportReturnType]  # given, and no error: it is a T
+        """Returns the result or raises the exception. Cancellation ends only this wait."""
+        await self._condition.wait_until(lambda: self.done)
+        if self._exception is not None:
+            raise self._exception
+        return self._result  # pyright: ignore[reportReturnType]  # done without an exception: it is a T

@@ -1,4 +1,8 @@
-"""Takes events from one queue and calls the handler, giving way often enough that nobody waits behind it."""
+"""Worker: takes events from one subscription's queue and calls its handler.
+
+All methods run on the event loop's thread. Other threads only call ``wakeup.wake``, append to the queue, and read the
+counters: ``delivered``, ``in_flight``, ``passed`` and ``drops_when_taken`` are each written by the worker alone.
+"""
 
 from __future__ import annotations
 
@@ -11,108 +15,108 @@ import anyio
 from anyio.lowlevel import checkpoint
 
 from eventtrain.bus.failures import Failures
-from eventtrain.bus.filters import EventFilter
-from eventtrain.bus.handler_cost import HandlerCost, metered
-from eventtrain.bus.handlers import Call
+from eventtrain.bus.handler_cost import HandlerCost, measured
 from eventtrain.bus.queues import EventQueue
-from eventtrain.bus.wakeup import LoopThread, Wakeup
+from eventtrain.bus.wakeup import CrossLoopCondition, LoopThread, Wakeup
 from eventtrain.events import Event
 
 SLICE_TARGET_S = 0.0005
-"""How long a worker goes from event to event before it gives way to other tasks and to the GIL's waiters."""
+"""How long a worker handles events before it suspends for other tasks and for threads that wait for the GIL."""
 STRIDE = 8
-"""Events between two looks at the clock once the first was quick: a look costs as much as half a cheap handler."""
+"""Events between two readings of the clock once the first was quick: a reading costs as much as half a cheap
+handler."""
 
 
-class Gated(NamedTuple):
-    """An item of a finite-lag subscription that the loop counts too."""
+class CountedEvent(NamedTuple):
+    """Queue item of a subscription with a finite lag, which the training loop counts too."""
 
     event: Event | None
-    """None where ``where`` or ``once`` said no: there is nothing to handle, but the loop waits for it."""
+    """None if ``where`` or ``once`` rejected it: there is nothing to handle, but the loop waits for it."""
     run: int
-    """Which run counts it; what an earlier one left over must not open a gate of this one."""
+    """The run that counts it. An item left over by an earlier run must not open a gate of this one."""
 
 
-class Claim(Protocol):
-    """What a worker asks of its subscription."""
+class WorkerHost(Protocol):
+    """The subscription, as its worker sees it."""
 
     queue: EventQueue
-    selection: EventFilter
     failures: Failures
+    cost: HandlerCost
+    progress: CrossLoopCondition
     run: int
 
     @property
     def active(self) -> bool:
-        """Whether it still takes events."""
+        """Whether it still receives events."""
         ...
 
-    def failed(self, event: Event, error: Exception) -> None:
+    @property
+    def spent(self) -> bool:
+        """Whether it has received its only event, because of ``once``."""
+        ...
+
+    def handler_failed(self, event: Event, error: Exception) -> None:
         """The handler failed on ``event`` for good."""
         ...
 
     def finish(self) -> None:
-        """``once`` is fulfilled."""
-        ...
-
-    def settle(self) -> None:
-        """Have everyone who waits look again."""
+        """Ends the subscription: ``once`` is fulfilled."""
         ...
 
 
 class Worker:
-    """Handles the events of one subscription, on the event loop's thread."""
+    """Handles the events of one subscription."""
 
-    def __init__(self, claim: Claim, call: Call, meter: HandlerCost, concurrency: int) -> None:
-        self._claim = claim
+    def __init__(self, host: WorkerHost, call: Callable[[Event], Awaitable[None]], concurrency: int) -> None:
+        self._host = host
         self._call = call
-        self._meter = meter
         self._concurrency = concurrency
-        self.task: int | None = None
-        """Of the event loop: in which the handler is called, where it is called for one event at a time."""
-        self.bell: Wakeup | None = None
-        """Rung when there is something to look at; None while no event loop serves the bus."""
+        self.task_id: int | None = None
+        """The task in which the handler is called, if it is called for one event at a time."""
+        self.wakeup: Wakeup | None = None
+        """Woken when there is something to do; None while no event loop serves the bus."""
         self.delivered = 0
         self.in_flight = 0
         self.passed = 0
-        """How many items of this run that the loop counts it is through with."""
+        """Number of counted events of this run that it has finished."""
         self.drops_when_taken = 0
-        """What the queue had dropped when the worker last took an event."""
+        """Number of events that the queue had dropped when the worker last took one."""
         self.at_boundary: list[Callable[[], Awaitable[None]]] = []
-        """Awaited, and forgotten, before the next event is taken: markers of cuts."""
+        """Called once, before the next event is taken: contributions to barriers."""
 
     def attach(self, loop: LoopThread) -> None:
-        """Bind to the event loop that will run the worker, on that loop's thread."""
-        self.bell = Wakeup(loop)
+        """Binds the worker to the event loop that will run it, on that loop's thread."""
+        self.wakeup = Wakeup(loop)
 
     async def work(self) -> None:
-        """Hand events to the handler until the subscription ends or the task is cancelled."""
+        """Passes events to the handler until the subscription ends or the task is cancelled."""
         if self._concurrency == 1:
-            self.task = anyio.get_current_task().id
-            await metered(self._work(), self._meter)
+            self.task_id = anyio.get_current_task().id
+            await measured(self._work(), self._host.cost)
         else:
             await self._work_concurrently()
 
-    async def _has_work(self) -> bool:
-        """Wait for an event; False once the subscription has ended."""
-        claim, queue, bell = self._claim, self._claim.queue, self.bell
-        assert bell is not None
+    async def _wait_for_work(self) -> bool:
+        """Waits for an event; False once the subscription has ended."""
+        host, queue, wakeup = self._host, self._host.queue, self.wakeup
+        assert wakeup is not None
 
-        def has_got_its_once() -> bool:
-            return claim.selection.spent and not self.in_flight
+        def is_finished() -> bool:
+            return host.spent and not self.in_flight
 
-        while claim.active and not queue and not self.at_boundary:
-            if has_got_its_once():
-                claim.finish()
+        while host.active and not queue and not self.at_boundary:
+            if is_finished():
+                host.finish()
             else:
-                await bell.sleep_unless(
-                    lambda: len(queue) or self.at_boundary or not claim.active or has_got_its_once()
+                await wakeup.sleep_until(
+                    lambda: len(queue) or self.at_boundary or not host.active or is_finished()
                 )
-        return claim.active
+        return host.active
 
-    # --- one after the other --------------------------------------------------------------------------------
+    # --- one event at a time ----------------------------------------------------------------------------------
 
     async def _work(self) -> None:
-        while await self._has_work():
+        while await self._wait_for_work():
             self.in_flight += 1
             began_s = perf_counter()
             try:
@@ -120,8 +124,8 @@ class Worker:
                 await self._handle_some(began_s + SLICE_TARGET_S)
             finally:
                 self.in_flight -= 1
-                self._meter.wall_s += perf_counter() - began_s
-            self._claim.settle()
+                self._host.cost.wall_s += perf_counter() - began_s
+            self._host.progress.notify_all()
             await checkpoint()
         await self._reach_boundary()
 
@@ -131,8 +135,8 @@ class Worker:
             self.at_boundary.pop(0)
 
     async def _handle_some(self, until_s: float) -> None:
-        """Handle waiting events until none is left or it is ``until_s`` (``perf_counter``)."""
-        call, claim, queue, failures = self._call, self._claim, self._claim.queue, self._claim.failures
+        """Handles waiting events until none is left or the time is ``until_s`` (``perf_counter``)."""
+        call, host, queue, failures = self._call, self._host, self._host.queue, self._host.failures
         take = queue.take
         stride = 1
         while True:
@@ -140,15 +144,15 @@ class Worker:
             for _ in range(stride):
                 try:
                     event: Any = take()
-                except IndexError:  # none left, or cancelled by another thread just now
+                except IndexError:  # none left, or another thread has just cancelled the subscription
                     return
-                if type(event) is Gated:
-                    await self._decide(event)
+                if type(event) is CountedEvent:
+                    await self._handle_counted(event)
                 else:
                     try:
                         await call(event)
                     except BaseException as error:
-                        claim.failed(event, own_failure(error))
+                        host.handler_failed(event, own_failure(error))
                     else:
                         self.delivered += 1
                         failures.consecutive = 0
@@ -158,63 +162,63 @@ class Worker:
                 return
             stride = STRIDE
 
-    async def _decide(self, gated: Gated) -> None:
-        """Handle an event that the loop may be waiting for, and say that this subscription is through with it."""
-        if gated.event is not None:
-            await self._handle(gated.event)
-        if gated.run == self._claim.run:
+    async def _handle_counted(self, counted: CountedEvent) -> None:
+        """Handles an event that the training loop may be waiting for, and counts it as passed."""
+        if counted.event is not None:
+            await self._handle(counted.event)
+        if counted.run == self._host.run:
             self.passed += 1
-            self._claim.settle()
+            self._host.progress.notify_all()
 
     async def _handle(self, event: Event) -> None:
         try:
             await self._call(event)
         except BaseException as error:
-            self._claim.failed(event, own_failure(error))
+            self._host.handler_failed(event, own_failure(error))
         else:
             self.delivered += 1
-            self._claim.failures.consecutive = 0
+            self._host.failures.consecutive = 0
 
     # --- several at once ------------------------------------------------------------------------------------
 
     async def _work_concurrently(self) -> None:
         slots = anyio.Semaphore(self._concurrency)
-        async with anyio.create_task_group() as handlers:  # lets running handlers finish
+        async with anyio.create_task_group() as handlers:  # waits for running handlers at its end
             while True:
                 await slots.acquire()
-                if not await self._has_work():
+                if not await self._wait_for_work():
                     return
                 self.in_flight += 1
                 try:
-                    event = self._claim.queue.take()
+                    event = self._host.queue.take()
                 except IndexError:
                     self.in_flight -= 1
                     slots.release()
                     continue
-                self.drops_when_taken = self._claim.queue.dropped
-                handlers.start_soon(self._handle_beside_others, event, slots)
+                self.drops_when_taken = self._host.queue.dropped
+                handlers.start_soon(self._handle_concurrently, event, slots)
 
-    async def _handle_beside_others(self, event: Event, slots: anyio.Semaphore) -> None:
+    async def _handle_concurrently(self, event: Event, slots: anyio.Semaphore) -> None:
         began_s = perf_counter()
         try:
-            # Slices of one event loop never overlap, so the tasks can share the meter.
-            await metered(self._handle(event), self._meter)
+            # Slices of one event loop never overlap, so the tasks can share one cost.
+            await measured(self._handle(event), self._host.cost)
         finally:
             self.in_flight -= 1
-            self._meter.wall_s += perf_counter() - began_s
+            self._host.cost.wall_s += perf_counter() - began_s
             slots.release()
-            self._claim.settle()
-            if self._claim.selection.spent and self.bell is not None:
-                self.bell.ring()
+            self._host.progress.notify_all()
+            if self._host.spent and self.wakeup is not None:
+                self.wakeup.wake()
 
 
 def own_failure(error: BaseException) -> Exception:
-    """The failure of a handler; what ends the worker itself is raised again."""
+    """Returns the failure of a handler; raises ``error`` again if it is the end of the worker itself."""
     if isinstance(error, Exception):
         return error
     being_cancelled = anyio.current_effective_deadline() == -math.inf
     if isinstance(error, anyio.get_cancelled_exc_class()) and not being_cancelled:
-        # It awaited something that somebody else cancelled. Let through, it would end the worker in silence.
+        # The handler awaited something that was cancelled elsewhere. Raised again, it would end the worker silently.
         failure = RuntimeError("the handler awaited something that was cancelled")
         failure.__cause__ = error
         return failure

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 
-from eventtrain.bus.barrier import Barrier
-from eventtrain.bus.bus import EventBus
-from eventtrain.control.command_queue import CommandQueue
+from eventtrain.bus.barrier import Barrier, SubscriptionCheckpoint
+from eventtrain.bus.core import BusCore
+from eventtrain.control.command_queue import CommandQueue, RunPart
 from eventtrain.control.requests import CheckpointRequest, RunRequests
+from eventtrain.control.run_state import RunRecord, SavedCommand, SavedSubscription
 from eventtrain.control.snapshots import KeptSnapshot
 from eventtrain.device.snapshot import Snapshot
 from eventtrain.errors import SnapshotError
@@ -28,10 +29,27 @@ class ClaimedSnapshot:
 
     snapshot: KeptSnapshot
     kept: Mapping[str, Snapshot]
-    barrier: Barrier
+    barrier: Barrier[RunPart]
     _handover: CheckpointHandover
     _owner: str
     _offer: _Offer
+
+    def record(self, timeout_s: float) -> RunRecord:
+        """Returns everything of the checkpoint that is not an array. Blocks until the barrier is complete.
+
+        Raises:
+            SnapshotError: a subscription did not contribute its state within ``timeout_s``.
+        """
+        barrier = self.barrier
+        shares = barrier.wait(timeout_s)
+        loop, stream = barrier.run.loop, barrier.run.stream
+        assert loop is not None
+        assert stream is not None  # both were recorded before the marker was routed
+        return RunRecord(
+            loop=loop.model_copy(update={"orders": tuple(_commands_of(barrier, shares))}),
+            stream=stream.model_copy(update={"seq": barrier.seq}),
+            shares={name: SavedSubscription.of(share) for name, share in shares.items()},
+        )
 
     def finish(self) -> None:
         """Report that it was written or given up, so that the next one may be taken. Any thread; once."""
@@ -43,7 +61,7 @@ class ClaimedSnapshot:
 class _Offer:
     snapshot: Snapshot
     kept: Mapping[str, Snapshot]
-    barrier: Barrier
+    barrier: Barrier[RunPart]
     owners: list[str]
     """Checkpointers that have not claimed it yet."""
     claims: int = 0
@@ -57,7 +75,7 @@ class _Offer:
 class CheckpointHandover:
     """Holds each snapshot until every Checkpointer that requested it has claimed it. Any thread; never blocks."""
 
-    def __init__(self, bus: EventBus, queue: CommandQueue, requests: RunRequests) -> None:
+    def __init__(self, bus: BusCore, queue: CommandQueue, requests: RunRequests) -> None:
         self._bus = bus
         self._queue = queue
         self._requests = requests
@@ -83,7 +101,7 @@ class CheckpointHandover:
         self,
         snapshot: Snapshot,
         kept: Mapping[str, Snapshot],
-        barrier: Barrier,
+        barrier: Barrier[RunPart],
         requests: Sequence[CheckpointRequest],
         requested_by: str | None,
     ) -> None:
@@ -139,3 +157,27 @@ class CheckpointHandover:
             if not offer.owners:
                 offer.abandon_if_unwanted()
                 del self._offers[key]
+
+
+def _commands_of(
+    barrier: Barrier[RunPart], shares: Mapping[str, SubscriptionCheckpoint]
+) -> Iterator[SavedCommand]:
+    """The commands of a checkpoint: not due, and caused before the marker by an event that is not redelivered."""
+    redelivered = {
+        (name, event.seq)
+        for name, share in shares.items()
+        for event, decided_on in zip(share.unhandled, share.decided_on, strict=True)
+        if decided_on  # other events are numbered in another sequence
+    }
+    for pending in barrier.run.commands:
+        cause, subscription = pending.cause, pending.subscription
+        if pending.command.due is None or cause is None or subscription is None or cause.seq > barrier.seq:
+            continue
+        if (subscription.name, cause.seq) not in redelivered:
+            yield SavedCommand(
+                command=pending.command,
+                cause_step=cause.step,
+                cause_seq=cause.seq,
+                subscriber=subscription.name,
+                issue=pending.issue,
+            )

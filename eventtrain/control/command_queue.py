@@ -6,17 +6,17 @@ import logging
 import threading
 from collections import deque
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol
 
 from eventtrain.bus.barrier import Barrier
-from eventtrain.bus.bus import EventBus
-from eventtrain.bus.subscription import Subscription
-from eventtrain.bus.wakeup import Answer
+from eventtrain.bus.core import BusCore
+from eventtrain.bus.subscription import SubscriptionCore
+from eventtrain.bus.wakeup import CrossLoopFuture
+from eventtrain.control.run_state import LoopRecord, StreamRecord
 from eventtrain.control.run_view import RunView
-from eventtrain.errors import CommandRejected
-from eventtrain.events import CommandApplied, Event
-from eventtrain.events import CommandRejected as CommandRejectedEvent
+from eventtrain.errors import CommandRejectedError
+from eventtrain.events import CommandApplied, CommandRejected, Event
 from eventtrain.events.commands import AnyCommand, Stop
 
 logger = logging.getLogger("eventtrain")
@@ -24,6 +24,21 @@ logger = logging.getLogger("eventtrain")
 POLL_S = 0.1
 """The longest time the training thread waits before it looks at ``arrived`` again: a signal handler adds a ``Stop``
 without waking it."""
+
+
+@dataclass
+class RunPart:
+    """The training side's part of a checkpoint, collected by a barrier beside the states of the subscriptions.
+
+    Attributes:
+        loop: the state of the loop; None until it was recorded.
+        stream: the state of the training stream; None until the marker has passed the fetch thread.
+        commands: commands that were not due, or arrived while the barrier was open.
+    """
+
+    loop: LoopRecord | None = None
+    stream: StreamRecord | None = None
+    commands: list[PendingCommand] = field(default_factory=list["PendingCommand"])
 
 
 class EventSink(Protocol):
@@ -39,9 +54,9 @@ class PendingCommand:
     """A command that was not applied yet, with its place among the commands due at the same boundary."""
 
     command: AnyCommand
-    answer: Answer[CommandApplied]
+    reply: CrossLoopFuture[CommandApplied]
     cause: Event | None = None
-    subscription: Subscription | None = None
+    subscription: SubscriptionCore | None = None
     issue: int = 0
     """Which of its handler's commands this is, from 0."""
 
@@ -64,7 +79,7 @@ class CommandQueue:
         due: commands of a finite lag that wait for their boundary. Training thread only.
     """
 
-    def __init__(self, bus: EventBus, view: RunView) -> None:
+    def __init__(self, bus: BusCore, view: RunView) -> None:
         self.arrived: deque[PendingCommand] = deque()
         self.due: list[PendingCommand] = []
         self._bus = bus
@@ -73,7 +88,7 @@ class CommandQueue:
         self._waiting = False
         # The lock orders posting against the end of a run and against the barriers of checkpoints.
         self._lock = threading.Lock()
-        self._barriers: list[Barrier] = []
+        self._barriers: list[Barrier[RunPart]] = []
         self._closed: str | None = "no run is in progress"
 
     # --- any thread -------------------------------------------------------------------------------------------
@@ -96,7 +111,7 @@ class CommandQueue:
 
     def ask_to_stop(self, reason: str) -> None:
         """Add a ``Stop``. Also for signal handlers: it takes no lock and wakes no thread."""
-        self.arrived.append(PendingCommand(Stop(reason=reason), Answer()))
+        self.arrived.append(PendingCommand(Stop(reason=reason), CrossLoopFuture()))
 
     def wake(self) -> None:
         """Wake the training thread if it waits. Not for signal handlers, which may interrupt the owner of the lock."""
@@ -113,8 +128,10 @@ class CommandQueue:
         """Reject one command: by its result, by an event (through ``sink``, or the bus) and in the log."""
         kind = pending.command.kind
         logger.log(level, "Command %s was rejected: %s", kind, reason)
-        pending.answer.fail(CommandRejected(f"The command {kind} was rejected: {reason}", reason=reason))
-        event = CommandRejectedEvent(step=self._view.step, command=pending.command, reason=reason)
+        pending.reply.set_exception(
+            CommandRejectedError(f"The command {kind} was rejected: {reason}", reason=reason)
+        )
+        event = CommandRejected(step=self._view.step, command=pending.command, reason=reason)
         if sink is None:
             self._bus.notify(event)
         else:
@@ -136,20 +153,20 @@ class CommandQueue:
             self.arrived.clear()
         return left
 
-    def open_barrier(self, barrier: Barrier) -> None:
+    def open_barrier(self, barrier: Barrier[RunPart]) -> None:
         """Record in ``barrier`` the commands that wait, and those that are posted while it is open.
 
         A handler may be anywhere between the loop's boundary and the marker. A command that it issues in between
         belongs to the checkpoint as much as one that it issued before.
         """
         with self._lock:
-            barrier.orders += [*self.due, *self.arrived]
+            barrier.run.commands += [*self.due, *self.arrived]
             self._barriers = [*(other for other in self._barriers if other.open), barrier]
 
     def _add_to_barriers(self, commands: list[PendingCommand]) -> None:
         self._barriers = [barrier for barrier in self._barriers if barrier.open]
         for barrier in self._barriers:
-            barrier.orders += commands
+            barrier.run.commands += commands
 
     def wait(self, ready: Callable[[], object], timeout_s: float = POLL_S) -> None:
         """Sleep until woken, until ``ready()``, until a command arrives, or for ``timeout_s``.

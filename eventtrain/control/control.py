@@ -1,7 +1,7 @@
 """How subscribers and services steer a run: typed commands into a queue that only the training thread empties.
 
 Nothing here touches the device. A command says when it is due. The training loop applies it between two steps and
-answers twice: by an event in its stream, and by the ``Answer`` that ``await command.result()`` waits for.
+answers twice: by an event in its stream, and by the future that ``await command.result()`` waits for.
 """
 
 from __future__ import annotations
@@ -10,12 +10,12 @@ from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Any, Literal
 
-from eventtrain.bus.subscription import Subscription
-from eventtrain.bus.wakeup import Answer
+from eventtrain.bus.subscription import SubscriptionCore
+from eventtrain.bus.wakeup import CrossLoopFuture
 from eventtrain.control.command_queue import CommandQueue, PendingCommand
 from eventtrain.control.run_view import RunView
 from eventtrain.control.snapshots import KeptSnapshot
-from eventtrain.errors import CommandRejected, ConfigurationError
+from eventtrain.errors import CommandRejectedError, ConfigurationError
 from eventtrain.events import CommandApplied, Event
 from eventtrain.events.commands import (
     Cause,
@@ -39,13 +39,13 @@ class Control:
 
     Every method returns at once, on any thread. Each command method returns the ``Command`` that was sent:
     ``await command.result()`` returns its ``CommandApplied`` event or raises
-    ``eventtrain.errors.CommandRejectedError``. When it takes effect depends on the ``lag`` of the subscription.
+    ``eventtrain.CommandRejectedError``. When it takes effect depends on the ``lag`` of the subscription.
     """
 
-    def __init__(self, queue: CommandQueue, view: RunView, attempt: Attempt | None = None) -> None:
+    def __init__(self, queue: CommandQueue, view: RunView, transaction: Transaction | None = None) -> None:
         self._queue = queue
         self._view = view
-        self._attempt = attempt
+        self._transaction = transaction
 
     # --- commands -------------------------------------------------------------------------------------------
 
@@ -166,17 +166,17 @@ class Control:
     # --- sending --------------------------------------------------------------------------------------------
 
     def _send(self, kind: type[Command], at_step: int | None = None, /, **fields: Any) -> Command:
-        attempt = self._attempt
-        lag = attempt.lag if attempt is not None else None
+        transaction = self._transaction
+        lag = transaction.lag if transaction is not None else None
         if at_step is not None and lag is None:
             raise ConfigurationError(
                 f"Cannot issue {kind.__name__} with at_step={at_step!r}: without a finite lag the command may arrive "
                 "after that step, and a rerun would differ. Subscribe with a lag, or leave at_step out."
             )
         cause, due = None, None
-        if attempt is not None:
-            event = attempt.event
-            cause = Cause(event=event.kind, step=event.step, subscriber=attempt.subscription.name)
+        if transaction is not None:
+            event = transaction.event
+            cause = Cause(event=event.kind, step=event.step, subscriber=transaction.subscription.name)
             # Resume is applied at once: a paused loop never reaches the boundary that a lag would give.
             if lag is not None and kind is not Resume:
                 due = max(event.step + lag, at_step or 0)
@@ -184,17 +184,17 @@ class Control:
             command: Any = kind(cause=cause, due=due, **fields)
         except ValueError as error:
             raise ConfigurationError(f"Cannot issue {kind.__name__}: {error}") from error
-        answer: Answer[CommandApplied] = Answer()
-        command._reply = answer if lag is None else _NoWaiting(command.kind)
-        if attempt is None:
-            self._queue.post([PendingCommand(command, answer)])
+        reply: CrossLoopFuture[CommandApplied] = CrossLoopFuture()
+        command._reply = reply if lag is None else _NoWaiting(command.kind)
+        if transaction is None:
+            self._queue.post([PendingCommand(command, reply)])
         else:
-            attempt.send(command, answer)
+            transaction.send(command, reply)
         return command
 
 
-class Attempt:
-    """One call of a handler. Commands of a finite lag are held until it succeeds, and dropped if it fails.
+class Transaction:
+    """The commands of one handler call. With a finite lag they are held until it succeeds, and dropped if it fails.
 
     Attributes:
         event, subscription: the cause of its commands.
@@ -203,10 +203,12 @@ class Attempt:
 
     __slots__ = ("_held", "_issued", "_queue", "_view", "event", "lag", "subscription")
 
-    def __init__(self, queue: CommandQueue, view: RunView, event: Event, subscription: Subscription) -> None:
+    def __init__(
+        self, queue: CommandQueue, view: RunView, event: Event, subscription: SubscriptionCore
+    ) -> None:
         self.event = event
         self.subscription = subscription
-        self.lag = subscription.lag_for(type(event))
+        self.lag = subscription.filter.lag_for(type(event))
         self._queue = queue
         self._view = view
         self._issued = 0
@@ -217,19 +219,19 @@ class Attempt:
         """What the handler is given."""
         return Control(self._queue, self._view, self)
 
-    def send(self, command: Any, answer: Answer[CommandApplied]) -> None:
+    def send(self, command: Any, reply: CrossLoopFuture[CommandApplied]) -> None:
         """Send ``command`` at once, or hold it if the lag is finite.
 
         Raises:
-            CommandRejected: the handler has returned, and its lag is finite.
+            CommandRejectedError: the handler has returned, and its lag is finite.
         """
-        pending = PendingCommand(command, answer, self.event, self.subscription, self._issued)
+        pending = PendingCommand(command, reply, self.event, self.subscription, self._issued)
         if self.lag is None:
             self._queue.post([pending])
         elif self._held is not None:
             self._held.append(pending)
         else:
-            raise CommandRejected(
+            raise CommandRejectedError(
                 f"Cannot issue {command.kind}: the control of a handler with a finite lag closes when the handler "
                 "returns, since the loop may have passed the boundary. Issue it before returning, or subscribe with "
                 "lag=None.",
@@ -253,7 +255,7 @@ class _NoWaiting:
         self._kind = kind
 
     async def wait(self) -> CommandApplied:
-        raise CommandRejected(
+        raise CommandRejectedError(
             f"Cannot await the result of {self._kind} in a handler with a finite lag: the loop may be waiting for this "
             "very handler. Subscribe to CommandApplied, or use lag=None.",
             reason="awaited inside a handler with a finite lag",

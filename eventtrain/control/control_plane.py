@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from eventtrain.bus.bus import EventBus
-from eventtrain.bus.subscription import Subscription
+from eventtrain.bus.core import BusCore
+from eventtrain.bus.subscription import SubscriptionCore
 from eventtrain.control.checkpoint_handover import CheckpointHandover
 from eventtrain.control.command_queue import CommandQueue
-from eventtrain.control.control import Attempt, Control
+from eventtrain.control.control import Control, Transaction
 from eventtrain.control.requests import RunRequests
 from eventtrain.control.run_view import RunView
 from eventtrain.events import Event
@@ -23,13 +23,13 @@ class ControlPlane:
         control: commands without a cause: they take effect as soon as they arrive.
     """
 
-    def __init__(self, bus: EventBus) -> None:
+    def __init__(self, bus: BusCore) -> None:
         self.view = RunView()
         self.queue = CommandQueue(bus, self.view)
         self.requests = RunRequests()
         self.handover = CheckpointHandover(bus, self.queue, self.requests)
         self.control = Control(self.queue, self.view)
 
-    def open_attempt(self, subscription: Subscription, event: Event) -> Attempt:
+    def begin_transaction(self, subscription: SubscriptionCore, event: Event) -> Transaction:
         """Returns the control of one handler call."""
-        return Attempt(self.queue, self.view, event, subscription)
+        return Transaction(self.queue, self.view, event, subscription)

@@ -3,20 +3,94 @@
 from __future__ import annotations
 
 import base64
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Mapping
 from datetime import datetime
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
-from eventtrain.bus.barrier import Barrier, SubscriptionState
-from eventtrain.control.command_queue import PendingCommand
+from pydantic import Field
+
+from eventtrain.bus.barrier import SubscriptionCheckpoint
 from eventtrain.events import parse_event
-from eventtrain.events.models import Frozen
-from eventtrain.events.run_records import LoopRecord, SavedCommand, StreamRecord
+from eventtrain.events.commands import AnyCommand
+from eventtrain.events.models import Frozen, Number
+
+
+class SavedMeans(Frozen):
+    """The sums behind the means of an epoch or an evaluation."""
+
+    sums: dict[str, float] = Field(default_factory=dict)
+    total: float = 0.0
+
+
+class SavedCommand(Frozen):
+    """A command that was not due when the checkpoint was taken."""
+
+    command: AnyCommand
+    cause_step: int
+    cause_seq: int
+    subscriber: str
+    issue: int
+
+
+class LoopRecord(Frozen):
+    """The state of the training loop.
+
+    Attributes:
+        step, epoch, batch: completed; ``batch`` counts those of the epoch in progress.
+        in_epoch: EpochStarted of ``epoch`` was published, and EpochCompleted was not.
+        step_started: StepStarted of the next step was published, for deciders.
+        evaluation: how far the evaluation of this boundary is.
+        evaluated_batches: of the evaluation that was cut short at this boundary; None if none was.
+        epoch_first_step: steps completed before the epoch in progress.
+        start_step, start_epoch: completed when the call of ``fit`` began whose aim the run has.
+        epochs, steps: the aim of that call; both None in a session.
+        ended: why the run ended, if a command ended it for good.
+        data: the state of the data's iterator after the last batch trained on, by ``pack``; None if it has none.
+        orders: commands that were not due.
+        deterministic: nothing that depends on timing has taken effect.
+        fingerprint: what an exact continuation depends on: versions, devices, options.
+    """
+
+    step: int
+    epoch: int
+    batch: int
+    in_epoch: bool
+    step_started: bool = False
+    evaluation: Literal["none", "pending", "done"] = "none"
+    evaluated_batches: int | None = None
+    epoch_first_step: int
+    start_step: int
+    start_epoch: int
+    epochs: int | None = None
+    steps: int | None = None
+    ended: str | None = None
+    data: Any = None
+    orders: tuple[SavedCommand, ...] = ()
+    deterministic: bool = True
+    fingerprint: dict[str, Any] = Field(default_factory=dict)
+
+
+class StreamRecord(Frozen):
+    """The state of the training stream.
+
+    Attributes:
+        seq: number of the last event before the marker.
+        epoch_means: of the epoch in progress.
+        eval_means: of the evaluation that was cut short.
+        evaluated: means of the epoch's last evaluation, for its EpochCompleted.
+        watched: values of the hyperparameters that follow a schedule.
+    """
+
+    seq: int = 0
+    epoch_means: SavedMeans = SavedMeans()
+    eval_means: SavedMeans = SavedMeans()
+    evaluated: dict[str, Number] | None = None
+    watched: dict[str, Number] = Field(default_factory=dict)
 
 
 class SavedSubscription(Frozen):
-    """``SubscriptionState`` of one subscription as JSON."""
+    """``SubscriptionCheckpoint`` of one subscription as JSON."""
 
     state: dict[str, Any] | None = None
     unhandled: tuple[dict[str, Any], ...] = ()
@@ -26,7 +100,7 @@ class SavedSubscription(Frozen):
     failures: int = 0
 
     @classmethod
-    def of(cls, share: SubscriptionState) -> SavedSubscription:
+    def of(cls, share: SubscriptionCheckpoint) -> SavedSubscription:
         """Returns the record of ``share``."""
         return cls(
             state=None if share.state is None else dict(share.state),
@@ -37,10 +111,10 @@ class SavedSubscription(Frozen):
             failures=share.failures,
         )
 
-    def share(self) -> SubscriptionState:
+    def share(self) -> SubscriptionCheckpoint:
         """Returns what the subscription gave. Raises EventParseError if an event cannot be read."""
         events = tuple(parse_event(data) for data in self.unhandled)
-        return SubscriptionState(
+        return SubscriptionCheckpoint(
             self.state, events, self.decided_on, self.spent, self.disabled, self.failures
         )
 
@@ -52,43 +126,6 @@ class RunRecord(Frozen):
     loop: LoopRecord
     stream: StreamRecord
     shares: dict[str, SavedSubscription]
-
-    @classmethod
-    def wait_for(cls, cut: Barrier, timeout_s: float) -> RunRecord:
-        """Returns what ``cut`` collects. Blocks until it is complete; raises SnapshotError if a subscription fails."""
-        shares = cut.wait(timeout_s)
-        loop, stream = cut.loop, cut.stream
-        assert loop is not None
-        assert stream is not None  # both were there before the marker was routed
-        return cls(
-            loop=loop.model_copy(update={"orders": tuple(_orders_of(cut.orders, shares, stream.seq))}),
-            stream=stream,
-            shares={name: SavedSubscription.of(share) for name, share in shares.items()},
-        )
-
-
-def _orders_of(
-    orders: Iterable[PendingCommand], shares: Mapping[str, SubscriptionState], seq: int
-) -> Iterator[SavedCommand]:
-    """The commands that belong to a checkpoint: not due, and caused before it by an event that is not redelivered."""
-    again = {
-        (name, event.seq)
-        for name, share in shares.items()
-        for event, decided_on in zip(share.unhandled, share.decided_on, strict=True)
-        if decided_on  # other events are numbered in another sequence
-    }
-    for order in orders:
-        cause, subscription = order.cause, order.subscription
-        if order.command.due is None or cause is None or subscription is None or cause.seq > seq:
-            continue
-        if (subscription.name, cause.seq) not in again:
-            yield SavedCommand(
-                command=order.command,
-                cause_step=cause.step,
-                cause_seq=cause.seq,
-                subscriber=subscription.name,
-                issue=order.issue,
-            )
 
 
 class SavedRun(Protocol):

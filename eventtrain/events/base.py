@@ -1,4 +1,4 @@
-"""``Event``, the base class of all events, and the bases of those that belong to an epoch or a run."""
+"""``Event``, the base class of all events, and the bases of lifecycle events: those of an epoch, a run, and others."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ UNPUBLISHED = datetime.fromtimestamp(0, UTC)
 
 
 class Event(Frozen):
-    """What every event carries; subscribing to ``Event`` means everything.
+    """Base class of all events. A subscription to ``Event`` receives every event.
 
     ``kind`` is the class name in snake_case, ``schema_version`` grows when a class changes its fields.
     """
 
     run_id: str = ""
     seq: int = 0
-    """Position in its sequence, from 1; 0 while unpublished. The loop's events are numbered in one stream,
+    """Position in its sequence, from 1; 0 until published. Events of the training loop are numbered in one sequence,
     those that handlers and services publish in another."""
     time: datetime = UNPUBLISHED
     step: int = Field(default=0, ge=0)
@@ -31,14 +31,19 @@ class Event(Frozen):
     """Lifecycle events (run, epoch, checkpoint, alert) are never dropped by any queue."""
 
     def is_multiple_of(self, every: int) -> bool:
-        """Whether a subscription with ``every=`` is due for this event."""
+        """Whether a subscription with ``every=`` receives this event."""
         return self.step % every == 0
 
 
-class EpochEvent(Event):
-    """An event that belongs to a whole epoch: ``every`` counts epochs, the first being 1."""
+class LifecycleEvent(Event):
+    """Base class of events that no queue drops."""
 
     lifecycle: ClassVar[bool] = True
+
+
+class EpochEvent(LifecycleEvent):
+    """Base class of events that belong to a whole epoch: ``every`` counts epochs, starting at 1."""
+
     epoch: int = Field(ge=0)
 
     def is_multiple_of(self, every: int) -> bool:
@@ -46,11 +51,9 @@ class EpochEvent(Event):
         return (self.epoch + 1) % every == 0
 
 
-class RunEvent(Event):
-    """An event that belongs to a whole run: ``every`` leaves none out."""
-
-    lifecycle: ClassVar[bool] = True
+class RunEvent(LifecycleEvent):
+    """Base class of events that belong to a whole run: ``every`` omits none of them."""
 
     def is_multiple_of(self, every: int) -> bool:
-        """True, at whatever step the run begins or ends."""
+        """Always True."""
         return True

@@ -1,19 +1,19 @@
-"""Everything eventtrain says: frozen Pydantic models, plain numbers, never device arrays.
+"""The built-in events: frozen Pydantic models of plain numbers, never device arrays.
 
-``step`` is always the number of optimiser updates completed when the event happened. Subclass ``Event`` for
-events of your own. The bus stamps ``run_id``, ``seq`` and ``time`` when an event is published.
+``step`` is always the number of optimiser updates completed when the event happened. Subclass ``Event`` for your own
+events. The bus stamps ``run_id``, ``seq`` and ``time`` when an event is published.
 """
 
 from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Mapping
-from typing import Any, ClassVar, Literal
+from typing import Any, Literal
 
 from pydantic import Field, TypeAdapter, ValidationError
 
 from eventtrain.errors import EventParseError
-from eventtrain.events.base import EpochEvent, Event, RunEvent
+from eventtrain.events.base import EpochEvent, Event, LifecycleEvent, RunEvent
 from eventtrain.events.commands import Cause, CommandApplied, CommandRejected
 from eventtrain.events.models import Columns, FrozenDict, Number, Numbers, Text
 
@@ -21,35 +21,40 @@ from eventtrain.events.models import Columns, FrozenDict, Number, Numbers, Text
 
 
 TO_BE_CONTINUED = frozenset({"interrupted", "preempted", "cancelled", "failed"})
-"""Reasons for which a run ends from outside: another one may go on from its state, which stays as it is."""
+"""Reasons of runs that were ended from outside. Another run can continue from their state."""
 
 
 class RunStarted(RunEvent):
-    """A run begins; the first event of its stream. ``step``: steps completed before it."""
+    """A run begins: the first event of its stream. ``step`` counts the updates completed before it."""
+
+    kind: Literal["run_started"] = "run_started"
 
 
 class RunResumed(RunEvent):
-    """A run goes on from a checkpoint; no part of the training sequence, which goes on where the cut was."""
+    """A run continues from a checkpoint. Not part of the training sequence, which continues where it was saved."""
 
+    kind: Literal["run_resumed"] = "run_resumed"
     epoch: int
     batch: int
-    """Batches of the epoch trained on before."""
+    """Number of batches of the epoch that were trained on before."""
     path: str
-    """Of the checkpoint."""
+    """Path of the checkpoint."""
 
 
 class RunCompleted(RunEvent):
-    """``reason``: "completed", the reason given to ``stop``, "interrupted", "preempted", "cancelled"."""
+    """``reason``: "completed", the reason given to ``stop``, "interrupted", "preempted" or "cancelled"."""
 
+    kind: Literal["run_completed"] = "run_completed"
     reason: Text
     deterministic: bool = True
-    """False when something that depends on timing took effect: a command without a finite lag that changed
-    the run, or a decider that exceeded its ``timeout_s``."""
+    """False if something that depends on timing took effect: a command without a finite lag that changed the run, or
+    a handler with a finite lag that exceeded its ``timeout_s``."""
 
 
 class RunFailed(RunEvent):
-    """The run ended with ``error`` ("Type: message"); nothing of its training sequence follows."""
+    """The run ended with ``error`` ("Type: message"). No event of its training sequence follows."""
 
+    kind: Literal["run_failed"] = "run_failed"
     error: Text
 
 
@@ -57,14 +62,16 @@ class RunFailed(RunEvent):
 
 
 class EpochStarted(EpochEvent):
-    """Before the first step of an epoch, with the ``hyperparams`` then in effect."""
+    """An epoch begins, with the ``hyperparams`` in effect before its first step."""
 
+    kind: Literal["epoch_started"] = "epoch_started"
     hyperparams: Numbers = Field(default_factory=FrozenDict)
 
 
 class EpochCompleted(EpochEvent):
-    """``metrics``: the mean of each metric over the epoch's steps (float64), evaluation's with ``val_``."""
+    """``metrics``: the mean of each metric over the epoch's steps (float64); of the evaluation with prefix ``val_``."""
 
+    kind: Literal["epoch_completed"] = "epoch_completed"
     metrics: Numbers
     hyperparams: Numbers = Field(default_factory=FrozenDict)
     steps: int
@@ -73,8 +80,9 @@ class EpochCompleted(EpochEvent):
 
 
 class StepStarted(Event):
-    """The update ``step + 1`` is about to be dispatched; ``batch`` is its 0-based index within the epoch."""
+    """The update ``step + 1`` is about to be dispatched. ``batch`` is its 0-based index within the epoch."""
 
+    kind: Literal["step_started"] = "step_started"
     epoch: int
     batch: int
 
@@ -82,23 +90,25 @@ class StepStarted(Event):
 class StepCompleted(Event):
     """One optimiser update. ``batch`` is the 0-based index within the epoch."""
 
+    kind: Literal["step_completed"] = "step_completed"
     epoch: int
     batch: int
     metrics: Numbers
 
 
 class StepsCompleted(Event):
-    """A window of consecutive steps of one epoch, by columns; ``step`` is ``last_step``."""
+    """A window of consecutive steps of one epoch, as columns. ``step`` is ``last_step``."""
 
+    kind: Literal["steps_completed"] = "steps_completed"
     first_step: int
     last_step: int
     epoch: int
     first_batch: int = 0
-    """The 0-based index within the epoch of ``first_step``."""
+    """0-based index of ``first_step`` within the epoch."""
     metrics: Columns
 
     def is_multiple_of(self, every: int) -> bool:
-        """Whether the window holds a step that is a multiple of ``every``."""
+        """Whether a step of the window is a multiple of ``every``."""
         return self.last_step // every > (self.first_step - 1) // every
 
 
@@ -106,14 +116,16 @@ class StepsCompleted(Event):
 
 
 class EvalStarted(Event):
-    """An evaluation begins, of the state after ``step`` updates."""
+    """An evaluation of the state after ``step`` updates begins."""
 
+    kind: Literal["eval_started"] = "eval_started"
     epoch: int
 
 
 class EvalStepCompleted(Event):
-    """One batch was evaluated; ``batch`` is its 0-based index."""
+    """One batch was evaluated. ``batch`` is its 0-based index."""
 
+    kind: Literal["eval_step_completed"] = "eval_step_completed"
     epoch: int
     batch: int
     metrics: Numbers
@@ -122,6 +134,7 @@ class EvalStepCompleted(Event):
 class EvalCompleted(Event):
     """``metrics``: weighted means over the evaluation data, without a prefix."""
 
+    kind: Literal["eval_completed"] = "eval_completed"
     epoch: int
     metrics: Numbers
     steps: int
@@ -131,16 +144,20 @@ class EvalCompleted(Event):
 class PredictStarted(Event):
     """``predict`` begins."""
 
+    kind: Literal["predict_started"] = "predict_started"
+
 
 class PredictStepCompleted(Event):
-    """The outputs of one batch are on the host; ``batch`` is its 0-based index."""
+    """The outputs of one batch are on the host. ``batch`` is its 0-based index."""
 
+    kind: Literal["predict_step_completed"] = "predict_step_completed"
     batch: int
 
 
 class PredictCompleted(Event):
-    """``predict`` is through with ``steps`` batches."""
+    """``predict`` has finished ``steps`` batches."""
 
+    kind: Literal["predict_completed"] = "predict_completed"
     steps: int
     duration_s: float
 
@@ -149,11 +166,12 @@ class PredictCompleted(Event):
 
 
 class HyperparamChanged(Event):
-    """``old`` and ``new`` are the values on the device; step ``step + 1`` is the first computed with ``new``.
+    """``old`` and ``new`` are the values on the device. Step ``step + 1`` is the first computed with ``new``.
 
-    A command that leaves the value as it was is answered by CommandApplied only.
+    A command that does not change the value is answered by CommandApplied only.
     """
 
+    kind: Literal["hyperparam_changed"] = "hyperparam_changed"
     name: str
     path: str
     old: Number
@@ -163,8 +181,9 @@ class HyperparamChanged(Event):
 
 
 class CommandConflict(Event):
-    """Two subscribers set the same hyperparameter at one boundary; the last of ``subscribers`` had the last word."""
+    """Two subscribers set one hyperparameter at one boundary. The value of the last of ``subscribers`` is in effect."""
 
+    kind: Literal["command_conflict"] = "command_conflict"
     name: str
     path: str
     subscribers: tuple[str, ...]
@@ -172,61 +191,62 @@ class CommandConflict(Event):
 
 
 class SnapshotTaken(Event):
-    """The device state of this boundary is kept under ``tag``; ``epoch``: epochs completed."""
+    """The device state of this boundary is kept under ``tag``. ``epoch``: epochs completed."""
 
+    kind: Literal["snapshot_taken"] = "snapshot_taken"
     tag: str
     purpose: Literal["snapshot", "checkpoint"] = "snapshot"
     epoch: int = 0
     requested_by: str | None = None
-    """The subscriber whose schedule asked for it; None where a command did."""
+    """The subscriber whose schedule requested it; None if a command did."""
 
 
 # --- checkpoints ---------------------------------------------------------------------------------------
 
 
-class CheckpointStarted(Event):
+class CheckpointStarted(LifecycleEvent):
     """A Checkpointer begins to write the state of ``step`` to ``path``."""
 
-    lifecycle: ClassVar[bool] = True
+    kind: Literal["checkpoint_started"] = "checkpoint_started"
     path: str
     tag: str | None = None
 
 
-class CheckpointCommitted(Event):
-    """The checkpoint stands on disk under its final name; from now on it can be restored."""
+class CheckpointCommitted(LifecycleEvent):
+    """The checkpoint is on disk under its final name and can be restored from now on."""
 
-    lifecycle: ClassVar[bool] = True
+    kind: Literal["checkpoint_committed"] = "checkpoint_committed"
     path: str
     tag: str | None = None
     size_bytes: int
     duration_s: float
 
 
-class CheckpointFailed(Event):
-    """The state of ``step`` was not made durable, and why; training goes on."""
+class CheckpointFailed(LifecycleEvent):
+    """The state of ``step`` was not written, because of ``error``. Training continues."""
 
-    lifecycle: ClassVar[bool] = True
+    kind: Literal["checkpoint_failed"] = "checkpoint_failed"
     path: str
-    """Empty where nothing was begun."""
+    """Empty if writing never began."""
     tag: str | None = None
     error: Text
     requested_by: str | None = None
-    """The Checkpointer concerned; None where a command asked all of them."""
+    """The Checkpointer concerned; None if a command addressed all of them."""
 
 
-class CheckpointSkipped(Event):
-    """The state of ``step`` was wanted and not kept: ``in_flight`` checkpoints were still being written."""
+class CheckpointSkipped(LifecycleEvent):
+    """The state of ``step`` was requested but not kept, because ``in_flight`` checkpoints were still being written."""
 
-    lifecycle: ClassVar[bool] = True
+    kind: Literal["checkpoint_skipped"] = "checkpoint_skipped"
     tag: str | None = None
     requested_by: str
     in_flight: int
 
 
-class CheckpointUploaded(Event):
-    """The checkpoint of ``path`` lies at ``url`` as well, whole and verified; ``step`` is that of its state."""
+class CheckpointUploaded(LifecycleEvent):
+    """The checkpoint ``path`` was copied to ``url`` and verified. ``step`` is that of its state."""
 
-    lifecycle: ClassVar[bool] = True
+    kind: Literal["checkpoint_uploaded"] = "checkpoint_uploaded"
     path: str
     url: str
     tag: str | None = None
@@ -234,28 +254,28 @@ class CheckpointUploaded(Event):
     duration_s: float
 
 
-class CheckpointUploadFailed(Event):
-    """The checkpoint of ``path`` was not copied to below ``url``, and why; what lies on this machine is whole."""
+class CheckpointUploadFailed(LifecycleEvent):
+    """The checkpoint ``path`` was not copied to ``url``, because of ``error``. The local copy is complete."""
 
-    lifecycle: ClassVar[bool] = True
+    kind: Literal["checkpoint_upload_failed"] = "checkpoint_upload_failed"
     path: str
     url: str
     tag: str | None = None
     error: Text
 
 
-class CheckpointRestored(Event):
-    """A kept state was put back."""
+class CheckpointRestored(LifecycleEvent):
+    """The state of a snapshot or checkpoint was put back."""
 
-    lifecycle: ClassVar[bool] = True
+    kind: Literal["checkpoint_restored"] = "checkpoint_restored"
     path: str = ""
     tag: str | None = None
     part: Literal["all", "params"] = "all"
     restored_step: int
-    """The step whose state was put back; ``step`` itself never goes back."""
+    """The step whose state was put back. ``step`` itself never goes back."""
 
     def is_multiple_of(self, every: int) -> bool:
-        """True: whoever looks at every so many steps has to know that what it saw before no longer holds."""
+        """Always True: a subscriber of every N-th step must learn that the state it saw before is gone."""
         return True
 
 
@@ -263,8 +283,9 @@ class CheckpointRestored(Event):
 
 
 class SubscriberFailed(Event):
-    """One attempt to handle an event raised; ``event_kind`` is the kind of that event."""
+    """One attempt to handle an event raised. ``event_kind`` is the kind of that event."""
 
+    kind: Literal["subscriber_failed"] = "subscriber_failed"
     subscriber: str
     event_kind: str
     error: Text
@@ -274,21 +295,23 @@ class SubscriberFailed(Event):
 class SubscriberLagged(Event):
     """``dropped`` events were dropped since the last SubscriberLagged of this subscriber."""
 
+    kind: Literal["subscriber_lagged"] = "subscriber_lagged"
     subscriber: str
     dropped: int
 
 
 class SubscriberDisabled(Event):
-    """A subscription was switched off after failures: it receives nothing more."""
+    """A subscription was disabled after failures. It receives no more events."""
 
+    kind: Literal["subscriber_disabled"] = "subscriber_disabled"
     subscriber: str
     reason: Text
 
 
-class AlertRaised(Event):
-    """A rule was met; it is not raised again before it is resolved."""
+class AlertRaised(LifecycleEvent):
+    """The condition of an alert rule is met. It is not raised again until it is resolved."""
 
-    lifecycle: ClassVar[bool] = True
+    kind: Literal["alert_raised"] = "alert_raised"
     name: str
     severity: Literal["info", "warning", "critical"] = "warning"
     message: Text = ""
@@ -296,17 +319,18 @@ class AlertRaised(Event):
     value: Number | None = None
 
 
-class AlertResolved(Event):
-    """The rule of an alert is no longer met."""
+class AlertResolved(LifecycleEvent):
+    """The condition of an alert rule is no longer met."""
 
-    lifecycle: ClassVar[bool] = True
+    kind: Literal["alert_resolved"] = "alert_resolved"
     name: str
     message: Text = ""
 
 
 class LoopStalled(Event):
-    """Training waited ``waited_s`` seconds so far for ``subscriber``, whose Lossless queue is at its limit."""
+    """Training has waited ``waited_s`` seconds for ``subscriber``, whose Lossless queue is at its limit."""
 
+    kind: Literal["loop_stalled"] = "loop_stalled"
     subscriber: str
     waited_s: float
 
@@ -315,25 +339,26 @@ class LoopStalled(Event):
 
 
 class MachineMeasured(Event):
-    """What a subscriber measured beside the training: the machine, or where the loop's time goes.
+    """A measurement beside training: of the machine, or of where the loop's time goes.
 
-    ``metrics`` holds what could be measured; what this machine does not tell is left out. Units stand in the names.
+    ``metrics`` holds what this machine can measure and omits the rest. Names contain the units.
     """
 
+    kind: Literal["machine_measured"] = "machine_measured"
     source: str
-    """Name of the subscriber that measured."""
+    """Name of the subscriber that took the measurement."""
     metrics: Numbers
 
 
-class ProfileCaptured(Event):
-    """JAX's profiler traced the steps ``first_step`` to ``last_step``; what it saw lies in the folder ``path``."""
+class ProfileCaptured(LifecycleEvent):
+    """JAX's profiler traced the steps ``first_step`` to ``last_step`` into the folder ``path``."""
 
-    lifecycle: ClassVar[bool] = True
+    kind: Literal["profile_captured"] = "profile_captured"
     path: str
     first_step: int
     last_step: int
     duration_s: float
-    """How long training was held until the trace was written."""
+    """Time that training waited until the trace was written."""
 
 
 BUILT_IN: tuple[type[Event], ...] = (
@@ -389,71 +414,72 @@ TRAINING_SEQUENCE: tuple[type[Event], ...] = (
     HyperparamChanged,
     CommandApplied,
 )
-"""The events that a rerun repeats exactly (of CommandApplied, those with a finite lag)."""
+"""The events that a rerun repeats exactly (of CommandApplied, only those with a finite lag)."""
 
 LOOP_EVENTS: tuple[type[Event], ...] = tuple(
-    kind for kind in TRAINING_SEQUENCE if kind not in (CommandApplied, HyperparamChanged)
+    event_type for event_type in TRAINING_SEQUENCE if event_type not in (CommandApplied, HyperparamChanged)
 )
-"""What a subscription with a finite lag may react to: published by the loop, and no answer to a command."""
+"""Events that a subscription with a finite lag may react to: published by the loop, and not an answer to a command."""
 
 
 def parse_event(source: str | bytes | Mapping[str, Any], types: Iterable[type[Event]] = ()) -> Event:
-    """Read one event back from its JSON (or from the dict that its JSON holds).
+    """Parses one event from its JSON, or from the dict that its JSON holds.
 
     Args:
-        source: what ``event.model_dump_json()`` gave, or ``event.model_dump(mode="json")``.
-        types: your own event classes; the built-in ones are always known.
+        source: ``event.model_dump_json()``, or ``event.model_dump(mode="json")``.
+        types: your own event classes. The built-in ones are always known.
 
     Returns:
-        An event equal to the one written, NaN and infinities included.
+        An event equal to the original, NaN and infinities included.
 
     Raises:
-        EventParseError: no JSON object, an unknown ``kind``, a newer ``schema_version``, or wrong fields.
+        EventParseError: not a JSON object, an unknown ``kind``, a newer ``schema_version``, or wrong fields.
     """
-    if isinstance(source, Mapping):
-        data: Any = dict(source)
-    else:
+    data: Any = source
+    if not isinstance(source, Mapping):
         try:
             data = json.loads(source)
         except (ValueError, TypeError) as error:
-            raise EventParseError(f"Cannot read an event: the text is no JSON ({error}).") from error
-    if not isinstance(data, dict) or not isinstance(data.get("kind"), str):
-        raise EventParseError("Cannot read an event: it needs to be a JSON object with a 'kind'.")
-    classes = {_kind(kind): kind for kind in (*BUILT_IN, *types)}
-    found = classes.get(data["kind"])
-    if found is None:
+            raise EventParseError(f"Cannot parse an event: the text is not JSON ({error}).") from error
+    if not isinstance(data, Mapping) or not isinstance(data.get("kind"), str):
+        raise EventParseError("Cannot parse an event: expected a JSON object with a 'kind'.")
+    kind = data["kind"]
+    event_type = {_kind_of(known): known for known in (*BUILT_IN, *types)}.get(kind)
+    if event_type is None:
         raise EventParseError(
-            f"Cannot read an event of kind {data['kind']!r}: no class of that kind is known. "
+            f"Cannot parse an event of kind {kind!r}: no known class has that kind. "
             "Pass your own event classes as types=(YourEvent,)."
         )
-    known = found.model_fields["schema_version"].default
-    if isinstance(data.get("schema_version"), int) and data["schema_version"] > known:
+    version, newest = data.get("schema_version"), event_type.model_fields["schema_version"].default
+    if isinstance(version, int) and version > newest:
         raise EventParseError(
-            f"Cannot read this {data['kind']}: it has schema_version {data['schema_version']}, and this program "
-            f"knows up to {known}. Read it with the newer version that wrote it."
+            f"Cannot parse this {kind}: it has schema_version {version}, and this program knows versions up to "
+            f"{newest}. Parse it with the version of eventtrain that wrote it, or a newer one."
         )
     try:
-        return found.model_validate_json(json.dumps(data) if isinstance(source, Mapping) else source)
+        return event_type.model_validate_json(
+            json.dumps(dict(source)) if isinstance(source, Mapping) else source
+        )
     except ValidationError as error:
-        raise EventParseError(f"Cannot read this {data['kind']}: {error}") from error
+        raise EventParseError(f"Cannot parse this {kind}: {error}") from error
 
 
 def events_json_schema(types: Iterable[type[Event]] = ()) -> dict[str, Any]:
-    """The JSON Schema of all events, built in and given, as one union told apart by ``kind``."""
+    """Returns the JSON Schema of all events, built-in and given, as one union discriminated by ``kind``."""
     classes = (*BUILT_IN, *types)
     _, schema = TypeAdapter.json_schemas(
-        [(_kind(kind), "serialization", TypeAdapter(kind)) for kind in classes], title="eventtrain events"
+        [(_kind_of(event_type), "serialization", TypeAdapter(event_type)) for event_type in classes],
+        title="eventtrain events",
     )
-    definitions: dict[str, Any] = schema["$defs"]
-    references = {_kind(kind): f"#/$defs/{kind.__name__}" for kind in classes}
+    references = {_kind_of(event_type): f"#/$defs/{event_type.__name__}" for event_type in classes}
     return {
         "$schema": "https://json-schema.org/draft/2020-12/schema",
         "title": "eventtrain events",
         "oneOf": [{"$ref": reference} for reference in references.values()],
         "discriminator": {"propertyName": "kind", "mapping": references},
-        "$defs": definitions,
+        "$defs": schema["$defs"],
     }
 
 
-def _kind(event_type: type[Event]) -> str:
+def _kind_of(event_type: type[Event]) -> str:
     return event_type.model_fields["kind"].default

@@ -1,7 +1,7 @@
-"""Commands: what subscribers ask of the training loop. Imperative, frozen, plain numbers.
+"""Commands that subscribers send to the training loop, and the events that answer them.
 
-Nobody builds them by hand: the methods of ``eventtrain.Control`` do, and send them. The loop carries each
-out between two steps and answers with an event that names the step, or refuses it with a reason.
+Commands are imperative, frozen and made of plain numbers. The methods of ``eventtrain.Control`` build and send them.
+The loop carries out each one between two steps and publishes an event that names the step, or rejects it with a reason.
 """
 
 from __future__ import annotations
@@ -10,30 +10,30 @@ from typing import Annotated, Literal, Protocol
 
 from pydantic import Field, FiniteFloat, PrivateAttr
 
-from eventtrain import errors
+from eventtrain.errors import CommandRejectedError
 from eventtrain.events.base import Event
 from eventtrain.events.models import Frozen, Text
 
 
 class Cause(Frozen):
-    """The event, and the subscriber that handled it, from which a command came."""
+    """The event that led to a command, and the subscriber that handled it."""
 
     event: str
-    """Kind of the event, say ``epoch_completed``."""
+    """Kind of the event, for example ``epoch_completed``."""
     step: int
     subscriber: str
 
 
 class Reply(Protocol):
-    """Where the loop's answer to one command arrives; it never goes through an event queue."""
+    """Receives the loop's answer to one command. The answer never passes through an event queue."""
 
     async def wait(self) -> CommandApplied:
-        """The loop's answer; raises ``eventtrain.errors.CommandRejected``."""
+        """Returns the answer; raises ``CommandRejectedError`` if the loop rejected the command."""
         ...
 
 
 class Command(Frozen):
-    """What all commands carry: why (``reason``) and from which event and subscriber (``cause``)."""
+    """Base class of all commands."""
 
     reason: Text = ""
     cause: Cause | None = None
@@ -43,19 +43,19 @@ class Command(Frozen):
     _reply: Reply | None = PrivateAttr(default=None)
 
     async def result(self) -> CommandApplied:
-        """Wait until the loop has answered; any event loop, any thread.
+        """Waits until the loop has answered. Any thread, any event loop.
+
+        Cancelling the wait leaves the command in force.
 
         Returns:
-            The ``CommandApplied`` event, whose ``step`` is the boundary where it took effect.
+            The ``CommandApplied`` event, whose ``step`` is the boundary at which the command took effect.
 
         Raises:
-            CommandRejected: (of ``eventtrain.errors``) the loop refused it, with the reason; at once inside
-                a handler with a finite lag, since the loop may be waiting for that very handler.
-
-        Cancellation leaves the command in force: it is only this waiting that ends.
+            CommandRejectedError: the loop rejected the command, with the reason. Inside a handler with a finite lag,
+                immediately, because the loop may be waiting for that very handler.
         """
         if self._reply is None:
-            raise errors.CommandRejected(
+            raise CommandRejectedError(
                 f"This {self.kind} was never sent: commands are made by the methods of eventtrain.Control.",
                 reason="never sent",
             )
@@ -63,16 +63,18 @@ class Command(Frozen):
 
 
 class SetHyperparam(Command):
-    """Write ``value`` into the optimiser state; ``path`` decides where a name stands in several places."""
+    """Writes ``value`` into the optimiser state; ``path`` selects one of several places with the same name."""
 
+    kind: Literal["set_hyperparam"] = "set_hyperparam"
     name: str
     value: FiniteFloat | bool | int
     path: str | None = None
 
 
 class ScaleHyperparam(Command):
-    """Multiply the value then in effect by ``factor``, clipped to ``minimum`` and ``maximum``."""
+    """Multiplies the value then in effect by ``factor``, clipped to ``minimum`` and ``maximum``."""
 
+    kind: Literal["scale_hyperparam"] = "scale_hyperparam"
     name: str
     factor: FiniteFloat
     minimum: float | None = None
@@ -81,49 +83,60 @@ class ScaleHyperparam(Command):
 
 
 class Stop(Command):
-    """End the run at the boundary where it is applied.
+    """Ends the run at the boundary where it is applied.
 
     Attributes:
-        final: the run has reached its end: a later ``fit(resume=True)`` with the same aim trains nothing more.
+        final: the run has reached its end, so a later ``fit(resume=True)`` with the same aim trains nothing more.
     """
 
+    kind: Literal["stop"] = "stop"
     final: bool = True
 
 
 class SaveCheckpoint(Command):
-    """Take a snapshot and have it made durable."""
+    """Takes a snapshot for a Checkpointer to write."""
 
+    kind: Literal["save_checkpoint"] = "save_checkpoint"
     tag: str | None = None
 
 
 class TakeSnapshot(Command):
-    """Keep the device state of this boundary under ``tag``."""
+    """Keeps the device state of this boundary under ``tag``."""
 
+    kind: Literal["take_snapshot"] = "take_snapshot"
     tag: str
 
 
 class Restore(Command):
-    """Put a kept state back; the step count goes on."""
+    """Puts a snapshot's state back; ``step`` keeps counting up."""
 
+    kind: Literal["restore"] = "restore"
     target: str | int
     part: Literal["all", "params"] = "all"
 
 
 class Pause(Command):
-    """Hold the loop at a boundary until ``Resume`` or ``Stop``."""
+    """Holds the loop at a boundary until ``Resume`` or ``Stop``."""
+
+    kind: Literal["pause"] = "pause"
 
 
 class Resume(Command):
-    """Let a paused loop go on."""
+    """Continues a paused loop."""
+
+    kind: Literal["resume"] = "resume"
 
 
 class Evaluate(Command):
-    """Run the evaluation at the next boundary."""
+    """Runs the evaluation at the next boundary."""
+
+    kind: Literal["evaluate"] = "evaluate"
 
 
 class Profile(Command):
-    """Have the next ``steps`` steps traced by JAX's profiler."""
+    """Traces the next ``steps`` steps with JAX's profiler."""
 
+    kind: Literal["profile"] = "profile"
     steps: int = Field(ge=1)
 
 
@@ -144,13 +157,15 @@ AnyCommand = Annotated[
 
 
 class CommandApplied(Event):
-    """``command`` took effect at boundary ``step``: between step ``step`` and the next one."""
+    """``command`` took effect at boundary ``step``: after step ``step`` and before the next one."""
 
+    kind: Literal["command_applied"] = "command_applied"
     command: AnyCommand
 
 
 class CommandRejected(Event):
-    """``command`` was not carried out, and why."""
+    """``command`` was not carried out, for the ``reason`` given."""
 
+    kind: Literal["command_rejected"] = "command_rejected"
     command: AnyCommand
     reason: Text

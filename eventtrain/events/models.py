@@ -1,25 +1,39 @@
-"""What events and commands have in common: Pydantic models that are read-only all the way down."""
+"""Base of events and commands: Pydantic models that are read-only all the way down."""
 
 from __future__ import annotations
 
 import inspect
 import re
 from collections.abc import Iterable, Mapping
-from typing import Annotated, Any, Literal, NoReturn, Self, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, Literal, NoReturn, Self, TypeVar, dataclass_transform
 
 import numpy as np
-from pydantic import AfterValidator, BaseModel, ConfigDict, PlainSerializer, PlainValidator, WithJsonSchema
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    PlainSerializer,
+    PlainValidator,
+    PrivateAttr,
+    WithJsonSchema,
+)
+
+if TYPE_CHECKING:
+    from pydantic._internal._model_construction import ModelMetaclass
+else:
+    ModelMetaclass = type(BaseModel)
 
 K = TypeVar("K")
 V = TypeVar("V")
 
 
 class FrozenDict(dict[K, V]):
-    """A dict that cannot be changed; it compares, iterates and serialises as any dict."""
+    """A dict that cannot be changed. It compares, iterates and serialises like any other dict."""
 
     def _refuse(self, *args: object, **kwargs: object) -> NoReturn:
         raise TypeError(
-            "Events are shared by all subscribers, so their dicts are read-only; dict(...) copies one."
+            "Events are shared by all subscribers, so their dicts are read-only. Copy one with dict(...)."
         )
 
     __setitem__ = __delitem__ = __ior__ = _refuse  # pyright: ignore[reportAssignmentType]
@@ -42,16 +56,16 @@ def escape_surrogates(text: str) -> str:
 
 
 Text = Annotated[str, AfterValidator(escape_surrogates)]
-"""Text that is made by others, of an error say: half a surrogate pair, which JSON cannot have, becomes an escape."""
+"""Text from outside, such as the message of an error: lone surrogates, which JSON cannot hold, become escapes."""
 
 
 def _column(value: Any) -> np.ndarray:
-    if isinstance(value, dict):  # as JSON has it
+    if isinstance(value, dict):  # the JSON form
         value = np.array(value["values"], dtype=value["dtype"])
     column = np.asarray(value)
     if column.ndim != 1 or column.dtype.kind not in "biuf":
         raise ValueError(
-            f"a column is a one-dimensional array of numbers, not {column.dtype}{list(column.shape)}"
+            f"a column must be a one-dimensional array of numbers, got {column.dtype}{list(column.shape)}"
         )
     if column.flags.writeable:
         column = column.copy()
@@ -80,7 +94,7 @@ Columns = Annotated[dict[str, Column], AfterValidator(FrozenDict)]
 
 
 def _same(a: Any, b: Any) -> bool:
-    """Equality under which NaN equals NaN: an event equals what its own JSON parses to."""
+    """Compares with NaN equal to NaN, so that an event equals what its own JSON parses to."""
     if a is b:
         return True
     if isinstance(a, np.ndarray) or isinstance(b, np.ndarray):
@@ -96,15 +110,26 @@ def _same(a: Any, b: Any) -> bool:
 
 
 def snake_case(name: str) -> str:
-    """``StepCompleted`` -> ``step_completed``, ``LRChanged`` -> ``lr_changed``, ``SawNaN`` -> ``saw_nan``."""
+    """Converts ``StepCompleted`` to ``step_completed``, ``LRChanged`` to ``lr_changed``, ``SawNaN`` to ``saw_nan``."""
     name = name.replace("NaN", "Nan").replace("MLflow", "Mlflow")
     return re.sub(r"(?<=[a-z0-9])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])", "_", name).lower()
 
 
-class Frozen(BaseModel):
-    """A frozen model whose ``kind`` is its class name in snake_case, unless the class states one.
+@dataclass_transform(kw_only_default=True, frozen_default=True, field_specifiers=(Field, PrivateAttr))
+class _FrozenMetaclass(ModelMetaclass):
+    """Makes type checkers report assignments to a field, in subclasses too.
+
+    With ``class Event(BaseModel, frozen=True)`` they would ask every subclass to repeat ``frozen=True``.
+    """
+
+
+class Frozen(BaseModel, metaclass=_FrozenMetaclass):
+    """A frozen model whose ``kind`` is its class name in snake_case, unless the class declares another one.
 
     Unknown fields are refused. NaN and infinities survive JSON as the strings ``"NaN"`` and ``"Infinity"``.
+
+    The classes of eventtrain declare ``kind`` as a ``Literal``, so that ``event.kind == "epoch_completed"`` narrows a
+    union for type checkers.
     """
 
     model_config = ConfigDict(
@@ -117,7 +142,7 @@ class Frozen(BaseModel):
         super().__init_subclass__(**kwargs)
         annotations = inspect.get_annotations(cls)
         if "kind" not in annotations:
-            # A Literal field and not a computed one: extra="forbid" must accept it when parsing back.
+            # A Literal field and not a computed one, because extra="forbid" must accept it when parsing.
             kind = snake_case(cls.__name__)
             cls.__annotations__ = {**annotations, "kind": Literal[kind]}
             cls.kind = kind
@@ -133,17 +158,17 @@ F = TypeVar("F", bound=Frozen)
 
 
 def copies(model: F, changes: Iterable[Mapping[str, Any]]) -> list[F]:
-    """One copy of ``model`` per entry of ``changes``, with those fields replaced and *not validated again*.
+    """Returns one copy of ``model`` per entry of ``changes``, with those fields replaced and *not validated again*.
 
-    For many events of one kind whose values are right by construction: validate the first, copy the rest, at about
-    a third of the cost. Names and types are the caller's responsibility; dicts have to be ``FrozenDict`` already.
+    For many events of one class whose values are right by construction: validating the first and copying the rest
+    costs about a third. The caller is responsible for names and types; dicts must already be ``FrozenDict``.
     """
     cls, fields, fields_set = type(model), model.__dict__, model.__pydantic_fields_set__
     made: list[F] = []
     for change in changes:
         copy = _new(cls)
         _set(copy, "__dict__", {**fields, **change})
-        # Shared, since nothing of Pydantic's changes it in place; the others are what its own copies get.
+        # Shared: Pydantic never changes it in place. The other two are what Pydantic's own copies get.
         _set(copy, "__pydantic_fields_set__", fields_set)
         _set(copy, "__pydantic_extra__", None)
         _set(copy, "__pydantic_private__", None)
@@ -151,4 +176,4 @@ def copies(model: F, changes: Iterable[Mapping[str, Any]]) -> list[F]:
     return made
 
 
-_new, _set = object.__new__, object.__setattr__  # past the frozen model's own
+_new, _set = object.__new__, object.__setattr__  # the frozen model's own refuse

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from time import monotonic
 
-from eventtrain.bus.bus import EventBus
-from eventtrain.bus.subscription import Subscription
+from eventtrain.bus.core import BusCore
+from eventtrain.bus.subscription import SubscriptionCore
 from eventtrain.events import LoopStalled, StepCompleted, StepStarted
 from eventtrain.loop.metric_windows import MetricWindows
 from eventtrain.loop.run_status import RunStatus
@@ -19,23 +19,23 @@ STALL_REPORT_S = 0.1
 class Backpressure:
     """Keeps the loop from producing more events than the Lossless queues can take. Training thread only."""
 
-    def __init__(self, bus: EventBus, windows: MetricWindows, status: RunStatus, place: WaitingPlace) -> None:
+    def __init__(self, bus: BusCore, windows: MetricWindows, status: RunStatus, place: WaitingPlace) -> None:
         self._bus = bus
         self._windows = windows
         self._status = status
         self._place = place
-        self._offset = bus.rows_routed - status.step
+        self._offset = bus.stream.rows_routed - status.step
         self._waited_s: dict[str, float] = {}
 
     def free_steps(self) -> int:
         """Returns how many steps may be dispatched before a Lossless queue could overflow."""
-        return self._bus.rows_allowed(ROW_EVENTS) - self._offset - self._status.step
+        return self._bus.stream.rows_allowed(ROW_EVENTS) - self._offset - self._status.step
 
     def make_room(self) -> bool:
         """Wait until a step may be dispatched. Returns False if the run has to end first."""
         while self.free_steps() <= 0:
             self._windows.flush()
-            slowest = self._bus.tightest(ROW_EVENTS)
+            slowest = self._bus.stream.fullest(ROW_EVENTS)
             if slowest is None:  # the event loop itself is behind
                 if not self._place.wait_for_observers(lambda: self.free_steps() > 0):
                     return False
@@ -43,7 +43,7 @@ class Backpressure:
                 return False
         return True
 
-    def _wait_for(self, slowest: Subscription) -> bool:
+    def _wait_for(self, slowest: SubscriptionCore) -> bool:
         """Wait until ``slowest`` has handled an event, or has failed to for its ``stall_timeout_s``."""
         began_s, handled = monotonic(), slowest.handled
         deadline_s = began_s + slowest.stall_timeout_s
@@ -56,7 +56,7 @@ class Backpressure:
         waited_s = monotonic() - began_s
         self._report(slowest.name, waited_s)
         if monotonic() >= deadline_s and slowest.handled == handled:
-            slowest.stall(waited_s)
+            slowest.disable_stalled(waited_s)
         return True
 
     def _report(self, name: str, waited_s: float) -> None:

@@ -11,7 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from time import monotonic, perf_counter
 
-from eventtrain.bus.bus import Activation
+from eventtrain.bus.training_stream import Activation
 from eventtrain.control.command_queue import POLL_S
 from eventtrain.errors import BusClosed
 from eventtrain.loop.checkpoints import Checkpoints

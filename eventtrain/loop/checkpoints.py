@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from time import monotonic
 
 from eventtrain.bus.barrier import Barrier, Marker
+from eventtrain.control.command_queue import RunPart
 from eventtrain.control.requests import CheckpointRequest
 from eventtrain.errors import SnapshotError
 from eventtrain.events import CheckpointFailed, CheckpointSkipped, LoopStalled, SnapshotTaken
@@ -113,9 +114,9 @@ class Checkpoints:
         requests = [request for request in requests if self._has_room(request, tag, place)]
         if not requests:
             return
-        barrier = Barrier(status.step)
+        barrier = Barrier(status.step, RunPart())
         try:
-            barrier.loop = self.recorder.record(
+            barrier.run.loop = self.recorder.record(
                 status,
                 self.resources.gates,
                 evaluation=self.evaluations.state,

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from eventtrain.bus.subscription import Subscription
+from eventtrain.bus.subscription import SubscriptionCore
 from eventtrain.control.command_queue import PendingCommand
 from eventtrain.control.control_plane import ControlPlane
 from eventtrain.control.snapshots import KeptSnapshot
@@ -59,7 +59,7 @@ class CommandExecutor:
         self._labels = labels(self.hyperparams)
         self._values: dict[str, Number] = {}
         # Path of a hyperparameter -> the step at which, and the subscription by which, it was set last.
-        self._setters: dict[str, tuple[int, Subscription]] = {}
+        self._setters: dict[str, tuple[int, SubscriptionCore]] = {}
         self._read_values()
 
     def apply(self, pending: PendingCommand) -> None:
@@ -99,7 +99,7 @@ class CommandExecutor:
         self.windows.emit(applied)
         for event in events:
             self.windows.emit(event)
-        pending.answer.give(applied)
+        pending.reply.set_result(applied)
 
     def _changes_the_run(self, command: object) -> bool:
         """Whether a rerun without this command would differ."""

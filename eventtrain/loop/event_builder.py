@@ -12,7 +12,9 @@ from typing import Any
 import numpy as np
 
 from eventtrain.bus.barrier import Marker
-from eventtrain.bus.bus import Activation, EventBus, EventSeries
+from eventtrain.bus.core import BusCore
+from eventtrain.bus.training_stream import Activation, EventSeries
+from eventtrain.control.run_state import SavedMeans, StreamRecord
 from eventtrain.control.run_view import RunView
 from eventtrain.device.fetcher import MetricColumns
 from eventtrain.errors import MetricsError
@@ -28,7 +30,6 @@ from eventtrain.events import (
     StepStarted,
 )
 from eventtrain.events.models import FrozenDict, Number, copies
-from eventtrain.events.run_records import SavedMeans, StreamRecord
 
 
 @dataclass(frozen=True, slots=True)
@@ -140,7 +141,7 @@ class EventBuilder:
         evaluated: the means of the last evaluation that ended.
     """
 
-    def __init__(self, bus: EventBus, view: RunView, *, weight: str | None = None) -> None:
+    def __init__(self, bus: BusCore, view: RunView, *, weight: str | None = None) -> None:
         self._bus = bus
         self._view = view
         self._weight = weight
@@ -192,7 +193,7 @@ class EventBuilder:
             case EvalStarted():
                 self._eval_means = RunningMeans(self._weight)
             case Marker():
-                item.cut.stream = StreamRecord(
+                item.barrier.run.stream = StreamRecord(
                     epoch_means=self._epoch_means.saved,
                     eval_means=self._eval_means.saved,
                     evaluated=None if self.evaluated is None else dict(self.evaluated),

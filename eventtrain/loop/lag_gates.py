@@ -10,8 +10,8 @@ from __future__ import annotations
 
 import heapq
 
-from eventtrain.bus.bus import EventBus
-from eventtrain.bus.subscription import Subscription
+from eventtrain.bus.core import BusCore
+from eventtrain.bus.subscription import SubscriptionCore
 from eventtrain.events import EpochEvent, EvalStepCompleted, Event, RunEvent, StepCompleted, StepStarted
 
 NEVER = 1 << 62
@@ -28,13 +28,13 @@ class LagGates:
         announces_steps: whether a decider is given StepStarted, so that the loop publishes it before each dispatch.
     """
 
-    def __init__(self, bus: EventBus) -> None:
+    def __init__(self, bus: BusCore) -> None:
         self._bus = bus
-        self._known: tuple[Subscription, ...] = ()
-        self._expected: dict[Subscription, int] = {}
+        self._known: tuple[SubscriptionCore, ...] = ()
+        self._expected: dict[SubscriptionCore, int] = {}
         # The value of ``Subscription.run`` from which ``passed`` counts the events of this run.
-        self._counts_from: dict[Subscription, int] = {}
-        self._gates: list[tuple[int, int, int, Subscription]] = []
+        self._counts_from: dict[SubscriptionCore, int] = {}
+        self._gates: list[tuple[int, int, int, SubscriptionCore]] = []
         self._tie = 0
         self.flush_by = NEVER
         self.next_step_event = NEVER
@@ -45,7 +45,7 @@ class LagGates:
         """Whether deciders came or went since ``refresh``."""
         return self._bus.deciders is not self._known
 
-    def refresh(self, step: int) -> list[Subscription]:
+    def refresh(self, step: int) -> list[SubscriptionCore]:
         """Look at the deciders again. Returns the new ones, which the stream must activate at this very point."""
         self._known = self._bus.deciders
         newcomers = [s for s in self._known if s not in self._expected]
@@ -82,13 +82,13 @@ class LagGates:
             if issubclass(kind, (StepCompleted, EvalStepCompleted)):
                 self.flush_by = min(self.flush_by, step + lag // 2)
 
-    def owe(self, subscription: Subscription, kind: type[Event], step: int) -> None:
+    def owe(self, subscription: SubscriptionCore, kind: type[Event], step: int) -> None:
         """Count an event of ``step`` that ``subscription`` had not handled at the checkpoint: the run resumes."""
         lag = _lag(subscription, kind)
         if lag is not None and subscription in self._expected:
             self._expect(subscription, step + lag)
 
-    def _expect(self, subscription: Subscription, due: int) -> None:
+    def _expect(self, subscription: SubscriptionCore, due: int) -> None:
         self._expected[subscription] += 1
         self._tie += 1
         heapq.heappush(self._gates, (due, self._tie, self._expected[subscription], subscription))
@@ -102,7 +102,7 @@ class LagGates:
         """The next boundary that depends on a decider; NEVER if none does."""
         return self._gates[0][0] if self._gates else NEVER
 
-    def blocking(self, step: int) -> Subscription | None:
+    def blocking(self, step: int) -> SubscriptionCore | None:
         """Returns the decider for which boundary ``step`` has to wait; None if the gate is open."""
         while self._gates and self._gates[0][0] <= step:
             _, _, expected, subscription = self._gates[0]
@@ -115,12 +115,12 @@ class LagGates:
 
     def timed_out(self) -> bool:
         """Returns whether any decider ever exceeded its ``timeout_s``."""
-        return any(subscription.timed_out for subscription in self._expected)
+        return any(subscription.failures.timed_out for subscription in self._expected)
 
 
-def _lag(subscription: Subscription, kind: type[Event]) -> int | None:
+def _lag(subscription: SubscriptionCore, kind: type[Event]) -> int | None:
     return (
-        subscription.lag_for(kind)
+        subscription.filter.lag_for(kind)
         if subscription.state == "active" and issubclass(kind, subscription.types)
         else None
     )

@@ -11,7 +11,7 @@ from typing import Any
 
 import jax
 
-from eventtrain.bus.bus import EventBus
+from eventtrain.bus.core import BusCore
 from eventtrain.control.requests import TraceRequest
 from eventtrain.device.compiled_step import Carry
 from eventtrain.errors import ConfigurationError
@@ -45,7 +45,7 @@ class StepProfiler:
         requests: Sequence[TraceRequest],
         status: RunStatus,
         carry: Carry,
-        bus: EventBus,
+        bus: BusCore,
         *,
         marks_steps: bool,
     ) -> None:

@@ -6,8 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from eventtrain.control.run_state import pack
-from eventtrain.events.run_records import LoopRecord
+from eventtrain.control.run_state import LoopRecord, pack
 from eventtrain.loop.lag_gates import LagGates
 from eventtrain.loop.run_status import RunStatus
 

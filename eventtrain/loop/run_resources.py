@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from eventtrain.bus.bus import EventBus
+from eventtrain.bus.core import BusCore
 from eventtrain.control.control_plane import ControlPlane
 from eventtrain.control.loop_statistics import LoopClock
 from eventtrain.device.fetcher import Fetcher
@@ -25,7 +25,7 @@ class RunResources:
         clock: charges the time of the training thread.
     """
 
-    bus: EventBus
+    bus: BusCore
     plane: ControlPlane
     gates: LagGates
     builder: EventBuilder

@@ -24,11 +24,11 @@ from dataclasses import dataclass
 from time import perf_counter
 from typing import Any
 
+from eventtrain.control.run_state import LoopRecord
 from eventtrain.device.compiled_step import Carry, CompiledStep
 from eventtrain.device.hyperparams import Hyperparam, labels
 from eventtrain.errors import SnapshotError
 from eventtrain.events import EpochCompleted, EpochStarted, StepStarted
-from eventtrain.events.run_records import LoopRecord
 from eventtrain.loop.backpressure import Backpressure
 from eventtrain.loop.boundary import Boundary
 from eventtrain.loop.checkpoints import Checkpoints

@@ -10,9 +10,9 @@ from typing import Any, Literal
 
 import anyio
 
-from eventtrain.bus.bus import EventBus
+from eventtrain.bus.bus import EventBus, core_of
 from eventtrain.bus.handlers import is_async, takes_control
-from eventtrain.bus.options import EventTypes, Lag, OnError
+from eventtrain.bus.options import OPTION_NAMES, EventTypes, Lag, OnError
 from eventtrain.bus.queues import Queue
 from eventtrain.bus.subscription import Subscription, SubscriptionStatistics
 from eventtrain.control.checkpoint_handover import ClaimedSnapshot
@@ -314,33 +314,16 @@ def subscribe(bus: EventBus, subscriber: Subscriber) -> Subscription:
             f"{name} has state_dict and concurrency={subscriber.concurrency}: what it saves would depend on which of "
             "its handlers was faster. Use concurrency=1."
         )
-    subscription = bus.subscribe(
-        event_type,
-        handler,
-        every=subscriber.every,
-        every_s=subscriber.every_s,
-        where=subscriber.where,
-        once=subscriber.once,
-        queue=subscriber.queue,
-        lag=subscriber.lag,
-        concurrency=subscriber.concurrency,
-        on_error=subscriber.on_error,
-        retries=subscriber.retries,
-        retry_delay_s=subscriber.retry_delay_s,
-        disable_after=subscriber.disable_after,
-        timeout_s=subscriber.timeout_s,
-        name=name,
-    )
+
+    async def save() -> dict[str, Any]:
+        await subscriber.flush()
+        return subscriber.state_dict()
+
+    options = {**{option: getattr(subscriber, option) for option in OPTION_NAMES}, "name": name}
+    subscription = core_of(bus).subscribe(event_type, handler, options, save=save if stateful else None)
     if subscription.name != name:
         subscriber.name = subscription.name
-    if stateful:
-
-        async def save() -> dict[str, Any]:
-            await subscriber.flush()
-            return subscriber.state_dict()
-
-        subscription.save = save
-    return subscription
+    return Subscription(subscription)
 
 
 def event_routes(subscriber: Subscriber, name: str) -> tuple[EventTypes, Callable[..., Any]]:

@@ -13,7 +13,7 @@ import anyio.to_thread
 import jax
 from anyio.from_thread import start_blocking_portal
 
-from eventtrain.bus.bus import EventBus
+from eventtrain.bus.core import BusCore
 from eventtrain.control.command_queue import CommandQueue
 from eventtrain.device.jax_compat import sixty_four_bit
 from eventtrain.device.model import CallOnCaller, Model, call_here
@@ -39,7 +39,7 @@ class Execution:
         self,
         model: Model,
         queue: CommandQueue,
-        bus: EventBus,
+        bus: BusCore,
         backend: str,
         backend_options: dict[str, Any] | None,
     ) -> None:

@@ -7,10 +7,10 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Generic, TypeVar
 
+from eventtrain.control.run_state import LoopRecord
 from eventtrain.data.epoch_iterator import EpochIterator
 from eventtrain.data.sources import place_of, rewound
 from eventtrain.events import EpochCompleted
-from eventtrain.events.run_records import LoopRecord
 from eventtrain.loop.run_recorder import Aim
 from eventtrain.trainer.resume import ResumePoint
 from eventtrain.trainer.run import Run

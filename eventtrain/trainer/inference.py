@@ -12,7 +12,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from eventtrain.bus.bus import EventBus
+from eventtrain.bus.core import BusCore
 from eventtrain.control.loop_statistics import LoopClock
 from eventtrain.control.run_view import RunView
 from eventtrain.data.epoch_iterator import EpochIterator
@@ -32,7 +32,7 @@ from eventtrain.trainer.run import RunOptions
 class Inference:
     """Runs eval_fn and predict_fn over data on the calling thread, while the bus is served elsewhere. Blocks."""
 
-    def __init__(self, model: Model, options: RunOptions, bus: EventBus) -> None:
+    def __init__(self, model: Model, options: RunOptions, bus: BusCore) -> None:
         self._model = model
         self._options = options
         self._bus = bus
@@ -94,7 +94,7 @@ class Inference:
         return jax.tree.map(_join, *done)
 
     def _require_free_bus(self) -> None:
-        if self._bus.on_progress is not None:
+        if self._bus.progress.listener is not None:
             raise AlreadyRunning(
                 "Another trainer's run uses this bus. One bus serves one run at a time: wait for it, or give each "
                 "trainer a bus of its own."

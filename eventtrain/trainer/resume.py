@@ -12,10 +12,10 @@ from typing import Any
 
 import jax
 
-from eventtrain.bus.barrier import Redelivery, SubscriptionState
-from eventtrain.bus.wakeup import Answer
+from eventtrain.bus.barrier import SubscriptionCheckpoint, SubscriptionRestore
+from eventtrain.bus.wakeup import CrossLoopFuture
 from eventtrain.control.command_queue import PendingCommand
-from eventtrain.control.run_state import RunRecord, SavedRun, unpack
+from eventtrain.control.run_state import LoopRecord, RunRecord, SavedRun, unpack
 from eventtrain.control.run_view import RunView
 from eventtrain.control.snapshots import KeptSnapshot
 from eventtrain.device.model import Model
@@ -23,7 +23,6 @@ from eventtrain.device.snapshot import Snapshot
 from eventtrain.device.state import split_state
 from eventtrain.errors import ConfigurationError, SnapshotError, StateError
 from eventtrain.events import Event, RunResumed
-from eventtrain.events.run_records import LoopRecord
 from eventtrain.loop.run_recorder import Aim
 from eventtrain.loop.run_resources import RunResources
 from eventtrain.loop.train_loop import TrainingLoop
@@ -51,7 +50,7 @@ class ResumePoint:
     saved: SavedRun
     record: RunRecord
     backup: Backup
-    shares: Mapping[str, SubscriptionState] = field(default_factory=dict[str, SubscriptionState])
+    shares: Mapping[str, SubscriptionCheckpoint] = field(default_factory=dict[str, SubscriptionCheckpoint])
     kept: tuple[str, ...] = ()
     ended: str | None = None
 
@@ -208,7 +207,7 @@ def take_over(
     return ResumePoint(saved, record, backup, shares, tuple(kept))
 
 
-def _load_states(subscribers: Sequence[Subscriber], shares: Mapping[str, SubscriptionState]) -> None:
+def _load_states(subscribers: Sequence[Subscriber], shares: Mapping[str, SubscriptionCheckpoint]) -> None:
     for subscriber in subscribers:
         name = subscriber.name or type(subscriber).__name__
         share = shares.get(name)
@@ -248,7 +247,7 @@ def resume_stream(point: ResumePoint, resources: RunResources) -> None:
     After the deciders were activated, before the first step.
     """
     record, bus, fetcher = point.record, resources.bus, resources.fetcher
-    bus.continue_stream(record.stream.seq)
+    bus.stream.continue_from(record.stream.seq)
     resources.builder.resume(record.stream)
     names = {subscription.name: subscription for subscription in bus.subscriptions}
     for name, share in point.shares.items():
@@ -259,7 +258,7 @@ def resume_stream(point: ResumePoint, resources: RunResources) -> None:
                     "The checkpoint holds the state of %s, and no subscription has that name", name
                 )
             continue
-        fetcher.put(Redelivery(name, share))
+        fetcher.put(SubscriptionRestore(name, share))
         for event, decided_on in zip(share.unhandled, share.decided_on, strict=True):
             if decided_on:
                 resources.gates.owe(subscription, type(event), event.step)
@@ -267,7 +266,9 @@ def resume_stream(point: ResumePoint, resources: RunResources) -> None:
     for saved in record.loop.orders:
         key = (saved.cause_step, saved.cause_seq)
         cause = causes.setdefault(key, Event(step=saved.cause_step, seq=saved.cause_seq))
-        pending = PendingCommand(saved.command, Answer(), cause, names.get(saved.subscriber), saved.issue)
+        pending = PendingCommand(
+            saved.command, CrossLoopFuture(), cause, names.get(saved.subscriber), saved.issue
+        )
         resources.plane.queue.due.append(pending)
     loop, path = record.loop, str(point.saved.path)
     fetcher.put(RunResumed(step=loop.step, epoch=loop.epoch, batch=loop.batch, path=path))

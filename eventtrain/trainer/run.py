@@ -12,7 +12,8 @@ from typing import Any
 
 import jax
 
-from eventtrain.bus.bus import Activation, EventBus
+from eventtrain.bus.core import BusCore
+from eventtrain.bus.training_stream import Activation
 from eventtrain.control.command_queue import POLL_S
 from eventtrain.control.control_plane import ControlPlane
 from eventtrain.control.loop_statistics import LoopClock, LoopStatistics
@@ -76,7 +77,7 @@ class Run:
         self,
         source: EvaluationSource,
         options: RunOptions,
-        bus: EventBus,
+        bus: BusCore,
         plane: ControlPlane,
         subscribers: Sequence[Subscriber],
         *,
@@ -235,12 +236,12 @@ class Run:
             SubscriberError, StepError, BusClosed: the run failed because of a subscriber with ``on_error="fail"``, on
                 the device, or because the bus was stopped. Not if the block raised.
         """
-        if self._bus.on_progress is not None:
+        if self._bus.progress.listener is not None:
             raise AlreadyRunning(
                 "Another trainer's run uses this bus. One bus serves one run at a time: wait for it, or give each "
                 "trainer a bus of its own."
             )
-        self._bus.on_progress = self._on_progress
+        self._bus.progress.listener = self._on_progress
         try:
             try:
                 self._begin()
@@ -250,7 +251,7 @@ class Run:
                 raise
             self._finish()
         finally:
-            self._bus.on_progress = None
+            self._bus.progress.listener = None
             self._bus.failure = None
 
     def _begin(self) -> None:
@@ -259,7 +260,7 @@ class Run:
         if self._subscribers:
             self.options.run_dir.mkdir(parents=True, exist_ok=True)
         plane.requests.clear()
-        self._bus.attach_control(plane)
+        self._bus.control_source = plane
         self._bus.run_id = self.options.run_id
         hyperparams = tuple(find_hyperparams(model.skeleton.join(model.leaves)))
         plane.view.step = model.step

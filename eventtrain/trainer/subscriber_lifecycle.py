@@ -11,7 +11,7 @@ from typing import Literal
 
 import anyio
 
-from eventtrain.bus.bus import EventBus
+from eventtrain.bus.core import BusCore
 from eventtrain.errors import BusClosed, EventTrainError
 from eventtrain.events import SubscriberFailed
 from eventtrain.subscribers.base import RunContext, Subscriber
@@ -22,7 +22,7 @@ logger = logging.getLogger("eventtrain")
 class SubscriberLifecycle:
     """The subscribers of one run. Training thread only; every method blocks. Deadlines are in ``monotonic`` time."""
 
-    def __init__(self, bus: EventBus, subscribers: Sequence[Subscriber]) -> None:
+    def __init__(self, bus: BusCore, subscribers: Sequence[Subscriber]) -> None:
         self._bus = bus
         self._subscribers = subscribers
         self._started: list[Subscriber] = []

@@ -7,11 +7,11 @@ from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Generic, Literal, TypeVar
+from typing import TYPE_CHECKING, Any, Generic, Literal, TypeVar, Unpack
 
-from eventtrain.bus.bus import EventBus
-from eventtrain.bus.handlers import Handler
-from eventtrain.bus.options import EventTypes
+from eventtrain.bus.bus import EventBus, core_of
+from eventtrain.bus.handlers import HandlerDecorator
+from eventtrain.bus.options import SubscriptionOptions
 from eventtrain.bus.subscription import Subscription
 from eventtrain.control.control import Control
 from eventtrain.control.control_plane import ControlPlane
@@ -19,6 +19,7 @@ from eventtrain.device.extensions import StepExtension
 from eventtrain.device.model import Model, StepOptions
 from eventtrain.device.state import PyTree
 from eventtrain.errors import AlreadyRunning, ConfigurationError, StateInUse
+from eventtrain.events import Event
 from eventtrain.events.models import Number
 from eventtrain.loop.evaluation import EvaluationSource
 from eventtrain.loop.run_recorder import Aim, RunRecorder
@@ -42,6 +43,10 @@ from eventtrain.trainer.run import Run, RunOptions
 from eventtrain.trainer.session import Session
 from eventtrain.trainer.signals import SignalGuard
 
+if TYPE_CHECKING:
+    from eventtrain.bus.options import EventTypesOf
+
+E = TypeVar("E", bound=Event)
 S = TypeVar("S")
 
 
@@ -128,14 +133,15 @@ class Trainer(Generic[S]):
             drain_timeout_s=drain_timeout_s,
         )
         self._fingerprint = fingerprint(self._model)
-        self._plane = ControlPlane(self.bus)
-        if not self.bus.has_control:
-            self.bus.attach_control(self._plane)
+        self._core = core_of(self.bus)
+        self._plane = ControlPlane(self._core)
+        if self._core.control_source is None:
+            self._core.control_source = self._plane
         self._subscribers: tuple[Subscriber, ...] = ()
         for subscriber in subscribers:
             self._add(subscriber)
-        self._inference = Inference(self._model, self._options, self.bus)
-        self._execution = Execution(self._model, self._plane.queue, self.bus, backend, backend_options)
+        self._inference = Inference(self._model, self._options, self._core)
+        self._execution = Execution(self._model, self._plane.queue, self._core, backend, backend_options)
         self._run: Run | None = None
 
     # --- reading ----------------------------------------------------------------------------------------------
@@ -170,7 +176,9 @@ class Trainer(Generic[S]):
         """Commands without a cause, for services: they take effect as soon as they arrive. Any thread."""
         return self._plane.control
 
-    def on(self, event_type: EventTypes, **options: Any) -> Callable[[Handler], Handler]:
+    def on(
+        self, event_type: EventTypesOf[E], **options: Unpack[SubscriptionOptions[E]]
+    ) -> HandlerDecorator[E, Control]:
         """Subscribe the decorated function, and return it unchanged. Options as in ``EventBus.subscribe``."""
         return self.bus.on(event_type, **options)
 
@@ -319,7 +327,7 @@ class Trainer(Generic[S]):
         return Run(
             EvaluationSource(model, eval_data),
             self._options,
-            self.bus,
+            self._core,
             self._plane,
             (*self._subscribers, *extra),
             recorder=RunRecorder(

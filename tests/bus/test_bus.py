@@ -3,6 +3,7 @@ from __future__ import annotations
 import logging
 import threading
 import time
+from collections.abc import Callable
 from itertools import pairwise
 from typing import Any
 
@@ -14,7 +15,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import eventtrain as et
-from eventtrain.bus.bus import EventSeries
+from eventtrain.bus.bus import core_of
+from eventtrain.bus.training_stream import EventSeries
 
 
 class Ping(et.Event):
@@ -106,7 +108,7 @@ async def test_one_instance_is_published_only_once() -> None:
     "thing", [object(), 3, None, "ping", {"kind": "ping"}, type("Odd", (), {"seq": 0})()]
 )
 async def test_what_is_no_event_is_refused_by_name(thing: Any) -> None:
-    with pytest.raises(et.ConfigurationError, match=r"it is no eventtrain\.Event"):
+    with pytest.raises(et.ConfigurationError, match=r"it is not an eventtrain\.Event"):
         et.EventBus().publish(thing)
 
 
@@ -170,14 +172,17 @@ async def test_publish_appends_before_it_looks_whether_the_router_sleeps() -> No
     """The router looks in the other order, so one of the two always sees the other."""
     waiting: list[int] = []
 
-    class Bell:
+    class Wakeup:
         @property
         def armed(self) -> bool:
-            waiting.append(len(bus._inbox))
+            waiting.append(len(core_of(bus).publish_queue))
             return False
 
+    class Runner:
+        publish_wakeup = Wakeup()
+
     bus = et.EventBus()
-    bus._inbox.open(Bell())  # pyright: ignore[reportArgumentType]
+    core_of(bus).publish_queue.open(Runner())  # pyright: ignore[reportArgumentType]
     bus.publish(Ping())
     bus.publish(Ping())
     assert waiting == [1, 2]
@@ -335,6 +340,63 @@ async def test_a_refused_event_can_be_published_later_and_publish_async_waits_fo
             await anyio.wait_all_tasks_blocked()
             go_on.set()
     assert got.numbers == [0, 1, 2]
+
+
+async def test_a_thread_that_publishes_blocks_until_there_is_room_or_it_gives_up() -> None:
+    got, go_on, giving_up = Record(), anyio.Event(), threading.Event()
+
+    async def hold(event: Ping) -> None:
+        await go_on.wait()
+        await got(event)
+
+    async with et.EventBus() as bus:
+        core = core_of(bus)
+        bus.subscribe(Ping, hold, queue=et.Lossless(1))
+        for number in range(2):
+            bus.publish(Ping(number=number))
+            await anyio.wait_all_tasks_blocked()
+        outcomes: dict[str, bool] = {}
+
+        def publish(name: str, event: Ping, give_up: Callable[[], bool]) -> None:
+            outcomes[name] = core.publish_blocking(event, give_up=give_up)
+
+        async with anyio.create_task_group() as tasks:
+            tasks.start_soon(anyio.to_thread.run_sync, publish, "patient", Ping(number=2), lambda: False)
+            await anyio.to_thread.run_sync(publish, "impatient", given_up := Ping(number=3), lambda: True)
+            giving_up.set()
+            await anyio.to_thread.run_sync(publish, "late", Ping(number=4), giving_up.is_set)
+            assert outcomes == {"impatient": False, "late": False}
+            assert given_up.seq == 0
+            go_on.set()
+        assert outcomes["patient"] is True
+        await bus.drain()
+        await anyio.to_thread.run_sync(publish, "at once", given_up, lambda: True)
+        assert outcomes["at once"] is True
+        with pytest.raises(et.EventReused):
+            core.publish_blocking(given_up)
+    assert got.numbers == [0, 1, 2, 3]
+    with pytest.raises(et.BusClosed):
+        core.publish_blocking(Ping())
+
+
+async def test_a_thread_that_waits_for_room_is_told_that_the_bus_was_closed() -> None:
+    refused: list[type] = []
+    bus = et.EventBus(buffer_limit=1)
+    bus.publish(Ping())
+
+    def publish() -> None:
+        try:
+            core_of(bus).publish_blocking(Ping())
+        except et.BusClosed as error:
+            refused.append(type(error))
+
+    with anyio.fail_after(30):
+        async with anyio.create_task_group() as tasks:
+            tasks.start_soon(anyio.to_thread.run_sync, publish)
+            while not core_of(bus).progress._waiters:
+                await anyio.lowlevel.checkpoint()
+            await bus.aclose(timeout_s=0)
+    assert refused == [et.BusClosed]
 
 
 async def test_publishers_in_many_threads_lose_nothing_at_a_small_limit() -> None:
@@ -588,6 +650,30 @@ async def test_wait_for_gives_the_next_event_or_says_why_not() -> None:
     assert got == [2, -1]
 
 
+@pytest.mark.parametrize("types", [(Ping | Pong,), (Ping, Pong), ((Ping, Pong),), (LoudPing | Ping, Pong)])
+async def test_waiting_and_streaming_take_several_classes_and_unions(types: tuple[Any, ...]) -> None:
+    got: list[Any] = []
+    async with anyio.create_task_group() as tasks, et.EventBus() as bus:
+
+        async def wait() -> None:
+            got.append(await bus.wait_for(*types, where=lambda event: event.number == 2))
+
+        async def wait_in_vain() -> None:
+            with pytest.raises(et.BusClosed, match=r"before a .*Ping or Pong came"):
+                await bus.wait_for(*types, where=lambda event: event.number > 9)
+
+        tasks.start_soon(wait)
+        tasks.start_soon(wait_in_vain)
+        with pytest.raises(TimeoutError, match=r"No .*Ping or Pong came within timeout_s=0\.01"):
+            await bus.wait_for(*types, timeout_s=0.01)
+        async with bus.stream(*types, every=1) as events:
+            bus.publish(et.AlertRaised(name="neither"))
+            bus.publish(Ping(number=1))
+            bus.publish(Pong(number=2))
+            assert [(await anext(events)).kind for _ in range(2)] == ["ping", "pong"]
+    assert [event.kind for event in got] == ["pong"]
+
+
 async def test_a_reader_ends_also_when_the_block_is_left_by_an_exception() -> None:
     ended = anyio.Event()
     with anyio.fail_after(30):
@@ -688,8 +774,8 @@ async def test_subscribing_and_cancelling_in_many_threads_leaves_the_right_ones(
         await bus.drain()
         assert set(bus.subscriptions) == set(kept)
         assert len(kept) == 40
-        assert [subscription.delivered for subscription in kept] == [1] * 40
-        assert len({subscription.index for subscription in kept}) == 40
+        assert [subscription.statistics().delivered for subscription in kept] == [1] * 40
+        assert len({subscription._core.index for subscription in kept}) == 40
 
 
 async def test_work_from_another_thread_runs_on_the_event_loop_of_the_bus() -> None:
@@ -703,11 +789,11 @@ async def test_work_from_another_thread_runs_on_the_event_loop_of_the_bus() -> N
         await anyio.sleep_forever()
 
     with pytest.raises(et.BusClosed, match="not running"):
-        bus.submit(answer, 1)
+        core_of(bus).submit(answer, 1)
     async with bus:
-        future = bus.submit(answer, 2)
+        future = core_of(bus).submit(answer, 2)
         assert await anyio.to_thread.run_sync(future.result) == 2
-        hanging = bus.submit(wait_for_ever)
+        hanging = core_of(bus).submit(wait_for_ever)
         await anyio.wait_all_tasks_blocked()
     with pytest.raises(et.BusClosed):
         hanging.result(timeout=5)
@@ -730,22 +816,22 @@ async def test_events_of_a_series_are_built_once_and_only_where_someone_wants_th
     built: list[int] = []
     every, latest = Record(), Record()
     async with et.EventBus() as bus:
-        bus.feed([series(range(1, 11), built)])
+        core_of(bus).feed([series(range(1, 11), built)])
         await bus.drain()
         assert built == []
         bus.subscribe(et.StepCompleted, every, every=10)
         await bus.drain()
-        bus.feed([series(range(11, 41), built)])
+        core_of(bus).feed([series(range(11, 41), built)])
         await bus.drain()
         assert built == [20, 30, 40]
         bus.subscribe(et.StepCompleted, latest, queue=et.KeepLatest())
         await bus.drain()
-        bus.feed([series(range(41, 71), built)])
+        core_of(bus).feed([series(range(41, 71), built)])
     assert built == [20, 30, 40, 50, 60, 70]
     assert [event.step for event in every.events] == [20, 30, 40, 50, 60, 70]
     assert latest.events[-1].step == 70
     assert latest.events[-1] is every.events[-1]
-    assert bus.rows_routed == 70
+    assert core_of(bus).stream.rows_routed == 70
 
 
 async def test_the_stream_waits_for_room_and_a_subscriber_that_never_moves_is_disabled() -> None:
@@ -759,7 +845,7 @@ async def test_the_stream_waits_for_room_and_a_subscriber_that_never_moves_is_di
         bus.subscribe(et.StepCompleted, neighbour)
         bus.subscribe(et.SubscriberDisabled, disabled)
         await bus.drain(timeout_s=0.01)
-        bus.feed([series(range(1, 101))])
+        core_of(bus).feed([series(range(1, 101))])
         with anyio.fail_after(10):
             while len(neighbour.events) < 100 or not disabled.events:  # noqa: ASYNC110
                 await anyio.sleep(0.005)
@@ -769,14 +855,15 @@ async def test_the_stream_waits_for_room_and_a_subscriber_that_never_moves_is_di
 
 async def test_rows_allowed_follows_the_tightest_lossless_queue() -> None:
     bus = et.EventBus(buffer_limit=1_000)
+    stream = core_of(bus).stream
     kinds = (et.StepCompleted,)
-    assert bus.rows_allowed(kinds) == 1_000
-    assert bus.tightest(kinds) is None
+    assert stream.rows_allowed(kinds) == 1_000
+    assert stream.fullest(kinds) is None
     wide = bus.subscribe(et.StepCompleted, Record(), queue=et.Lossless(10), every=5)
-    assert bus.rows_allowed(kinds) == 50
-    assert bus.tightest(kinds) is wide
+    assert stream.rows_allowed(kinds) == 50
+    assert stream.fullest(kinds) is wide._core
     narrow = bus.subscribe(et.StepCompleted, Record(), queue=et.Lossless(20))
-    assert bus.rows_allowed(kinds) == 20
+    assert stream.rows_allowed(kinds) == 20
     narrow.cancel()
     bus.subscribe(et.StepCompleted, Record(), queue=et.KeepLatest())
-    assert bus.rows_allowed(kinds) == 50
+    assert stream.rows_allowed(kinds) == 50

@@ -5,7 +5,7 @@ from time import perf_counter, thread_time
 import anyio
 import pytest
 
-from eventtrain.bus.handler_cost import HandlerCost, metered
+from eventtrain.bus.handler_cost import HandlerCost, measured
 
 
 def burn(duration_s: float) -> None:
@@ -16,32 +16,32 @@ def burn(duration_s: float) -> None:
 
 @pytest.mark.allow_blocking
 async def test_cpu_time_of_every_slice_is_charged_and_waiting_is_not(anyio_backend: object) -> None:
-    meter = HandlerCost()
+    cost = HandlerCost()
 
     async def work() -> None:
         burn(0.02)
         await anyio.sleep(0.05)
         burn(0.02)
 
-    await metered(work(), meter)
-    assert 0.04 <= meter.cpu_s < 0.06
-    assert meter.longest_slice_s >= 0.02
+    await measured(work(), cost)
+    assert 0.04 <= cost.cpu_s < 0.06
+    assert cost.longest_slice_s >= 0.02
 
 
 async def test_while_a_slice_lasts_its_beginning_can_be_read_and_afterwards_not(
     anyio_backend: object,
 ) -> None:
-    meter, seen = HandlerCost(), []
+    cost, seen = HandlerCost(), []
 
     async def work() -> None:
-        seen.append(meter.slice_began)
+        seen.append(cost.slice_began)
         await anyio.lowlevel.checkpoint()
-        seen.append(meter.slice_began)
+        seen.append(cost.slice_began)
 
     before_s = perf_counter()
-    await metered(work(), meter)
+    await measured(work(), cost)
     assert before_s <= seen[0] <= seen[1] <= perf_counter()
-    assert meter.slice_began is None
+    assert cost.slice_began is None
 
 
 async def test_errors_and_cancellation_pass_through_both_ways(anyio_backend: object) -> None:
@@ -59,8 +59,8 @@ async def test_errors_and_cancellation_pass_through_both_ways(anyio_backend: obj
             raise
 
     with pytest.raises(ValueError, match="mine"):
-        await metered(fail(), HandlerCost())
+        await measured(fail(), HandlerCost())
     with anyio.move_on_after(0.01) as scope:
-        await metered(wait(), HandlerCost())
+        await measured(wait(), HandlerCost())
     assert seen == ["cancelled"]
     assert scope.cancelled_caught

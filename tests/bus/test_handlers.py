@@ -10,6 +10,7 @@ import anyio.to_thread
 import pytest
 
 import eventtrain as et
+from eventtrain.bus.bus import core_of
 from eventtrain.bus.handlers import describe, is_async, takes_control
 
 
@@ -76,7 +77,9 @@ def test_a_handler_that_cannot_be_called_with_event_or_event_and_control_is_refu
 
 @pytest.mark.parametrize("thing", [3, None, "handler"])
 def test_what_cannot_be_called_is_no_handler(thing: Any) -> None:
-    with pytest.raises(et.ConfigurationError, match="a handler is a function of"):
+    with pytest.raises(
+        et.ConfigurationError, match=r"expected a function of \(event\) or \(event, control\), got"
+    ):
         et.EventBus().on(Ping)(thing)
 
 
@@ -104,10 +107,10 @@ class Attempts:
     def __init__(self) -> None:
         self.ends: list[str] = []
 
-    def open_attempt(self, subscription: Any, event: Any) -> Any:
+    def begin_transaction(self, subscription: Any, event: Any) -> Any:
         ends = self.ends
 
-        class Attempt:
+        class Transaction:
             control = "the control"
 
             def commit(self) -> None:
@@ -116,13 +119,13 @@ class Attempts:
             def discard(self) -> None:
                 ends.append("discarded")
 
-        return Attempt()
+        return Transaction()
 
 
 async def test_each_attempt_has_a_control_of_its_own_committed_only_on_success(anyio_backend: object) -> None:
     attempts, calls = Attempts(), 0
     async with et.EventBus() as bus:
-        bus.attach_control(attempts)
+        core_of(bus).control_source = attempts
 
         @bus.on(Ping, on_error="retry", retries=2, retry_delay_s=0, timeout_s=0.05)
         async def handle(event: Ping, control: Any) -> None:

@@ -178,7 +178,9 @@ async def test_behind_a_stalled_subscriber_memory_is_bounded_drops_are_counted_a
 @pytest.mark.parametrize("limit", [0, -1, 1.5, True, "3"])
 @pytest.mark.parametrize("policy", [et.Lossless, et.DropOldest, et.DropNewest])
 def test_a_limit_that_is_no_positive_whole_number_is_refused_by_name(policy: type, limit: object) -> None:
-    with pytest.raises(et.ConfigurationError, match=rf"{policy.__name__}\(limit={limit!r}\)"):
+    with pytest.raises(
+        et.ConfigurationError, match=rf"{policy.__name__}\(limit={limit!r}\): limit must be an integer >= 1"
+    ):
         policy(limit)
 
 

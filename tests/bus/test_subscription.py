@@ -8,7 +8,8 @@ import anyio.to_thread
 import pytest
 
 import eventtrain as et
-from eventtrain.bus.bus import Activation, EventSeries
+from eventtrain.bus.bus import core_of
+from eventtrain.bus.training_stream import Activation, EventSeries
 from eventtrain.testing import FakeClock
 
 
@@ -96,10 +97,10 @@ async def test_once_gets_one_event_is_waited_for_and_then_ends(concurrency: int)
         await publish(bus, 5)
         assert got.numbers == [0]
         with anyio.fail_after(30):
-            while subscription.state == "active":
+            while subscription._core.state == "active":
                 await anyio.lowlevel.checkpoint()
-        assert subscription.state == "finished"
-        assert not bus.has_subscribers(Ping)
+        assert subscription._core.state == "finished"
+        assert not core_of(bus).has_subscribers(Ping)
 
 
 async def test_once_takes_one_event_of_a_whole_series() -> None:
@@ -107,7 +108,7 @@ async def test_once_takes_one_event_of_a_whole_series() -> None:
     async with et.EventBus() as bus:
         bus.subscribe(et.StepCompleted, got, once=True, where=lambda event: event.step > 2)
         await bus.drain()
-        bus.feed([steps(1, 10)])
+        core_of(bus).feed([steps(1, 10)])
     assert got.numbers == [3]
 
 
@@ -244,7 +245,7 @@ async def test_after_so_many_failures_in_a_row_it_is_disabled_says_so_and_what_w
         subscription = bus.subscribe(Ping, fail, disable_after=3, name="hopeless")
         await publish(bus, 10)
         assert calls == [0, 1, 2, 3, 4]
-        assert subscription.state == "disabled"
+        assert subscription._core.state == "disabled"
         statistics = bus.statistics()["hopeless"]
         assert (statistics.delivered, statistics.errors, statistics.dropped, statistics.pending) == (
             1,
@@ -276,7 +277,7 @@ async def test_a_handler_past_its_timeout_fails_and_the_next_event_is_handled() 
         await clock.advance(0.2)
         assert got.numbers == [1]
         assert "timeout_s=5 s" in str(subscription.dead_letters[0].error)
-        assert subscription.timed_out
+        assert subscription._core.failures.timed_out
 
 
 async def test_a_timeout_error_of_the_handler_itself_is_no_timeout_of_ours() -> None:
@@ -288,7 +289,7 @@ async def test_a_timeout_error_of_the_handler_itself_is_no_timeout_of_ours() -> 
         subscription = bus.subscribe(Ping, handle, timeout_s=5.0)
         await publish(bus, 1)
         assert subscription.statistics().errors == 1
-        assert not subscription.timed_out
+        assert not subscription._core.failures.timed_out
 
 
 # --- the end ------------------------------------------------------------------------------------------------
@@ -322,7 +323,7 @@ async def test_cancelling_from_any_thread_in_mid_burst_ends_it_and_harms_nobody(
         at_the_end = handled
         await publish(bus, 10)
         assert handled == at_the_end
-    assert subscription.state == "cancelled"
+    assert subscription._core.state == "cancelled"
     assert len(neighbour.numbers) == 5_010
 
 
@@ -341,17 +342,17 @@ async def test_a_decider_passes_each_due_event_whether_handled_failed_or_not_wan
         subscription = bus.subscribe(
             et.StepCompleted, decide, lag=3, every=2, where=lambda event: event.step != 8
         )
-        assert bus.deciders == ()  # it joins in its turn
+        assert core_of(bus).deciders == ()  # it joins in its turn
         await bus.drain()
-        assert bus.deciders == (subscription,)
-        bus.feed([steps(1, 2), Activation(subscription), steps(3, 10)])
+        assert core_of(bus).deciders == (subscription._core,)
+        core_of(bus).feed([steps(1, 2), Activation(subscription._core), steps(3, 10)])
         await bus.drain()
         assert handled == [4, 6, 10]
-        assert subscription.passed == 4
+        assert subscription._core.passed == 4
         assert subscription.redeliver() == 1
         await bus.drain()
         assert handled == [4, 6, 10, 4]
-        assert subscription.passed == 4
+        assert subscription._core.passed == 4
 
 
 async def test_what_an_earlier_run_left_over_does_not_count_for_the_next() -> None:
@@ -364,14 +365,14 @@ async def test_what_an_earlier_run_left_over_does_not_count_for_the_next() -> No
 
         subscription = bus.subscribe(et.StepCompleted, decide, lag=0)
         await bus.drain()
-        bus.feed([Activation(subscription), steps(1, 3)])
+        core_of(bus).feed([Activation(subscription._core), steps(1, 3)])
         await bus.drain(timeout_s=0.01)
-        bus.feed([Activation(subscription), steps(4, 5)])
+        core_of(bus).feed([Activation(subscription._core), steps(4, 5)])
         await bus.drain(timeout_s=0.01)
         go_on.set()
         await bus.drain()
     assert handled == [1, 2, 3, 4, 5]
-    assert subscription.passed == 2
+    assert subscription._core.passed == 2
 
 
 async def test_a_decider_with_once_decides_once_and_never_holds_up_the_loop_again() -> None:
@@ -383,12 +384,12 @@ async def test_a_decider_with_once_decides_once_and_never_holds_up_the_loop_agai
 
         subscription = bus.subscribe(et.StepCompleted, decide, lag=0, once=True)
         await bus.drain()
-        bus.feed([Activation(subscription), steps(1, 5)])
+        core_of(bus).feed([Activation(subscription._core), steps(1, 5)])
         await bus.drain()
         assert handled == [1]
-        assert subscription.state == "finished" or subscription.passed == 5
+        assert subscription._core.state == "finished" or subscription._core.passed == 5
         with anyio.fail_after(30):
-            while bus.deciders:
+            while core_of(bus).deciders:
                 await anyio.lowlevel.checkpoint()
 
 
@@ -400,7 +401,11 @@ async def test_the_lag_may_differ_by_class_and_holds_for_derived_ones() -> None:
     subscription = bus.subscribe(
         et.EpochCompleted | et.StepCompleted | Ping, Record(), lag={et.EpochCompleted: 0, et.StepCompleted: 5}
     )
-    assert [subscription.lag_for(kind) for kind in (MyEpoch, et.StepCompleted, Ping)] == [0, 5, None]
+    assert [subscription._core.filter.lag_for(kind) for kind in (MyEpoch, et.StepCompleted, Ping)] == [
+        0,
+        5,
+        None,
+    ]
 
 
 # --- statistics -----------------------------------------------------------------------------------------------

@@ -10,6 +10,8 @@ import anyio
 import pytest
 
 import eventtrain as et
+from eventtrain.bus.bus import core_of
+from eventtrain.bus.subscription import SubscriptionCore
 from eventtrain.bus.watchdog import Watchdog
 
 pytestmark = pytest.mark.allow_blocking
@@ -23,16 +25,16 @@ async def handle(event: Any) -> None: ...
 
 
 @pytest.fixture
-def watched() -> tuple[Watchdog, et.Subscription]:
-    subscription = et.EventBus().subscribe(Ping, handle, name="watched")
+def watched() -> tuple[Watchdog, SubscriptionCore]:
+    subscription = core_of(et.EventBus()).subscribe(Ping, handle, {"name": "watched"})
     return Watchdog(lambda: (subscription,), block_warning_s=0.1, cpu_budget=0.25), subscription
 
 
 def test_a_handler_that_holds_the_loop_is_named_while_it_still_does(
-    watched: tuple[Watchdog, et.Subscription], caplog: pytest.LogCaptureFixture
+    watched: tuple[Watchdog, SubscriptionCore], caplog: pytest.LogCaptureFixture
 ) -> None:
     watchdog, subscription = watched
-    subscription.meter.slice_began = 100.0
+    subscription.cost.slice_began = 100.0
     watchdog.look(100.05)
     assert not caplog.messages
     watchdog.look(100.2)
@@ -44,10 +46,10 @@ def test_a_handler_that_holds_the_loop_is_named_while_it_still_does(
 
 
 def test_a_handler_that_held_the_loop_between_two_looks_is_named_with_the_figure(
-    watched: tuple[Watchdog, et.Subscription], caplog: pytest.LogCaptureFixture
+    watched: tuple[Watchdog, SubscriptionCore], caplog: pytest.LogCaptureFixture
 ) -> None:
     watchdog, subscription = watched
-    subscription.meter.charge_slice(0.0, 0.35)
+    subscription.cost.add_slice(0.0, 0.35)
     watchdog.look(1.0)
     watchdog.look(2.0)
     assert [re.sub(r"; .*", "", message) for message in caplog.messages] == [
@@ -56,14 +58,14 @@ def test_a_handler_that_held_the_loop_between_two_looks_is_named_with_the_figure
 
 
 def test_a_handler_that_burns_cpu_past_its_budget_is_named_with_the_share(
-    watched: tuple[Watchdog, et.Subscription], caplog: pytest.LogCaptureFixture
+    watched: tuple[Watchdog, SubscriptionCore], caplog: pytest.LogCaptureFixture
 ) -> None:
     watchdog, subscription = watched
     watchdog.look(0.0)
-    subscription.meter.charge_thread(0.2)
+    subscription.cost.add_thread_time(0.2)
     watchdog.look(1.0)
     assert not caplog.messages
-    subscription.meter.charge_thread(0.8)
+    subscription.cost.add_thread_time(0.8)
     watchdog.look(2.0)
     assert "watched used 80% of a CPU core over the last 1.0 s (budget 25%)" in caplog.text
 

@@ -451,7 +451,7 @@ RULE = {"metric": "loss", "above": 1}
         ),
         (
             tomlish(type="early_stopping", lag={"epoch_complete": 1}),
-            STOP + "lag.epoch_complete = 1: no such event; did you mean 'epoch_completed'?",
+            STOP + "lag.epoch_complete = 1: no such event. Did you mean 'epoch_completed'?",
         ),
         (
             table(type="erly_stopping"),
@@ -474,11 +474,12 @@ RULE = {"metric": "loss", "above": 1}
         (tomlish(type="alerts", rules=[{"metric": "x"}]), ALERTS + "rules[0]: Rule('x') can never be broken"),
         (
             tomlish(type="alerts", rules=[{**RULE, "event": "step_complete"}]),
-            ALERTS + "rules[0].event: no such event; did you mean 'step_completed'?",
+            ALERTS + "rules[0].event: no such event. Did you mean 'step_completed'?",
         ),
         (
             tomlish(type="alerts", rules=[{**RULE, "event": "run_failed"}]),
-            ALERTS + "rules[0].event: needs an event such as 'eval_completed'",
+            ALERTS
+            + "rules[0].event: no such event. Expected the name of an event, such as 'eval_completed'.",
         ),
         (
             tomlish(type="alerts", rules=[{"type": "spik", "metric": "loss"}]),
@@ -506,7 +507,7 @@ RULE = {"metric": "loss", "above": 1}
         ),
         (
             table(type="jsonl_logger", path="x", events=["epoch_complete"]),
-            "events[0] = \"epoch_complete\": no such event; did you mean 'epoch_completed'?",
+            "events[0] = \"epoch_complete\": no such event. Did you mean 'epoch_completed'?",
         ),
         ("[[subscriber]]\n", "run.toml: unknown section 'subscriber'. Did you mean 'subscribers'?"),
         ("[model]\n", "run.toml: unknown section 'model'. Known sections: [fit] and [[subscribers]]."),

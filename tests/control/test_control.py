@@ -79,7 +79,7 @@ def test_scale_clips_and_reads_the_value_in_effect_when_it_is_applied(tmp_path):
 async def test_commands_before_and_after_a_run_are_rejected_at_once_and_say_why(tmp_path, anyio_backend):
     trainer = make_trainer(tmp_path)
     for _ in range(2):
-        with pytest.raises(et.errors.CommandRejected) as refused:
+        with pytest.raises(et.CommandRejectedError) as refused:
             await trainer.control.set_hyperparam("learning_rate", 0.1).result()
         assert "run" in refused.value.reason
         await trainer.fit_async(batches(2), epochs=1)
@@ -100,7 +100,7 @@ async def test_a_command_that_cannot_work_is_rejected_with_the_remedy(tmp_path, 
     async with anyio.create_task_group() as tasks:
         tasks.start_soon(lambda: trainer.fit_async(endless, epochs=1))
         await trainer.bus.wait_for(et.StepCompleted, timeout_s=20)
-        with pytest.raises(et.errors.CommandRejected) as refused:
+        with pytest.raises(et.CommandRejectedError) as refused:
             await command(trainer.control).result()
         assert reason in refused.value.reason
         trainer.control.stop()

@@ -144,19 +144,19 @@ def test_an_event_of_the_users_own_is_read_back_when_its_class_is_given(
 @pytest.mark.parametrize(
     ("source", "message"),
     [
-        ("{no json", "the text is no JSON"),
+        ("{no json", "the text is not JSON"),
         ("[1]", "with a 'kind'"),
         ("{}", "with a 'kind'"),
         ('{"kind": 3}', "with a 'kind'"),
-        ('{"kind": "measured"}', r"kind 'measured': no class.*types=\(YourEvent,\)"),
+        ('{"kind": "measured"}', r"kind 'measured': no known class.*types=\(YourEvent,\)"),
         (
             '{"kind": "run_started", "schema_version": 99}',
-            "schema_version 99, and this program knows up to 1",
+            "schema_version 99, and this program knows versions up to 1",
         ),
-        ('{"kind": "run_completed"}', "Cannot read this run_completed.*reason"),
-        ('{"kind": "run_started", "more": 1}', "Cannot read this run_started.*more"),
+        ('{"kind": "run_completed"}', "Cannot parse this run_completed.*reason"),
+        ('{"kind": "run_started", "more": 1}', "Cannot parse this run_started.*more"),
         ('{"kind": "step_completed", "step": -1, "epoch": 0, "batch": 0, "metrics": {}}', "step"),
-        ({"kind": "run_failed", "error": 3}, "Cannot read this run_failed"),
+        ({"kind": "run_failed", "error": 3}, "Cannot parse this run_failed"),
     ],
 )
 def test_what_is_no_known_event_is_refused_with_the_reason(source: Any, message: str) -> None:

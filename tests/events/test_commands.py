@@ -62,6 +62,6 @@ def test_a_command_cannot_be_changed_and_takes_no_unknown_field() -> None:
 
 async def test_the_result_of_a_command_that_nobody_sent_is_refused(anyio_backend: object) -> None:
     with anyio.fail_after(30):
-        with pytest.raises(errors.CommandRejected, match="never sent") as caught:
+        with pytest.raises(errors.CommandRejectedError, match="never sent") as caught:
             await commands.Pause().result()
     assert caught.value.reason == "never sent"

@@ -9,18 +9,20 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from eventtrain.bus.bus import EventBus, EventSeries
+from eventtrain.bus.bus import EventBus, core_of
+from eventtrain.bus.core import BusCore
+from eventtrain.bus.training_stream import EventSeries
 from eventtrain.control.run_view import RunView
 from eventtrain.device.fetcher import MetricColumns
 from eventtrain.events import EpochStarted, HyperparamChanged, StepCompleted
 from eventtrain.loop.event_builder import EpochEnd, EventBuilder, RunningMeans, TrainWindow
 
 
-class Fed(EventBus):
+class Fed(BusCore):
     """A bus that keeps what it is fed."""
 
     def __init__(self) -> None:
-        super().__init__()
+        vars(self).update(vars(core_of(EventBus())))
         self.items: list[Any] = []
 
     def feed(self, items: Any) -> None:

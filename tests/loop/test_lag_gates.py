@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from eventtrain.bus.bus import EventBus
+from eventtrain.bus.bus import EventBus, core_of
 from eventtrain.events import EpochCompleted, EvalStepCompleted, RunStarted, StepCompleted, StepStarted
 from eventtrain.loop.lag_gates import NEVER, LagGates
 
@@ -15,8 +15,8 @@ async def decide(event: Any) -> None: ...
 
 
 def gates_with(*options: dict[str, Any]) -> tuple[LagGates, list[Any]]:
-    bus = EventBus()
-    subscriptions = [bus.subscribe(o.pop("event_type", StepCompleted), decide, **o) for o in options]
+    bus = core_of(EventBus())
+    subscriptions = [bus.subscribe(o.pop("event_type", StepCompleted), decide, o) for o in options]
     gates = LagGates(bus)
     deciders = [s for s in subscriptions if s.options.lag is not None]
     assert gates.refresh(0) == deciders
@@ -48,8 +48,8 @@ def test_the_ring_is_due_half_the_lag_after_its_oldest_event(lag, flush_by):
 
 
 def test_what_an_earlier_run_left_opens_no_gate():
-    bus = EventBus()
-    subscription = bus.subscribe(StepCompleted, decide, lag=0)
+    bus = core_of(EventBus())
+    subscription = bus.subscribe(StepCompleted, decide, {"lag": 0})
     subscription.activate()
     subscription.worker.passed = 5
     gates = LagGates(bus)
@@ -87,8 +87,8 @@ def test_every_leaves_out_no_event_of_a_whole_run():
     )
     gates.note(RunStarted, 5)
     assert gates.blocking(5) is subscription
-    assert subscription.selection.is_due(RunStarted(step=5))
-    assert not subscription.selection.is_due(StepCompleted(step=5, epoch=0, batch=4, metrics={}))
+    assert subscription.filter.is_due(RunStarted(step=5))
+    assert not subscription.filter.is_due(StepCompleted(step=5, epoch=0, batch=4, metrics={}))
 
 
 def test_an_ended_subscription_blocks_nothing():

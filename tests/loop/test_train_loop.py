@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 
 import eventtrain as et
+from eventtrain.bus.bus import core_of
 from tests.support.models import batches, make_trainer, record
 
 
@@ -165,12 +166,12 @@ def test_control_of_a_finite_lag_handler_closes_when_it_returns_and_awaiting_a_r
         kept.append(control)
         try:
             await control.scale_hyperparam("learning_rate", 0.5).result()
-        except et.errors.CommandRejected as error:
+        except et.CommandRejectedError as error:
             reasons.append(error.reason)
 
     trainer.fit(batches(4), epochs=1)
     assert reasons == ["awaited inside a handler with a finite lag"]
-    with pytest.raises(et.errors.CommandRejected, match="closes"):
+    with pytest.raises(et.CommandRejectedError, match="closes"):
         kept[0].stop()
 
 
@@ -437,7 +438,7 @@ def test_a_decider_that_joins_a_running_run_decides_from_the_next_window_on(tmp_
             time.sleep(0.002)
             if index == 7:
                 trainer.bus.subscribe(et.StepCompleted, decide, every=2, lag=3)
-                while not trainer.bus.deciders:
+                while not core_of(trainer.bus).deciders:
                     time.sleep(0.001)
             yield batch
 

@@ -37,7 +37,7 @@ def test_the_outline_shows_the_tree_that_the_classes_form() -> None:
 
 
 def test_a_rejected_command_tells_its_reason() -> None:
-    assert errors.CommandRejected("Not carried out.", reason="too late").reason == "too late"
+    assert errors.CommandRejectedError("Not carried out.", reason="too late").reason == "too late"
 
 
 def test_wrong_options_and_unreadable_events_are_value_errors_too() -> None:

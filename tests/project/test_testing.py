@@ -63,7 +63,7 @@ async def test_waiting_for_an_event_finds_it_before_and_after_the_call(anyio_bac
 
 
 def test_a_recorder_of_no_event_class_is_refused() -> None:
-    with pytest.raises(et.ConfigurationError, match="event_type is an event class"):
+    with pytest.raises(et.ConfigurationError, match="expected an event class"):
         RecordingSubscriber(int)  # pyright: ignore[reportArgumentType]
 
 

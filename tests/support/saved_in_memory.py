@@ -72,7 +72,7 @@ class MemoryCheckpointer(et.Subscriber):
             await anyio.to_thread.run_sync(self._keep, claimed, event.step)
 
     def _keep(self, claimed: Any, step: int) -> None:
-        facts = RunRecord.wait_for(claimed.barrier, 30.0)
+        facts = claimed.record(30.0)
         self.saved[step] = InMemory(
             step,
             RunRecord.model_validate(json.loads(facts.model_dump_json())),

@@ -467,7 +467,7 @@ def test_failures_in_a_row_are_counted_across_a_resumption(
     share = checkpointer.saved[step].facts.shares["decider"]
     assert (share.disabled, share.failures) == saved
     trainer, resumed = run(checkpointer, resume=step)
-    assert [s.state for s in trainer.bus.subscriptions if s.name == "decider"] == ["disabled"]
+    assert [s.statistics().state for s in trainer.bus.subscriptions if s.name == "decider"] == ["disabled"]
     assert changes(whole) == changes(resumed) == []
 
 

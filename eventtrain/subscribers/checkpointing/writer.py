@@ -221,7 +221,7 @@ class CheckpointWriter:
         parts = self._copy_to_host(job.claimed)
         facts = None
         if not self._options.weights_only:
-            facts = RunRecord.wait_for(job.claimed.barrier, self._options.marker_timeout_s)
+            facts = job.claimed.record(self._options.marker_timeout_s)
             _require_json(facts)
         return self._write(job.name, parts, self._manifest(job, facts))
 

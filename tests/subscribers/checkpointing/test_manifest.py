@@ -17,7 +17,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import eventtrain as et
-from eventtrain.bus.barrier import SubscriptionState
+from eventtrain.bus.barrier import SubscriptionCheckpoint
 from eventtrain.subscribers.checkpointing.manifest import (
     MANIFEST,
     SavedArray,
@@ -48,7 +48,7 @@ def test_the_states_of_subscribers_come_back_as_they_were(tmp_path: Path) -> Non
     @given(st.dictionaries(st.text(), json_data, max_size=4), st.floats())
     def check(state: dict[str, Any], loss: float) -> None:
         unhandled = et.StepCompleted(step=3, epoch=0, batch=3, metrics={"loss": loss, "n": 2**60, "ok": True})
-        share = SubscriptionState(state, (unhandled,), (True,), spent=True)
+        share = SubscriptionCheckpoint(state, (unhandled,), (True,), spent=True)
         step = next(steps)
         written = writing.write(step, cut=complete_cut(step, {"it": share}), loss=loss)
         assert isinstance(written, et.CheckpointCommitted), written
@@ -147,7 +147,7 @@ def test_a_file_that_is_no_manifest_is_refused_and_runs_nothing(tmp_path: Path) 
 @pytest.fixture(scope="module")
 def manifest(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     writing = Writing(tmp_path_factory.mktemp("whole"))
-    path = Path(writing.write(3, cut=complete_cut(3, {"it": SubscriptionState({"a": 1})})).path)  # type: ignore[attr-defined]
+    path = Path(writing.write(3, cut=complete_cut(3, {"it": SubscriptionCheckpoint({"a": 1})})).path)  # type: ignore[attr-defined]
     writing.close()
     return json.loads((path / MANIFEST).read_text())
 

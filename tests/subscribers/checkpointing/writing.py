@@ -9,13 +9,15 @@ from typing import Any
 import jax.numpy as jnp
 
 import eventtrain as et
-from eventtrain.bus.barrier import Barrier, SubscriptionState
+from eventtrain.bus.barrier import Barrier, SubscriptionCheckpoint
+from eventtrain.bus.bus import core_of
 from eventtrain.control.checkpoint_handover import ClaimedSnapshot
+from eventtrain.control.command_queue import RunPart
 from eventtrain.control.control_plane import ControlPlane
 from eventtrain.control.requests import CheckpointRequest
+from eventtrain.control.run_state import LoopRecord, StreamRecord
 from eventtrain.device.snapshot import Snapshot
 from eventtrain.device.state import split_state
-from eventtrain.events.run_records import LoopRecord, StreamRecord
 from eventtrain.subscribers.checkpointing.retention import Retention
 from eventtrain.subscribers.checkpointing.writer import CheckpointWriter, Job, WriterOptions
 
@@ -28,14 +30,14 @@ def state_of(step: int) -> dict[str, Any]:
     }
 
 
-def complete_cut(step: int, shares: Mapping[str, SubscriptionState] | None = None) -> Barrier:
-    cut = Barrier(step)
-    cut.loop = LoopRecord(
+def complete_cut(step: int, shares: Mapping[str, SubscriptionCheckpoint] | None = None) -> Barrier[RunPart]:
+    cut = Barrier(step, RunPart())
+    cut.run.loop = LoopRecord(
         step=step, epoch=0, batch=step, in_epoch=True, epoch_first_step=0, start_step=0, start_epoch=0
     )
-    cut.stream = StreamRecord()
+    cut.run.stream = StreamRecord()
     for name, share in (shares or {}).items():
-        cut.give(name, share)
+        cut.add(name, share)
     cut.expect(shares or {}, seq=step)
     return cut
 
@@ -47,7 +49,7 @@ class Writing:
         options = {"retries": 0, "retry_delay_s": 0.0, **options}
         self.events: list[et.Event] = []
         self.request = CheckpointRequest("owner")
-        plane = ControlPlane(et.EventBus())
+        plane = ControlPlane(core_of(et.EventBus()))
         plane.requests.checkpoints.append(self.request)
         self.handover = plane.handover
         self.writer = CheckpointWriter(
@@ -57,7 +59,7 @@ class Writing:
         )
         self.writer.open().result(30)
 
-    def claim(self, step: int, cut: Barrier | None = None) -> ClaimedSnapshot:
+    def claim(self, step: int, cut: Barrier[RunPart] | None = None) -> ClaimedSnapshot:
         leaves, skeleton = split_state(state_of(step))
         snapshot = Snapshot(step, [jnp.asarray(leaf) for leaf in leaves], skeleton)
         self.handover.offer(snapshot, {}, cut or complete_cut(step), [self.request], "owner")
@@ -65,12 +67,14 @@ class Writing:
         assert claimed is not None
         return claimed
 
-    def job(self, step: int, cut: Barrier | None = None, tag: str | None = None, **metrics: float) -> Job:
+    def job(
+        self, step: int, cut: Barrier[RunPart] | None = None, tag: str | None = None, **metrics: float
+    ) -> Job:
         name = f"step-{step:08d}" if tag is None else f"step-{step:08d}-{tag}"
         return Job(self.claim(step, cut), name, step, 0, tag or f"step-{step}", "run", metrics)
 
     def write(
-        self, step: int, *, cut: Barrier | None = None, tag: str | None = None, **metrics: float
+        self, step: int, *, cut: Barrier[RunPart] | None = None, tag: str | None = None, **metrics: float
     ) -> et.Event:
         """Write one checkpoint and return what was said of it last."""
         self.writer.submit(self.job(step, cut, tag, **metrics))

@@ -1,0 +1,410 @@
+"""Core of the event bus, behind ``EventBus``: used by the training loop, the trainer and ``Subscriber`` classes.
+
+Two ways lead in. ``publish`` appends to ``publish_queue``, from any thread; ``feed`` appends to ``stream``, from the
+training loop, in the order of steps. Both are routed on the event loop that serves the bus.
+
+Threads. Methods are for any thread unless they say otherwise; coroutines for any event loop. ``_runner`` and the
+start of workers are guarded by ``table.delivery_lock``: a subscription either joins before an event loop takes over,
+and is started by it, or sees the runner and joins behind the waiting events. ``failure`` is set once per run, by
+whichever handler fails first; every waiter learns of it, as of all else, through ``progress``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncGenerator, Callable, Coroutine, Iterable, Mapping
+from concurrent.futures import Future
+from contextlib import asynccontextmanager
+from typing import Any, Protocol, TypeVar
+
+import anyio
+import anyio.to_thread
+from anyio import CapacityLimiter
+from anyio.abc import TaskStatus
+from anyio.lowlevel import cancel_shielded_checkpoint, checkpoint_if_cancelled
+
+from eventtrain.bus.clock import Clock
+from eventtrain.bus.event_stream import EventStream, require_no_wait_for_itself
+from eventtrain.bus.handlers import CommandTransaction, Handler, describe, takes_control
+from eventtrain.bus.options import Options, event_classes
+from eventtrain.bus.publish_queue import PublishQueue
+from eventtrain.bus.routing_table import RoutingTable
+from eventtrain.bus.runner import BusRunner
+from eventtrain.bus.subscription import Save, SubscriptionCore, SubscriptionStatistics
+from eventtrain.bus.training_stream import StreamItem, TrainingStream
+from eventtrain.bus.wakeup import CrossLoopCondition
+from eventtrain.bus.watchdog import Watchdog
+from eventtrain.errors import BusClosed, ConfigurationError, QueueFull, SubscriberError
+from eventtrain.events import Event
+
+T = TypeVar("T")
+
+DROP_REPORT_S = 1.0
+"""How often dropped events are reported."""
+GIVE_UP_POLL_S = 0.05
+"""How often a thread that waits for room asks whether to give up."""
+
+
+class ControlSource(Protocol):
+    """The training side of the bus: makes the controls of handlers."""
+
+    def begin_transaction(self, subscription: SubscriptionCore, event: Event) -> CommandTransaction:
+        """Makes the control of one handler call."""
+        ...
+
+
+class BusCore:
+    """Routes events to subscriptions and runs their workers. For the arguments see ``EventBus``.
+
+    Attributes:
+        progress: notified whenever a handler has handled something, a subscription has ended, or the bus has failed,
+            closed or stopped.
+        failure: set when a subscription with ``on_error="fail"`` has failed.
+        control_source: makes the controls of handlers that take ``(event, control)``; None without a trainer.
+    """
+
+    def __init__(
+        self,
+        *,
+        run_id: str,
+        buffer_limit: int,
+        drain_timeout_s: float,
+        block_warning_s: float,
+        cpu_budget: float,
+        clock: Clock,
+    ) -> None:
+        self.clock = clock
+        self.progress = CrossLoopCondition()
+        self.failure: SubscriberError | None = None
+        self.control_source: ControlSource | None = None
+        self.table = RoutingTable()
+        self.publish_queue = PublishQueue(self.table, self.progress, buffer_limit)
+        self.publish_queue.run_id = run_id
+        self.stream = TrainingStream(
+            self.table, self.publish_queue, self.progress, clock=clock, most_rows=buffer_limit
+        )
+        self._drain_timeout_s = drain_timeout_s
+        self._watchdog_limits = {"block_warning_s": block_warning_s, "cpu_budget": cpu_budget}
+        self._runner: BusRunner | None = None
+        self._is_served = False
+        self._readers: set[EventStream] = set()
+
+    @property
+    def run_id(self) -> str:
+        """Stamped on events that carry none."""
+        return self.publish_queue.run_id
+
+    @run_id.setter
+    def run_id(self, run_id: str) -> None:
+        self.publish_queue.run_id = run_id
+
+    # --- publishing -----------------------------------------------------------------------------------------
+
+    def publish(self, event: Event) -> None:
+        """See ``EventBus.publish``."""
+        self.publish_queue.publish(event)
+
+    def notify(self, event: Event) -> None:
+        """Publishes an event of the bus or the training loop itself. Never refused, so that no failure is lost."""
+        self.publish_queue.notify(event)
+
+    async def publish_async(self, event: Event) -> None:
+        """See ``EventBus.publish_async``."""
+        await checkpoint_if_cancelled()
+        while not self._published(event):
+            await self.progress.wait_until(lambda: self._has_room(event))
+        await cancel_shielded_checkpoint()
+
+    def publish_blocking(self, event: Event, *, give_up: Callable[[], object] = lambda: False) -> bool:
+        """Like ``publish_async``, for threads: blocks while a Lossless queue is at its limit.
+
+        Never call it on the bus' event loop, which has to make the room.
+
+        Args:
+            event: the event to publish.
+            give_up: evaluated on this thread, at least every 50 ms while waiting.
+
+        Returns:
+            False if ``give_up()`` was true before there was room; the event was not published then.
+
+        Raises:
+            EventReused, BusClosed: as ``publish``.
+        """
+        while not self._published(event):
+            self.progress.block_until(lambda: give_up() or self._has_room(event), poll_s=GIVE_UP_POLL_S)
+            if give_up():
+                return False
+        return True
+
+    def _published(self, event: Event) -> bool:
+        try:
+            self.publish_queue.publish(event)
+        except QueueFull:
+            return False
+        return True
+
+    def _has_room(self, event: Event) -> bool:
+        return self.publish_queue.closed or self.publish_queue.full_for(event) is None
+
+    # --- subscribing ----------------------------------------------------------------------------------------
+
+    def subscribe(
+        self,
+        event_types: object,
+        handler: Handler,
+        options: Mapping[str, Any],
+        *,
+        save: Save | None = None,
+    ) -> SubscriptionCore:
+        """See ``EventBus.subscribe``.
+
+        Args:
+            event_types: a class, a base class, a union or a tuple.
+            handler: of ``(event)`` or ``(event, control)``.
+            options: ``SubscriptionOptions``.
+            save: gives the state that belongs to a checkpoint, if the handler has one.
+        """
+        takes_control(handler)
+        return self._add(event_classes(event_types), handler, options, describe(handler), save)
+
+    def _add(
+        self,
+        types: tuple[type[Event], ...],
+        handler: Handler | None,
+        given: Mapping[str, Any],
+        default_name: str,
+        save: Save | None = None,
+    ) -> SubscriptionCore:
+        if self.publish_queue.closed:
+            raise BusClosed("Cannot subscribe: the bus is closed and delivers nothing more.")
+        name = given.get("name") or default_name
+        options = Options(given, name, types)
+        name, index = self.table.reserve(name)
+        subscription = SubscriptionCore(
+            self, types, options, name=name, index=index, handler=handler, save=save
+        )
+        with self.table.delivery_lock:
+            self.publish_queue.join(subscription)
+        return subscription
+
+    @asynccontextmanager
+    async def open_stream(
+        self, event_types: object, options: Mapping[str, Any]
+    ) -> AsyncGenerator[EventStream]:
+        """See ``EventBus.stream``."""
+        types = event_classes(event_types)
+        require_no_wait_for_itself(types, self.table.active)
+        subscription = self._add(types, None, options, "stream")
+        reader = EventStream(subscription, lambda: self.publish_queue.closed)
+        self._readers.add(reader)
+        try:
+            yield reader
+        finally:
+            self._readers.discard(reader)
+            subscription.cancel()
+
+    # --- the training loop's side ---------------------------------------------------------------------------
+
+    def feed(self, items: Iterable[StreamItem]) -> None:
+        """Appends to the training stream. One caller at a time, any thread; never blocks."""
+        self.stream.append(items)
+        runner = self._runner
+        if runner is not None:
+            runner.stream_wakeup.wake()
+
+    @property
+    def deciders(self) -> tuple[SubscriptionCore, ...]:
+        """Active subscriptions with a finite lag. Replaced, never changed, so that identity shows a change."""
+        return self.table.deciders
+
+    @property
+    def subscriptions(self) -> tuple[SubscriptionCore, ...]:
+        """The active subscriptions, then those disabled after failures."""
+        return (*self.table.active, *self.table.disabled)
+
+    def statistics(self) -> dict[str, SubscriptionStatistics]:
+        """See ``EventBus.statistics``."""
+        return {subscription.name: subscription.statistics() for subscription in self.subscriptions}
+
+    def has_ended(self, name: str) -> bool:
+        """Whether the subscription of this name was cancelled or disabled, or has finished."""
+        return self.table.has_ended(name)
+
+    def has_subscribers(self, event_type: type[Event]) -> bool:
+        """Whether any subscription receives events of this class."""
+        return bool(self.table.route(event_type))
+
+    # --- the subscriptions' side ------------------------------------------------------------------------------
+
+    @property
+    def limiter(self) -> CapacityLimiter:
+        """Limits the threads in which plain handlers run, while the bus is served."""
+        assert self._runner is not None
+        return self._runner.limiter
+
+    def begin_transaction(self, subscription: SubscriptionCore, event: Event) -> CommandTransaction:
+        """Makes the control of one handler call. Raises ConfigurationError if no trainer uses this bus."""
+        if self.control_source is None:
+            raise ConfigurationError(
+                f"{subscription.name} takes (event, control), but no Trainer uses this bus. "
+                "Pass the bus to one: Trainer(bus=...)."
+            )
+        return self.control_source.begin_transaction(subscription, event)
+
+    def subscription_failed(self, subscription: SubscriptionCore, error: Exception) -> None:
+        """A subscription with ``on_error="fail"`` failed."""
+        if self.failure is None:
+            self.failure = SubscriberError(
+                f"Subscriber {subscription.name} failed, and on_error='fail' ends the run: "
+                f"{type(error).__name__}: {error}"
+            )
+            self.failure.__cause__ = error
+        self.progress.notify_all()
+
+    def subscription_ended(self, subscription: SubscriptionCore) -> None:
+        """The subscription receives nothing more."""
+        self.table.leave(subscription)
+
+    # --- serving ----------------------------------------------------------------------------------------------
+
+    @property
+    def running(self) -> bool:
+        """Whether an event loop serves this bus now."""
+        return self._runner is not None
+
+    @property
+    def served_here(self) -> bool:
+        """Whether the caller is on the thread of the event loop that serves this bus, and so must not block."""
+        runner = self._runner
+        return runner is not None and runner.loop.here
+
+    def submit(self, function: Callable[..., Coroutine[Any, Any, T]], *args: Any) -> Future[T]:
+        """Runs a coroutine function on the bus' event loop, from any other thread.
+
+        Raises:
+            BusClosed: no event loop serves the bus; from the future's ``result()`` if it stops before the end.
+        """
+        runner = self._runner
+        if runner is None:
+            raise BusClosed("The bus is not running, so nothing can be run on its event loop.")
+        return runner.submit(function, *args)
+
+    @asynccontextmanager
+    async def serve(self) -> AsyncGenerator[None]:
+        """See ``EventBus.serve``."""
+        with self.table.delivery_lock:
+            if self.publish_queue.closed:
+                raise BusClosed("Cannot start this bus: it was closed. Make a new EventBus.")
+            if self._is_served:
+                raise ConfigurationError("Cannot start this bus: it is already running. Use it as it is.")
+            self._is_served = True
+        watchdog = Watchdog(lambda: self.table.active, **self._watchdog_limits)
+        failure: Exception | None = None
+        try:
+            async with anyio.create_task_group() as tasks:
+                runner: BusRunner = await tasks.start(self._run)
+                watchdog.start()
+                try:
+                    yield
+                except Exception as error:  # raised outside of the task group, which would wrap it
+                    failure = error
+                finally:
+                    runner.stop()
+                    with anyio.CancelScope(shield=True):
+                        await anyio.to_thread.run_sync(watchdog.stop, limiter=CapacityLimiter(1))
+        finally:
+            self._is_served = False
+        if failure is not None:
+            raise failure
+
+    async def _run(self, *, task_status: TaskStatus[BusRunner]) -> None:
+        """Runs routers and workers in a scope of their own, so that stopping them does not cancel the block around."""
+        runner: BusRunner | None = None
+        try:
+            async with anyio.create_task_group() as tasks:
+                runner = BusRunner(tasks)
+                with self.table.delivery_lock:
+                    self._runner = runner
+                    self.publish_queue.open(runner)
+                    for subscription in self.table.active:
+                        if subscription.handler is not None:
+                            runner.start_worker(subscription.worker, subscription.name)
+                tasks.start_soon(self.publish_queue.route, runner.publish_wakeup)
+                tasks.start_soon(self.stream.route, runner.stream_wakeup)
+                tasks.start_soon(runner.start_tasks)
+                tasks.start_soon(self._report_drops)
+                task_status.started(runner)
+        finally:
+            with self.table.delivery_lock:
+                self._runner = None
+                self.publish_queue.open(None)
+            self.stream.clear()
+            if runner is not None:
+                runner.end()
+            self.progress.notify_all()
+
+    async def _report_drops(self) -> None:
+        while True:
+            await self.clock.sleep(DROP_REPORT_S)
+            for subscription in self.table.active:
+                subscription.report_drops()
+
+    # --- draining and closing ---------------------------------------------------------------------------------
+
+    async def drain(self, timeout_s: float | None = None) -> dict[str, int]:
+        """See ``EventBus.drain``."""
+        left = await self.wait_until_quiet(timeout_s)
+        if self.failure is not None:
+            raise self.failure
+        return left
+
+    async def wait_until_quiet(self, timeout_s: float | None = None) -> dict[str, int]:
+        """Like ``drain``, but raises nothing if a subscription has failed."""
+        with self.clock.timeout(timeout_s):
+            await self.progress.wait_until(self._is_quiet)
+            for subscription in self.table.active:
+                subscription.report_drops()
+            await self.progress.wait_until(self._is_quiet)
+        return self.undelivered()
+
+    def _is_quiet(self) -> bool:
+        if not self.running:
+            return True
+        with self.table.delivery_lock:  # an event on its way from a queue to the subscriptions is in neither
+            return (
+                not self.publish_queue
+                and not self.stream
+                and not any(s.pending for s in self.table.active if s.handler is not None)
+            )
+
+    def undelivered(self) -> dict[str, int]:
+        """Returns subscription name -> events that wait or are being handled, and those that are not routed yet."""
+        left = {s.name: s.pending for s in self.table.active if s.handler is not None and s.pending}
+        unrouted = self.publish_queue.unrouted() + self.stream.unrouted()
+        return {**left, "(unrouted)": unrouted} if unrouted else left
+
+    async def aclose(self, timeout_s: float | None = None) -> dict[str, int]:
+        """See ``EventBus.aclose``."""
+        timeout_s = self._drain_timeout_s if timeout_s is None else timeout_s
+        deadline_s = self.clock.now_s() + timeout_s
+        try:
+            if not self.publish_queue.closed:
+                await self.wait_until_quiet(timeout_s)
+                self.close()
+                # Events that other threads published between the last look and the closing were accepted.
+                await self.wait_until_quiet(max(0.0, deadline_s - self.clock.now_s()))
+            left = self.undelivered()
+        finally:
+            self.close()
+            if self._runner is not None:
+                self._runner.stop()
+        if self.failure is not None:
+            raise self.failure
+        return left
+
+    def close(self) -> None:
+        """Refuses events from now on and ends the streams. Does not wait."""
+        with self.table.delivery_lock:
+            self.publish_queue.close()
+        for reader in list(self._readers):
+            reader.wake()
+        self.progress.notify_all()
