@@ -94,7 +94,7 @@ from eventtrain.trainer.trainer import Trainer
 
 if _TYPE_CHECKING:
     from eventtrain.config.load import load_subscribers
-    from eventtrain.config.model import subscriber_config
+    from eventtrain.config.subscriber_config import subscriber_config
     from eventtrain.subscribers.checkpointing.reader import load_state
 
 __all__ = [
@@ -192,7 +192,7 @@ __all__ = [
 _LAZY = {  # rarely needed, or slow to import, as Orbax is
     "load_state": "eventtrain.subscribers.checkpointing.reader",
     "load_subscribers": "eventtrain.config.load",
-    "subscriber_config": "eventtrain.config.model",
+    "subscriber_config": "eventtrain.config.subscriber_config",
 }
 
 

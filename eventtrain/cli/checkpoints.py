@@ -1,4 +1,4 @@
-"""``eventtrain checkpoints``: look at what runs have saved, check it, fetch it, and delete it."""
+"""``eventtrain checkpoints``: lists, verifies, deletes and downloads the checkpoints of runs."""
 
 from __future__ import annotations
 
@@ -6,150 +6,142 @@ from pathlib import Path
 from typing import Annotated, NoReturn
 
 import typer
+from rich.filesize import decimal
 
 import eventtrain
+from eventtrain import SnapshotError
 from eventtrain.subscribers.checkpointing.directory import delete
 from eventtrain.subscribers.checkpointing.manifest import MANIFEST, TEMPORARY, Manifest, read_manifest
 from eventtrain.subscribers.checkpointing.naming import scheduled_tag
 from eventtrain.subscribers.remote.download import download_checkpoint
 
 DEPTH = 3
-"""How many folders below the one given a checkpoint may lie."""
+"""Number of folder levels below the given one that are searched."""
 
-app = typer.Typer(help="List, verify, fetch and remove the checkpoints of a run.", no_args_is_help=True)
+app = typer.Typer(help="List, verify, delete and download checkpoints.", no_args_is_help=True)
 
 RunDir = Annotated[Path, typer.Argument(help="A run_dir, a folder of checkpoints, or one checkpoint.")]
 
 
 @app.command("ls")
 def list_all(run_dir: RunDir) -> None:
-    """List the checkpoints below RUN_DIR, those committed last at the bottom."""
+    """List the checkpoints in RUN_DIR in the order of their commits, the newest last."""
     rows = [("STEP", "EPOCH", "HOLDS", "SIZE", "COMMITTED", "TAG", "METRICS", "PATH")]
-    for path, manifest in _readable(_below(run_dir)):
-        named = manifest.tag != scheduled_tag(manifest.step)
-        rows.append(
-            (
-                str(manifest.step),
-                str(manifest.epoch),
-                "weights" if manifest.weights_only else "run",
-                _size(sum(manifest.files.values())),
-                f"{manifest.time:%Y-%m-%d %H:%M:%S}",
-                manifest.tag if named else "-",
-                " ".join(f"{name}={value:.6g}" for name, value in manifest.metrics.items()) or "-",
-                path.relative_to(run_dir).as_posix() if path != run_dir else ".",
-            )
+    for path, manifest in _checkpoints(run_dir):
+        if isinstance(manifest, SnapshotError):
+            typer.echo(str(manifest), err=True)
+            continue
+        row = (
+            str(manifest.step),
+            str(manifest.epoch),
+            "weights" if manifest.weights_only else "run",
+            decimal(sum(manifest.files.values())),
+            f"{manifest.time:%Y-%m-%d %H:%M:%S}",
+            "-" if manifest.tag == scheduled_tag(manifest.step) else manifest.tag,
+            " ".join(f"{name}={value:.6g}" for name, value in manifest.metrics.items()) or "-",
+            path.relative_to(run_dir).as_posix(),
         )
-    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+        rows.append(row)
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     for row in rows:
         typer.echo("  ".join(text.ljust(width) for text, width in zip(row, widths, strict=True)).rstrip())
 
 
 @app.command()
 def verify(run_dir: RunDir) -> None:
-    """Read every array of every checkpoint below RUN_DIR back; the exit code is 1 if one is broken."""
-    broken = False
-    for path in _below(run_dir):
+    """Read every checkpoint in RUN_DIR completely. The exit code is 1 if one is damaged."""
+    damaged = False
+    for path, manifest in _checkpoints(run_dir):
         try:
             eventtrain.load_state(path)
-            facts = read_manifest(path).facts
-            for share in facts.shares.values() if facts is not None else ():
-                share.share()
+            if isinstance(manifest, Manifest) and manifest.facts is not None:
+                for share in manifest.facts.shares.values():
+                    share.share()
         except eventtrain.EventTrainError as error:
-            broken = True
-            typer.echo(f"{path}: broken: {error}")
+            damaged = True
+            typer.echo(f"{path}: damaged: {error}")
         else:
-            typer.echo(f"{path}: whole")
-    if broken:
+            typer.echo(f"{path}: ok")
+    if damaged:
         raise typer.Exit(1)
 
 
 @app.command("rm")
 def remove(
     run_dir: RunDir,
-    which: Annotated[str, typer.Argument(help="A step, a tag, or the name of the checkpoint's folder.")],
-    yes: Annotated[bool, typer.Option("--yes", "-y", help="Do not ask.")] = False,
+    which: Annotated[str, typer.Argument(help="The step, the tag or the folder name of the checkpoint.")],
+    yes: Annotated[bool, typer.Option("--yes", "-y", help="Do not ask for confirmation.")] = False,
 ) -> None:
-    """Delete one checkpoint below RUN_DIR."""
-    found = list(_readable(_below(run_dir)))
-    chosen = [path for path, manifest in found if which in (path.name, manifest.tag, str(manifest.step))]
+    """Delete one checkpoint in RUN_DIR."""
+    chosen = [
+        path
+        for path, manifest in _checkpoints(run_dir)
+        if which == path.name
+        or (isinstance(manifest, Manifest) and which in (manifest.tag, str(manifest.step)))
+    ]
     if not chosen:
-        _refuse(f"No checkpoint below {run_dir} has the step, tag or name {which!r}.")
+        _fail(f"No checkpoint in {run_dir} has the step, tag or name {which!r}.")
     if len(chosen) > 1:
-        listing = ", ".join(path.relative_to(run_dir).as_posix() for path in chosen)
-        _refuse(
-            f"{which!r} means several checkpoints: {listing}. Give the folder of one of them, and its name."
+        paths = ", ".join(path.relative_to(run_dir).as_posix() for path in chosen)
+        _fail(
+            f"{which!r} matches several checkpoints: {paths}. Give the folder of one of them, and its name."
         )
     if not yes:
         typer.confirm(f"Delete {chosen[0]}?", abort=True)
     try:
         delete(chosen[0])
     except OSError as error:
-        _refuse(f"{chosen[0]} could not be deleted: {error}")
+        _fail(f"{chosen[0]} could not be deleted: {error}")
     typer.echo(f"Deleted {chosen[0]}.")
 
 
 @app.command()
 def pull(
-    url: Annotated[str, typer.Argument(help="That of an Uploader, or of one checkpoint.")],
-    directory: Annotated[Path, typer.Argument(help="Where to put it: the Checkpointer's folder.")],
+    url: Annotated[str, typer.Argument(help="The URL of an Uploader, or of one checkpoint.")],
+    directory: Annotated[Path, typer.Argument(help="The folder for the checkpoint, that of a Checkpointer.")],
     which: Annotated[str, typer.Argument(help="newest, a step, a tag or a name.")] = "newest",
     logs: Annotated[
-        Path | None, typer.Option(help="A run_dir to put the logs in, as they were then; none if not given.")
+        Path | None,
+        typer.Option(help="A run_dir for the logs as they were at that checkpoint. Default: no logs."),
     ] = None,
     option: Annotated[
         list[str] | None,
-        typer.Option(
-            help="KEY=VALUE for obstore. Keys belong in the environment, where others do not see them."
-        ),
+        typer.Option(help="KEY=VALUE for obstore. Put secrets into the environment; options are visible."),
     ] = None,
 ) -> None:
-    """Fetch a checkpoint from a store, and verify it."""
+    """Download a checkpoint from an object store, and verify it."""
     options = {key: value for key, _, value in (each.partition("=") for each in option or ())}
+    name = int(which) if which.isdecimal() else which
     try:
-        path = download_checkpoint(
-            url, directory, int(which) if which.isdecimal() else which, logs=logs, options=options
-        )
+        path = download_checkpoint(url, directory, name, logs=logs, options=options)
     except (eventtrain.EventTrainError, OSError) as error:
-        _refuse(str(error))
+        _fail(str(error))
     typer.echo(str(path))
 
 
-def _below(run_dir: Path) -> list[Path]:
-    """The folders of checkpoints, in the order of their commits where that can be read."""
-    patterns = ("/".join(["*"] * depth + [MANIFEST]) for depth in range(DEPTH + 1))
-    found = {manifest.parent for pattern in patterns for manifest in run_dir.glob(pattern)}
-    paths = [path for path in found if not path.name.startswith(TEMPORARY)]
-    if not paths:
-        _refuse(f"There is no checkpoint in {run_dir}.")
-    return sorted(paths, key=_order)
+def _checkpoints(run_dir: Path) -> list[tuple[Path, Manifest | SnapshotError]]:
+    """Returns the folder of each checkpoint in ``run_dir``, and its manifest or the error of reading it.
+
+    They are in the order of their commits; those without a readable manifest come first.
+    """
+    found: list[tuple[Path, Manifest | SnapshotError]] = []
+    for depth in range(DEPTH + 1):
+        for file in run_dir.glob("/".join(["*"] * depth + [MANIFEST])):
+            if not file.parent.name.startswith(TEMPORARY):
+                try:
+                    found.append((file.parent, read_manifest(file.parent)))
+                except SnapshotError as error:
+                    found.append((file.parent, error))
+    if not found:
+        _fail(f"There is no checkpoint in {run_dir}.")
+
+    def order(each: tuple[Path, Manifest | SnapshotError]) -> tuple[Path, int, str]:
+        path, manifest = each
+        return path.parent, manifest.number if isinstance(manifest, Manifest) else 0, path.name
+
+    return sorted(found, key=order)
 
 
-def _order(path: Path) -> tuple[str, int, str]:
-    try:
-        return path.parent.as_posix(), read_manifest(path).number, path.name
-    except eventtrain.SnapshotError:
-        return path.parent.as_posix(), 0, path.name
-
-
-def _readable(paths: list[Path]) -> list[tuple[Path, Manifest]]:
-    """With their manifests; one that cannot be read is said, and left out."""
-    found: list[tuple[Path, Manifest]] = []
-    for path in paths:
-        try:
-            found.append((path, read_manifest(path)))
-        except eventtrain.SnapshotError as error:
-            typer.echo(str(error), err=True)
-    return found
-
-
-def _size(size_bytes: float) -> str:
-    for unit in ("B", "kB", "MB", "GB"):
-        if size_bytes < 1000:
-            return f"{size_bytes:.3g} {unit}"
-        size_bytes /= 1000
-    return f"{size_bytes:.3g} TB"
-
-
-def _refuse(message: str) -> NoReturn:
+def _fail(message: str) -> NoReturn:
     typer.echo(f"Error: {message}", err=True)
     raise typer.Exit(2)

@@ -9,19 +9,18 @@ from typing import Annotated, Any
 import typer
 
 import eventtrain
-from eventtrain.cli import checkpoints as checkpoint_commands
+from eventtrain.cli import checkpoints
 from eventtrain.cli.demo import run_demo
 from eventtrain.cli.script import Job, imported, passed_through, prepare
 from eventtrain.config.load import FitConfig, load_run, run_json_schema
 from eventtrain.subscribers import ProgressBar
 
 app = typer.Typer(
-    help="eventtrain: training steps publish typed events, async subscribers act on them.",
+    help="Event-driven training loops for JAX.",
     no_args_is_help=True,
-    pretty_exceptions_enable=False,  # they show local variables, in which there may be secrets
+    pretty_exceptions_enable=False,  # they show local variables, which may contain secrets
 )
-
-app.add_typer(checkpoint_commands.app, name="checkpoints")
+app.add_typer(checkpoints.app, name="checkpoints")
 
 
 def _show_version(wanted: bool) -> None:
@@ -37,17 +36,14 @@ def main(
         typer.Option("--version", callback=_show_version, is_eager=True, help="Show the version and exit."),
     ] = False,
 ) -> None:
-    """What every subcommand has in common."""
+    """Holds the options of ``eventtrain`` itself."""
 
 
 @app.command()
 def demo(
-    out: Annotated[
-        Path | None,
-        typer.Option(help="Folder for the log and the checkpoints; runs/demo-<time> unless given."),
-    ] = None,
+    out: Annotated[Path | None, typer.Option(help="Folder for all files. Default: runs/demo-<time>.")] = None,
 ) -> None:
-    """Train a small network on real digits with every kind of subscriber, on the CPU, in well under a minute."""
+    """Train a small network on handwritten digits, with every kind of subscriber."""
     problem = run_demo(out)
     if problem is not None:
         typer.echo(f"The demo failed: {problem}", err=True)
@@ -57,10 +53,7 @@ def demo(
 @app.command()
 def schema(
     config: Annotated[
-        bool,
-        typer.Option(
-            "--config", help="Of a file for `eventtrain run`, with every type of subscriber installed."
-        ),
+        bool, typer.Option("--config", help="Print the schema of the files for `eventtrain run` instead.")
     ] = False,
 ) -> None:
     """Print the JSON Schema of all events."""
@@ -75,27 +68,28 @@ def run(
     config: Annotated[Path, typer.Option(help="TOML or YAML file with the sections fit and subscribers.")],
     overrides: Annotated[
         list[str] | None,
-        typer.Option("--set", metavar="SECTION.KEY=VALUE", help="Over what the file says; may be repeated."),
+        typer.Option("--set", metavar="SECTION.KEY=VALUE", help="Override a value of the file. Repeatable."),
     ] = None,
-    epochs: Annotated[int | None, typer.Option(min=1, help="Instead of what the file says.")] = None,
-    steps: Annotated[int | None, typer.Option(min=1, help="Instead of what the file says.")] = None,
+    epochs: Annotated[int | None, typer.Option(min=1, help="Number of epochs. Overrides the file.")] = None,
+    steps: Annotated[int | None, typer.Option(min=1, help="Number of steps. Overrides the file.")] = None,
     resume: Annotated[
         bool,
         typer.Option(
             "--resume",
-            help="Go on from the newest checkpoint; begin anew where there is none. Needs Trainer(run_dir=...).",
+            help="Resume from the newest checkpoint, or start from scratch if there is none. Requires "
+            "Trainer(run_dir=...).",
         ),
     ] = False,
 ) -> None:
-    """Train what a script defines, with the subscribers of a file."""
+    """Train the model of a script with the subscribers of a configuration file."""
     if epochs is not None and steps is not None:
-        raise typer.BadParameter("give --epochs or --steps, not both.")
+        raise typer.BadParameter("expected --epochs or --steps, not both.")
     try:
         settings = load_run(config, overrides or ())
         fit = settings.fit if epochs is None and steps is None else FitConfig(epochs=epochs, steps=steps)
         if fit.epochs is None and fit.steps is None:
             raise eventtrain.ConfigurationError(
-                f"{config} does not say how long: [fit] epochs = 20, or --epochs 20."
+                f"{config} does not set the length of the training. Add `epochs = 20` to [fit], or use --epochs 20."
             )
         with imported(script) as module:
             job = prepare(module, settings.subscribers)

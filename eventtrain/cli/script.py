@@ -1,4 +1,4 @@
-"""The script of ``eventtrain run``: a Python file that says what is trained, on what, and by which step."""
+"""The script of ``eventtrain run``: a Python file that defines the trainer and the data."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ EXAMPLE = """For example:
 
 @dataclass(frozen=True)
 class Job:
-    """What a script wants to have trained: the arguments of ``trainer.fit`` but for its length."""
+    """A trainer, and the data that it is to train and evaluate on."""
 
     trainer: et.Trainer[Any]
     data: Any
@@ -34,14 +34,16 @@ class Job:
 
 @contextmanager
 def imported(path: Path) -> Generator[ModuleType]:
-    """The file as a module of its own name, not ``__main__``; its folder is first on ``sys.path`` in the block.
+    """Imports the file as a module of its own name, not ``__main__``, with its folder first on ``sys.path``.
+
+    Both are undone at the end of the block.
 
     Raises:
-        ConfigurationError: there is no such file, or a loaded module has its name. What the file raises goes through.
+        ConfigurationError: the file does not exist, or a loaded module has its name. Errors of the file pass through.
     """
     name = path.stem
     if path.suffix != ".py" or not path.is_file():
-        raise et.ConfigurationError(f"{path} is no Python file.")
+        raise et.ConfigurationError(f"{path} is not a Python file.")
     if name in sys.modules:
         raise et.ConfigurationError(
             f"{path}: a module named {name!r} is loaded already, and the script would hide it. Rename the script."
@@ -50,7 +52,7 @@ def imported(path: Path) -> Generator[ModuleType]:
     assert spec is not None and spec.loader is not None  # noqa: PT018
     module = importlib.util.module_from_spec(spec)
     folder = str(path.absolute().parent)
-    sys.modules[name] = module  # where dataclasses look, and from where worker processes import its functions
+    sys.modules[name] = module  # dataclasses need it, and worker processes import its functions
     sys.path.insert(0, folder)
     try:
         spec.loader.exec_module(module)
@@ -61,81 +63,66 @@ def imported(path: Path) -> Generator[ModuleType]:
 
 
 def prepare(module: ModuleType, subscribers: Sequence[et.Subscriber]) -> Job:
-    """Have the script make its trainer and its data.
+    """Calls the script's functions, and returns its trainer with the subscribers, and its data.
 
-    ``make_trainer`` returns a Trainer, ``(trainer, data)`` or ``(trainer, data, eval_data)``. With a parameter
-    ``subscribers`` it gets them and hands them to the Trainer; without one they are subscribed afterwards.
+    ``make_trainer`` returns a Trainer, ``(trainer, data)`` or ``(trainer, data, eval_data)``. If it has a parameter
+    ``subscribers``, it must pass them to the Trainer; otherwise they are subscribed afterwards.
 
     Raises:
-        ConfigurationError: something is missing or of another kind. What the script raises goes through.
+        ConfigurationError: something is missing or has the wrong type. Errors of the script pass through.
     """
     make_trainer = getattr(module, "make_trainer", None)
     if not callable(make_trainer):
         raise et.ConfigurationError(f"{module.__file__} does not define make_trainer(). {EXAMPLE}")
     takes_subscribers = _takes_subscribers(make_trainer, module)
     made = make_trainer(subscribers=list(subscribers)) if takes_subscribers else make_trainer()
-    parts = made if isinstance(made, tuple) else (made,)
+    parts: tuple[Any, ...] = made if isinstance(made, tuple) else (made,)
     if not 1 <= len(parts) <= 3 or not isinstance(parts[0], et.Trainer):
+        kinds = ", ".join(type(part).__name__ for part in parts)
         raise et.ConfigurationError(
-            f"make_trainer() of {module.__file__} returned {_kind(made)}: needs a Trainer, (trainer, data) "
-            "or (trainer, data, eval_data)."
+            f"make_trainer() of {module.__file__} returned {f'({kinds})' if isinstance(made, tuple) else kinds}. "
+            "Expected a Trainer, (trainer, data) or (trainer, data, eval_data)."
         )
-    job = Job(
-        parts[0],
-        parts[1] if len(parts) > 1 else _defined(module, "data"),
-        parts[2] if len(parts) > 2 else _defined(module, "eval_data"),
-    )
+    defined = (_defined(module, name) for name in ("data", "eval_data")[len(parts) - 1 :])
+    job = Job(*parts, *defined)
     if job.data is None:
         raise et.ConfigurationError(f"{module.__file__} defines neither `data` nor make_data(). {EXAMPLE}")
-    if takes_subscribers:
-        _check_taken(job.trainer, subscribers, module)
-    else:
-        for subscriber in subscribers:
-            job.trainer.subscribe(subscriber)
+    missing = [one for one in subscribers if not any(one is taken for taken in job.trainer.subscribers)]
+    if takes_subscribers and missing:
+        names = ", ".join(type(subscriber).__name__ for subscriber in missing)
+        raise et.ConfigurationError(
+            f"make_trainer(subscribers) of {module.__file__} did not pass on {names}. Pass all of them: "
+            "Trainer(..., subscribers=[*subscribers, ...]). Or remove the parameter, and they are added afterwards."
+        )
+    for subscriber in missing:
+        job.trainer.subscribe(subscriber)
     return job
 
 
 def passed_through(error: BaseException, path: Path) -> bool:
-    """Whether the script's own lines were at work when ``error`` was raised."""
+    """Returns whether lines of the script were running when ``error`` was raised."""
     file = str(path.absolute())
     return any(frame.f_code.co_filename == file for frame, _ in walk_tb(error.__traceback__))
 
 
 def _takes_subscribers(make_trainer: Callable[..., Any], module: ModuleType) -> bool:
     parameters = inspect.signature(make_trainer).parameters
-    needed = [
+    required = [
         name
         for name, parameter in parameters.items()
         if name != "subscribers"
         and parameter.default is parameter.empty
         and parameter.kind not in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD)
     ]
-    if needed:
+    if required:
         raise et.ConfigurationError(
-            f"make_trainer() of {module.__file__} needs {', '.join(needed)}, which nobody gives. It may have a "
-            "parameter `subscribers`; give the others defaults."
+            f"make_trainer() of {module.__file__} has required parameters that eventtrain does not pass: "
+            f"{', '.join(required)}. Give them defaults; only `subscribers` is passed."
         )
     return "subscribers" in parameters
-
-
-def _check_taken(trainer: et.Trainer[Any], subscribers: Sequence[et.Subscriber], module: ModuleType) -> None:
-    left = [
-        type(one).__name__ for one in subscribers if not any(one is taken for taken in trainer.subscribers)
-    ]
-    if left:
-        raise et.ConfigurationError(
-            f"make_trainer(subscribers) of {module.__file__} did not hand on {', '.join(left)}. Pass all of them: "
-            "Trainer(..., subscribers=[*subscribers, ...]); or drop the parameter, and they are added afterwards."
-        )
 
 
 def _defined(module: ModuleType, name: str) -> Any:
     make = getattr(module, f"make_{name}", None)
     found = getattr(module, name, None)
     return make() if found is None and make is not None else found
-
-
-def _kind(made: Any) -> str:
-    if isinstance(made, tuple):
-        return f"({', '.join(type(part).__name__ for part in made)})"
-    return type(made).__name__

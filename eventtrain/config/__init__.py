@@ -1,1 +1,1 @@
-"""Runs described by a file: which subscribers, with which parameters, and for how long."""
+"""Configuration files: which subscribers a run has, with which parameters, and how long it trains."""

@@ -1,4 +1,4 @@
-"""What can stand in a file at all: settings and JSON Schema of the models that describe tables."""
+"""Settings and JSON Schema of the models that describe tables."""
 
 from __future__ import annotations
 
@@ -13,20 +13,20 @@ from pydantic_core import core_schema
 TABLE = ConfigDict(
     extra="forbid",
     frozen=True,
-    strict=True,  # a file has types of its own: "3" and true are no numbers
+    strict=True,  # a file has its own types: "3" and true are not numbers
     arbitrary_types_allowed=True,
-    hide_input_in_errors=True,  # it may hold secrets
+    hide_input_in_errors=True,  # it may contain secrets
     protected_namespaces=(),
 )
 
 
 def json_schema(model: type[BaseModel]) -> JsonSchemaValue:
-    """What a file may say, as JSON Schema."""
+    """Returns the JSON Schema of a table."""
     return model.model_json_schema(schema_generator=_FileSchema)
 
 
 def fits_a_file(annotation: Any) -> bool:
-    """Whether something that a file can say is valid: then there is a JSON Schema for it."""
+    """Returns whether a file can contain a valid value, which is the case if there is a JSON Schema for it."""
     try:
         json_schema(create_model("Parameter", __config__=TABLE, value=(annotation, ...)))
     except (PydanticSchemaGenerationError, PydanticInvalidForJsonSchema):
@@ -35,33 +35,33 @@ def fits_a_file(annotation: Any) -> bool:
 
 
 class _FileSchema(GenerateJsonSchema):
-    """Classes, functions and arbitrary objects have no JSON Schema, unless a validator in front makes them of data."""
+    """Classes, functions and arbitrary objects have no JSON Schema unless a validator creates them from data."""
 
     ignored_warning_kinds = {"skipped-choice", "non-serializable-default"}  # noqa: RUF012  # as Pydantic declares it
 
     def dataclass_schema(self, schema: core_schema.DataclassSchema) -> JsonSchemaValue:
-        """Says that unknown keys are refused, which Pydantic before 2.14 does, but does not say."""
+        """Adds that unknown keys are refused, which Pydantic before 2.14 does but does not declare."""
         found = super().dataclass_schema(schema)
         forbids = schema.get("config", {}).get("extra_fields_behavior") == "forbid"
         return {"additionalProperties": False} | found if forbids else found
 
     def is_subclass_schema(self, schema: core_schema.IsSubclassSchema) -> JsonSchemaValue:
-        """Pydantic's is ``{}``, as if everything were valid."""
+        """Refuses classes; Pydantic returns ``{}``, as if every value were valid."""
         return self.handle_invalid_for_json_schema(schema, f"a subclass of {schema['cls'].__name__}")
 
     def function_before_schema(self, schema: core_schema.BeforeValidatorFunctionSchema) -> JsonSchemaValue:
-        """What the function takes, which nobody knows where what it makes has no schema."""
+        """Accepts any input if the result of the function has no schema."""
         return self._or_anything(super().function_before_schema, schema)
 
     def function_wrap_schema(self, schema: core_schema.WrapValidatorFunctionSchema) -> JsonSchemaValue:
-        """As for a function in front."""
+        """Does the same for a wrapping function."""
         return self._or_anything(super().function_wrap_schema, schema)
 
     def union_schema(self, schema: core_schema.UnionSchema) -> JsonSchemaValue:
-        """The choices that have a schema; at least one."""
+        """Returns the choices that have a schema, and refuses a union without any."""
         found = super().union_schema(schema)
         if not found.get("anyOf", True):
-            return self.handle_invalid_for_json_schema(schema, "a union of nothing that data can be")
+            return self.handle_invalid_for_json_schema(schema, "a union of types that data cannot have")
         return found
 
     def _or_anything(self, generate: Callable[[Any], JsonSchemaValue], schema: Any) -> JsonSchemaValue:

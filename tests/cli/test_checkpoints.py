@@ -55,9 +55,9 @@ def test_ls_shows_what_each_one_holds_in_the_order_of_commits(run_dir: Path) -> 
     assert call("ls", run_dir / "ck/step-00000002")[1].splitlines()[1].endswith(".")
 
 
-def test_verify_reads_everything_and_names_what_is_broken(run_dir: Path) -> None:
+def test_verify_reads_everything_and_names_what_is_damaged(run_dir: Path) -> None:
     code, text = call("verify", run_dir)
-    assert (code, text.count(": whole")) == (0, 4)
+    assert (code, text.count(": ok")) == (0, 4)
     files = [path for path in (run_dir / "ck/step-00000004/arrays").rglob("*") if path.is_file()]
     damaged = max(files, key=lambda path: path.stat().st_size)
     damaged.write_bytes(damaged.read_bytes()[:-1])
@@ -65,10 +65,10 @@ def test_verify_reads_everything_and_names_what_is_broken(run_dir: Path) -> None
     code, text = call("verify", run_dir)
     assert code == 1
     lines = text.splitlines()
-    assert [line for line in lines if "broken" in line] == [lines[2], lines[3]]
-    assert "ck/step-00000004: broken" in lines[2]
+    assert [line for line in lines if "damaged" in line] == [lines[2], lines[3]]
+    assert "ck/step-00000004: damaged: " in lines[2]
     assert damaged.name in lines[2]
-    assert text.count(": whole") == 2
+    assert text.count(": ok") == 2
 
 
 def test_rm_asks_and_deletes_exactly_one(run_dir: Path) -> None:
@@ -87,7 +87,7 @@ def test_rm_asks_and_deletes_exactly_one(run_dir: Path) -> None:
     assert call("rm", run_dir / "ck", "step-00000004", "-y")[0] == 0
     assert names() == []
     assert call("rm", run_dir, "nothing", "-y") == (
-        2, f"Error: No checkpoint below {run_dir} has the step, tag or name 'nothing'.\n"
+        2, f"Error: No checkpoint in {run_dir} has the step, tag or name 'nothing'.\n"
     )  # fmt: skip
 
 

@@ -141,10 +141,15 @@ def test_a_progress_bar_of_the_file_is_the_only_one(tmp_path: Path, monkeypatch:
             SCRIPT,
             CONFIG.replace("patience", "patince"),
             [],
-            "unknown key 'patince'; did you mean 'patience'?",
+            "unknown key 'patince'. Did you mean 'patience'?",
         ),
         (SCRIPT, CONFIG, ["--set", "early_stopping.patince=3"], "(--set early_stopping.patince)"),
-        (SCRIPT, "", [], "run.toml does not say how long: [fit] epochs = 20, or --epochs 20."),
+        (
+            SCRIPT,
+            "",
+            [],
+            "run.toml does not set the length of the training. Add `epochs = 20` to [fit], or use --epochs 20.",
+        ),
         (
             SCRIPT.replace("make_trainer", "trainer"),
             CONFIG,
@@ -240,7 +245,7 @@ def test_the_help_of_run_is_whole() -> None:
     # Rich would take what stands in square brackets for markup, and show nothing of it.
     shown = " ".join(re.findall(r"\w+", runner.invoke(cli.app, ["run", "--help"]).stdout))
     assert "file with the sections fit and subscribers" in shown
-    assert shown.count("Instead of what the file says") == 2
+    assert shown.count("Overrides the file") == 2
 
 
 def eventtrain(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:

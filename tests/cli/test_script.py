@@ -73,18 +73,18 @@ def test_subscribers_are_handed_to_make_trainer_or_added_afterwards(script, para
         ("data = [1]", "does not define make_trainer(). For example:\n\n    def make_trainer(subscribers):"),
         ("make_trainer = 3\ndata = [1]", "does not define make_trainer()."),
         ("def make_trainer(): return trainer()", "defines neither `data` nor make_data(). For example:"),
-        ("def make_trainer(): return 3\ndata = [1]", "returned int: needs a Trainer, (trainer, data) or"),
-        ("def make_trainer(): return None\ndata = [1]", "returned NoneType: needs a Trainer"),
-        ("def make_trainer(): return [1], trainer()", "returned (list, Trainer): needs a Trainer"),
-        ("def make_trainer(): return trainer(), 1, 2, 3", "returned (Trainer, int, int, int): needs"),
-        ("def make_trainer(): return ()", "returned (): needs"),
+        ("def make_trainer(): return 3\ndata = [1]", "returned int. Expected a Trainer, (trainer, data) or"),
+        ("def make_trainer(): return None\ndata = [1]", "returned NoneType. Expected a Trainer"),
+        ("def make_trainer(): return [1], trainer()", "returned (list, Trainer). Expected a Trainer"),
+        ("def make_trainer(): return trainer(), 1, 2, 3", "returned (Trainer, int, int, int). Expected"),
+        ("def make_trainer(): return ()", "returned (). Expected"),
         (
             "def make_trainer(width, depth): return trainer()\ndata = [1]",
-            "needs width, depth, which nobody gives.",
+            "required parameters that eventtrain does not pass: width, depth.",
         ),
         (
             "def make_trainer(subscribers): return trainer()\ndata = [1]",
-            "did not hand on EarlyStopping. Pass all",
+            "did not pass on EarlyStopping. Pass all",
         ),
     ],
 )
@@ -131,8 +131,8 @@ def test_an_import_that_fails_leaves_nothing_behind(tmp_path) -> None:
 @pytest.mark.parametrize(
     ("name", "reason"),
     [
-        ("none.py", "is no Python file"),
-        ("run.toml", "is no Python file"),
+        ("none.py", "is not a Python file"),
+        ("run.toml", "is not a Python file"),
         ("queue.py", "a module named 'queue' is loaded"),
     ],
 )

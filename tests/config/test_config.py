@@ -21,11 +21,12 @@ from rich.console import Console
 
 import eventtrain as et
 from eventtrain import subscribers as subs
-from eventtrain.config import read
+from eventtrain.config import run_file
 from eventtrain.config.load import load_run, run_json_schema
-from eventtrain.config.model import build
-from eventtrain.config.names import subscriber_type, type_names
+from eventtrain.config.subscriber_config import build
+from eventtrain.config.subscriber_types import subscriber_type, type_names
 from eventtrain.events.models import snake_case
+from eventtrain.subscribers._shared.optional_imports import MissingModule
 from tests.conftest import python_path
 
 if TYPE_CHECKING:
@@ -138,7 +139,7 @@ import eventtrain as et
 heavy = {"eventtrain.config", "eventtrain.subscribers.policies", "orbax", "matplotlib", "httpx"}
 assert not heavy & set(sys.modules), heavy & set(sys.modules)
 et.load_subscribers
-from eventtrain.config.names import subscriber_type, type_names
+from eventtrain.config.subscriber_types import subscriber_type, type_names
 assert "checkpointer" in type_names()
 assert subscriber_type("early_stopping").__name__ == "EarlyStopping"
 assert "orbax" not in sys.modules
@@ -437,8 +438,8 @@ RULE = {"metric": "loss", "above": 1}
 @pytest.mark.parametrize(
     ("text", "expected"),
     [
-        (table(type="early_stopping", patince=3), STOP + "unknown key 'patince'; did you mean 'patience'?"),
-        (table(type="early_stopping", xyzzy=3), STOP + "unknown key 'xyzzy'; there are baseline, "),
+        (table(type="early_stopping", patince=3), STOP + "unknown key 'patince'. Did you mean 'patience'?"),
+        (table(type="early_stopping", xyzzy=3), STOP + "unknown key 'xyzzy'. Known keys: baseline, "),
         (table(type="early_stopping", patience="3"), STOP + 'patience = "3" should be a valid integer'),
         (table(type="early_stopping", patience=True), STOP + "patience = true should be a valid integer"),
         (table(type="early_stopping", mode="mni"), STOP + "mode = \"mni\" should be 'auto', 'min' or 'max'"),
@@ -459,15 +460,15 @@ RULE = {"metric": "loss", "above": 1}
         (table(type="wxyz"), "there is no type 'wxyz'. Known types: alerts, checkpointer, "),
         (
             table(typ="early_stopping"),
-            'run.toml, [[subscribers]] #1: needs a type, such as type = "early_stopping"',
+            'run.toml, [[subscribers]] #1: expected a type, such as type = "early_stopping"',
         ),
-        (table(type=3), "run.toml, [[subscribers]] #1: needs a type"),
+        (table(type=3), "run.toml, [[subscribers]] #1: expected a type"),
         (table(type="alerts"), ALERTS + "the key 'rules' is missing"),
         (table(type="alerts", rules=3), ALERTS + "rules should be a valid array"),
         (table(type="alerts", rules=[]), ALERTS + "Alerts(rules=[]) watches nothing."),
         (
             tomlish(type="alerts", rules=[{**RULE, "abov": 1}]),
-            ALERTS + "unknown key 'rules[0].abov'; did you mean 'above'?",
+            ALERTS + "unknown key 'rules[0].abov'. Did you mean 'above'?",
         ),
         (tomlish(type="alerts", rules=[RULE, {"above": 1}]), ALERTS + "the key 'rules[1].metric' is missing"),
         (tomlish(type="alerts", rules=[{"metric": "x"}]), ALERTS + "rules[0]: Rule('x') can never be broken"),
@@ -490,11 +491,11 @@ RULE = {"metric": "loss", "above": 1}
         ),
         (
             tomlish(type="alerts", rules=[{"type": "stall", "window": 3}]),
-            ALERTS + "unknown key 'rules[0].window'; there are after_s, cooldown_s, for_s, for_steps, ",
+            ALERTS + "unknown key 'rules[0].window'. Known keys: after_s, cooldown_s, for_s, for_steps, ",
         ),
         (
             tomlish(type="alerts", rules=[{"type": "stall", "afterr_s": 3}]),
-            ALERTS + "unknown key 'rules[0].afterr_s'; did you mean 'after_s'?",
+            ALERTS + "unknown key 'rules[0].afterr_s'. Did you mean 'after_s'?",
         ),
         (
             tomlish(type="alerts", rules=[{"type": "deadline", "at": "2030-01-31T08:00:00"}]),
@@ -508,15 +509,15 @@ RULE = {"metric": "loss", "above": 1}
             table(type="jsonl_logger", path="x", events=["epoch_complete"]),
             "events[0] = \"epoch_complete\": no such event. Did you mean 'epoch_completed'?",
         ),
-        ("[[subscriber]]\n", "run.toml: unknown section 'subscriber'; did you mean 'subscribers'?"),
-        ("[model]\n", "run.toml: unknown section 'model'; there are [fit] and [[subscribers]]."),
-        ("subscribers = 3\n", "run.toml: `subscribers` has to be an array of tables: [[subscribers]]."),
-        ("subscribers = [3]\n", "run.toml: `subscribers` has to be an array of tables: [[subscribers]]."),
-        ("fit = 3\n", "run.toml: `fit` has to be a table: [fit]."),
-        ("[fit]\nepoch = 3\n", "run.toml, [fit]: unknown key 'epoch'; did you mean 'epochs'?"),
+        ("[[subscriber]]\n", "run.toml: unknown section 'subscriber'. Did you mean 'subscribers'?"),
+        ("[model]\n", "run.toml: unknown section 'model'. Known sections: [fit] and [[subscribers]]."),
+        ("subscribers = 3\n", "run.toml: `subscribers` must be an array of tables: [[subscribers]]."),
+        ("subscribers = [3]\n", "run.toml: `subscribers` must be an array of tables: [[subscribers]]."),
+        ("fit = 3\n", "run.toml: `fit` must be a table: [fit]."),
+        ("[fit]\nepoch = 3\n", "run.toml, [fit]: unknown key 'epoch'. Did you mean 'epochs'?"),
         ("[fit]\nepochs = 0\n", "run.toml, [fit]: epochs = 0 should be greater than or equal to 1"),
-        ("[fit]\nepochs = 1\nsteps = 1\n", "run.toml, [fit]: give epochs or steps, not both"),
-        ("[fit]\nepochs =\n", "run.toml is no TOML: Invalid value (at line 2, column 9)."),
+        ("[fit]\nepochs = 1\nsteps = 1\n", "run.toml, [fit]: expected epochs or steps, not both"),
+        ("[fit]\nepochs =\n", "run.toml is not valid TOML: Invalid value (at line 2, column 9)."),
     ],
 )
 def test_what_is_wrong_is_told_with_file_table_key_and_the_nearest_that_exists(
@@ -532,16 +533,23 @@ def test_all_problems_of_a_table_are_told_at_once_and_the_table_is_counted(
     assert told == (
         'run.toml, [[subscribers]] #2, type = "early_stopping":\n'
         '  min_delta = "x" should be a valid number\n'
-        "  unknown key 'patince'; did you mean 'patience'?"
+        "  unknown key 'patince'. Did you mean 'patience'?"
     )
+
+
+def test_a_table_with_many_problems_is_told_in_at_most_20_lines(refusal: Callable[..., str]) -> None:
+    told = refusal(table(type="early_stopping", **{f"key{number}": 1 for number in range(40)}))
+    assert told.count("unknown key") == 15
+    assert told.endswith("\n  and 25 more")
+    assert len(told.splitlines()) <= 20
 
 
 def test_a_file_that_cannot_be_read_is_told_by_name(tmp_path: Path) -> None:
     (tmp_path / "latin.toml").write_bytes(b"# \xe9\n")
     for name, reason in (
         ("none.toml", "No such file"),
-        ("run.json", "is none of .toml, .yaml and .yml"),
-        ("latin.toml", "is no UTF-8 text"),
+        ("run.json", "expected a file name that ends in .toml, .yaml or .yml"),
+        ("latin.toml", "is not UTF-8 text"),
     ):
         with pytest.raises(et.ConfigurationError, match=f"{name}.*{reason}"):
             et.load_subscribers(tmp_path / name)
@@ -584,14 +592,17 @@ def test_yaml_says_the_same_as_toml(tmp_path: Path) -> None:
         ),
         (
             YAML + "subscribers: []\n",
-            "run.yaml is no YAML: found the key `subscribers` twice (line 11, column 1).",
+            "run.yaml is not valid YAML: found the key `subscribers` twice (line 11, column 1).",
         ),
-        ("fit: [\n", "run.yaml is no YAML: "),
-        ("- fit\n", "run.yaml: the outermost level has to be a mapping"),
-        ("a: !!python/object/apply:os.getcwd []\n", "run.yaml is no YAML: could not determine a constructor"),
-        ("fit: \x01\n", "run.yaml is no YAML: "),
+        ("fit: [\n", "run.yaml is not valid YAML: "),
+        ("- fit\n", "run.yaml: the top level must be a mapping"),
+        (
+            "a: !!python/object/apply:os.getcwd []\n",
+            "run.yaml is not valid YAML: could not determine a constructor",
+        ),
+        ("fit: \x01\n", "run.yaml is not valid YAML: "),
         ("subscribers: &all\n  - type: early_stopping\n    name: *all\n", "Circular reference"),
-        ("1: 2\n", "run.yaml: unknown section 1;"),
+        ("1: 2\n", "run.yaml: unknown section 1. "),
     ],
 )
 def test_yaml_that_is_wrong_is_told_as_toml_is(text: str, expected: str, refusal: Callable[..., str]) -> None:
@@ -601,8 +612,9 @@ def test_yaml_that_is_wrong_is_told_as_toml_is(text: str, expected: str, refusal
 def test_without_pyyaml_the_extra_is_named(
     monkeypatch: pytest.MonkeyPatch, refusal: Callable[..., str]
 ) -> None:
-    monkeypatch.setattr(read, "yaml_text", None)
-    assert "run.yaml: reading YAML needs PyYAML. Install it: pip install 'eventtrain[yaml]'." in refusal(
+    missing = MissingModule(ImportError("No module named 'yaml'"), "yaml", "A YAML file")
+    monkeypatch.setattr(run_file, "yaml", missing)
+    assert "No module named 'yaml'). Install it: pip install 'eventtrain[yaml]'." in refusal(
         YAML, name="run.yaml"
     )
 
@@ -671,30 +683,38 @@ def test_the_last_override_of_a_key_counts(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("text", "override", "expected"),
     [
-        (TWO, "strict.patince=3", "unknown key 'patince'; did you mean 'patience'? (--set strict.patince)"),
+        (TWO, "strict.patince=3", "unknown key 'patince'. Did you mean 'patience'? (--set strict.patince)"),
         (TWO, "strict.patience=x", 'patience = "x" should be a valid integer (--set strict.patience)'),
-        (TWO, "fit.epoch=3", "unknown key 'epoch'; did you mean 'epochs'? (--set fit.epoch)"),
-        (TWO, "stict.patience=3", "--set stict.patience: run.toml has no 'stict'; did you mean 'strict'?"),
+        (TWO, "fit.epoch=3", "unknown key 'epoch'. Did you mean 'epochs'? (--set fit.epoch)"),
+        (
+            TWO,
+            "stict.patience=3",
+            "--set stict.patience: run.toml has no section 'stict'. Did you mean 'strict'?",
+        ),
         (
             TWO,
             "xyz.patience=3",
-            "run.toml has no 'xyz'; it has fit, strict, early_stopping, reduce_lr_on_plateau, ",
+            "run.toml has no section 'xyz'. Known sections: fit, strict, early_stopping, reduce_lr_on_plateau, ",
         ),
-        (TWO, "subscribers.2.patience=3", "run.toml has no 'subscribers.2'; did you mean 'subscribers."),
+        (
+            TWO,
+            "subscribers.2.patience=3",
+            "run.toml has no section 'subscribers.2'. Did you mean 'subscribers.",
+        ),
         (
             TWO + table(type="early_stopping"),
             "early_stopping.patience=3",
-            "several of that type. Say which: subscribers.0.patience, subscribers.2.patience.",
+            "has 2 tables 'early_stopping'. Use subscribers.0.patience or subscribers.2.patience.",
         ),
         (
             TWO + TWO,
             "strict.patience=3",
-            "several of that name. Say which: subscribers.0.patience, subscribers.2",
+            "has 2 tables 'strict'. Use subscribers.0.patience or subscribers.2",
         ),
-        (TWO, "patience=3", "--set patience: needs the form section.key=value, such as fit.epochs=3"),
-        (TWO, "strict.patience", "--set strict.patience: needs the form section.key=value"),
-        (TWO, ".patience=3", "--set .patience: needs the form section.key=value"),
-        (TWO, "strict.=3", "--set strict.: needs the form section.key=value"),
+        (TWO, "patience=3", "--set patience: expected section.key=value, such as fit.epochs=3"),
+        (TWO, "strict.patience", "--set strict.patience: expected section.key=value"),
+        (TWO, ".patience=3", "--set .patience: expected section.key=value"),
+        (TWO, "strict.=3", "--set strict.: expected section.key=value"),
     ],
 )
 def test_an_override_that_cannot_work_is_told_as_such(
@@ -764,8 +784,8 @@ def test_another_package_offers_a_type_by_an_entry_point(beeper: Plugins) -> Non
     [
         ("beeper_plugin:Beper", ["AttributeError", "Beper"]),
         ("beeper_plugn:Beeper", ["ModuleNotFoundError", "beeper_plugn"]),
-        ("beeper_plugin:NoSubscriber", ["is no subclass of eventtrain.Subscriber"]),
-        ("beeper_plugin", ["is no subclass of eventtrain.Subscriber"]),
+        ("beeper_plugin:NoSubscriber", ["is not a subclass of eventtrain.Subscriber"]),
+        ("beeper_plugin", ["is not a subclass of eventtrain.Subscriber"]),
     ],
 )
 def test_an_entry_point_that_leads_nowhere_names_its_distribution(
