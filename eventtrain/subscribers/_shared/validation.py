@@ -13,23 +13,24 @@ def require_number(
     name: str,
     value: Any,
     *,
-    at_least: float | None = None,
-    above: float | None = None,
-    at_most: float | None = None,
-    below: float | None = None,
+    at_least: float = -math.inf,
+    above: float = -math.inf,
+    at_most: float = math.inf,
+    below: float = math.inf,
     optional: bool = False,
 ) -> None:
     """Raises ConfigurationError unless ``value`` is a finite number within the bounds, or None where ``optional``."""
-    bounds = ((">=", at_least), (">", above), ("<=", at_most), ("<", below))
     if value is None and optional:
         return
-    if not isinstance(value, bool) and isinstance(value, (int, float)) and math.isfinite(value):
-        too_small = (at_least is not None and value < at_least) or (above is not None and value <= above)
-        too_large = (at_most is not None and value > at_most) or (below is not None and value >= below)
-        if not too_small and not too_large:
-            return
-    limits = " and ".join(f"{sign} {bound:g}" for sign, bound in bounds if bound is not None)
-    raise _refusal(owner, name, value, f"a finite number {limits}".rstrip(), optional)
+    if (
+        isinstance(value, bool)
+        or not isinstance(value, (int, float))
+        or not math.isfinite(value)
+        or not (at_least <= value <= at_most and above < value < below)
+    ):
+        bounds = ((">=", at_least), (">", above), ("<=", at_most), ("<", below))
+        limits = " and ".join(f"{sign} {bound:g}" for sign, bound in bounds if math.isfinite(bound))
+        raise _refusal(owner, name, value, f"a finite number {limits}".rstrip(), optional)
 
 
 def require_count(owner: str, name: str, value: Any, *, at_least: int = 0, optional: bool = False) -> None:

@@ -62,13 +62,10 @@ class ColumnStore:
         self._total = 0
         self._lock = threading.Lock()
 
-    def __len__(self) -> int:
-        return min(self._rows, self._limit)
-
     @property
     def dropped(self) -> int:
         """Number of rows that were added and are no longer there."""
-        return self._total - len(self)
+        return self._total - min(self._rows, self._limit)
 
     def add(self, chunk: Mapping[str, ColumnArray]) -> None:
         """Adds some rows: columns of one length, at least one, which must not be changed afterwards."""

@@ -119,12 +119,12 @@ class EarlyStopping(MonitorPolicy):
 
     def _decide(self, event: Monitored, value: float, verdict: Verdict, control: Control) -> None:
         first = event.epoch == 0 if isinstance(event, EpochCompleted) else self._monitor.state.seen == 1
-        if verdict.improved and self._restores:
+        if verdict == "improved" and self._restores:
             control.snapshot(self._best_tag, reason=f"best {self._metric}: {value:.6g}")
         reason = self._threshold_passed(value)
-        if verdict.stop:
+        if verdict == "stop":
             reason = f"{self._metric} is NaN"
-        elif verdict.exhausted and not first:
+        elif verdict == "exhausted" and not first:
             reason = reason or self._explain(event.epoch)
         if reason:
             control.stop(reason=f"early stopping: {reason}")

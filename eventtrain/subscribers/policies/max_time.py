@@ -61,6 +61,7 @@ class MaxTime(Policy[MaxTimeState]):
     """
 
     _initial = MaxTimeState(elapsed_s=0.0)
+    events = (RunStarted, RunResumed)
     lag: Lag = {RunStarted: 0}  # noqa: RUF012  # read only
 
     def __init__(
@@ -91,15 +92,8 @@ class MaxTime(Policy[MaxTimeState]):
         self._run = run
         self._began_s = self._clock()
 
-    async def on_run_started(self, event: RunStarted, control: Control) -> None:
+    async def handle(self, event: RunStarted | RunResumed, control: Control) -> None:
         """Starts the timer, for the rest of the time."""
-        self._begin(control)
-
-    async def on_run_resumed(self, event: RunResumed, control: Control) -> None:
-        """Starts the timer in a run that resumes."""
-        self._begin(control)
-
-    def _begin(self, control: Control) -> None:
         if self._timer is not None:
             return
         left_s = self._max_s - self.elapsed_s

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from abc import abstractmethod
-from dataclasses import dataclass, replace
+from dataclasses import KW_ONLY, dataclass, replace
 from time import monotonic
 from typing import Literal
 
@@ -23,6 +23,8 @@ Unit = Literal["epochs", "steps", "evaluations", "seconds"]
 """Unit of patience, cooldown and start_from."""
 NaNPolicy = Literal["count", "ignore", "stop"]
 """A NaN counts as no improvement, is skipped, or stops the run. It is never the best value."""
+Verdict = Literal["", "improved", "exhausted", "stop"]
+"""The value is the best so far; it is not, and patience is exhausted; it is NaN, which stops the run."""
 Monitored = EpochCompleted | EvalCompleted | StepCompleted
 
 UNITS: dict[Unit, tuple[type[Monitored], int | None]] = {
@@ -32,21 +34,6 @@ UNITS: dict[Unit, tuple[type[Monitored], int | None]] = {
     "seconds": (EpochCompleted, None),
 }
 """Event with the metric, and lag; None where a decision depends on the clock, so that it is not reproducible anyway."""
-
-
-@dataclass(frozen=True)
-class Verdict:
-    """Result of one observation.
-
-    Attributes:
-        improved: the value is the best so far.
-        exhausted: it is not, and patience is exhausted.
-        stop: it is NaN, which stops the run.
-    """
-
-    improved: bool = False
-    exhausted: bool = False
-    stop: bool = False
 
 
 @dataclass(slots=True)
@@ -75,6 +62,7 @@ class MonitorState:
     elapsed_s: float = 0
 
 
+@dataclass(eq=False)
 class MetricMonitor:
     """State machine of Keras' ``EarlyStopping`` and ``ReduceLROnPlateau`` in one, for any unit of patience. Pure.
 
@@ -90,24 +78,16 @@ class MetricMonitor:
         nan: effect of a NaN.
     """
 
-    def __init__(
-        self,
-        goal: Goal,
-        patience: float = 0,
-        *,
-        unit: Unit = "epochs",
-        baseline: float | None = None,
-        cooldown: float = 0,
-        start_from: float = 0,
-        nan: NaNPolicy = "count",
-    ) -> None:
-        self.goal = goal
-        self.patience = patience
-        self.unit: Unit = unit
-        self.nan: NaNPolicy = nan
-        self._baseline = baseline
-        self._cooldown = cooldown
-        self._start_from = start_from
+    goal: Goal
+    patience: float = 0
+    _: KW_ONLY
+    unit: Unit = "epochs"
+    baseline: float | None = None
+    cooldown: float = 0
+    start_from: float = 0
+    nan: NaNPolicy = "count"
+
+    def __post_init__(self) -> None:
         self.load(MonitorState())
 
     def load(self, state: MonitorState) -> None:
@@ -133,31 +113,32 @@ class MetricMonitor:
         passed_s = self._passed_s(time_s)
         place = {"epochs": epoch, "steps": step, "evaluations": state.seen, "seconds": state.elapsed_s}
         state.seen += 1
-        if place[self.unit] < self._start_from:
-            return Verdict()
+        if place[self.unit] < self.start_from:
+            return ""
         elapsed = self._elapsed(step, passed_s)
         if math.isnan(value) and self.nan != "count":
-            return Verdict(stop=self.nan == "stop")
+            return "stop" if self.nan == "stop" else ""
         if state.cooldown_left > 0:
             state.cooldown_left = max(0, state.cooldown_left - elapsed)
             state.wait = 0
         improved = self.goal.improves(value, state.best)
         if improved:
             state.best, state.best_epoch, state.best_step = value, epoch, step
-        if improved and (self._baseline is None or self.goal.improves(value, self._baseline)):
+        if improved and (self.baseline is None or self.goal.improves(value, self.baseline)):
             state.wait = 0
         elif state.cooldown_left == 0:
             state.wait += elapsed
-        exhausted = not improved and state.cooldown_left == 0 and state.wait >= self.patience
-        return Verdict(improved, exhausted)
+        if improved:
+            return "improved"
+        return "exhausted" if state.cooldown_left == 0 and state.wait >= self.patience else ""
 
     def lengthen_cooldown(self, at_least: float) -> None:
         """Makes later cooldowns at least this long."""
-        self._cooldown = max(self._cooldown, at_least)
+        self.cooldown = max(self.cooldown, at_least)
 
     def begin_cooldown(self) -> None:
         """Restarts the count after a decision took effect, when the cooldown is over."""
-        self.state.cooldown_left = self._cooldown
+        self.state.cooldown_left = self.cooldown
         self.state.wait = 0
 
     def _passed_s(self, time_s: float) -> float:

@@ -95,9 +95,9 @@ class ReduceLROnPlateau(MonitorPolicy):
         await super().start(run)
 
     def _decide(self, event: Monitored, value: float, verdict: Verdict, control: Control) -> None:
-        if verdict.stop:
+        if verdict == "stop":
             control.stop(reason=f"{self._name}: {self._metric} is NaN")
-        elif verdict.exhausted and self._can_be_cut(event, control):
+        elif verdict == "exhausted" and self._can_be_cut(event, control):
             best = "nothing" if self.best is None else f"{self.best:.6g}"
             control.scale_hyperparam(
                 self._hyperparam,

@@ -227,9 +227,8 @@ class TerminateOnNaN(Policy[TerminateOnNaNState]):
         return kept is not None and step in (None, kept.step)
 
     def _release(self, place: Place, control: Control) -> None:
-        kept = control.snapshots.get(self._tag(place))
-        if kept is not None:
-            kept.release()
+        if self._is_kept(place, control):
+            control.snapshots[self._tag(place)].release()
 
     def _tag(self, place: Place) -> str:
         return f"{self._name}/{place}"
