@@ -11,7 +11,7 @@ import math
 import queue
 import threading
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from time import monotonic
 
@@ -276,10 +276,12 @@ class TrackerThread(WorkerThread):
         now = self._statistics
         return f"{now.waiting + now.lost} rows" if now.waiting or now.lost else "the end of the run"
 
-    def _count(self, **changes: int) -> None:
+    def _count(self, *, written: int = 0, waiting: int = 0, lost: int = 0, outages: int = 0) -> None:
         with self._lock:
             now = self._statistics
-            self._statistics = replace(now, **{name: getattr(now, name) + by for name, by in changes.items()})
+            self._statistics = TrackerStatistics(
+                now.written + written, now.waiting + waiting, now.lost + lost, now.outages + outages
+            )
 
 
 def _error_of(work: Callable[[], None]) -> StorageError | None:
