@@ -1,4 +1,7 @@
-"""The records of a checkpoint besides arrays, from which a run continues exactly: plain JSON data, validated."""
+"""The records of a checkpoint besides arrays, from which a run continues exactly: plain JSON data, validated.
+
+Each ``kind`` is part of the format on disk, so it does not follow the name of its class.
+"""
 
 from __future__ import annotations
 
@@ -26,6 +29,7 @@ class SavedMeans(Frozen):
 class SavedCommand(Frozen):
     """A command that was not due when the checkpoint was taken."""
 
+    kind: Literal["saved_order"] = "saved_order"
     command: AnyCommand
     cause_step: int
     cause_seq: int
@@ -52,6 +56,7 @@ class LoopRecord(Frozen):
         fingerprint: what an exact continuation depends on: versions, devices, options.
     """
 
+    kind: Literal["loop_facts"] = "loop_facts"
     step: int
     epoch: int
     batch: int
@@ -82,6 +87,7 @@ class StreamRecord(Frozen):
         watched: values of the hyperparameters that follow a schedule.
     """
 
+    kind: Literal["stream_facts"] = "stream_facts"
     seq: int = 0
     epoch_means: SavedMeans = SavedMeans()
     eval_means: SavedMeans = SavedMeans()
@@ -92,6 +98,7 @@ class StreamRecord(Frozen):
 class SavedSubscription(Frozen):
     """``SubscriptionCheckpoint`` of one subscription as JSON."""
 
+    kind: Literal["saved_share"] = "saved_share"
     state: dict[str, Any] | None = None
     unhandled: tuple[dict[str, Any], ...] = ()
     decided_on: tuple[bool, ...] = ()
@@ -122,6 +129,7 @@ class SavedSubscription(Frozen):
 class RunRecord(Frozen):
     """Everything of one checkpoint that is not an array."""
 
+    kind: Literal["run_facts"] = "run_facts"
     schema_version: Literal[1] = 1
     loop: LoopRecord
     stream: StreamRecord

@@ -32,7 +32,7 @@ class Committed:
     path: Path
     manifest: Manifest
     size_bytes: int = 0
-    """Of all files; known if it was just written."""
+    """Size of all files; known if it was just written."""
 
 
 def committed_in(directory: Path) -> list[Committed]:

@@ -30,13 +30,13 @@ PART_BYTES = 8 * 2**20
 PART_LIMIT = 9_000
 """S3 takes 10,000."""
 PARTS_AT_ONCE = 4
-"""Of one file, each held in memory."""
+"""Parts of one file that are sent at once, each held in memory."""
 REQUEST_RETRIES: Any = {
     "max_retries": 3,
     "retry_timeout": timedelta(minutes=2),
     "backoff": {"init_backoff": timedelta(milliseconds=100), "max_backoff": timedelta(seconds=2), "base": 2},
 }
-"""Of one request, by obstore, so that one busy answer does not send a file of a thousand parts back to its start."""
+"""Retries of one request, by obstore: after one busy answer a file of a thousand parts does not start again."""
 CLIENT_OPTIONS = frozenset(
     {
         "allow_http", "allow_invalid_certificates", "connect_timeout", "http1_only", "http2_only", "pool_idle_timeout",
@@ -72,7 +72,7 @@ def keep_secret(values: Mapping[str, str | bool | SecretStr]) -> Mapping[str, bo
 
 
 Options = Annotated[Mapping[str, str | bool | SecretStr], AfterValidator(keep_secret)]
-"""Of obstore's S3Store, GCSStore or AzureStore, and of its HTTP client. Any text among them may be secret."""
+"""Options of obstore's S3Store, GCSStore or AzureStore, and of its HTTP client. Any text among them may be secret."""
 
 
 class ObjectStore:

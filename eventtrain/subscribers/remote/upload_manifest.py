@@ -102,7 +102,7 @@ class UploadManifest(BaseModel):
 
     @property
     def size_bytes(self) -> int:
-        """Of all files."""
+        """Size of all files."""
         return sum(file.size_bytes for file in self.files)
 
     @property

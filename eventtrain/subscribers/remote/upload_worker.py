@@ -32,7 +32,7 @@ T = TypeVar("T")
 
 READ_BYTES = 8 * 2**20
 OPEN_FILES = 200
-"""Of one checkpoint; a process may have some 1,000 files open."""
+"""Files of one checkpoint that are held open; a process may have some 1,000 open."""
 
 
 @dataclass(frozen=True)

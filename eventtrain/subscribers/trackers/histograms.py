@@ -16,7 +16,15 @@ import numpy as np
 
 from eventtrain.control.snapshots import KeptSnapshot
 from eventtrain.errors import ConfigurationError, SnapshotError, StorageError
-from eventtrain.events import CommandRejected, EpochCompleted, SnapshotTaken, StepsCompleted
+from eventtrain.events import (
+    CommandRejected,
+    EpochCompleted,
+    Event,
+    RunResumed,
+    RunStarted,
+    SnapshotTaken,
+    StepsCompleted,
+)
 from eventtrain.subscribers._shared.validation import require_count
 from eventtrain.subscribers.base import RunContext
 from eventtrain.subscribers.trackers.recorded_values import Array
@@ -28,7 +36,7 @@ PATH_PART = re.compile(r"\[['\"]([^]]*)['\"]\]|\[([^]]*)\]|\.(\w+)")
 
 
 class HistogramSnapshots:
-    """Requests snapshots on a schedule, and reads the arrays of each.
+    """Requests snapshots on a schedule, and reads the arrays of each. It needs events of the types ``events``.
 
     Args:
         owner: name of the subscriber's class, for errors.
@@ -40,6 +48,8 @@ class HistogramSnapshots:
     Raises:
         ConfigurationError: an argument is invalid.
     """
+
+    events = (RunStarted, RunResumed, StepsCompleted, EpochCompleted, SnapshotTaken, CommandRejected)
 
     def __init__(
         self, owner: str, every: int | None, every_epochs: int | None, arrays: tuple[str, ...] | None
@@ -66,33 +76,39 @@ class HistogramSnapshots:
         self._tag = f"{name} reads"
         self._in_flight = False
 
-    def on_steps(self, event: StepsCompleted) -> None:
-        """Requests a snapshot if these steps are due."""
-        if self._every is not None and event.is_multiple_of(self._every):
-            self._request()
-
-    def on_epoch(self, event: EpochCompleted) -> None:
-        """Requests a snapshot if this epoch is due. Not of the last one: the run would end before it was taken."""
+    def handle(self, event: Event) -> KeptSnapshot | None:
+        """Requests a snapshot if one is due; returns the one that ``event`` announces: ``read`` or ``release`` it."""
         run = self._run
-        is_last = (
-            run is not None and run.epochs is not None and event.epoch + 1 >= run.start_epoch + run.epochs
-        )
-        if self._every_epochs is not None and event.is_multiple_of(self._every_epochs) and not is_last:
-            self._request()
-
-    def on_rejected(self, event: CommandRejected) -> None:
-        """Logs a warning, once, if a snapshot was refused, for example because the device has no room."""
-        if getattr(event.command, "tag", None) == self._tag:
-            self._in_flight = False
-            if not self._warned:
-                logger.warning("%s makes no histograms of step %d: %s", self._owner, event.step, event.reason)
-            self._warned = True
-
-    def taken(self, event: SnapshotTaken) -> KeptSnapshot | None:
-        """Returns the snapshot that ``event`` announces if it was requested here; ``read`` or ``release`` it."""
-        if event.tag != self._tag or self._run is None:
-            return None
-        return self._run.control.snapshots.get(self._tag)
+        match event:
+            case StepsCompleted():
+                if self._every is not None and event.is_multiple_of(self._every):
+                    self._request()
+            case EpochCompleted():
+                epochs = run.epochs if run is not None else None
+                # Not of the last epoch: the run would end before it was taken.
+                is_last = (
+                    run is not None and epochs is not None and event.epoch + 1 >= run.start_epoch + epochs
+                )
+                if (
+                    self._every_epochs is not None
+                    and event.is_multiple_of(self._every_epochs)
+                    and not is_last
+                ):
+                    self._request()
+            case RunStarted() | RunResumed():
+                self.release()  # of an earlier attempt
+            case CommandRejected() if getattr(event.command, "tag", None) == self._tag:
+                self._in_flight = False
+                if not self._warned:  # for example because the device has no room
+                    self._warned = True
+                    logger.warning(
+                        "%s makes no histograms of step %d: %s", self._owner, event.step, event.reason
+                    )
+            case SnapshotTaken() if event.tag == self._tag and run is not None:
+                return run.control.snapshots.get(self._tag)
+            case _:
+                pass
+        return None
 
     def read(self, snapshot: KeptSnapshot) -> dict[str, Array]:
         """Returns the arrays by name, as host arrays of numbers, and releases the snapshot. Blocks.

@@ -9,13 +9,8 @@ from typing import Any, Protocol
 
 from eventtrain.control.run_context import StepProgram
 from eventtrain.events import (
-    CommandRejected,
-    EpochCompleted,
     Event,
     RunFailed,
-    RunResumed,
-    RunStarted,
-    SnapshotTaken,
     StepsCompleted,
 )
 from eventtrain.subscribers._shared.validation import require_count
@@ -81,10 +76,7 @@ class MediaTracker(Tracker):
         self._record = check_record(owner, record)
         self._recorded_types = tuple(self._record)
         self._curves = TrackedCurves()
-        self.events = (
-            *(*TrackedCurves.events, RunResumed, RunFailed, SnapshotTaken, CommandRejected),
-            *self._recorded_types,
-        )
+        self.events = (*TrackedCurves.events, *HistogramSnapshots.events, RunFailed, *self._recorded_types)
         self._program = program
         self._program_written = False
         self._run: RunContext | None = None
@@ -106,20 +98,21 @@ class MediaTracker(Tracker):
         if target is None:
             return
         self._log(event, self._curves.points(event))
-        match event:
-            case StepsCompleted():
-                self._histograms.on_steps(event)
-                self._log_program(event, target)
-            case EpochCompleted():
-                self._histograms.on_epoch(event)
-            case RunStarted() | RunResumed():
-                self._histograms.release()  # of an earlier attempt
-            case SnapshotTaken():
-                self._log_histograms(event, target)
-            case CommandRejected():
-                self._histograms.on_rejected(event)
-            case _:
-                pass
+        if (
+            isinstance(event, StepsCompleted)
+            and self._program
+            and not self._program_written
+            and self._run is not None
+        ):
+            program = self._run.program()
+            if program is not None:
+                self._program_written = True
+                self._add(event, partial(target.log_program, event, program))
+        snapshot = self._histograms.handle(event)
+        if snapshot is not None:
+            arrays = cache(partial(self._histograms.read, snapshot))
+            if not self._add(event, lambda: target.log_histograms(event, snapshot.step, arrays())):
+                self._histograms.release(snapshot)
         if isinstance(event, self._recorded_types):
             values = cache(
                 partial(recorded_values, self._record, event)
@@ -136,19 +129,3 @@ class MediaTracker(Tracker):
             await super().stop()
         finally:
             self._histograms.release()
-
-    def _log_program(self, event: StepsCompleted, target: MediaTarget) -> None:
-        if not self._program or self._program_written or self._run is None:
-            return
-        program = self._run.program()
-        if program is not None:
-            self._program_written = True
-            self._add(event, partial(target.log_program, event, program))
-
-    def _log_histograms(self, event: SnapshotTaken, target: MediaTarget) -> None:
-        snapshot = self._histograms.taken(event)
-        if snapshot is None:
-            return
-        arrays = cache(partial(self._histograms.read, snapshot))
-        if not self._add(event, lambda: target.log_histograms(event, snapshot.step, arrays())):
-            self._histograms.release(snapshot)

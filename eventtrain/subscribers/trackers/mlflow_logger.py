@@ -41,7 +41,7 @@ logger = logging.getLogger("eventtrain")
 SEND_INTERVAL_S = 1.0
 """How long rows may be collected before they are sent in one request."""
 SEND_VALUES = 1000
-"""As many as MLflow takes in one request."""
+"""Limit of MLflow for one request."""
 
 
 class MLflowLoggerState(SavedState):
@@ -49,7 +49,7 @@ class MLflowLoggerState(SavedState):
 
     version: Literal[1] = 1
     run_id: str | None
-    """Of the run in MLflow; None while it is not known."""
+    """Id of the run in MLflow; None while it is not known."""
     token: str
     curve: HyperparamCurveState = HyperparamCurveState()
     evaluated_at: int = -1

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from functools import partial
+from math import isfinite
 from time import monotonic
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
@@ -23,21 +24,41 @@ from eventtrain.events import (
     RunResumed,
     StepsCompleted,
 )
+from eventtrain.events.models import Number, escape_surrogates
 from eventtrain.subscribers._shared.optional_imports import import_optional, require_installed
 from eventtrain.subscribers.base import RunContext
 from eventtrain.subscribers.trackers.tracker import Tracker
 
 if TYPE_CHECKING:
-    from eventtrain.subscribers.trackers.opentelemetry_recorder import Recorder
+    from opentelemetry.context import Context
+    from opentelemetry.metrics import MeterProvider
+    from opentelemetry.trace import Span, TracerProvider
 
-opentelemetry_recorder = import_optional(
-    "eventtrain.subscribers.trackers.opentelemetry_recorder", extra="opentelemetry", used_by="OpenTelemetry"
-)
+otel_context = import_optional("opentelemetry.context", extra="opentelemetry", used_by="OpenTelemetry")
+otel_metrics = import_optional("opentelemetry.metrics", extra="opentelemetry", used_by="OpenTelemetry")
+otel_trace = import_optional("opentelemetry.trace", extra="opentelemetry", used_by="OpenTelemetry")
 
+SCOPE = "eventtrain"
+UNIX_EPOCH = datetime.fromtimestamp(0, UTC)
 MEASURE_INTERVAL_S = 1.0
 """How often the values of the newest step are recorded; OpenTelemetry's readers export about once a minute."""
 ENDS = (EpochCompleted, RunCompleted, RunFailed)
 """After these, a value that is not recorded yet may never be exported."""
+Attributes = Mapping[str, str | bool | int | float]
+INSTRUMENTS = {
+    "steps": ("counter", "{step}", "Optimiser updates completed"),
+    "metric": ("gauge", "", "Of the newest step"),
+    "hyperparam": ("gauge", "", "The value in effect"),
+    "epoch.metric": ("gauge", "", "Mean over the last epoch"),
+    "evaluation.metric": ("gauge", "", "Mean over the last evaluation"),
+    "nonfinite": ("counter", "{value}", "Values of gauges that were NaN or infinite"),
+    "epoch.duration": ("histogram", "s", "Duration of each epoch"),
+    "evaluation.duration": ("histogram", "s", "Duration of each evaluation"),
+    "checkpoint.duration": ("histogram", "s", "Duration of each checkpoint"),
+    "checkpoint.size": ("histogram", "By", "Of each checkpoint"),
+    "checkpoint.failures": ("counter", "{checkpoint}", "Checkpoints that were not written"),
+}
+"""Name -> kind, unit, description."""
 
 
 @runtime_checkable
@@ -103,15 +124,12 @@ class OpenTelemetry(Tracker):
         attributes: Mapping[str, str] | None = None,
         finish_timeout_s: float = 10.0,
     ) -> None:
-        require_installed(opentelemetry_recorder)
+        require_installed(otel_trace)
         super().__init__(finish_timeout_s)
         _require_method("tracer_provider", tracer_provider, "get_tracer")
         _require_method("meter_provider", meter_provider, "get_meter")
         self._new_recorder = partial(
-            opentelemetry_recorder.Recorder,
-            tracer_provider,
-            meter_provider,
-            attributes=dict(attributes or {}),
+            Recorder, tracer_provider, meter_provider, attributes=dict(attributes or {})
         )
         self._run: RunContext | None = None
         self._recorder: Recorder | None = None
@@ -122,9 +140,8 @@ class OpenTelemetry(Tracker):
     async def start(self, run: RunContext) -> None:
         """Begins the span of the run, on the thread that records."""
         self._run = run
-        context = opentelemetry_recorder.get_current()
         self._recorder = recorder = self._new_recorder(
-            context=context, run_id=run.run_id, step=run.start_step, time=datetime.now(UTC)
+            context=otel_context.get_current(), run_id=run.run_id, step=run.start_step, time=datetime.now(UTC)
         )
         self._start_thread(run, "OpenTelemetry", recorder.open)
 
@@ -161,3 +178,202 @@ def _require_method(argument: str, provider: Any, method: str) -> None:
         raise ConfigurationError(
             f"OpenTelemetry({argument}=...): it must have a method {method}(), got {kind}."
         )
+
+
+class Recorder:
+    """Records the events of one run; one thread at a time. Nothing is done before ``open``.
+
+    A span may be exported where it ends, which may block.
+
+    Args:
+        tracer_provider, meter_provider: None: the global ones.
+        attributes: of every span and every measurement.
+        context: of the span of the run, as OpenTelemetry has it where the run begins.
+        run_id, step, time: of the beginning.
+    """
+
+    def __init__(
+        self,
+        tracer_provider: Any,
+        meter_provider: Any,
+        *,
+        attributes: Attributes,
+        context: Context,
+        run_id: str,
+        step: int,
+        time: datetime,
+    ) -> None:
+        self._providers: tuple[TracerProvider | None, MeterProvider | None] = tracer_provider, meter_provider
+        self._attributes = attributes
+        self._context = context
+        self._run_id = run_id
+        self._counted_step = step
+        self._last_ns = _ns(time)
+        self._epoch: Span | None = None
+        self._evaluation: Span | None = None
+        self._checkpoints: dict[str, Span] = {}
+
+    def open(self) -> None:
+        """Begins the span of the run."""
+        self._tracer = otel_trace.get_tracer(SCOPE, tracer_provider=self._providers[0])
+        self._instruments = _Instruments(self._providers[1], self._attributes)
+        attributes = {"run_id": self._run_id, "start_step": self._counted_step}
+        self._run = self._begin("run", self._last_ns, self._context, attributes)
+
+    def record(self, event: Event) -> None:
+        """Records one event; call it in the order of the events."""
+        now_ns = _ns(event.time)
+        self._last_ns = max(self._last_ns, now_ns)
+        match event:
+            case EpochStarted():
+                self._end_epoch_and_evaluation(None)
+                self._epoch = self._begin_epoch(event.epoch, now_ns)
+            case EpochCompleted():
+                self._end_measured(
+                    "epoch", self._epoch or self._begin_epoch(event.epoch, _began_ns(event)), event
+                )
+                self._epoch = None
+            case EvalStarted():
+                self._evaluation = self._begin_evaluation(event.epoch, now_ns)
+            case EvalCompleted():
+                span = self._evaluation or self._begin_evaluation(event.epoch, _began_ns(event))
+                self._end_measured("evaluation", span, event)
+                self._evaluation = None
+            case CheckpointStarted():
+                self._checkpoints[event.path] = self._begin_checkpoint(event, now_ns)
+            case CheckpointCommitted():
+                span = self._checkpoints.pop(event.path, None) or self._begin_checkpoint(
+                    event, _began_ns(event)
+                )
+                span.set_attributes(_prefixed({"size_bytes": event.size_bytes}))
+                self._end(span, now_ns)
+                self._instruments.record("checkpoint.duration", event.duration_s)
+                self._instruments.record("checkpoint.size", event.size_bytes)
+            case CheckpointFailed():
+                span = self._checkpoints.pop(event.path, None) or self._begin_checkpoint(event, now_ns)
+                self._end(span, now_ns, event.error)
+                self._instruments.add("checkpoint.failures", 1)
+            case RunResumed() | RunCompleted() | RunFailed():
+                self._record_run(event, now_ns)
+            case _:
+                pass
+
+    def measure(self, window: StepsCompleted, hyperparams: Mapping[str, Number]) -> None:
+        """Records the values of the newest step, and the number of steps since the last call."""
+        self._instruments.add("steps", window.last_step - self._counted_step)
+        self._counted_step = window.last_step
+        self._instruments.set("metric", {name: column[-1].item() for name, column in window.metrics.items()})
+        self._instruments.set("hyperparam", hyperparams)
+
+    def close(self) -> None:
+        """Ends the spans that are open, and that of the run."""
+        self._end_epoch_and_evaluation(None)
+        for path in list(self._checkpoints):
+            self._end(self._checkpoints.pop(path), self._last_ns)
+        self._end(self._run, self._last_ns)
+
+    def _record_run(self, event: RunResumed | RunCompleted | RunFailed, now_ns: int) -> None:
+        if isinstance(event, RunResumed):
+            self._counted_step = event.step
+            self._run.set_attributes(_prefixed({"resumed": True, "start_step": event.step}))
+            if event.batch > 0:  # its EpochStarted was published in the earlier attempt
+                self._epoch = self._begin_epoch(event.epoch, now_ns)
+        elif isinstance(event, RunCompleted):
+            self._end_epoch_and_evaluation(None)
+            ending = {"step": event.step, "stop_reason": event.reason, "deterministic": event.deterministic}
+            self._run.set_attributes(_prefixed(ending))
+        else:
+            self._end_epoch_and_evaluation("the run failed")
+            self._run.set_attributes(_prefixed({"step": event.step}))
+            kind, _, message = escape_surrogates(event.error).partition(": ")
+            exception = {"exception.type": kind, "exception.message": message}
+            self._run.add_event("exception", exception, now_ns)
+            self._run.set_status(
+                otel_trace.Status(otel_trace.StatusCode.ERROR, escape_surrogates(event.error))
+            )
+
+    def _end_epoch_and_evaluation(self, error: str | None) -> None:
+        for span in (self._evaluation, self._epoch):
+            if span is not None:
+                span.set_attributes(_prefixed({"complete": False}))
+                self._end(span, self._last_ns, error)
+        self._evaluation = self._epoch = None
+
+    # --- spans ------------------------------------------------------------------------------------------------
+
+    def _begin(self, name: str, start_ns: int, context: Context, attributes: Attributes) -> Span:
+        return self._tracer.start_span(
+            f"eventtrain.{name}",
+            context=context,
+            attributes={**self._attributes, **_prefixed(attributes)},
+            start_time=start_ns,
+        )
+
+    def _begin_epoch(self, epoch: int, start_ns: int) -> Span:
+        return self._begin("epoch", start_ns, otel_trace.set_span_in_context(self._run), {"epoch": epoch})
+
+    def _begin_evaluation(self, epoch: int, start_ns: int) -> Span:
+        parent = otel_trace.set_span_in_context(self._epoch if self._epoch is not None else self._run)
+        return self._begin("evaluation", start_ns, parent, {"epoch": epoch})
+
+    def _begin_checkpoint(
+        self, event: CheckpointStarted | CheckpointCommitted | CheckpointFailed, start_ns: int
+    ) -> Span:
+        named = {"tag": event.tag} if event.tag is not None else {}
+        # Of the run and not of an epoch, which it may outlast.
+        parent = otel_trace.set_span_in_context(self._run)
+        return self._begin("checkpoint", start_ns, parent, {"step": event.step, "path": event.path, **named})
+
+    def _end_measured(self, name: str, span: Span, event: EpochCompleted | EvalCompleted) -> None:
+        values = {f"metric.{metric}": float(value) for metric, value in event.metrics.items()}
+        span.set_attributes(_prefixed({"step": event.step, "steps": event.steps, **values}))
+        self._end(span, _ns(event.time))
+        self._instruments.record(f"{name}.duration", event.duration_s)
+        self._instruments.set(f"{name}.metric", event.metrics)
+
+    def _end(self, span: Span, end_ns: int, error: str | None = None) -> None:
+        if error is not None:
+            span.set_status(otel_trace.Status(otel_trace.StatusCode.ERROR, escape_surrogates(error)))
+        span.end(end_ns)
+
+
+class _Instruments:
+    """Instruments of a meter; each measurement has ``attributes``."""
+
+    def __init__(self, provider: MeterProvider | None, attributes: Attributes) -> None:
+        meter = otel_metrics.get_meter(SCOPE, meter_provider=provider)
+        self._attributes = attributes
+        self._instruments: dict[str, Any] = {
+            name: getattr(meter, f"create_{kind}")(f"eventtrain.{name}", unit, description)
+            for name, (kind, unit, description) in INSTRUMENTS.items()
+        }
+
+    def add(self, counter: str, amount: int) -> None:
+        self._instruments[counter].add(amount, self._attributes)
+
+    def record(self, histogram: str, value: float) -> None:
+        self._instruments[histogram].record(value, self._attributes)
+
+    def set(self, gauge: str, values: Mapping[str, Number]) -> None:
+        """Sets a gauge for each name; counts NaN and infinities instead, which the SDK refuses."""
+        for name, value in values.items():
+            attributes = {**self._attributes, "name": escape_surrogates(name)}
+            if isfinite(value):
+                self._instruments[gauge].set(float(value), attributes)
+            else:
+                self._instruments["nonfinite"].add(1, attributes)
+
+
+def _prefixed(attributes: Attributes) -> dict[str, str | bool | int | float]:
+    return {
+        f"eventtrain.{escape_surrogates(name)}": escape_surrogates(value) if isinstance(value, str) else value
+        for name, value in attributes.items()
+    }
+
+
+def _began_ns(event: EpochCompleted | EvalCompleted | CheckpointCommitted) -> int:
+    return _ns(event.time) - int(event.duration_s * 1e9)
+
+
+def _ns(time: datetime) -> int:
+    return (time - UNIX_EPOCH) // timedelta(microseconds=1) * 1000

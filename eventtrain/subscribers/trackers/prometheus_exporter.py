@@ -4,13 +4,19 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Mapping
+from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping
+from contextlib import suppress
+from dataclasses import dataclass, field, fields
 from functools import partial
+from operator import attrgetter
+from socket import SHUT_RDWR
 from typing import TYPE_CHECKING, Any, Literal
 
 import anyio
 import anyio.to_thread
 
+from eventtrain.bus.subscription import SubscriptionStatistics
+from eventtrain.control.loop_statistics import LoopStatistics
 from eventtrain.errors import ConfigurationError
 from eventtrain.events import (
     AlertRaised,
@@ -26,6 +32,7 @@ from eventtrain.events import (
     StepsCompleted,
     SubscriberFailed,
 )
+from eventtrain.events.models import Number, escape_surrogates
 from eventtrain.subscribers._shared.optional_imports import import_optional, require_installed
 from eventtrain.subscribers._shared.state import SavedState
 from eventtrain.subscribers._shared.validation import require_count
@@ -33,17 +40,36 @@ from eventtrain.subscribers.base import RunContext, Subscriber
 
 if TYPE_CHECKING:
     from prometheus_client import CollectorRegistry
+    from prometheus_client.core import Metric
 
-    from eventtrain.subscribers.trackers.prometheus_metrics import ASGIApp, MetricsServer, RunCollector
-
-prometheus_metrics = import_optional(
-    "eventtrain.subscribers.trackers.prometheus_metrics", extra="prometheus", used_by="PrometheusExporter"
-)
+prometheus_client = import_optional("prometheus_client", extra="prometheus", used_by="PrometheusExporter")
+prometheus_core = import_optional("prometheus_client.core", extra="prometheus", used_by="PrometheusExporter")
 
 logger = logging.getLogger("eventtrain")
 
 OWN_LABELS = frozenset({"name", "part", "result", "run_id", "severity", "subscriber"})
 """Labels of the exporter's own metrics."""
+CLIENT_TIMEOUT_S = 10.0
+"""A connection on which the client sends nothing for this long is closed."""
+
+ASGIApp = Callable[[Any, Any, Any], Awaitable[None]]
+LabelledValues = Iterable[tuple[tuple[str, ...], float]]
+"""Values of the labels, and the value."""
+Kind = Literal["Gauge", "Counter"]
+
+SUBSCRIBER_METRICS: Mapping[str, tuple[Kind, Callable[[SubscriptionStatistics], float], str]] = {
+    "active": ("Gauge", lambda one: one.state == "active", "1 unless it was switched off."),
+    "events": ("Counter", attrgetter("delivered"), "Events handled."),
+    "errors": ("Counter", attrgetter("errors"), "Failed attempts to handle an event."),
+    "dropped": ("Counter", attrgetter("dropped"), "Events that its queue dropped."),
+    "pending": ("Gauge", attrgetter("pending"), "Events that wait or are being handled."),
+    "lag_events": ("Gauge", attrgetter("lag_events"), "Events it is behind."),
+    "lag_seconds": ("Gauge", attrgetter("lag_s"), "Age of the oldest event that waits."),
+    "handler_seconds": ("Counter", attrgetter("handler_wall_s"), "Time in its handler."),
+    "handler_cpu_seconds": ("Counter", attrgetter("handler_cpu_s"), "CPU time of its handler."),
+    "longest_slice_seconds": ("Gauge", attrgetter("longest_slice_s"), "Longest hold of the event loop."),
+}
+"""Name -> kind of metric, value of the subscription's statistics, documentation."""
 
 
 class PrometheusExporterState(SavedState):
@@ -85,7 +111,7 @@ class PrometheusExporter(Subscriber):
         labels: Mapping[str, str] | None = None,
         require_port: bool = False,
     ) -> None:
-        require_installed(prometheus_metrics)
+        require_installed(prometheus_client)
         if port is not None:
             require_count("PrometheusExporter", "port", port)
             if port > 65_535:
@@ -94,7 +120,7 @@ class PrometheusExporter(Subscriber):
         self._wanted_port = port
         self._host = host
         self._require_port = require_port
-        self._collector: RunCollector = prometheus_metrics.RunCollector(dict(labels or {}))
+        self._collector = RunCollector(dict(labels or {}))
         self._loaded: PrometheusExporterState | None = None
         self._server: MetricsServer | None = None
 
@@ -114,12 +140,12 @@ class PrometheusExporter(Subscriber):
         In Starlette: ``Route("/metrics", exporter.asgi_app())``. An app that is mounted, there or in FastAPI by
         ``app.mount("/metrics", ...)``, answers at ``/metrics/``, to which ``/metrics`` is redirected.
         """
-        return prometheus_metrics.ASGIExposition(self.registry)
+        return ASGIExposition(self.registry)
 
     async def start(self, run: RunContext) -> None:
         """Starts the server. Raises OSError if the port is not available and ``require_port`` is set."""
         before, loaded, self._loaded = self._collector.latest, self._loaded, None
-        self._collector.latest = prometheus_metrics.LatestEvents(
+        self._collector.latest = LatestEvents(
             run_id=run.run_id,
             run=run,
             step=before.step,
@@ -128,7 +154,7 @@ class PrometheusExporter(Subscriber):
         )
         if self._wanted_port is None:
             return
-        listen = partial(prometheus_metrics.MetricsServer, self.registry, self._host, self._wanted_port)
+        listen = partial(MetricsServer, self.registry, self._host, self._wanted_port)
         try:
             self._server = await anyio.to_thread.run_sync(listen, limiter=anyio.CapacityLimiter(1))
         except OSError as error:
@@ -176,7 +202,7 @@ class PrometheusExporter(Subscriber):
         """Keeps the last values and stops the server."""
         latest = self._collector.latest
         if latest.run is not None:
-            latest.at_end = prometheus_metrics.RunStatistics.of(latest.run)
+            latest.at_end = RunStatistics.of(latest.run)
             latest.run = None
         server, self._server = self._server, None
         if server is not None:
@@ -200,6 +226,158 @@ class PrometheusExporter(Subscriber):
         latest.checkpoints = {**latest.checkpoints, result: latest.checkpoints[result] + 1}
 
 
+@dataclass(frozen=True)
+class RunStatistics:
+    """Statistics that a running run is asked for at each scrape."""
+
+    hyperparams: Mapping[str, Number]
+    loop: LoopStatistics
+    subscriptions: Mapping[str, SubscriptionStatistics]
+
+    @classmethod
+    def of(cls, run: RunContext) -> RunStatistics:
+        """Returns the current ones. Any thread; never blocks."""
+        return cls(dict(run.control.hyperparams), run.loop_statistics(), run.statistics())
+
+
+@dataclass
+class LatestEvents:
+    """The latest event of each kind. Written by handlers on the event loop, read by the threads of scrapes.
+
+    The value of a field is replaced, never changed, so readers need no lock.
+    """
+
+    run_id: str = ""
+    run: RunContext | None = None
+    """None after the run has ended."""
+    step: int = 0
+    window: StepsCompleted | None = None
+    epoch: EpochCompleted | None = None
+    evaluation: EvalCompleted | None = None
+    committed: CheckpointCommitted | None = None
+    checkpoints: Mapping[str, int] = field(
+        default_factory=lambda: {"committed": 0, "failed": 0, "skipped": 0}
+    )
+    alerts: Mapping[tuple[str, str], int] = field(default_factory=dict[tuple[str, str], int])
+    """(name, severity) -> 1 while it is raised, then 0."""
+    at_end: RunStatistics | None = None
+
+
+class RunCollector:
+    """The only collector of ``registry``. Collecting never blocks; any thread.
+
+    Args:
+        labels: added to each sample.
+    """
+
+    def __init__(self, labels: Mapping[str, str]) -> None:
+        self.latest = LatestEvents()
+        self.registry: CollectorRegistry = prometheus_client.CollectorRegistry()
+        self._labels = {name: escape_surrogates(value) for name, value in labels.items()}
+        self.registry.register(self)
+
+    def collect(self) -> Iterator[Metric]:
+        """Yields all metrics; prometheus_client calls it for each scrape, on the thread of the scrape."""
+        latest = self.latest
+        run = latest.run
+        statistics = RunStatistics.of(run) if run is not None else latest.at_end
+        if latest.run_id:
+            info = prometheus_core.InfoMetricFamily("eventtrain_run", "The run that is observed.")
+            info.add_metric([], {**self._labels, "run_id": escape_surrogates(latest.run_id)})
+            yield info
+        yield from self._events(latest, run is not None)
+        if statistics is not None:
+            yield from self._statistics(statistics)
+
+    def _events(self, latest: LatestEvents, is_running: bool) -> Iterator[Metric]:
+        gauge, counter = partial(self._metric, "Gauge"), partial(self._metric, "Counter")
+        yield gauge("running", "1 while a run is under way.", _single(is_running))
+        yield counter("steps", "Optimiser updates completed.", _single(latest.step))
+        if (window := latest.window) is not None:
+            heard_s = _single(window.time.timestamp())
+            yield gauge("last_window_timestamp_seconds", "Time of the newest step.", heard_s)
+            last = {name: column[-1].item() for name, column in window.metrics.items()}
+            yield gauge("metric", "Of the newest step.", _named(last), "name")
+        if (epoch := latest.epoch) is not None:
+            yield counter("epochs", "Epochs completed.", _single(epoch.epoch + 1))
+            yield gauge("epoch_duration_seconds", "Of the last epoch completed.", _single(epoch.duration_s))
+            yield gauge("epoch_metric", "Mean over the last epoch completed.", _named(epoch.metrics), "name")
+        if (evaluation := latest.evaluation) is not None:
+            means = _named(evaluation.metrics)
+            yield gauge("evaluation_metric", "Mean over the last evaluation.", means, "name")
+        yield counter("checkpoints", "Checkpoints by result.", _named(latest.checkpoints), "result")
+        if (committed := latest.committed) is not None:
+            yield gauge("checkpoint_step", "Of the newest checkpoint.", _single(committed.step))
+            yield gauge("checkpoint_size_bytes", "Of the newest checkpoint.", _single(committed.size_bytes))
+            duration_s = _single(committed.duration_s)
+            yield gauge("checkpoint_duration_seconds", "Of writing the newest checkpoint.", duration_s)
+        yield gauge("alert", "1 while it is raised.", latest.alerts.items(), "name", "severity")
+
+    def _statistics(self, statistics: RunStatistics) -> Iterator[Metric]:
+        gauge, counter = partial(self._metric, "Gauge"), partial(self._metric, "Counter")
+        yield gauge("hyperparam", "The value in effect.", _named(statistics.hyperparams), "name")
+        loop = statistics.loop
+        yield counter("run_seconds", "Duration of the run.", _single(loop.duration_s))
+        parts = [one.name for one in fields(loop) if one.name.endswith("_s") and one.name != "duration_s"]
+        seconds = _named({name.removesuffix("_s"): getattr(loop, name) for name in parts})
+        yield counter("loop_seconds", "Time of the training thread by part.", seconds, "part")
+        for name, (kind, value_of, documentation) in SUBSCRIBER_METRICS.items():
+            values = {owner: value_of(one) for owner, one in statistics.subscriptions.items()}
+            yield self._metric(kind, f"subscriber_{name}", documentation, _named(values), "subscriber")
+
+    def _metric(
+        self, kind: Kind, name: str, documentation: str, values: LabelledValues, *labels: str
+    ) -> Metric:
+        new_family = getattr(prometheus_core, f"{kind}MetricFamily")
+        family = new_family(f"eventtrain_{name}", documentation, labels=[*self._labels, *labels])
+        for given, value in values:
+            family.add_metric([*self._labels.values(), *map(escape_surrogates, given)], float(value))
+        return family
+
+
+class ASGIExposition:
+    """ASGI app that answers with the metrics, whatever the path. Not a function: Starlette's Route wraps those."""
+
+    def __init__(self, registry: CollectorRegistry) -> None:
+        self._app: ASGIApp = prometheus_client.make_asgi_app(registry)
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        """Answers one request."""
+        await self._app(scope, receive, send)
+
+
+class MetricsServer:
+    """prometheus_client's HTTP server: a daemon thread for each connection; listens until ``close``.
+
+    Args:
+        registry: collected for each request, on the thread of that request.
+        host: a name or an address of this machine.
+        port: 0 takes a free one.
+
+    Creating and closing it block; any thread.
+
+    Raises:
+        OSError: the address cannot be listened on.
+    """
+
+    def __init__(self, registry: CollectorRegistry, host: str, port: int) -> None:
+        server: Any  # which handler it has is not part of its type
+        server, self._thread = prometheus_client.start_http_server(port, host, registry)
+        handler = server.RequestHandlerClass
+        server.RequestHandlerClass = type("Handler", (handler,), {"timeout": CLIENT_TIMEOUT_S})
+        self._server = server
+        self.port: int = server.server_port
+        """The port that it listens on."""
+
+    def close(self) -> None:
+        """Frees the port. Does not wait for requests that are being answered."""
+        with suppress(OSError):  # wakes the thread, which otherwise looks every 0.5 s whether it has to end
+            self._server.socket.shutdown(SHUT_RDWR)
+        self._server.shutdown()
+        self._server.server_close()
+        self._thread.join()
+
+
 def _require_labels(labels: Any) -> None:
     """Raises ConfigurationError unless ``labels`` is a mapping from valid label names to text, or None."""
     if labels is not None and not isinstance(labels, Mapping):
@@ -216,3 +394,11 @@ def _require_labels(labels: Any) -> None:
                 f"PrometheusExporter(labels=...): a name must consist of letters, digits and _, must not begin with a "
                 f"digit or __, and must not be one of {', '.join(sorted(OWN_LABELS))}; got {name!r}."
             )
+
+
+def _single(value: float) -> LabelledValues:
+    return [((), float(value))]
+
+
+def _named(values: Mapping[str, Number]) -> LabelledValues:
+    return [((name,), float(value)) for name, value in values.items()]

@@ -43,7 +43,7 @@ class RecordWriter:
         self._file = file
 
     def begin(self, event: RunStarted | RunResumed) -> None:
-        """Writes the first records of a file: readers forget what other files say of the steps after ``event``."""
+        """Writes the first records of a file: readers then ignore the steps after ``event`` in other files."""
         time_s = event.time.timestamp()
         start = SessionLog(status=SessionLog.START)
         version = Record(wall_time=time_s, file_version="brain.Event:2")

@@ -93,7 +93,7 @@ class TrackerThread(WorkerThread):
         self._row_limit = row_limit
         self._retry_delay_s = retry_delay_s
         self._max_retry_delay_s = max_retry_delay_s
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()
         self._statistics = TrackerStatistics()
         self._lost_before: int | None = None
         """Rows lost before the current outage; None while there is none."""
@@ -130,8 +130,7 @@ class TrackerThread(WorkerThread):
             return True
         text = f"{self._target} is slower than the run: {waiting} rows wait, and further ones are lost"
         self._begin_outage(job, text)
-        with self._lock:
-            self._count(lost=rows)
+        self._count(lost=rows)
         return False
 
     @property
@@ -221,8 +220,7 @@ class TrackerThread(WorkerThread):
             self._given_up = True
             if self.stopping.is_set():
                 return  # its rows stay among those that wait, which ``aclose`` reports
-        with self._lock:
-            self._count(waiting=-job.rows, lost=job.rows)
+        self._count(waiting=-job.rows, lost=job.rows)
 
     def _attempts(self) -> Iterator[int]:
         """Attempts without end while the run lasts, then a few more; none after a job was given up."""
@@ -233,8 +231,7 @@ class TrackerThread(WorkerThread):
             yield from attempts(RETRIES_AT_END, delay_s, self.stopping.wait, max_delay_s=delay_s)
 
     def _succeeded(self, job: _Job) -> None:
-        with self._lock:
-            self._count(waiting=-job.rows, written=job.rows)
+        self._count(waiting=-job.rows, written=job.rows)
         if self._unpublished:
             self.publish(self._unpublished.pop(0))
         if self._lost_before is not None and self._statistics.waiting <= self._row_limit // 2:
@@ -280,10 +277,11 @@ class TrackerThread(WorkerThread):
         return f"{now.waiting + now.lost} rows" if now.waiting or now.lost else "the end of the run"
 
     def _count(self, *, written: int = 0, waiting: int = 0, lost: int = 0, outages: int = 0) -> None:
-        now = self._statistics
-        self._statistics = TrackerStatistics(
-            now.written + written, now.waiting + waiting, now.lost + lost, now.outages + outages
-        )
+        with self._lock:
+            now = self._statistics
+            self._statistics = TrackerStatistics(
+                now.written + written, now.waiting + waiting, now.lost + lost, now.outages + outages
+            )
 
 
 def _error_of(work: Callable[[], None]) -> StorageError | None:

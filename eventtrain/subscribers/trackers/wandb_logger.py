@@ -134,7 +134,7 @@ class WandbLogger(MediaTracker):
         self._id = ""
         self._configured = False
         self._newest_step = self._complete_step = -1
-        """Of the jobs so far, and of the windows among them."""
+        """Newest step of all jobs so far, and of the windows among them."""
         self._unwritten: RowsByStep = {}
         self._saved_rows: RowsByStep = {}
         self._exit_code = 0

@@ -1,6 +1,6 @@
 """W&B's transaction log: which steps W&B's process has written to its file on this machine. Blocking.
 
-W&B's public API does not tell that, and offline it resumes nothing, yet a resumed run must log each step exactly once.
+W&B's public API does not report them, and resumes nothing offline, but a resumed run must log each step exactly once.
 The file ``.wandb`` is a log in LevelDB's format (blocks of 32 KiB, records in one or several fragments) of Protobuf
 messages. Only the steps are read.
 """

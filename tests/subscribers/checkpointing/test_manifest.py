@@ -18,6 +18,7 @@ from hypothesis import strategies as st
 
 import eventtrain as et
 from eventtrain.bus.barrier import SubscriptionCheckpoint
+from eventtrain.control.run_state import SavedCommand
 from eventtrain.subscribers.checkpointing.manifest import (
     MANIFEST,
     SavedArray,
@@ -63,6 +64,20 @@ def test_the_states_of_subscribers_come_back_as_they_were(tmp_path: Path) -> Non
 
     check()
     writing.close()
+
+
+def test_the_kinds_on_disk_are_those_of_earlier_versions_whatever_the_classes_are_called(
+    tmp_path: Path,
+) -> None:
+    share = SubscriptionCheckpoint({"n": 1}, (), (), spent=False)
+    written = Writing(tmp_path).write(1, cut=complete_cut(1, {"it": share}))
+    assert isinstance(written, et.CheckpointCommitted), written
+    facts = json.loads((Path(written.path) / MANIFEST).read_text())["facts"]
+    assert facts["kind"] == "run_facts"
+    assert (facts["loop"]["kind"], facts["stream"]["kind"]) == ("loop_facts", "stream_facts")
+    assert facts["stream"]["epoch_means"]["kind"] == "saved_means"
+    assert facts["shares"]["it"]["kind"] == "saved_share"
+    assert SavedCommand.model_fields["kind"].default == "saved_order"
 
 
 @given(

@@ -167,11 +167,11 @@ def test_half_a_surrogate_pair_in_a_name_or_an_error_costs_no_batch_of_an_export
     telemetry: Telemetry,
 ) -> None:
     now = datetime.now(UTC)
-    recorder = open_telemetry.opentelemetry_recorder.Recorder(
+    recorder = open_telemetry.Recorder(
         telemetry.tracer_provider,
         telemetry.meter_provider,
         attributes={},
-        context=open_telemetry.opentelemetry_recorder.get_current(),
+        context=open_telemetry.otel_context.get_current(),
         run_id="run",
         step=0,
         time=now,
@@ -386,11 +386,11 @@ def test_an_exporter_that_raises_costs_nothing_and_its_endpoint_is_shown_nowhere
 async def test_events_that_nobody_announced_are_spans_all_the_same(telemetry: Telemetry) -> None:
     """As after an outage, or where somebody else's subscription options left something out."""
     now = datetime.now(UTC)
-    recorder = open_telemetry.opentelemetry_recorder.Recorder(
+    recorder = open_telemetry.Recorder(
         telemetry.tracer_provider,
         telemetry.meter_provider,
         attributes={},
-        context=open_telemetry.opentelemetry_recorder.get_current(),
+        context=open_telemetry.otel_context.get_current(),
         run_id="run",
         step=0,
         time=now,
@@ -413,11 +413,11 @@ async def test_events_that_nobody_announced_are_spans_all_the_same(telemetry: Te
 def test_the_end_of_one_thing_ends_what_was_left_open(telemetry: Telemetry) -> None:
     now = datetime.now(UTC)
     new = partial(et.EpochStarted, time=now)
-    recorder = open_telemetry.opentelemetry_recorder.Recorder(
+    recorder = open_telemetry.Recorder(
         telemetry.tracer_provider,
         telemetry.meter_provider,
         attributes={},
-        context=open_telemetry.opentelemetry_recorder.get_current(),
+        context=open_telemetry.otel_context.get_current(),
         run_id="run",
         step=0,
         time=now,
@@ -453,7 +453,7 @@ def test_arguments_that_cannot_work_are_refused(wrong: dict[str, Any], said: str
 def test_without_the_api_the_remedy_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     error = ModuleNotFoundError("No module named 'opentelemetry'")
     missing = MissingModule(error, "opentelemetry", "OpenTelemetry")
-    monkeypatch.setattr(open_telemetry, "opentelemetry_recorder", missing)
+    monkeypatch.setattr(open_telemetry, "otel_trace", missing)
     with pytest.raises(
         et.ConfigurationError, match=r"No module named 'opentelemetry'.*'eventtrain\[opentelemetry\]'"
     ):

@@ -330,7 +330,7 @@ async def test_clients_that_hang_hold_up_neither_others_nor_the_end(
 
 
 async def test_a_client_that_says_nothing_is_left(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("eventtrain.subscribers.trackers.prometheus_metrics.CLIENT_TIMEOUT_S", 0.05)
+    monkeypatch.setattr("eventtrain.subscribers.trackers.prometheus_exporter.CLIENT_TIMEOUT_S", 0.05)
     exporter = subs.PrometheusExporter(0)
     control: Any = type("Control", (), {"hyperparams": {}})()
     await exporter.start(et.RunContext("run", tmp_path, control, lambda event: None))
@@ -454,7 +454,7 @@ def test_arguments_that_cannot_work_are_refused(wrong: dict[str, Any]) -> None:
 def test_without_prometheus_client_the_remedy_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     error = ModuleNotFoundError("No module named 'prometheus_client'")
     missing = MissingModule(error, "prometheus", "PrometheusExporter")
-    monkeypatch.setattr(prometheus_exporter, "prometheus_metrics", missing)
+    monkeypatch.setattr(prometheus_exporter, "prometheus_client", missing)
     with pytest.raises(
         et.ConfigurationError, match=r"No module named 'prometheus_client'.*'eventtrain\[prometheus\]'"
     ):
