@@ -125,8 +125,10 @@ class RuleAlerts(Generic[R]):
         return events
 
     def _alert(self, subject: str = "") -> AlertState:
-        rule = self.rule
-        return self._alerts.setdefault(subject, AlertState(rule.for_s, rule.for_steps, rule.cooldown_s))
+        if subject not in self._alerts:
+            rule = self.rule
+            self._alerts[subject] = AlertState(rule.for_s, rule.for_steps, rule.cooldown_s)
+        return self._alerts[subject]
 
     def _event(
         self,

@@ -167,11 +167,12 @@ class Alerts(Subscriber):
         now_s, found = self._clock(), list[AlertEvent]()
         steps = StepWindow(event.first_step, event.metrics) if isinstance(event, StepsCompleted) else None
         for alerts in self._by_event.get(type(event), ()):
-            if isinstance(alerts.rule, EventRule):
-                found += alerts.update(alerts.rule.judge(event), event.step, now_s)
-            elif steps is not None and isinstance(alerts, MetricRuleAlerts):
+            if not isinstance(alerts, MetricRuleAlerts):
+                if isinstance(alerts.rule, EventRule):
+                    found += alerts.update(alerts.rule.judge(event), event.step, now_s)
+            elif steps is not None:
                 found += alerts.judge_window(steps, now_s)
-            elif isinstance(event, (EpochCompleted, EvalCompleted)) and isinstance(alerts, MetricRuleAlerts):
+            elif isinstance(event, (EpochCompleted, EvalCompleted)):
                 found += alerts.judge(event.metrics, event.step, now_s)
         return found
 

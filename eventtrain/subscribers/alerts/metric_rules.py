@@ -294,7 +294,7 @@ class NoImprovementRule(MetricRule[BestSoFar]):
 
     def judge(self, memory: BestSoFar, step: int, value: Number) -> str | None:
         """Counts the value, or starts the count again if it is the best so far."""
-        if self._improves(float(value), memory.value):
+        if self._goal.improves(float(value), memory.value):
             memory.value, memory.since = float(value), 0
             return FINE
         memory.since += 1
@@ -305,23 +305,20 @@ class NoImprovementRule(MetricRule[BestSoFar]):
 
     def skip(self, memory: BestSoFar, steps: StepWindow, begin: int) -> int:
         """Skips to the value that exhausts the patience."""
-        values = steps.values(self.metric)
+        values, goal = steps.values(self.metric), self._goal
+        smaller_is_better = goal.mode == "min"
         for place in range(begin, len(values)):
-            value = float(values[place])
-            if self._improves(value, memory.value):
+            value, best = float(values[place]), memory.value
+            # The first comparison is without the margin, and cheap; the goal's takes 1.5 us.
+            if (best is None or (value < best if smaller_is_better else value > best)) and goal.improves(
+                value, best
+            ):
                 memory.value, memory.since = value, 0
             elif memory.since + 1 >= self.patience:
                 return place
             else:
                 memory.since += 1
         return len(values)
-
-    def _improves(self, value: float, best: float | None) -> bool:
-        goal = self._goal
-        # A value that is not even better without the margin is not better with it; the full comparison takes 1.5 us.
-        if best is not None and not (value < best if goal.mode == "min" else value > best):
-            return False
-        return goal.improves(value, best)
 
 
 @dataclass(frozen=True)
