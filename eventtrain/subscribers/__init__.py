@@ -7,17 +7,19 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from eventtrain.subscribers.alerts.alerts import Alerts
-    from eventtrain.subscribers.alerts.metric_rules import ForecastRule, NoImprovementRule, Rule, SpikeRule
-    from eventtrain.subscribers.alerts.run_rules import (
+    from eventtrain.subscribers.alerts.event_rules import (
         CheckpointFailedRule,
-        DeadlineRule,
-        LowDiskRule,
         RunCompletedRule,
         RunFailedRule,
+    )
+    from eventtrain.subscribers.alerts.metric_rules import ForecastRule, NoImprovementRule, Rule, SpikeRule
+    from eventtrain.subscribers.alerts.target import AlertTarget
+    from eventtrain.subscribers.alerts.timed_rules import (
+        DeadlineRule,
+        LowDiskRule,
         SlowSubscriberRule,
         StallRule,
     )
-    from eventtrain.subscribers.alerts.target import AlertTarget
     from eventtrain.subscribers.checkpointing.checkpointer import Checkpointer, restore_state
     from eventtrain.subscribers.loggers.csv_logger import CSVLogger
     from eventtrain.subscribers.loggers.history import History
@@ -99,9 +101,9 @@ _LAZY = {
     "AlertTarget": "eventtrain.subscribers.alerts.target",
     "Alerts": "eventtrain.subscribers.alerts.alerts",
     "CSVLogger": "eventtrain.subscribers.loggers.csv_logger",
-    "CheckpointFailedRule": "eventtrain.subscribers.alerts.run_rules",
+    "CheckpointFailedRule": "eventtrain.subscribers.alerts.event_rules",
     "Checkpointer": "eventtrain.subscribers.checkpointing.checkpointer",
-    "DeadlineRule": "eventtrain.subscribers.alerts.run_rules",
+    "DeadlineRule": "eventtrain.subscribers.alerts.timed_rules",
     "DeviceStats": "eventtrain.subscribers.monitoring.device_stats",
     "EarlyStopping": "eventtrain.subscribers.policies.early_stopping",
     "EvaluateEvery": "eventtrain.subscribers.policies.evaluate_every",
@@ -113,7 +115,7 @@ _LAZY = {
     "LRFinder": "eventtrain.subscribers.policies.lr_finder",
     "Lambda": "eventtrain.subscribers.policies.lambda_subscriber",
     "LearningRateScheduler": "eventtrain.subscribers.policies.scheduler",
-    "LowDiskRule": "eventtrain.subscribers.alerts.run_rules",
+    "LowDiskRule": "eventtrain.subscribers.alerts.timed_rules",
     "MLflowLogger": "eventtrain.subscribers.trackers.mlflow_logger",
     "MaxTime": "eventtrain.subscribers.policies.max_time",
     "ModelRegistry": "eventtrain.subscribers.trackers.model_registry",
@@ -128,11 +130,11 @@ _LAZY = {
     "ReduceLROnPlateau": "eventtrain.subscribers.policies.reduce_lr_on_plateau",
     "Report": "eventtrain.subscribers.reports.report",
     "Rule": "eventtrain.subscribers.alerts.metric_rules",
-    "RunCompletedRule": "eventtrain.subscribers.alerts.run_rules",
-    "RunFailedRule": "eventtrain.subscribers.alerts.run_rules",
-    "SlowSubscriberRule": "eventtrain.subscribers.alerts.run_rules",
+    "RunCompletedRule": "eventtrain.subscribers.alerts.event_rules",
+    "RunFailedRule": "eventtrain.subscribers.alerts.event_rules",
+    "SlowSubscriberRule": "eventtrain.subscribers.alerts.timed_rules",
     "SpikeRule": "eventtrain.subscribers.alerts.metric_rules",
-    "StallRule": "eventtrain.subscribers.alerts.run_rules",
+    "StallRule": "eventtrain.subscribers.alerts.timed_rules",
     "StepTimer": "eventtrain.subscribers.monitoring.step_timer",
     "TensorBoardLogger": "eventtrain.subscribers.trackers.tensorboard_logger",
     "TerminateOnNaN": "eventtrain.subscribers.policies.terminate_on_nan",

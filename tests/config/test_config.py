@@ -483,11 +483,11 @@ RULE = {"metric": "loss", "above": 1}
         ),
         (
             tomlish(type="alerts", rules=[{"type": "spik", "metric": "loss"}]),
-            ALERTS + "rules[0]: no such type of rule; did you mean 'spike'?",
+            ALERTS + "rules[0]: no such type of rule. Did you mean 'spike'?",
         ),
         (
             tomlish(type="alerts", rules=[{"type": "xyzzy"}]),
-            ALERTS + "rules[0]: no such type of rule; there are threshold, spike, ",
+            ALERTS + "rules[0]: no such type of rule. Known types: threshold, spike, ",
         ),
         (
             tomlish(type="alerts", rules=[{"type": "stall", "window": 3}]),
@@ -871,7 +871,8 @@ def test_a_secret_reaches_the_subscriber_and_nothing_that_is_shown(tmp_path: Pat
     path = write(tmp_path, tomlish(type="alerts", rules=[RULE], url=URL, targets=more))
     (alerts,) = et.load_subscribers(path)
     assert TOKEN not in repr(vars(alerts))
-    assert [target._url.get_secret_value() for _, target in alerts._targets] == [f"{URL}/2", URL]  # type: ignore[attr-defined]
+    targets = alerts._delivery_options.targets  # type: ignore[attr-defined]
+    assert [transport._url.get_secret_value() for _, transport in targets] == [f"{URL}/2", URL]
 
 
 # --- schema ---------------------------------------------------------------------------------------------------

@@ -1,56 +1,134 @@
-"""What a rule finds, as the events that say so: raised once, resolved once. Pure: time is given."""
+"""Turns what rules find into alerts: raised once, resolved once. Pure: time is given."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, Generic, Literal, TypeVar
 
-import numpy as np
 from pydantic import BaseModel, ConfigDict
 
 from eventtrain.events import AlertRaised, AlertResolved
-from eventtrain.events.models import Number
-from eventtrain.subscribers.alerts.alarm import Alarm, AlarmState, Change
-from eventtrain.subscribers.alerts.conditions import ConditionState, condition_of
+from eventtrain.events.models import Number, escape_surrogates
 from eventtrain.subscribers.alerts.message import AlertEvent
-from eventtrain.subscribers.alerts.metric_rules import MetricRule
-from eventtrain.subscribers.alerts.rule import CommonRule
+from eventtrain.subscribers.alerts.metric_rules import MetricRule, SavedMemory, StepWindow
+from eventtrain.subscribers.alerts.rule import AlertRule, Findings
+
+R = TypeVar("R", bound=AlertRule)
+
+Change = Literal["raised", "resolved"]
+
+RESOLVED = "back to normal"
 
 
-class RuleState(BaseModel):
-    """What is remembered of one rule."""
+class SavedAlert(BaseModel):
+    """State of an alert in a checkpoint. Seconds are counted from the moment of saving."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    raised: bool = False
+    bad_since_step: int | None = None
+    bad_for_s: float = 0.0
+    quiet_s: float = 0.0
+
+
+class SavedRule(BaseModel):
+    """State of a rule in a checkpoint: its alerts by subject, and the memory of a metric rule."""
 
     model_config = ConfigDict(extra="forbid", ser_json_inf_nan="strings")
 
     type: str
-    alarms: dict[str, AlarmState] = {}
-    condition: ConditionState | None = None
+    alarms: dict[str, SavedAlert] = {}
+    condition: SavedMemory | None = None
 
 
-class Alarms:
-    """The alerts of one rule, one for each subject that it finds something wrong with; "" where it has only one."""
+class AlertState:
+    """One alert: raised once, after its condition has held for long enough; resolved once, when it no longer holds.
 
-    def __init__(self, rule: CommonRule) -> None:
+    Args:
+        for_s, for_steps: how long the condition must hold without interruption.
+        cooldown_s: seconds after it is resolved in which it is not raised.
+    """
+
+    def __init__(self, for_s: float = 0.0, for_steps: int = 0, cooldown_s: float = 0.0) -> None:
+        self._for_s, self._for_steps, self._cooldown_s = for_s, for_steps, cooldown_s
+        self._raised = False
+        self._bad_since: tuple[int, float] | None = None
+        self._quiet_until_s = float("-inf")
+
+    @property
+    def idle(self) -> bool:
+        """Whether ``judge(False, ...)`` would change nothing."""
+        return not self._raised and self._bad_since is None
+
+    def is_as_new(self, now_s: float) -> bool:
+        """Whether a new instance with the same options would do the same."""
+        return self.idle and now_s >= self._quiet_until_s
+
+    def judge(self, bad: bool, step: int, now_s: float) -> Change | None:
+        """Adds an observation, in the order of time; returns the change that it causes, if any."""
+        if not bad:
+            was_raised, self._raised, self._bad_since = self._raised, False, None
+            if not was_raised:
+                return None
+            self._quiet_until_s = now_s + self._cooldown_s
+            return "resolved"
+        if self._raised:
+            return None
+        if self._bad_since is None:
+            self._bad_since = (step, now_s)
+        since_step, since_s = self._bad_since
+        if (
+            now_s - since_s < self._for_s
+            or step - since_step < self._for_steps
+            or now_s < self._quiet_until_s
+        ):
+            return None
+        self._raised = True
+        return "raised"
+
+    def save(self, now_s: float) -> SavedAlert:
+        """Returns the state for ``load``."""
+        since = self._bad_since
+        return SavedAlert(
+            raised=self._raised,
+            bad_since_step=None if since is None else since[0],
+            bad_for_s=0.0 if since is None else max(0.0, now_s - since[1]),
+            quiet_s=max(0.0, self._quiet_until_s - now_s),
+        )
+
+    def load(self, saved: SavedAlert, now_s: float) -> None:
+        """Restores the state from ``save``; the time between the two calls does not count."""
+        self._raised = saved.raised
+        since = saved.bad_since_step
+        self._bad_since = None if since is None else (since, now_s - saved.bad_for_s)
+        self._quiet_until_s = now_s + saved.quiet_s
+
+
+class RuleAlerts(Generic[R]):
+    """The alerts of one rule, one for each subject in its findings."""
+
+    def __init__(self, rule: R) -> None:
         self.rule = rule
-        self._alarms: dict[str, Alarm] = {}
+        self._alerts: dict[str, AlertState] = {}
 
-    def update(self, problems: Mapping[str, str], step: int, now_s: float) -> list[AlertEvent]:
-        """What is wrong now, by subject; what is not in it is fine."""
+    def update(self, findings: Findings, step: int, now_s: float) -> list[AlertEvent]:
+        """Returns the changes that the newest findings cause; subjects that are not among them are fine."""
         events: list[AlertEvent] = []
-        for subject in problems:
-            self.alarm(subject)
-        for subject, alarm in list(self._alarms.items()):
-            change = alarm.judge(subject in problems, step, now_s)
+        for subject in findings:
+            self._alert(subject)
+        for subject, alert in list(self._alerts.items()):
+            change = alert.judge(subject in findings, step, now_s)
             if change is not None:
-                events.append(self._event(change, subject, problems.get(subject, "it is over"), step))
-            elif subject and alarm.is_as_new(now_s):
-                del self._alarms[subject]
+                events.append(self._event(change, subject, findings.get(subject, RESOLVED), step))
+            elif subject and alert.is_as_new(now_s):
+                del self._alerts[subject]
         return events
 
-    def alarm(self, subject: str = "") -> Alarm:
-        """That of one subject."""
-        rule = self.rule
-        return self._alarms.setdefault(subject, Alarm(rule.for_s, rule.for_steps, rule.cooldown_s))
+    def _alert(self, subject: str = "") -> AlertState:
+        if subject not in self._alerts:
+            rule = self.rule
+            self._alerts[subject] = AlertState(rule.for_s, rule.for_steps, rule.cooldown_s)
+        return self._alerts[subject]
 
     def _event(
         self,
@@ -58,121 +136,93 @@ class Alarms:
         subject: str,
         message: str,
         step: int,
-        metric: str | None = None,
-        value: Number | None = None,
+        **measured: Any,  # metric and value, which only AlertRaised has
     ) -> AlertEvent:
-        name = _utf8(f"{self.rule.label}: {subject}" if subject else self.rule.label)
-        message = _utf8(message)
+        name = escape_surrogates(f"{self.rule.label}: {subject}" if subject else self.rule.label)
+        message = escape_surrogates(message)
         if change == "resolved":
             return AlertResolved(step=step, name=name, message=message)
-        return AlertRaised(
-            step=step,
-            name=name,
-            severity=self.rule.severity,
-            message=message,
-            metric=None if metric is None else _utf8(metric),
-            value=value,
-        )
+        return AlertRaised(step=step, name=name, severity=self.rule.severity, message=message, **measured)
 
     def reset(self) -> None:
-        """Begin anew: forget what is raised, without a word."""
-        self._alarms.clear()
+        """Forgets all alerts without resolving them."""
+        self._alerts.clear()
 
-    def save(self, now_s: float) -> RuleState:
-        """What ``load`` takes."""
-        alarms = {subject: alarm.save(now_s) for subject, alarm in list(self._alarms.items())}
-        return RuleState(type=type(self.rule).__name__, alarms=alarms)
+    def save(self, now_s: float) -> SavedRule:
+        """Returns the state for ``load``."""
+        alerts = {subject: alert.save(now_s) for subject, alert in list(self._alerts.items())}
+        return SavedRule(type=type(self.rule).__name__, alarms=alerts)
 
-    def load(self, state: RuleState, now_s: float) -> None:
-        """Go on from ``state``, if it is that of a rule of this type."""
-        if state.type != type(self.rule).__name__:
+    def load(self, saved: SavedRule, now_s: float) -> None:
+        """Restores the state from ``save``, unless it is that of another type of rule."""
+        if saved.type != type(self.rule).__name__:
             return
         self.reset()
-        for subject, saved in state.alarms.items():
-            self.alarm(subject).load(saved, now_s)
+        for subject, alert in saved.alarms.items():
+            self._alert(subject).load(alert, now_s)
 
 
-class MetricAlarms(Alarms):
+class MetricRuleAlerts(RuleAlerts[MetricRule[Any]]):
     """The alert of one rule about a metric."""
 
-    rule: MetricRule
-
-    def __init__(self, rule: MetricRule) -> None:
+    def __init__(self, rule: MetricRule[Any]) -> None:
         super().__init__(rule)
-        self._condition = condition_of(rule)
-        self.looked_at: Sequence[str] | None = None
-        """The names of the metrics of the last event that lacked this one; None once one had it."""
+        self._memory: Any = rule.recall(SavedMemory())
+        self.missing_from: Sequence[str] | None = None
+        """Names of the metrics of the last event, if no event has had the rule's metric yet."""
         self._seen = False
 
-    def look(self, metrics: Mapping[str, Number], step: int, now_s: float) -> list[AlertEvent]:
-        """Judge by one event's metrics."""
-        value = metrics.get(self.rule.metric)
-        if value is None:
-            self._note_missing(metrics)
-            return []
-        self._note_seen()
-        return self._judge(step, value, now_s)
+    def judge(self, metrics: Mapping[str, Number], step: int, now_s: float) -> list[AlertEvent]:
+        """Returns the changes that the metrics of one event cause."""
+        return self._judge(step, metrics[self.rule.metric], now_s) if self._is_in(metrics) else []
 
-    def look_along(
-        self,
-        columns: Mapping[str, np.ndarray[Any, Any]],
-        values: Mapping[str, Sequence[Number]],
-        first_step: int,
-        now_s: float,
-    ) -> list[AlertEvent]:
-        """Judge by a window of steps, each in its turn; ``values`` are the same numbers as ``columns``."""
-        column = columns.get(self.rule.metric)
-        if column is None:
-            self._note_missing(columns)
+    def judge_window(self, steps: StepWindow, now_s: float) -> list[AlertEvent]:
+        """Returns the changes that a window of steps causes, each step judged in its turn."""
+        if not self._is_in(steps.metrics):
             return []
-        self._note_seen()
-        numbers, alarm = values[self.rule.metric], self.alarm()
+        values, alert = steps.values(self.rule.metric), self._alert()
         events: list[AlertEvent] = []
         place = 0
-        while place < len(numbers):
-            if alarm.idle:
-                place = self._condition.skip(first_step, column, numbers, place)
-                if place == len(numbers):
+        while place < len(values):
+            if alert.idle:
+                place = self.rule.skip(self._memory, steps, place)
+                if place == len(values):
                     break
-            events += self._judge(first_step + place, numbers[place], now_s)
+            events += self._judge(steps.first_step + place, values[place], now_s)
             place += 1
         return events
 
     def _judge(self, step: int, value: Number, now_s: float) -> list[AlertEvent]:
-        verdict = self._condition.judge(step, value)
+        verdict = self.rule.judge(self._memory, step, value)
         if verdict is None:
             return []
-        change = self.alarm().judge(bool(verdict), step, now_s)
+        change = self._alert().judge(bool(verdict), step, now_s)
         if change is None:
             return []
-        metric = self.rule.metric
-        message = f"{metric} = {value:.6g} at step {step} {verdict or 'is fine again'}"
-        return [self._event(change, "", message, step, metric, value)]
+        metric = escape_surrogates(self.rule.metric)
+        message = f"{metric} = {value:.6g} at step {step}" + (f" {verdict}" if verdict else f": {RESOLVED}")
+        return [self._event(change, "", message, step, metric=metric, value=value)]
 
-    def _note_seen(self) -> None:
-        self._seen, self.looked_at = True, None
-
-    def _note_missing(self, metrics: Mapping[str, Any]) -> None:
+    def _is_in(self, metrics: Mapping[str, Any]) -> bool:
+        if self.rule.metric in metrics:
+            self._seen, self.missing_from = True, None
+            return True
         if not self._seen:
-            self.looked_at = tuple(metrics)
+            self.missing_from = tuple(metrics)
+        return False
 
     def reset(self) -> None:
-        """With the values that the condition remembers."""
+        """Forgets all alerts without resolving them, and the values seen."""
         super().reset()
-        self._condition = condition_of(self.rule)
-        self._seen, self.looked_at = False, None
+        self._memory = self.rule.recall(SavedMemory())
+        self._seen, self.missing_from = False, None
 
-    def save(self, now_s: float) -> RuleState:
-        """With the values that the condition remembers."""
-        return super().save(now_s).model_copy(update={"condition": self._condition.state})
+    def save(self, now_s: float) -> SavedRule:
+        """Returns the state for ``load``, with the memory of the rule."""
+        return super().save(now_s).model_copy(update={"condition": self.rule.save(self._memory)})
 
-    def load(self, state: RuleState, now_s: float) -> None:
-        """Go on from ``state``."""
-        super().load(state, now_s)
-        if state.condition is not None and state.type == type(self.rule).__name__:
-            self._condition.load(state.condition)
-
-
-def _utf8(text: str) -> str:
-    """``text`` as every target can have it: half a surrogate pair, in the text of an error say, is escaped."""
-    return text.encode("utf-8", "backslashreplace").decode()
+    def load(self, saved: SavedRule, now_s: float) -> None:
+        """Restores the state from ``save``, unless it is that of another type of rule."""
+        super().load(saved, now_s)
+        if saved.condition is not None and saved.type == type(self.rule).__name__:
+            self._memory = self.rule.recall(saved.condition)

@@ -1,8 +1,7 @@
-"""``AppriseTarget``: alerts by one of the services that Apprise knows, chosen by the URL. Needs Apprise."""
+"""``AppriseTransport``: alerts through one of the services that Apprise knows, chosen by the URL. Requires Apprise."""
 
 from __future__ import annotations
 
-import difflib
 import html
 from typing import Any
 
@@ -10,7 +9,7 @@ import apprise
 from apprise.attachment.file import AttachFile
 from pydantic import SecretStr
 
-from eventtrain.errors import ConfigurationError
+from eventtrain.errors import ConfigurationError, did_you_mean
 from eventtrain.subscribers._shared.log_filter import quiet_libraries
 from eventtrain.subscribers.alerts.message import Message, NotDelivered
 
@@ -22,18 +21,18 @@ KINDS = {
 }
 
 
-class AppriseTarget:
-    """One Apprise URL.
+class AppriseTransport:
+    """A URL of Apprise.
 
-    Its plugin is called directly and not through ``Apprise.notify``, which would hand it to threads of its own, whose
-    log lines could not be held back. Redirects are not followed.
+    Its plugin is called directly and not through ``Apprise.notify``, which would use threads of its own, whose log
+    lines could not be suppressed. Redirects are not followed.
 
     Args:
-        url: as Apprise takes it. It is in no message, log or repr.
+        url: of Apprise. It is in no message, log or repr.
         timeout_s: for connecting, and for each wait for an answer.
 
     Raises:
-        ConfigurationError: Apprise knows no such service, or lacks something in its URL; no part of it is quoted.
+        ConfigurationError: Apprise does not know the service, or the URL is incomplete; no part of it is quoted.
     """
 
     def __init__(self, url: SecretStr, *, timeout_s: float = 5.0) -> None:
@@ -42,7 +41,7 @@ class AppriseTarget:
             asset.http_redirects = False
             try:
                 plugin: Any = apprise.Apprise.instantiate(url.get_secret_value(), asset=asset)
-            except Exception:  # a plugin's own; its text may quote the URL
+            except Exception:  # its text may quote the URL
                 plugin = None
         if plugin is None:
             raise ConfigurationError(_problem(url.get_secret_value()))
@@ -53,10 +52,10 @@ class AppriseTarget:
         self._plugin = plugin
 
     def __repr__(self) -> str:
-        return "AppriseTarget(...)"
+        return "AppriseTransport(...)"
 
     def send(self, message: Message) -> None:
-        """Hand it to the service. Blocks; one thread at a time. Raises NotDelivered."""
+        """Passes ``message`` to the service. Blocks; one thread at a time. Raises NotDelivered."""
         files = apprise.AppriseAttachment()
         with quiet_libraries():
             for path in message.attach:
@@ -70,15 +69,15 @@ class AppriseTarget:
                 attach=files if message.attach else None,
             )
         if not taken:
-            raise NotDelivered("Apprise says that it was not sent", may_pass=True)
+            raise NotDelivered("Apprise reported a failure", may_pass=True)
 
     def _in_its_format(self, title: str, body: str) -> tuple[str, str, Any]:
-        """Title and body, as HTML where the service sends that, and how Apprise is to take them.
+        """Returns title and body, as HTML if the service sends that, and the format that Apprise must take them for.
 
-        A plugin that is called directly would send text as it is, or lose what looks like a tag.
+        A plugin that is called directly would send text unchanged, or drop what looks like a tag.
         """
         plugin, text, markup = self._plugin, apprise.NotifyFormat.TEXT, apprise.NotifyFormat.HTML
-        resolve: Any = getattr(plugin, "resolve_format", None)  # from Apprise 2 on
+        resolve: Any = getattr(plugin, "resolve_format", None)  # since Apprise 2
         if (plugin.notify_format if resolve is None else resolve(text)) != markup:
             return title, body, text
         if plugin.title_maxlen <= 0:  # it becomes part of the body
@@ -93,12 +92,12 @@ def _problem(url: str) -> str:
         known = sorted(apprise.NotificationManager().schemas())
     if colon and scheme.lower() in known:
         return (
-            f"Alerts: this URL of {scheme.lower()}:// lacks something, or a package that Apprise needs for it. It is "
-            "not shown: it may hold secrets. Apprise's page on the service says what it needs."
+            f"Alerts: this {scheme.lower()}:// URL is incomplete, or requires a package that is not installed. It is "
+            "not shown: it may hold secrets. Apprise's page on the service says what it requires."
         )
-    nearest = difflib.get_close_matches(scheme.lower(), known, n=1) if colon else []
-    hint = f" Did you mean {nearest[0]}://?" if nearest else ""
+    hint = did_you_mean(f"{scheme.lower()}://", [f"{name}://" for name in known]) if colon else ""
     return (
-        f"Alerts: Apprise knows no service for a URL of this kind.{hint} Give one such as https://host/path for a "
-        "webhook, or slack://..., mailto://... as Apprise has them. The one given is not shown: it may hold secrets."
+        f"Alerts: Apprise has no service for a URL of this kind. {hint}".rstrip() + " Give a URL such as "
+        "https://host/path for a webhook, or slack://..., mailto://... for Apprise. The one given is not shown: it may "
+        "hold secrets."
     )

@@ -1,4 +1,4 @@
-"""``Message``: what a target is told, several alerts at once; and how one says that it was not taken. Pure."""
+"""``Message``: one or more alerts as a target gets them, and ``Transport``, which delivers it. Pure."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 from uuid import uuid4
 
 from eventtrain.events import AlertRaised, AlertResolved
@@ -15,13 +15,13 @@ from eventtrain.subscribers.alerts.rule import SEVERITIES, Severity
 AlertEvent = AlertRaised | AlertResolved
 
 LONGEST = 1000
-"""So many characters of what one alert says are told; its event has all of them."""
+"""Characters of an alert's message that are sent as text; its event has all of them."""
 
 
 class NotDelivered(Exception):
-    """A target did not take a message. Its text never quotes a URL, a key or what a server said.
+    """A target did not accept a message. The text never quotes a URL, a key or a server's answer.
 
-    ``may_pass``: another try may succeed.
+    ``may_pass``: another attempt may succeed.
     """
 
     def __init__(self, reason: str, *, may_pass: bool) -> None:
@@ -31,12 +31,12 @@ class NotDelivered(Exception):
 
 @dataclass(frozen=True)
 class Message:
-    """Alerts of one run that go out together, oldest first.
+    """Alerts of one run that are sent together, oldest first.
 
     Attributes:
         events: stamped by the bus.
-        attach: files that go with it, where a target takes files.
-        id: the same for every try.
+        attach: files that are sent with it, if the target accepts files.
+        id: the same for every attempt.
     """
 
     events: Sequence[AlertEvent]
@@ -45,7 +45,7 @@ class Message:
 
     @property
     def severity(self) -> Severity | None:
-        """The worst of what was raised; None where something was only resolved."""
+        """The highest severity of the alerts raised; None if alerts were only resolved."""
         raised: list[Severity] = [e.severity for e in self.events if isinstance(e, AlertRaised)]
         return max(raised, key=SEVERITIES.index, default=None)
 
@@ -55,16 +55,15 @@ class Message:
         if len(self.events) == 1:
             return _headline(self.events[0])
         raised = sum(isinstance(event, AlertRaised) for event in self.events)
-        parts = [
-            f"{count} {'alert' if count == 1 else 'alerts'}{what}"
-            for count, what in ((raised, ""), (len(self.events) - raised, " over"))
-            if count
-        ]
-        return f"{', '.join(parts)}" + (f" ({self.severity})" if self.severity else "")
+        resolved = len(self.events) - raised
+        parts = [f"{raised} {'alert' if raised == 1 else 'alerts'}"] if raised else []
+        if resolved:
+            parts.append(f"{resolved} resolved")
+        return ", ".join(parts) + (f" ({self.severity})" if self.severity else "")
 
     @property
     def text(self) -> str:
-        """A line for each alert, and one for the run. What an error says at length is cut: services refuse that."""
+        """A line for each alert, and one for the run. Long messages are cut, since services refuse them."""
         lines = [
             f"{_headline(event)}: {_short(event.message)}" if len(self.events) > 1 else _short(event.message)
             for event in self.events
@@ -72,7 +71,7 @@ class Message:
         return "\n".join([*lines, f"Run {self.events[0].run_id}" if self.events[0].run_id else ""]).rstrip()
 
     def to_json(self) -> dict[str, Any]:
-        """What a webhook is sent."""
+        """Returns the body that a webhook is sent."""
         return {
             "version": 1,
             "id": self.id,
@@ -84,8 +83,20 @@ class Message:
         }
 
 
+class Transport(Protocol):
+    """Sends messages to one target."""
+
+    def send(self, message: Message) -> None:
+        """Delivers ``message`` on the calling thread. Blocks; one thread at a time.
+
+        Raises:
+            NotDelivered: with the reason.
+        """
+        ...
+
+
 def _headline(event: AlertEvent) -> str:
-    return f"[{event.severity}] {event.name}" if isinstance(event, AlertRaised) else f"[over] {event.name}"
+    return f"[{event.severity if isinstance(event, AlertRaised) else 'resolved'}] {event.name}"
 
 
 def _short(text: str) -> str:

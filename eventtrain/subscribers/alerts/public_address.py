@@ -1,4 +1,4 @@
-"""``checked_addresses``: where a host's name leads, looked up once, and refused where that is in the own network."""
+"""``checked_addresses``: resolves a host's name once, and refuses addresses that are not public."""
 
 from __future__ import annotations
 
@@ -14,45 +14,54 @@ NAT64 = IPv6Network("64:ff9b::/96")
 
 
 class AddressRefused(Exception):
-    """A name leads to an address that is not public. The text quotes neither."""
+    """A name resolves to an address that is not public. The text quotes neither."""
 
 
 def resolve(host: str, port: int) -> Sequence[str]:
-    """Ask the system. Blocks."""
+    """Resolves ``host`` with the system's resolver. Blocks."""
     found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
     return [str(place[0]) for _, _, _, _, place in found]
 
 
-def is_public(address: str) -> bool:
-    """Whether an address can be reached over the internet, by the address itself: no loopback, private, link-local,
-    multicast or reserved one, nor an IPv6 form of such an IPv4 address.
-    """
+def parse_address(text: str) -> Address | None:
+    """Returns the address that ``text`` is, without its scope; None if it is a name."""
     try:
-        found = _plain(ip_address(address.partition("%")[0]))
+        return ip_address(text.partition("%")[0])
     except ValueError:
+        return None
+
+
+def is_public(address: str) -> bool:
+    """Returns whether ``address`` is reachable over the internet: not loopback, private, link-local, multicast or
+    reserved, nor an IPv6 form of such an IPv4 address.
+    """
+    parsed = parse_address(address)
+    if parsed is None:
         return False
-    return found.is_global and not (found.is_multicast or found.is_reserved or _site_local(found))
+    found = _embedded_ipv4(parsed)
+    site_local = isinstance(found, IPv6Address) and found.is_site_local
+    return found.is_global and not (found.is_multicast or found.is_reserved or site_local)
 
 
-def checked_addresses(host: str, port: int, *, allow_private: bool, ask: Resolve = resolve) -> list[str]:
-    """The addresses of ``host``, each once, in the order given. Whoever connects has to use these and not ask again.
+def checked_addresses(host: str, port: int, *, allow_private: bool, resolve: Resolve = resolve) -> list[str]:
+    """Returns the addresses of ``host``, each once, in the order given. Connect to these; do not resolve again.
 
     Raises:
-        AddressRefused: one of them is not public, and that was not allowed; or there is none.
+        AddressRefused: there is no address, or one of them is not public and ``allow_private`` is False.
         OSError: the name is not known.
     """
-    found = list(dict.fromkeys(ask(host, port)))
+    found = list(dict.fromkeys(resolve(host, port)))
     if not found:
         raise AddressRefused("its host has no address")
     if not allow_private and not all(map(is_public, found)):
         raise AddressRefused(
-            "its host leads to a private, loopback or link-local address; allow_private=True permits that"
+            "its host resolves to a private, loopback or link-local address; allow_private=True permits that"
         )
     return found
 
 
-def _plain(address: Address) -> Address:
-    """The IPv4 address that an IPv6 one stands for."""
+def _embedded_ipv4(address: Address) -> Address:
+    """Returns the IPv4 address that an IPv6 address stands for, or ``address`` itself."""
     if isinstance(address, IPv4Address):
         return address
     if address.ipv4_mapped is not None:
@@ -64,7 +73,3 @@ def _plain(address: Address) -> Address:
     if address in NAT64:
         return IPv4Address(int(address) & 0xFFFF_FFFF)
     return address
-
-
-def _site_local(address: Address) -> bool:
-    return isinstance(address, IPv6Address) and address.is_site_local

@@ -1,9 +1,10 @@
-"""``CommonRule``: what every rule of ``Alerts`` has."""
+"""``AlertRule``: base of the rules of ``Alerts``."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar, Literal
 
 from pydantic import GetJsonSchemaHandler
 from pydantic.json_schema import JsonSchemaValue
@@ -15,18 +16,28 @@ Severity = Literal["info", "warning", "critical"]
 SEVERITIES: tuple[Severity, ...] = ("info", "warning", "critical")
 """Mild to severe."""
 
+Findings = Mapping[str, str]
+"""What is wrong: subject -> message. Empty if nothing is; the subject is "" for a rule that has only one."""
+
 
 @dataclass(frozen=True, kw_only=True)
-class CommonRule:
-    """What every rule has.
+class AlertRule:
+    """Base of all rules: a frozen configuration that also judges.
+
+    A new rule is one class: a subclass of ``MetricRule``, ``EventRule`` or ``TimedRule`` that declares its options,
+    ``type``, its name in files, and ``label_format``, and implements ``judge`` or ``watch``. It is listed in
+    ``rules.RULES``, and is public if it is listed in ``eventtrain.subscribers``.
 
     Attributes:
-        name: of the alert; made from the rule if None. Unique among an ``Alerts``' rules.
+        label_format: the alert's name if ``name`` is None, with options in braces.
+        name: of the alert. Unique among the rules of an ``Alerts``.
         severity: "info", "warning" or "critical".
-        for_s, for_steps: raised only when it was so for so many seconds and steps without a break.
-        cooldown_s: once it is over, it is not raised again for so many seconds.
+        for_s, for_steps: an alert is raised only after the condition has held for that many seconds and steps without
+            interruption.
+        cooldown_s: seconds after an alert is resolved in which it is not raised again.
     """
 
+    label_format: ClassVar[str]
     name: str | None = None
     severity: Severity = "warning"
     for_s: float = 0.0
@@ -44,7 +55,7 @@ class CommonRule:
     def __get_pydantic_json_schema__(
         cls, schema: CoreSchema, handler: GetJsonSchemaHandler
     ) -> JsonSchemaValue:
-        """In a file all but thresholds have to say their type."""
+        """In a file, ``type`` is required for every rule but a threshold."""
         found = handler(schema)
         whole = handler.resolve_ref_schema(found)
         if whole["properties"]["type"]["const"] != "threshold":
@@ -53,9 +64,8 @@ class CommonRule:
 
     @property
     def label(self) -> str:
-        """The alert's name."""
-        return self.name if self.name is not None else self._default_label
+        """Name of the alert."""
+        return self.name if self.name is not None else self._default_label()
 
-    @property
     def _default_label(self) -> str:
-        raise NotImplementedError
+        return self.label_format.format_map(vars(self))

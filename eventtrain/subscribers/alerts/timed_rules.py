@@ -1,122 +1,272 @@
-"""``ClockAlarms``: the rules of one run that go by the clock, each asked again and again in a thread off the loop."""
+"""The rules of ``Alerts`` that are judged by the clock, in threads: also while training or the event loop hangs."""
 
 from __future__ import annotations
 
 import logging
 import shutil
-import threading
 import time
-from collections.abc import Callable, Sequence
-from functools import partial
+from abc import ABC, abstractmethod
+from collections import deque
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from datetime import datetime
+from typing import Annotated, Any, ClassVar, Literal
 
-from eventtrain.events import LoopStalled, SubscriberDisabled, SubscriberLagged
-from eventtrain.subscribers.alerts.alert_state import Alarms
-from eventtrain.subscribers.alerts.message import AlertEvent
-from eventtrain.subscribers.alerts.run_rules import DeadlineRule, LowDiskRule, SlowSubscriberRule, StallRule
-from eventtrain.subscribers.alerts.watchers import Deadline, Judge, LowDisk, SlowSubscriber, Stall, Watch
+from pydantic import BeforeValidator
+
+from eventtrain.errors import ConfigurationError
+from eventtrain.events import Event, LoopStalled, SubscriberDisabled, SubscriberLagged
+from eventtrain.subscribers._shared.validation import require_count, require_number
+from eventtrain.subscribers.alerts.rule import AlertRule, Findings
 from eventtrain.subscribers.base import RunContext
 
 logger = logging.getLogger("eventtrain")
 
-Behind = LoopStalled | SubscriberLagged | SubscriberDisabled
-JOIN_S = 1.0
-"""How long the end waits for a look; one at a dead disk may take for ever."""
+Judge = Callable[[float, Iterable[Event]], Findings | None]
+"""Takes the time and the rule's events since the last call; returns None if it cannot tell. Called by one thread."""
 
 
-class ClockAlarms:
-    """Two threads: one for what only computes, one for disks, which may hang.
+@dataclass(frozen=True)
+class TimedRule(AlertRule, ABC):
+    """Base of the rules that are judged every ``interval_s`` seconds.
 
-    Args:
-        owner: the subscriber's name.
-        alarms: those of every rule; the others are left out.
-        run: what is watched.
-        clock: gives seconds, and never goes back.
-        began_s: when the run first began, in seconds since 1970.
-        steps: gives the steps completed so far, on any thread.
-        tell: called with each alert, on one of the threads.
+    Attributes:
+        events: classes of events that ``watch`` wants to see as well.
+        may_hang: judging may block for long, so it is done in another thread.
     """
 
-    def __init__(
-        self,
-        owner: str,
-        alarms: Sequence[Alarms],
-        run: RunContext,
-        *,
-        clock: Callable[[], float],
-        began_s: float,
-        steps: Callable[[], int],
-        tell: Callable[[AlertEvent], None],
-    ) -> None:
-        self._run, self._clock, self._began_s = run, clock, began_s
-        self._steps, self._tell = steps, tell
-        self._slow: list[SlowSubscriber] = []
-        self.ended = threading.Event()
-        """The run is over: nothing is raised or resolved any more."""
-        looks: dict[str, list[tuple[float, Callable[[], None]]]] = {}
-        for found in alarms:
-            judge = self._make_judge(found)
-            if judge is not None:
-                place = "disk watch" if isinstance(judge, LowDisk) else "watch"
-                looks.setdefault(place, []).append((judge.interval_s, partial(self._look, found, judge)))
-        self._threads = [Watch(f"{owner} {place}", several) for place, several in looks.items()]
+    events: ClassVar[tuple[type[Event], ...]] = ()
+    may_hang: ClassVar[bool] = False
 
-    def start(self) -> None:
-        """Begin to look."""
-        for thread in self._threads:
-            thread.start()
+    @property
+    def interval_s(self) -> float:
+        """Seconds between two judgements."""
+        return 1.0
 
-    def stop(self) -> None:
-        """End the threads; blocks for a moment."""
-        self.ended.set()
-        for thread in self._threads:
-            thread.stopping.set()
-        for thread in self._threads:
-            thread.join(JOIN_S)
+    @abstractmethod
+    def watch(self, run: RunContext, now_s: float, began_s: float) -> Judge | None:
+        """Returns what judges ``run``; None, after a warning, if the rule has no effect in it.
 
-    def note(self, event: Behind) -> None:
-        """An event said that a subscriber is behind. Any thread."""
-        for judge in self._slow:
-            judge.tell(event.subscriber, _how(event))
+        Args:
+            run: that starts.
+            now_s: time of a clock that never goes back; the ``Judge`` gets later times of it.
+            began_s: when the run first began, in seconds since 1970.
+        """
 
-    def _make_judge(self, alarms: Alarms) -> Judge | None:
-        now_s, run = self._clock(), self._run
-        match alarms.rule:
-            case StallRule() as rule:
-                return Stall(rule, self._steps, now_s)
-            case LowDiskRule() as rule:
-                return LowDisk(rule, lambda: shutil.disk_usage(run.run_dir).free)
-            case SlowSubscriberRule() as rule:
-                self._slow.append(SlowSubscriber(rule, run.statistics))
-                return self._slow[-1]
-            case DeadlineRule() as rule:
-                if run.total_steps is None:
-                    logger.warning(
-                        "The rule %r of Alerts says nothing: how many steps there will be is not known. Give "
-                        "fit(steps=...), or data with a length.", rule.label,
-                    )  # fmt: skip
-                    return None
-                until_s = (
-                    rule.at.timestamp() if rule.at is not None else self._began_s + (rule.within_s or 0.0)
-                )
-                return Deadline(
-                    rule, self._steps, run.start_step + run.total_steps, now_s + until_s - time.time()
-                )
-            case _:
+
+@dataclass(frozen=True)
+class StallRule(TimedRule):
+    """No step was made for ``after_s`` seconds, for any reason: compiling, evaluating and pauses count too."""
+
+    label_format = "no step for {after_s:g} s"
+    after_s: float = 600.0
+    type: Literal["stall"] = field(default="stall", kw_only=True, repr=False)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require_number("StallRule", "after_s", self.after_s, above=0)
+
+    @property
+    def interval_s(self) -> float:
+        """A quarter of ``after_s``, at most a second."""
+        return min(1.0, self.after_s / 4)
+
+    def watch(self, run: RunContext, now_s: float, began_s: float) -> Judge:
+        """Judges by the time since the number of steps last changed."""
+        last_step, changed_s = run.loop_statistics().step, now_s
+
+        def judge(now_s: float, events: Iterable[Event]) -> Findings:
+            nonlocal last_step, changed_s
+            step = run.loop_statistics().step
+            if step != last_step:
+                last_step, changed_s = step, now_s
+            waited_s = now_s - changed_s
+            if waited_s < self.after_s:
+                return {}
+            return {"": f"no step for {waited_s:.4g} s, since step {step}"}
+
+        return judge
+
+
+@dataclass(frozen=True)
+class SlowSubscriberRule(TimedRule):
+    """A subscriber is behind: training waits for it, it loses events, is disabled, or has a backlog.
+
+    Attributes:
+        backlog: number of events waiting for it; None: the number does not matter.
+        lag_s: age of the oldest of them in seconds; None: the age does not matter.
+        quiet_s: resolved after so many seconds without a sign of it.
+
+    Each subscriber has an alert of its own.
+    """
+
+    label_format = "slow subscriber"
+    events = (LoopStalled, SubscriberLagged, SubscriberDisabled)
+    backlog: int | None = 10_000
+    lag_s: float | None = None
+    quiet_s: float = 60.0
+    type: Literal["slow_subscriber"] = field(default="slow_subscriber", kw_only=True, repr=False)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require_count("SlowSubscriberRule", "backlog", self.backlog, at_least=1, optional=True)
+        require_number("SlowSubscriberRule", "lag_s", self.lag_s, above=0, optional=True)
+        require_number("SlowSubscriberRule", "quiet_s", self.quiet_s, at_least=0)
+
+    def watch(self, run: RunContext, now_s: float, began_s: float) -> Judge:
+        """Judges by the newest sign, from events and statistics, that a subscriber is behind."""
+        signs: dict[str, tuple[float, str]] = {}
+
+        def judge(now_s: float, events: Iterable[Event]) -> Findings:
+            for event in events:
+                if (sign := _sign(event)) is not None:
+                    signs[sign[0]] = (now_s, sign[1])
+            for name, figures in run.statistics().items():
+                if self.backlog is not None and figures.pending >= self.backlog:
+                    signs[name] = (now_s, f"{figures.pending} events are waiting")
+                elif self.lag_s is not None and figures.lag_s >= self.lag_s:
+                    signs[name] = (now_s, f"its oldest event has waited {figures.lag_s:.4g} s")
+            for name in [name for name, (seen_s, _) in signs.items() if now_s - seen_s > self.quiet_s]:
+                del signs[name]
+            return {name: f"{name} is behind: {sign}" for name, (_, sign) in signs.items()}
+
+        return judge
+
+
+@dataclass(frozen=True)
+class LowDiskRule(TimedRule):
+    """The disk of ``run_dir`` has fewer free bytes than ``below_bytes``; checked every ``every_s`` seconds."""
+
+    label_format = "low disk"
+    may_hang = True
+    below_bytes: int = 10 * 2**30
+    every_s: float = 10.0
+    type: Literal["low_disk"] = field(default="low_disk", kw_only=True, repr=False)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require_count("LowDiskRule", "below_bytes", self.below_bytes, at_least=1)
+        require_number("LowDiskRule", "every_s", self.every_s, above=0)
+
+    @property
+    def interval_s(self) -> float:
+        """``every_s``."""
+        return self.every_s
+
+    def watch(self, run: RunContext, now_s: float, began_s: float) -> Judge:
+        """Judges by what the file system reports; an error of it tells nothing."""
+
+        def judge(now_s: float, events: Iterable[Event]) -> Findings | None:
+            try:
+                free = shutil.disk_usage(run.run_dir).free
+            except OSError:
                 return None
+            if free >= self.below_bytes:
+                return {}
+            return {"": f"{_size(free)} are free on the disk of the run, less than {_size(self.below_bytes)}"}
 
-    def _look(self, alarms: Alarms, judge: Judge) -> None:
-        problems = judge.judge(self._clock())
-        if problems is None or self.ended.is_set():
-            return
-        for alert in alarms.update(problems, self._steps(), self._clock()):
-            self._tell(alert)
+        return judge
 
 
-def _how(event: Behind) -> str:
+def _moment(given: Any) -> Any:
+    """Returns the time that the text of a file gives; invalid text is not quoted, since it may be a secret."""
+    if not isinstance(given, str):
+        return given
+    try:
+        return datetime.fromisoformat(given)
+    except ValueError:
+        raise ValueError("needs a time such as 2030-01-31T08:00:00+01:00") from None
+
+
+Moment = Annotated[datetime, BeforeValidator(_moment)]
+
+
+@dataclass(frozen=True)
+class DeadlineRule(TimedRule):
+    """At the pace of the last minutes the run will not end in time.
+
+    Attributes:
+        at: the deadline, with a time zone; in a file, text such as ``"2030-01-31T08:00:00+01:00"``.
+        within_s: instead, seconds after the run first began.
+        pace_s: the pace is that of the last so many seconds, since the first step at most.
+
+    Has no effect in a run whose number of steps is not known.
+    """
+
+    label_format = "behind schedule"
+    at: Moment | None = None
+    within_s: float | None = None
+    pace_s: float = 300.0
+    type: Literal["deadline"] = field(default="deadline", kw_only=True, repr=False)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if (self.at is None) == (self.within_s is None):
+            raise ConfigurationError("DeadlineRule: give either at= or within_s=.")
+        if self.at is not None and not isinstance(self.at, datetime):  # pyright: ignore[reportUnnecessaryIsInstance]
+            raise ConfigurationError(
+                f"DeadlineRule(at={self.at!r}): at must be a datetime, such as "
+                'datetime.fromisoformat("2030-01-31T08:00:00+01:00").'
+            )
+        if self.at is not None and self.at.tzinfo is None:
+            raise ConfigurationError(
+                f"DeadlineRule(at={self.at.isoformat()!r}): has no time zone. Append one, such as +00:00."
+            )
+        require_number("DeadlineRule", "within_s", self.within_s, above=0, optional=True)
+        require_number("DeadlineRule", "pace_s", self.pace_s, above=0)
+
+    def watch(self, run: RunContext, now_s: float, began_s: float) -> Judge | None:
+        """Judges by whether the steps that are left fit into the time that is left, at the pace of the last seconds."""
+        if run.total_steps is None:
+            logger.warning(
+                "Rule %r of Alerts has no effect, because the number of steps is not known. Give fit(steps=...), or "
+                "data with a length.",
+                self.label,
+            )
+            return None
+        target, began = run.start_step + run.total_steps, run.loop_statistics().step
+        until_s = self.at.timestamp() if self.at is not None else began_s + (self.within_s or 0.0)
+        deadline_s = now_s + until_s - time.time()
+        samples: deque[tuple[float, int]] = deque()
+
+        def judge(now_s: float, events: Iterable[Event]) -> Findings | None:
+            step = run.loop_statistics().step
+            if step == began:
+                samples.clear()  # the time to compile the first step is not part of the pace
+            samples.append((now_s, step))
+            while len(samples) > 2 and samples[1][0] <= now_s - self.pace_s:
+                samples.popleft()
+            left = target - step
+            if left <= 0:
+                return {}
+            if now_s >= deadline_s:
+                return {"": f"the deadline has passed and {left} steps are left"}
+            first_s, first = samples[0]
+            if step == first or now_s <= first_s:
+                return None
+            late_s = left * (now_s - first_s) / (step - first) - (deadline_s - now_s)
+            if late_s <= 0:
+                return {}
+            return {"": f"{left} steps are left; at this pace the run ends {late_s:.0f} s late"}
+
+        return judge
+
+
+def _sign(event: Event) -> tuple[str, str] | None:
+    """Returns a subscriber, and what ``event`` tells of it being behind."""
     match event:
         case LoopStalled():
-            return f"training waited {event.waited_s:.4g} s for it"
+            return event.subscriber, f"training waited {event.waited_s:.4g} s for it"
         case SubscriberLagged():
-            return f"{event.dropped} events were dropped"
+            return event.subscriber, f"{event.dropped} events were dropped"
         case SubscriberDisabled():
-            return f"it was switched off: {event.reason}"
+            return event.subscriber, f"it was disabled: {event.reason}"
+        case _:
+            return None
+
+
+def _size(count: int) -> str:
+    for power, unit in ((40, "TiB"), (30, "GiB"), (20, "MiB"), (10, "KiB")):
+        if count >= 2**power:
+            return f"{count / 2**power:.3g} {unit}"
+    return f"{count} B"

@@ -1,4 +1,4 @@
-"""``DeadLetters``: a file of the alerts that reached nobody. Blocking; any thread."""
+"""``UndeliveredAlerts``: records alerts that did not reach a target. Blocking; any thread."""
 
 from __future__ import annotations
 
@@ -6,30 +6,61 @@ import json
 import logging
 import os
 import threading
-from collections.abc import Iterable
+from collections.abc import Callable, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 
-from eventtrain.events import Event
+from eventtrain.errors import EventTrainError
+from eventtrain.events import Event, SubscriberFailed
 from eventtrain.subscribers._shared.atomic_files import AppendedFile
+from eventtrain.subscribers.alerts.message import AlertEvent
 
 logger = logging.getLogger("eventtrain")
 
 
-class DeadLetters:
-    """Appends one line of JSON for each event: ``time``, ``label``, ``reason`` and the ``event``.
+class UndeliveredAlerts:
+    """Records alerts that did not reach a target: in a file, in the log, and by SubscriberFailed.
 
-    Where the alerts themselves are gone there is one line without an event. Rows are whole or not there: what a full
-    disk cuts short is taken back, and a killed run's torn last row gets a line of its own.
+    The file has one line of JSON for each alert: ``time``, ``label``, ``reason`` and the ``event``; one line without an
+    event for alerts that were lost. A line is written completely or not at all: if the disk is full, a partial line is
+    removed, and a line that a killed run left incomplete is ended before the next one.
+
+    Args:
+        path: of the file; created with the first line.
+        owner: name of the subscriber.
+        publish: ``EventBus.publish``.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, owner: str, publish: Callable[[Event], None]) -> None:
         self.path = path
+        self._owner = owner
+        self._publish = publish
         self._file = AppendedFile(path)
         self._lock = threading.Lock()
 
-    def write(self, label: str, reason: str, events: Iterable[Event]) -> bool:
-        """Have them on disk (not synced); whether that worked."""
+    def record(self, label: str, reason: str, events: Sequence[AlertEvent]) -> None:
+        """Records ``events``, which the target ``label`` did not get; publishes one SubscriberFailed for all."""
+        written = self._write(label, reason, events)
+        where = f"; see {self.path.name}" if written else ""
+        logger.error("%d alerts were not delivered to %s: %s%s", len(events), label, reason, where)
+        self._fail(events[0], f"{len(events)} alerts not delivered to {label}: {reason}")
+
+    def record_lost(self, label: str, reason: str, near: AlertEvent) -> None:
+        """Records alerts that no longer exist; ``near`` is the alert whose step SubscriberFailed gets."""
+        self._write(label, reason, [None])
+        logger.error("%s: %s", label, reason)
+        self._fail(near, f"not delivered to {label}: {reason}")
+
+    def _fail(self, event: AlertEvent, error: str) -> None:
+        try:
+            self._publish(
+                SubscriberFailed(step=event.step, subscriber=self._owner, event_kind=event.kind, error=error)
+            )
+        except EventTrainError as refusal:
+            logger.error("%s: SubscriberFailed was not published: %s", self._owner, refusal)
+
+    def _write(self, label: str, reason: str, events: Sequence[AlertEvent | None]) -> bool:
+        """Writes a line for each event, without waiting for the disk; returns whether that worked."""
         rows = [
             json.dumps(
                 {
@@ -39,7 +70,7 @@ class DeadLetters:
                     "event": None if event is None else json.loads(event.model_dump_json()),
                 }
             )
-            for event in (tuple(events) or (None,))
+            for event in events
         ]
         try:
             with self._lock:

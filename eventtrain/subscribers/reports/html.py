@@ -1,4 +1,4 @@
-"""A report as one file of HTML: no script, nothing fetched, light or dark as the reader has it. Pure."""
+"""A report as one HTML file: no script, nothing fetched, light or dark by the reader's setting. Pure."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import html
 from eventtrain.subscribers.reports.sections import Content, Section, Table, mapped, one_line
 
 ROWS_OPEN = 12
-"""A longer table is folded."""
+"""Longer tables are folded."""
 
 STYLE = """
 :root { color-scheme: light dark; LIGHT }
@@ -61,8 +61,8 @@ KEY = (
 )
 
 
-def to_html(content: Content, light: object, dark: object, footer: str) -> str:
-    """The file's text. ``light`` and ``dark`` are dataclasses of colours, whose names the style uses."""
+def to_html(content: Content, light: object, dark: object) -> str:
+    """Returns the text of the file. ``light`` and ``dark`` are dataclasses of colours, whose names the style uses."""
     safe = mapped(content, lambda text: html.escape(one_line(text)))
     outcome = safe.outcome if safe.outcome in ("completed", "stopped", "interrupted", "failed") else ""
     parts = [
@@ -79,14 +79,12 @@ def to_html(content: Content, light: object, dark: object, footer: str) -> str:
         *(f"<div><dt>{name}</dt><dd>{value}</dd></div>" for name, value in safe.figures),
         "</dl>",
     ]
-    if safe.curves:
+    if safe.drawings:
         parts.append('<section><h2>Curves</h2><div class="curves">')
-        parts += [
-            f"<figure><figcaption>{curve.name}</figcaption>{curve.svg}</figure>" for curve in safe.curves
-        ]
+        parts += [f"<figure><figcaption>{one.name}</figcaption>{one.svg}</figure>" for one in safe.drawings]
         parts.append(f"</div>{KEY}</section>")
     parts += [_section(section) for section in safe.sections]
-    parts.append(f"<footer>{html.escape(footer)}</footer></main></body></html>")
+    parts.append(f"<footer>{safe.footer}</footer></main></body></html>")
     return "\n".join(parts) + "\n"
 
 

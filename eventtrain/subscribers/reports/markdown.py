@@ -1,4 +1,4 @@
-"""A report as Markdown, with the curves as blocks of text. Pure."""
+"""A report as Markdown, with the curves as block characters. Pure."""
 
 from __future__ import annotations
 
@@ -7,35 +7,29 @@ import re
 from eventtrain.subscribers.reports.sections import Content, Section, Table, mapped, one_line
 
 
-def to_markdown(content: Content, footer: str) -> str:
-    """The file's text."""
+def to_markdown(content: Content) -> str:
+    """Returns the text of the file."""
     safe = mapped(content, lambda text: escaped(one_line(text)))
     parts = [f"# {safe.title or 'Run'}", f"**{safe.outcome}**" + (f": {safe.reason}" if safe.reason else "")]
-    if safe.curves:
-        rows = [(curve.name, curve.bars) for curve in safe.curves]
-        parts.append("## Curves")
-        parts.append(_table(Table(("curve", "from the first step to the last"), rows)))
+    if safe.drawings:
+        rows = [(drawing.name, drawing.bars) for drawing in safe.drawings]
+        parts += ["## Curves", _table(Table(("curve", "from the first step to the last"), rows))]
     for section in safe.sections:
         parts += _section(section)
-    parts.append(escaped(footer))
+    parts.append(safe.footer)
     return "\n\n".join(parts) + "\n"
 
 
 def escaped(text: str) -> str:
-    """``text`` so that Markdown shows it as it is, also within a table, and no reader takes it for HTML."""
+    """Returns ``text`` so that Markdown shows it unchanged, also in a table, and no reader takes it for HTML."""
     text = text.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
     return re.sub(r"([\\`*_\[\]|~$#!])", r"\\\1", text)
 
 
 def _section(section: Section) -> list[str]:
-    parts = [f"## {section.title}"]
-    if section.note:
-        parts.append(section.note)
-    if section.facts:
-        parts.append("\n".join(f"- {name}: {value}" for name, value in section.facts))
-    if section.table is not None:
-        parts.append(_table(section.table))
-    return parts
+    facts = "\n".join(f"- {name}: {value}" for name, value in section.facts)
+    table = _table(section.table) if section.table is not None else ""
+    return [part for part in (f"## {section.title}", section.note, facts, table) if part]
 
 
 def _table(table: Table) -> str:

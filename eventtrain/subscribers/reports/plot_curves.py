@@ -1,4 +1,4 @@
-"""``PlotCurves``: a picture of a run's metrics, at its end and every so many epochs."""
+"""``PlotCurves``: a picture of a run's metrics, at its end and during it."""
 
 from __future__ import annotations
 
@@ -8,56 +8,44 @@ from pathlib import Path
 from typing import Any, Literal
 
 from eventtrain.errors import ConfigurationError, SubscriberError
-from eventtrain.events import (
-    EpochCompleted,
-    Event,
-    RunCompleted,
-    RunFailed,
-    StepsCompleted,
-    SubscriberFailed,
-)
+from eventtrain.events import EpochCompleted, Event, RunCompleted, RunFailed, StepsCompleted, SubscriberFailed
 from eventtrain.subscribers._shared.atomic_files import write_atomically
+from eventtrain.subscribers._shared.optional_imports import import_optional, require_installed
 from eventtrain.subscribers._shared.paths import file_path, inside_run_dir
 from eventtrain.subscribers._shared.validation import require_choice, require_count, require_number
 from eventtrain.subscribers._shared.worker_thread import WorkerThread
 from eventtrain.subscribers.base import RunContext, Subscriber
-from eventtrain.subscribers.reports.run_series import COLLECTED, RunSeries, RunSeriesState
+from eventtrain.subscribers.reports.run_series import COLLECTED, MOST_PANELS, RunSeries, RunSeriesState
 
-try:
-    from eventtrain.subscribers.reports import plotting as curves
-except ModuleNotFoundError:
-    curves = None
+plotting = import_optional("eventtrain.subscribers.reports.plotting", extra="plots", used_by="PlotCurves")
 
-KINDS = (".png", ".svg", ".pdf")
-PANELS_DRAWN = 24
-"""Where the metrics are not named: a picture of more would show nothing."""
+SUFFIXES = (".png", ".svg", ".pdf")
 
 
 class PlotCurves(Subscriber):
-    """Draws the metrics of a run: each with its ``val_`` twin, and the learning rate, whose changes are marked.
+    """Draws the metrics of a run, each together with its ``val_`` metric, and the learning rate, with marked changes.
 
     Args:
-        path: relative to ``run_dir``; its suffix says what is written: .png, .svg or .pdf.
+        path: relative to ``run_dir``; its suffix determines the format: .png, .svg or .pdf.
         metrics: names of those to draw, in this order; None: all, up to 24.
-        every_epochs: also draw after each so many epochs; None: only at the end.
+        every_epochs: also draw after every so many epochs; None: only at the end.
         steps: also draw the values of the steps, behind the means of the epochs.
         hyperparams: names of those to draw below the metrics.
-        scale: of the metrics; "auto": logarithmic where all values are positive and the greatest is 100 times the
-            least.
+        scale: of the metrics; "auto": logarithmic if all values are positive and the highest is 100 times the lowest.
         theme: "light" or "dark".
-        title: above; the run's id if None.
+        title: above the panels; the run's id if None.
         finish_timeout_s: how long ``stop`` waits for the picture, within the trainer's ``drain_timeout_s``.
 
-    It is drawn in a thread of its own, never two at a time: while one is drawn, only the newest of those due waits. The
-    file is replaced whole. What cannot be written is said by SubscriberFailed, and training goes on. Values that are
-    not finite leave gaps with a mark. A curve of more than 1,024 points is drawn as its mean in a band from the least
-    to the greatest value, so no spike is hidden, and takes 56 KiB. A run that resumes draws the whole run.
+    A thread draws, one picture at a time; meanwhile only the newest request waits. It writes the file atomically.
+    SubscriberFailed reports a picture that cannot be written, and training continues. Values that are not finite leave
+    gaps with a mark. A curve of more than 1,024 points is drawn as its mean in a band from the lowest to the highest
+    value, so no spike is hidden, and takes 56 KiB. A run that resumes draws the whole run.
 
     Raises:
-        ConfigurationError: matplotlib is missing, or an argument cannot work.
+        ConfigurationError: matplotlib is missing, or an argument is invalid.
     """
 
-    disable_after = None  # a full disk is no reason to draw nothing once there is room again
+    disable_after = None  # it draws again when a full disk has room
 
     def __init__(
         self,
@@ -72,23 +60,21 @@ class PlotCurves(Subscriber):
         title: str | None = None,
         finish_timeout_s: float = 20.0,
     ) -> None:
-        if curves is None:
-            raise ConfigurationError(
-                "PlotCurves needs matplotlib. Install it: pip install 'eventtrain[plots]'."
-            )
-        if every_epochs is not None:
-            require_count("PlotCurves", "every_epochs", every_epochs, at_least=1)
+        require_installed(plotting)
+        require_count("PlotCurves", "every_epochs", every_epochs, at_least=1, optional=True)
         require_choice("PlotCurves", "scale", scale, ("auto", "linear", "log"))
         require_choice("PlotCurves", "theme", theme, ("light", "dark"))
         require_number("PlotCurves", "finish_timeout_s", finish_timeout_s, at_least=0)
         if isinstance(metrics, str) or isinstance(hyperparams, str):
             raise ConfigurationError(
-                f"PlotCurves(metrics={metrics!r}, hyperparams={hyperparams!r}): needs names, as in ('loss',)."
+                f"PlotCurves(metrics={metrics!r}, hyperparams={hyperparams!r}): both must be tuples of names, such as "
+                "('loss',)."
             )
         self._path = file_path(path, "PlotCurves")
-        if self._path.suffix.lower() not in KINDS:
+        if self._path.suffix.lower() not in SUFFIXES:
             raise ConfigurationError(
-                f"PlotCurves({str(path)!r}): the name ends in none of {', '.join(KINDS)}, which says what is written."
+                f"PlotCurves({str(path)!r}): the suffix, which determines the format, must be one of "
+                f"{', '.join(SUFFIXES)}."
             )
         self.events = (*COLLECTED, RunCompleted, RunFailed, *((StepsCompleted,) if steps else ()))
         self._every_epochs = every_epochs
@@ -96,9 +82,9 @@ class PlotCurves(Subscriber):
         self._title = title
         self._finish_timeout_s = finish_timeout_s
         self._render = partial(
-            curves.picture,
+            plotting.picture,
             kind=self._path.suffix.lower()[1:],
-            colours=curves.LIGHT if theme == "light" else curves.DARK,
+            colours=plotting.LIGHT if theme == "light" else plotting.DARK,
             scale=scale,
         )
         self._metrics = None if metrics is None else tuple(metrics)
@@ -109,7 +95,7 @@ class PlotCurves(Subscriber):
         self._end: Event | None = None
 
     async def start(self, run: RunContext) -> None:
-        """Start the thread that draws."""
+        """Starts the thread that draws."""
         if run.restarts:
             self._series = RunSeries(self._metrics)
         self._run = run
@@ -118,13 +104,13 @@ class PlotCurves(Subscriber):
         self._thread.start()
 
     async def handle(self, event: Event) -> None:
-        """Take in what it says; draw if it is time, in the thread."""
-        if self._thread is None:  # an evaluation outside of the run
+        """Adds an event to the curves; has a picture drawn if it is due."""
+        if self._thread is None:  # an evaluation outside the run
             return
         if isinstance(event, (RunCompleted, RunFailed)):
             self._end = event
             return
-        self._series.take(event)
+        self._series.add(event)
         if (
             self._every_epochs is not None
             and isinstance(event, EpochCompleted)
@@ -134,7 +120,7 @@ class PlotCurves(Subscriber):
             self._thread.put(self._draw_newest)
 
     async def stop(self) -> None:
-        """Draw the whole run. Raises OSError where it cannot be written, SubscriberError where that takes too long."""
+        """Draws the whole run. Raises OSError if it cannot be written, SubscriberError if that takes too long."""
         thread, self._thread = self._thread, None
         if thread is None:
             return
@@ -148,14 +134,14 @@ class PlotCurves(Subscriber):
             raise SubscriberError(f"{self._path} was not drawn within {self._finish_timeout_s:g} s.")
 
     def state_dict(self) -> dict[str, Any]:
-        """The curves so far, as plain JSON data."""
-        return self._series.saved.to_json()
+        """Returns the curves so far, as plain JSON data."""
+        return self._series.save().to_json()
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on with these curves.
+        """Restores the curves of a checkpoint.
 
         Raises:
-            StateError: another version, or broken.
+            StateError: another version, or invalid data.
         """
         owner = self.name or "PlotCurves"
         series = RunSeries(self._metrics)
@@ -165,13 +151,13 @@ class PlotCurves(Subscriber):
     def _draw_newest(self) -> None:
         try:
             series, note, event = self._due.popleft()
-        except IndexError:  # drawn already, with an older one's turn
+        except IndexError:  # drawn already, in place of an older one
             return
         try:
             self._write(series, note)
         except Exception as error:
             thread = self._thread
-            if thread is None:  # the run ends; if it still fails, stop says so
+            if thread is None:  # the run ends; if drawing fails again, stop reports it
                 return
             thread.publish(
                 SubscriberFailed(
@@ -189,7 +175,7 @@ class PlotCurves(Subscriber):
             case RunFailed(error=error, step=step):
                 note = f"step {step:,}: failed, {error}"
             case _:
-                note = "the run ended, and nobody said how"
+                note = "the run ended without an event"
         try:
             self._write(series, note)
         except Exception as error:
@@ -198,12 +184,10 @@ class PlotCurves(Subscriber):
     def _write(self, series: RunSeries, note: str) -> None:
         run = self._run
         assert run is not None
-        panels = series.panels(self._hyperparams)
-        if self._metrics is None:
-            metrics = [panel for panel in panels if panel.hyperparam is None]
-            if len(metrics) > PANELS_DRAWN:
-                note += f"; {len(metrics) - PANELS_DRAWN} more metrics are not drawn, name those you want"
-            panels = metrics[:PANELS_DRAWN] + [panel for panel in panels if panel.hyperparam is not None]
+        panels = series.panels(self._hyperparams, most=MOST_PANELS)
+        more = len(series.metric_names()) - MOST_PANELS
+        if self._metrics is None and more > 0:
+            note += f"; {more} more metrics are not drawn, name those you want"
         changes = [change for change in series.marked if change.name in self._hyperparams]
         title = run.run_id if self._title is None else self._title
         data = self._render(panels, changes, title=title, note=note)

@@ -1,6 +1,6 @@
-"""Curves as pictures, drawn with matplotlib's Figure and Agg: nothing of pyplot, so any thread may do it.
+"""Draws curves with matplotlib's Figure and Agg, on any thread, since it uses nothing of pyplot.
 
-Shared by ``PlotCurves``, which writes one picture of all panels, and ``Report``, which takes one of each.
+``PlotCurves`` has all panels drawn as one picture, ``Report`` each panel as a fragment of SVG.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ import io
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Any, Literal
 
 import matplotlib
 import numpy as np
@@ -20,25 +20,28 @@ from matplotlib.font_manager import FontProperties, findfont, get_font
 from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter, ScalarFormatter
 
-from eventtrain.subscribers.reports.downsampling import Points, Thinned
+from eventtrain.subscribers.reports.curve import Curve, Points
 from eventtrain.subscribers.reports.run_series import Change, Panel
 
 FONT = "DejaVu Sans"  # comes with matplotlib
 MARKS_DRAWN = 25
-"""More changes than that are not marked one by one; the hyperparameter's own panel shows them."""
+"""If there are more changes, none is marked; the hyperparameter's own panel shows them."""
 LOG_FROM = 100.0
-"""A positive curve whose greatest value is so many times its least gets a logarithmic axis, where nobody chose."""
+"""With scale "auto", the axis is logarithmic if all values are positive and the highest is so many times the lowest."""
 COLUMNS = 2
 LONGEST = 110
 LARGEST = 1e150
-"""Beyond that, and below its inverse, matplotlib's sums overflow."""
+"""Above that, and below its inverse, matplotlib's sums overflow."""
 PANEL_WIDTH, PANEL_HEIGHT, MARGIN, HEAD, FOOT = 5.0, 2.65, 0.3, 0.5, 0.62  # inches
 LEFT, RIGHT, BELOW, ABOVE = 0.6, 0.18, 0.44, 0.34  # inches of a panel around its axes
+
+CHANGE: dict[str, Any] = {"linewidth": 0.9, "linestyle": (0, (2, 2))}
+NOT_FINITE: dict[str, Any] = {"linestyle": "", "marker": "^", "markersize": 5}
 
 
 @dataclass(frozen=True)
 class Colours:
-    """Of one picture; those of the curves are told apart by colour-blind people too (Okabe and Ito, 2008)."""
+    """Colours of a picture; colour-blind people can distinguish those of the curves (Okabe and Ito, 2008)."""
 
     paper: str = "#ffffff"
     ink: str = "#1f2933"
@@ -65,13 +68,13 @@ def picture(
     colours: Colours = LIGHT,
     scale: Scale = "auto",
 ) -> bytes:
-    """One picture of all panels.
+    """Returns one picture of all panels.
 
     Args:
-        panels: what to draw, in this order.
+        panels: in order.
         changes: of hyperparameters, to be marked.
         kind: "png", "svg" or "pdf".
-        title, note: above and below.
+        title, note: texts above and below.
         colours, scale: of all panels.
     """
     columns = min(COLUMNS, max(1, len(panels)))
@@ -88,8 +91,8 @@ def picture(
         left = MARGIN / 2 + column * PANEL_WIDTH + LEFT
         bottom = height - HEAD - (row + 1) * PANEL_HEIGHT + BELOW
         size = (PANEL_WIDTH - LEFT - RIGHT, PANEL_HEIGHT - BELOW - ABOVE)
-        place = figure.add_axes((left / width, bottom / height, size[0] / width, size[1] / height))
-        _draw(place, panel, changes, colours, scale)
+        axes = figure.add_axes((left / width, bottom / height, size[0] / width, size[1] / height))
+        _draw(axes, panel, changes, colours, scale)
         _write(figure, left, bottom + size[1] + 0.09, panel.name, colours.ink, 10.5)
     figure.legend(
         handles=_keys(panels, changes, colours),
@@ -104,9 +107,9 @@ def picture(
 
 
 def fragment(panel: Panel, changes: Sequence[Change], *, scale: Scale = "auto") -> str:
-    """One panel as SVG for a page of HTML that defines ``--ink``, ``--train`` and the other names of ``Colours``.
+    """Returns one panel as SVG for an HTML page that defines ``--ink``, ``--train`` and the other names of ``Colours``.
 
-    It holds no text but numbers, refers to nothing outside of it, and is transparent.
+    It has no text but numbers, refers to nothing outside, and is transparent.
     """
     figure = Figure(figsize=(5.6, 2.5), dpi=72)
     FigureCanvasAgg(figure)
@@ -115,8 +118,9 @@ def fragment(panel: Panel, changes: Sequence[Change], *, scale: Scale = "auto") 
     svg = _saved(figure, "svg").decode()
     svg = svg[svg.index("<svg") :]
     svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
-    svg = re.sub(r' d="[^"]*"', lambda path: re.sub(r"\d+\.\d{2,}", _rounded, path[0]), svg)
-    svg = re.sub(r'<g id="[^"]*"', "<g", svg)  # they would be the same in every picture of the page
+    # Coordinates are in points, with six decimals.
+    svg = re.sub(r' d="[^"]*"', lambda d: re.sub(r"\d+\.\d{2,}", lambda x: f"{float(x[0]):.1f}", d[0]), svg)
+    svg = re.sub(r'<g id="[^"]*"', "<g", svg)  # ids would be the same in every picture of the page
     svg = re.sub(r'<svg [^>]*?(viewBox="[^"]*")[^>]*>', r'<svg \1 role="img">', svg, count=1)
     svg = svg.replace("xlink:href", "href")
     for name, colour in vars(LIGHT).items():
@@ -127,56 +131,50 @@ def fragment(panel: Panel, changes: Sequence[Change], *, scale: Scale = "auto") 
 def _write(
     figure: Figure, x: float, y: float, text: str, colour: str, size: float, weight: str = "normal"
 ) -> None:
-    """Text that begins at a place given in inches."""
+    """Writes text that begins at a position in inches."""
     width, height = figure.get_size_inches()
     style = FontProperties(family=FONT, size=size, weight=weight)
     figure.text(x / width, y / height, plain(text), color=colour, font=style).set_parse_math(False)
 
 
 def plain(text: str) -> str:
-    """``text`` on one line, with a box for each character that the font lacks; matplotlib would warn of it."""
+    """Returns ``text`` on one line, with a box for each character that the font lacks; matplotlib would warn."""
     known = get_font(findfont(FontProperties(family=FONT))).get_charmap()
     shown = "".join(c if c.isprintable() else " " for c in text)
     shown = "".join(c if ord(c) in known else "\N{WHITE SQUARE}" for c in shown)
     return shown if len(shown) <= LONGEST else f"{shown[: LONGEST - 1]}…"
 
 
-def _rounded(found: re.Match[str]) -> str:
-    """A coordinate in points, of which matplotlib writes six digits behind the point."""
-    return f"{float(found[0]):.1f}"
-
-
-def _draw(place: Axes, panel: Panel, changes: Sequence[Change], colours: Colours, scale: Scale) -> None:
-    place.set_facecolor("none")
-    place.grid(True, color=colours.grid, linewidth=0.7)
-    place.set_axisbelow(True)
-    place.tick_params(colors=colours.soft, labelcolor=colours.ink, labelsize=8.5, labelfontfamily=FONT)
+def _draw(axes: Axes, panel: Panel, changes: Sequence[Change], colours: Colours, scale: Scale) -> None:
+    axes.set_facecolor("none")
+    axes.grid(True, color=colours.grid, linewidth=0.7)
+    axes.set_axisbelow(True)
+    axes.tick_params(colors=colours.soft, labelcolor=colours.ink, labelsize=8.5, labelfontfamily=FONT)
     for side in ("top", "right"):
-        place.spines[side].set_visible(False)
+        axes.spines[side].set_visible(False)
     for side in ("left", "bottom"):
-        place.spines[side].set_color(colours.soft)
+        axes.spines[side].set_color(colours.soft)
     if _is_logarithmic(panel, scale):
-        place.set_yscale("log")
-    # One epoch says more by its steps than by one mean.
+        axes.set_yscale("log")
+    # For a single epoch, its steps show more than one mean.
     few_epochs = panel.epochs is not None and len(panel.epochs) < 2
     if panel.steps is not None:
-        behind = panel.epochs is not None and not few_epochs
-        _line(place, panel.steps, colours.train, width=0.9, faint=behind)
+        _line(axes, panel.steps, colours.train, width=0.9, faint=panel.epochs is not None and not few_epochs)
     if panel.epochs is not None and not (few_epochs and panel.steps is not None):
-        _line(place, panel.epochs, colours.train, width=1.7)
+        _line(axes, panel.epochs, colours.train)
     if panel.evaluations is not None:
-        _line(place, panel.evaluations, colours.evaluation, width=1.7)
+        _line(axes, panel.evaluations, colours.evaluation)
     if panel.hyperparam is not None:
-        _line(place, panel.hyperparam, colours.mark, width=1.7, dots=False)
+        _line(axes, panel.hyperparam, colours.mark, dots=False)
     marks = changes if len(changes) <= MARKS_DRAWN else ()
     for step in {change.step for change in marks}:
-        place.axvline(step, color=colours.mark, linewidth=0.9, linestyle=(0, (2, 2)), alpha=0.75, zorder=1.5)
-    _mark_not_finite(place, panel, colours)
-    _label(place, colours)
+        axes.axvline(step, **CHANGE, color=colours.mark, alpha=0.75, zorder=1.5)
+    _mark_not_finite(axes, panel, colours)
+    _label(axes, colours)
 
 
-def _drawable(curve: Thinned) -> Points:
-    """What to draw, without what matplotlib cannot place on an axis."""
+def _drawable(curve: Curve) -> Points:
+    """Returns the points of ``curve``, without values that matplotlib cannot place on an axis."""
     points = curve.points()
 
     def placed(values: np.ndarray) -> np.ndarray:
@@ -189,60 +187,51 @@ def _drawable(curve: Thinned) -> Points:
 
 
 def _line(
-    place: Axes, curve: Thinned, colour: str, *, width: float, faint: bool = False, dots: bool = True
+    axes: Axes, curve: Curve, colour: str, *, width: float = 1.7, faint: bool = False, dots: bool = True
 ) -> None:
     points = _drawable(curve)
+    steps = points.steps
+    style: dict[str, Any] = {"color": colour, "alpha": 0.4 if faint else 1.0}
     if not points.exact:
-        place.fill_between(
-            points.steps, points.lows, points.highs, color=colour, alpha=0.22, linewidth=0.3, zorder=2
-        )
-    alpha = 0.4 if faint else 1.0
-    place.plot(points.steps, points.means, color=colour, linewidth=width, alpha=alpha, zorder=2.2)
+        axes.fill_between(steps, points.lows, points.highs, color=colour, alpha=0.22, linewidth=0.3, zorder=2)
+    axes.plot(steps, points.means, linewidth=width, zorder=2.2, **style)
     if points.exact and dots and len(points) <= 40:
-        place.plot(
-            points.steps, points.means, color=colour, linestyle="", marker="o", markersize=3, alpha=alpha
-        )
+        axes.plot(steps, points.means, linestyle="", marker="o", markersize=3, **style)
 
 
-def _mark_not_finite(place: Axes, panel: Panel, colours: Colours) -> None:
-    """A red triangle at the foot, for each bucket with a NaN or an infinity; the mean of an epoch says no more."""
-    curves = [panel.steps, panel.evaluations] if panel.steps is not None else list(panel.curves)
-    steps = np.concatenate([_not_finite(curve.points()) for curve in curves if curve is not None] or [[]])
-    place.plot(
-        steps,
-        np.zeros(len(steps)),
-        color=colours.bad,
-        linestyle="",
-        marker="^",
-        markersize=5,
-        transform=place.get_xaxis_transform(),
-        clip_on=False,
-        zorder=4,
+def _mark_not_finite(axes: Axes, panel: Panel, colours: Colours) -> None:
+    """Draws a red triangle at the bottom for each bucket with a NaN or an infinity."""
+    curves = panel.curves if panel.steps is None else [panel.steps, panel.evaluations]
+    steps = np.concatenate([_not_finite(curve) for curve in curves if curve is not None] or [[]])
+    foot = axes.get_xaxis_transform()
+    axes.plot(
+        steps, np.zeros(len(steps)), **NOT_FINITE, color=colours.bad, transform=foot, clip_on=False, zorder=4
     )
 
 
-def _not_finite(points: Points) -> np.ndarray:
+def _not_finite(curve: Curve) -> np.ndarray:
+    points = curve.points()
     return points.steps[points.not_finite > 0]
 
 
-def _label(place: Axes, colours: Colours) -> None:
-    place.set_xlabel("step", color=colours.soft, fontsize=8.5, family=FONT, labelpad=1.5)
-    place.xaxis.set_major_locator(MaxNLocator(nbins=6, integer=True))
-    place.xaxis.set_major_formatter(FuncFormatter(lambda value, _: _short(value)))
-    if place.get_yscale() == "log":
-        place.yaxis.set_major_locator(LogLocator(numticks=6))
-        # Without mathematical text, which matplotlib parses with shared state. A range within one decade needs more
-        # labels than powers of ten.
-        low, high = place.get_ylim()
+def _label(axes: Axes, colours: Colours) -> None:
+    axes.set_xlabel("step", color=colours.soft, fontsize=8.5, family=FONT, labelpad=1.5)
+    axes.xaxis.set_major_locator(MaxNLocator(nbins=6, integer=True))
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: _short(value)))
+    if axes.get_yscale() == "log":
+        axes.yaxis.set_major_locator(LogLocator(numticks=6))
+        # Without mathematical text, which matplotlib parses with shared state. A range within one decade requires
+        # more labels than powers of ten.
+        low, high = axes.get_ylim()
         narrow = high < 30 * low
         formatter = FuncFormatter(lambda value, _: f"{value:g}")
-        place.yaxis.set_major_formatter(formatter)
-        place.yaxis.set_minor_formatter(formatter if narrow else NullFormatter())
+        axes.yaxis.set_major_formatter(formatter)
+        axes.yaxis.set_minor_formatter(formatter if narrow else NullFormatter())
     else:
-        place.yaxis.set_major_locator(MaxNLocator(nbins=5))
-        place.yaxis.set_major_formatter(ScalarFormatter(useMathText=False))
-    place.yaxis.get_offset_text().set_fontsize(8)
-    place.yaxis.set_offset_position("right")  # "1e13"; the name of the panel stands on the left
+        axes.yaxis.set_major_locator(MaxNLocator(nbins=5))
+        axes.yaxis.set_major_formatter(ScalarFormatter(useMathText=False))
+    axes.yaxis.get_offset_text().set_fontsize(8)
+    axes.yaxis.set_offset_position("right")  # "1e13"; the name of the panel is on the left
 
 
 def _short(value: float) -> str:
@@ -263,27 +252,22 @@ def _is_logarithmic(panel: Panel, scale: Scale) -> bool:
 
 
 def _keys(panels: Sequence[Panel], changes: Sequence[Change], colours: Colours) -> list[Line2D]:
-    keys: list[Line2D] = []
+    """Returns the entries of the legend: only for what is drawn."""
+    styles: list[dict[str, Any]] = []
     if any(panel.epochs is not None and len(panel.epochs) > 1 for panel in panels):
-        keys.append(Line2D([], [], color=colours.train, linewidth=1.7, label="mean of an epoch"))
+        styles.append({"color": colours.train, "linewidth": 1.7, "label": "mean of an epoch"})
     if any(panel.steps is not None for panel in panels):
-        keys.append(Line2D([], [], color=colours.train, linewidth=0.9, alpha=0.5, label="step"))
+        styles.append({"color": colours.train, "linewidth": 0.9, "alpha": 0.5, "label": "step"})
     if any(panel.evaluations is not None for panel in panels):
-        keys.append(Line2D([], [], color=colours.evaluation, linewidth=1.7, label="evaluation"))
-    if changes and len(changes) <= MARKS_DRAWN:
+        styles.append({"color": colours.evaluation, "linewidth": 1.7, "label": "evaluation"})
+    if 0 < len(changes) <= MARKS_DRAWN:
         names = {change.name for change in changes}
-        label = f"change of {plain(next(iter(names)))}" if len(names) == 1 else "change of a hyperparameter"
-        keys.append(Line2D([], [], color=colours.mark, linestyle=(0, (2, 2)), linewidth=0.9, label=label))
-    if any(
-        len(_not_finite(curve.points()))
-        for panel in panels
-        for curve in (panel.steps, panel.evaluations)
-        if curve
-    ):
-        keys.append(
-            Line2D([], [], color=colours.bad, linestyle="", marker="^", markersize=5, label="not finite")
-        )
-    return keys
+        name = plain(names.pop()) if len(names) == 1 else "a hyperparameter"
+        styles.append({**CHANGE, "color": colours.mark, "label": f"change of {name}"})
+    curves = [curve for panel in panels for curve in (panel.steps, panel.evaluations) if curve]
+    if any(len(_not_finite(curve)) for curve in curves):
+        styles.append({**NOT_FINITE, "color": colours.bad, "label": "not finite"})
+    return [Line2D([], [], **style) for style in styles]
 
 
 def _saved(figure: Figure, kind: str) -> bytes:

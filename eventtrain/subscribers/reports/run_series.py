@@ -1,14 +1,11 @@
-"""``RunSeries``: the metrics and hyperparameters of a run as curves, collected from its events. Pure.
-
-Shared by what draws them: of the whole run, also of one that resumes, in bounded memory.
-"""
+"""``RunSeries``: the metrics and hyperparameters of a run as curves, in bounded memory. Pure."""
 
 from __future__ import annotations
 
 import logging
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
-from typing import Literal
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict
 
@@ -16,21 +13,24 @@ from eventtrain.errors import StateError
 from eventtrain.events import EpochCompleted, EpochStarted, EvalCompleted, HyperparamChanged, StepsCompleted
 from eventtrain.events.models import Number
 from eventtrain.subscribers._shared.state import SavedState
-from eventtrain.subscribers.reports.downsampling import SavedThinned, Thinned
+from eventtrain.subscribers.reports.curve import Curve, SavedCurve
 
 logger = logging.getLogger("eventtrain")
 
-NAMES_KEPT = 200
-"""Curves of each kind; metrics beyond that are left out, and that is said. At most 11 MiB a kind."""
-CHANGES_KEPT = 200
-"""Changes of hyperparameters of which the step is kept; the curve of the values is kept whole."""
+MOST_CURVES = 200
+"""Curves of each kind; more metrics are left out, with a warning. At most 11 MiB a kind."""
+MOST_CHANGES = 200
+"""Changes of hyperparameters whose steps are kept; the curve of the values is complete."""
+MOST_PANELS = 24
+"""Metrics that are drawn if none are named: a picture of more would be too small to read."""
 
 COLLECTED = (EpochStarted, EpochCompleted, EvalCompleted, HyperparamChanged)
-"""What ``RunSeries.take`` looks at, besides StepsCompleted."""
+"""Events for ``RunSeries.add``, besides StepsCompleted."""
+KINDS = ("steps", "epochs", "evaluations", "hyperparams")
 
 
 class Change(BaseModel):
-    """A hyperparameter was changed: steps after ``step`` are computed with ``new``."""
+    """Change of a hyperparameter: steps after ``step`` are computed with ``new``."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", ser_json_inf_nan="strings")
 
@@ -43,37 +43,37 @@ class Change(BaseModel):
 
 
 class RunSeriesState(SavedState):
-    """What survives a restart."""
+    """State in a checkpoint."""
 
     version: Literal[1] = 1
-    steps: dict[str, SavedThinned]
-    epochs: dict[str, SavedThinned]
-    evaluations: dict[str, SavedThinned]
-    hyperparams: dict[str, SavedThinned]
+    steps: dict[str, SavedCurve]
+    epochs: dict[str, SavedCurve]
+    evaluations: dict[str, SavedCurve]
+    hyperparams: dict[str, SavedCurve]
     changes: tuple[Change, ...]
     changed: int
 
 
 @dataclass(frozen=True)
 class Panel:
-    """What is drawn together.
+    """Curves that are drawn in the same axes.
 
     Attributes:
-        name: of the metric, without ``val_`` where its training twin is there too; or of the hyperparameter.
-        steps, epochs: its value at each step, and its mean over each epoch, at the epoch's last step.
-        evaluations: of the metric with ``val_``.
+        name: of the metric, without ``val_`` if the metric of training is there too; or of the hyperparameter.
+        steps, epochs: the metric's value at each step, and its mean over each epoch, at the epoch's last step.
+        evaluations: the metric with ``val_``.
         hyperparam: the values of a hyperparameter; the others are None then.
     """
 
     name: str
-    steps: Thinned | None = None
-    epochs: Thinned | None = None
-    evaluations: Thinned | None = None
-    hyperparam: Thinned | None = None
+    steps: Curve | None = None
+    epochs: Curve | None = None
+    evaluations: Curve | None = None
+    hyperparam: Curve | None = None
 
     @property
-    def curves(self) -> Iterable[Thinned]:
-        """All that are there."""
+    def curves(self) -> list[Curve]:
+        """All curves."""
         found = (self.steps, self.epochs, self.evaluations, self.hyperparam)
         return [curve for curve in found if curve is not None]
 
@@ -83,80 +83,56 @@ class RunSeries:
     """The curves of one run so far. One thread at a time.
 
     Attributes:
-        metrics: names of those collected, each with its ``val_`` twin; None: all.
-        steps, epochs, evaluations: metric -> its values at steps, its means of epochs, and those of evaluations, whose
-            names begin with ``val_``.
-        hyperparams: name -> its values; where it jumps there are two points of one step.
-        changes: of hyperparameters, the first ``CHANGES_KEPT``.
-        changed: how many there were.
+        metrics: names of those to collect, each together with its ``val_`` metric; None: all.
+        steps, epochs, evaluations: metric -> its values at steps, its means over epochs, and its values in
+            evaluations, under names that begin with ``val_``.
+        hyperparams: name -> its values; at a change there are two points of one step.
+        changes: of hyperparameters, the first ``MOST_CHANGES``.
+        changed: number of all changes.
+        left_out: names of metrics that are not collected because there are too many.
     """
 
     metrics: tuple[str, ...] | None = None
-    steps: dict[str, Thinned] = field(default_factory=dict[str, Thinned])
-    epochs: dict[str, Thinned] = field(default_factory=dict[str, Thinned])
-    evaluations: dict[str, Thinned] = field(default_factory=dict[str, Thinned])
-    hyperparams: dict[str, Thinned] = field(default_factory=dict[str, Thinned])
+    steps: dict[str, Curve] = field(default_factory=dict[str, Curve])
+    epochs: dict[str, Curve] = field(default_factory=dict[str, Curve])
+    evaluations: dict[str, Curve] = field(default_factory=dict[str, Curve])
+    hyperparams: dict[str, Curve] = field(default_factory=dict[str, Curve])
     changes: list[Change] = field(default_factory=list[Change])
     changed: int = 0
     left_out: set[str] = field(default_factory=set[str])
 
-    def take(self, event: object) -> None:
-        """Take in what an event says."""
+    def add(self, event: object) -> None:
+        """Adds the values of an event to the curves."""
         match event:
             case StepsCompleted():
                 steps = range(event.first_step, event.last_step + 1)
                 for name, column in event.metrics.items():
-                    if self._wants(name) and (curve := self._curve(self.steps, name)) is not None:
+                    if (curve := self._curve(self.steps, name)) is not None:
                         curve.add(steps, column)
             case EpochStarted():
                 self._put(self.hyperparams, event.hyperparams, event.step)
             case EpochCompleted():
-                means = {
-                    name: value
-                    for name, value in event.metrics.items()
-                    if not name.startswith("val_") and self._wants(name)
-                }
+                means = {name: mean for name, mean in event.metrics.items() if not name.startswith("val_")}
                 self._put(self.epochs, means, event.step)
                 self._put(self.hyperparams, event.hyperparams, event.step)
             case EvalCompleted():
-                means = {f"val_{name}": value for name, value in event.metrics.items()}
-                wanted = {name: value for name, value in means.items() if self._wants(name)}
-                self._put(self.evaluations, wanted, event.step)
+                values = {f"val_{name}": value for name, value in event.metrics.items()}
+                self._put(self.evaluations, values, event.step)
             case HyperparamChanged():
                 name = event.path if event.path in self.hyperparams else event.name
                 self._put(self.hyperparams, {name: event.old}, event.step)
                 self._put(self.hyperparams, {name: event.new}, event.step)
-                self.changed += 1
-                if len(self.changes) < CHANGES_KEPT:
-                    by = event.cause.subscriber if event.cause is not None else ""
-                    self.changes.append(
-                        Change(
-                            step=event.step,
-                            name=name,
-                            old=event.old,
-                            new=event.new,
-                            by=by,
-                            reason=event.reason,
-                        )
-                    )
+                self._note_change(name, event)
             case _:
                 pass
 
-    def panels(self, hyperparams: Iterable[str] | None = None) -> list[Panel]:
-        """What to draw: each metric together with its ``val_`` twin, in the order asked for, then hyperparameters.
+    def panels(self, hyperparams: Iterable[str] | None = None, *, most: int | None = None) -> list[Panel]:
+        """Returns what to draw: metrics, each together with its ``val_`` metric, then hyperparameters.
 
         Args:
-            hyperparams: names of those wanted; None: all.
+            hyperparams: names of those to draw, in this order; None: all.
+            most: limit of metrics that are not named by ``self.metrics``.
         """
-        found = dict.fromkeys([*self.epochs, *self.steps])
-        for name in self.evaluations:
-            twin = name.removeprefix("val_")
-            if twin not in found:
-                found[name] = None
-        wanted = list(found)
-        if self.metrics is not None:
-            twins = [name if name in found else name.removeprefix("val_") for name in self.metrics]
-            wanted = [name for name in dict.fromkeys(twins) if name in found]
         panels = [
             Panel(
                 name,
@@ -164,74 +140,81 @@ class RunSeries:
                 self.epochs.get(name),
                 self.evaluations.get(name if name.startswith("val_") else f"val_{name}"),
             )
-            for name in wanted
+            for name in self.metric_names()[: most if self.metrics is None else None]
         ]
-        rates = self.hyperparams if hyperparams is None else [n for n in hyperparams if n in self.hyperparams]
+        names = self.hyperparams if hyperparams is None else hyperparams
+        rates = [name for name in names if name in self.hyperparams]
         return [*panels, *(Panel(name, hyperparam=self.hyperparams[name]) for name in rates)]
+
+    def metric_names(self) -> list[str]:
+        """Returns the names of the metric panels, in the order of ``self.metrics`` if it is given."""
+        found = dict.fromkeys([*self.epochs, *self.steps])
+        for name in self.evaluations:
+            if name.removeprefix("val_") not in found:
+                found[name] = None
+        if self.metrics is None:
+            return list(found)
+        named = [name if name in found else name.removeprefix("val_") for name in self.metrics]
+        return [name for name in dict.fromkeys(named) if name in found]
 
     @property
     def marked(self) -> list[Change]:
-        """The changes that can be marked: all, or none where there were more than are kept."""
+        """The changes to mark: all, or none if there were more than are kept."""
         return self.changes if self.changed == len(self.changes) else []
 
     def copy(self) -> RunSeries:
-        """As it is now; for another thread to draw."""
-        return RunSeries(
-            self.metrics,
-            *(
-                {name: curve.copy() for name, curve in kind.items()}
-                for kind in (self.steps, self.epochs, self.evaluations, self.hyperparams)
-            ),
-            changes=list(self.changes),
-            changed=self.changed,
-            left_out=set(self.left_out),
-        )
+        """Returns a copy, for another thread to draw."""
+        curves: dict[str, Any] = {
+            kind: {name: curve.copy() for name, curve in getattr(self, kind).items()} for kind in KINDS
+        }
+        return replace(self, **curves, changes=list(self.changes), left_out=set(self.left_out))
 
-    @property
-    def saved(self) -> RunSeriesState:
-        """For a checkpoint."""
-        return RunSeriesState(
-            steps=_saved(self.steps),
-            epochs=_saved(self.epochs),
-            evaluations=_saved(self.evaluations),
-            hyperparams=_saved(self.hyperparams),
-            changes=tuple(self.changes),
-            changed=self.changed,
-        )
+    def save(self) -> RunSeriesState:
+        """Returns the state for a checkpoint."""
+        curves: dict[str, Any] = {
+            kind: {name: curve.save() for name, curve in getattr(self, kind).items()} for kind in KINDS
+        }
+        return RunSeriesState(**curves, changes=tuple(self.changes), changed=self.changed)
 
     def load(self, owner: str, saved: RunSeriesState) -> None:
-        """Go on from ``saved``. Raises StateError where it holds no curves; ``owner`` is named in it."""
+        """Restores the state from ``save``. Raises StateError, which names ``owner``, if it does not hold curves."""
         try:
-            kinds = [
-                {name: Thinned.of(one) for name, one in kind.items()}
-                for kind in (saved.steps, saved.epochs, saved.evaluations, saved.hyperparams)
-            ]
+            for kind in KINDS:
+                curves = {name: Curve.load(one) for name, one in getattr(saved, kind).items()}
+                setattr(self, kind, curves)
         except ValueError as error:
             raise StateError(
-                f"{owner} cannot take over its state: {error}. It is broken; start without it."
+                f"{owner} cannot load its state: {error}. The state is damaged; start without it."
             ) from error
-        self.steps, self.epochs, self.evaluations, self.hyperparams = kinds
         self.changes, self.changed = list(saved.changes), saved.changed
 
-    def _wants(self, name: str) -> bool:
-        return self.metrics is None or name in self.metrics or name.removeprefix("val_") in self.metrics
+    def _note_change(self, name: str, event: HyperparamChanged) -> None:
+        self.changed += 1
+        if len(self.changes) < MOST_CHANGES:
+            by = event.cause.subscriber if event.cause is not None else ""
+            self.changes.append(
+                Change(step=event.step, name=name, old=event.old, new=event.new, by=by, reason=event.reason)
+            )
 
-    def _put(self, curves: dict[str, Thinned], values: Mapping[str, Number], step: int) -> None:
+    def _put(self, curves: dict[str, Curve], values: Mapping[str, Number], step: int) -> None:
         for name, value in values.items():
-            curve = self._curve(curves, name)
-            if curve is not None:
+            if (curve := self._curve(curves, name)) is not None:
                 curve.put(step, value)
 
-    def _curve(self, curves: dict[str, Thinned], name: str) -> Thinned | None:
+    def _curve(self, curves: dict[str, Curve], name: str) -> Curve | None:
+        """Returns the curve of ``name``, new if necessary; None if it is not collected."""
+        if curves is not self.hyperparams and not self._is_wanted(name):
+            return None
         curve = curves.get(name)
-        if curve is None and len(curves) < NAMES_KEPT:
-            curve = curves[name] = Thinned()
-        elif curve is None and name not in self.left_out and len(self.left_out) < NAMES_KEPT:
+        if curve is None and len(curves) < MOST_CURVES:
+            curve = curves[name] = Curve()
+        elif curve is None and name not in self.left_out and len(self.left_out) < MOST_CURVES:
             if not self.left_out:
-                logger.warning("There are more than %d curves; %r and others are left out.", NAMES_KEPT, name)
+                logger.warning(
+                    "There are more than %d curves; %r and others are left out.", MOST_CURVES, name
+                )
             self.left_out.add(name)
         return curve
 
-
-def _saved(curves: Mapping[str, Thinned]) -> dict[str, SavedThinned]:
-    return {name: curve.saved for name, curve in curves.items()}
+    def _is_wanted(self, name: str) -> bool:
+        return self.metrics is None or name in self.metrics or name.removeprefix("val_") in self.metrics

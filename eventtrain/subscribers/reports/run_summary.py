@@ -1,4 +1,4 @@
-"""``ReportFacts``: what a report tells of a run besides its curves, collected from events in bounded memory. Pure."""
+"""``RunSummary``: what a report shows of a run besides its curves, collected from events in bounded memory. Pure."""
 
 from __future__ import annotations
 
@@ -37,10 +37,10 @@ from eventtrain.events.commands import Command
 from eventtrain.events.models import Number
 from eventtrain.subscribers._shared.state import SavedState
 
-ROWS_KEPT = 100
-"""Of each list the newest; how many there were is counted."""
-NAMES_KEPT = 200
-TEXT_KEPT = 500
+MOST_ROWS = 100
+"""Of each list; the newest are kept, and all are counted."""
+MOST_NAMES = 200
+MOST_TEXT = 500
 
 REPORTED = (
     RunStarted,
@@ -64,11 +64,11 @@ REPORTED = (
     SubscriberDisabled,
     LoopStalled,
 )
-"""What ``ReportFacts.take`` looks at, besides StepsCompleted."""
+"""Events for ``RunSummary.add``, besides StepsCompleted."""
 
 
 class Rows(BaseModel):
-    """The newest rows of a table, oldest first, and how many there were."""
+    """The newest rows of a table, oldest first, and the number of all."""
 
     model_config = ConfigDict(extra="forbid")
 
@@ -76,14 +76,14 @@ class Rows(BaseModel):
     rows: list[tuple[str, ...]] = Field(default_factory=list[tuple[str, ...]])
 
     def add(self, *cells: str) -> None:
-        """One more row; long text is cut."""
+        """Adds a row; long text is cut."""
         self.total += 1
         self.rows.append(tuple(_short(cell) for cell in cells))
-        del self.rows[:-ROWS_KEPT]
+        del self.rows[:-MOST_ROWS]
 
 
 class Extremes(BaseModel):
-    """Of one metric: its last value, the least and the greatest finite one, each with its step."""
+    """The last value of a metric, and the lowest and the highest finite one, each with its step."""
 
     model_config = ConfigDict(extra="forbid", ser_json_inf_nan="strings")
 
@@ -94,8 +94,8 @@ class Extremes(BaseModel):
     high: float | None = None
     high_step: int = 0
 
-    def take(self, value: float, step: int) -> None:
-        """One more value."""
+    def add(self, value: float, step: int) -> None:
+        """Adds the next value."""
         self.last, self.last_step = value, step
         if not math.isfinite(value):
             return
@@ -106,7 +106,7 @@ class Extremes(BaseModel):
 
 
 class Tally(BaseModel):
-    """How often somebody's commands of one kind took effect, and the last of them."""
+    """How often commands of one kind from one subscriber took effect, and the last of them."""
 
     model_config = ConfigDict(extra="forbid")
 
@@ -117,8 +117,16 @@ class Tally(BaseModel):
     last_reason: str = ""
 
 
-class ReportFacts(SavedState):
-    """What is known so far; also what survives a restart."""
+class RunSummary(SavedState):
+    """The summary so far; also the state in a checkpoint.
+
+    Attributes:
+        began: when this attempt began.
+        now: time of the newest event.
+        earlier_s: duration of the attempts before, as far as they were saved.
+        outcome: "unknown", "completed", "stopped", "interrupted" or "failed".
+        step_metrics: of the last step of each window, for a run that ends before its first epoch does.
+    """
 
     model_config = ConfigDict(extra="forbid", frozen=False, ser_json_inf_nan="strings")
 
@@ -128,18 +136,13 @@ class ReportFacts(SavedState):
     epochs: int = 0
     started: datetime | None = None
     began: datetime | None = None
-    """Of this attempt."""
     now: datetime | None = None
-    """The time of the newest event."""
     earlier_s: float = 0.0
-    """How long the attempts before took, as far as they were saved."""
     outcome: str = "unknown"
-    """Or "completed", "stopped", "interrupted", "failed"."""
-    reason: str = "the run ended, and nobody said how"
+    reason: str = "the run ended without an event"
     deterministic: bool = True
     metrics: dict[str, Extremes] = Field(default_factory=dict[str, Extremes])
     step_metrics: dict[str, Extremes] = Field(default_factory=dict[str, Extremes])
-    """Of the last step of each window: what is known before the first epoch has ended."""
     tallies: list[Tally] = Field(default_factory=list[Tally])
     commands: Rows = Field(default_factory=Rows)
     checkpoints: Rows = Field(default_factory=Rows)
@@ -153,87 +156,68 @@ class ReportFacts(SavedState):
 
     @property
     def duration_s(self) -> float:
-        """Of all attempts, between their events."""
+        """Duration of all attempts, from the first to the last event of each."""
         here = (self.now - self.began).total_seconds() if self.now and self.began else 0.0
         return self.earlier_s + max(0.0, here)
 
-    def take(self, event: Event) -> None:
-        """Take in what an event says."""
+    def resume(self) -> None:
+        """Begins another attempt."""
+        self.earlier_s, self.began, self.now = self.duration_s, None, None
+
+    def add(self, event: Event) -> None:
+        """Adds an event."""
         if self.began is None:
             self.began = event.time
             self.started = self.started or event.time
         self.now = event.time
         self.step = max(self.step, event.step)
+        self._add_progress(event)
+        self._add_checkpoint(event)
+        self._add_message(event)
+
+    def _add_progress(self, event: Event) -> None:
         match event:
             case StepsCompleted():
                 if not self.epochs:
                     last = {name: column[-1].item() for name, column in event.metrics.items()}
-                    self._measure(self.step_metrics, last, event.step)
+                    _measure(self.step_metrics, last, event.step)
             case EpochCompleted():
                 self.epochs += 1
-                means = {name: v for name, v in event.metrics.items() if not name.startswith("val_")}
-                self._measure(self.metrics, means, event.step)
+                means = {name: mean for name, mean in event.metrics.items() if not name.startswith("val_")}
+                _measure(self.metrics, means, event.step)
             case EvalCompleted():
-                means = {f"val_{name}": value for name, value in event.metrics.items()}
-                self._measure(self.metrics, means, event.step)
-            case CommandApplied():
-                self._applied(event)
-            case CommandRejected():
-                by = event.command.cause.subscriber if event.command.cause else ""
-                self.commands.add(f"{event.step:,}", by, told(event.command), f"rejected: {event.reason}")
-            case AlertRaised():
-                self.alerts.add(f"{event.step:,}", event.severity, event.name, event.message)
-                if event.name not in self.open_alerts:
-                    self.open_alerts = [*self.open_alerts, event.name][-ROWS_KEPT:]
-            case AlertResolved():
-                self.alerts.add(f"{event.step:,}", "resolved", event.name, event.message)
-                self.open_alerts = [name for name in self.open_alerts if name != event.name]
-            case SubscriberFailed():
-                self.failures.add(
-                    f"{event.step:,}", event.subscriber, f"failed on {event.event_kind}: {event.error}"
-                )
-            case SubscriberLagged():
-                self.failures.add(f"{event.step:,}", event.subscriber, f"{event.dropped:,} events dropped")
-            case SubscriberDisabled():
-                self.failures.add(f"{event.step:,}", event.subscriber, f"switched off: {event.reason}")
-            case LoopStalled():
-                self.failures.add(
-                    f"{event.step:,}", event.subscriber, f"training waited {event.waited_s:.1f} s for it"
-                )
-            case _:
-                self._of_run_or_checkpoint(event)
-
-    def resume(self) -> None:
-        """Go on from a cut, in another attempt."""
-        self.earlier_s, self.began, self.now = self.duration_s, None, None
-
-    def _of_run_or_checkpoint(self, event: Event) -> None:
-        step = f"{event.step:,}"
-        match event:
+                values = {f"val_{name}": value for name, value in event.metrics.items()}
+                _measure(self.metrics, values, event.step)
             case RunStarted():
                 self.first_step = event.step
             case RunResumed():
-                self.resumed.add(step, file_name(event.path))
+                self.resumed.add(f"{event.step:,}", file_name(event.path))
             case RunCompleted():
                 self.reason, self.deterministic = event.reason, event.deterministic
-                ended = {"completed": "completed", **dict.fromkeys(TO_BE_CONTINUED, "interrupted")}
-                self.outcome = ended.get(event.reason, "stopped")
+                outcomes = {"completed": "completed", **dict.fromkeys(TO_BE_CONTINUED, "interrupted")}
+                self.outcome = outcomes.get(event.reason, "stopped")
             case RunFailed():
                 self.reason, self.outcome = _short(event.error), "failed"
+            case _:
+                pass
+
+    def _add_checkpoint(self, event: Event) -> None:
+        step = f"{event.step:,}"
+        match event:
             case CheckpointCommitted():
                 self.committed += 1
-                took = f"{size_text(event.size_bytes)} in {event.duration_s:.2f} s"
-                self.checkpoints.add(step, "committed", file_name(event.path), took)
+                size = f"{size_text(event.size_bytes)} in {event.duration_s:.2f} s"
+                self.checkpoints.add(step, "committed", file_name(event.path), size)
             case CheckpointFailed():
                 self.checkpoints_failed += 1
                 self.checkpoints.add(step, "failed", file_name(event.path) or event.tag or "", event.error)
             case CheckpointSkipped():
-                waiting = f"{event.in_flight} were still being written"
-                self.checkpoints.add(step, "skipped", event.tag or "", waiting)
+                reason = f"{event.in_flight} were still being written"
+                self.checkpoints.add(step, "skipped", event.tag or "", reason)
             case CheckpointRestored():
-                what = "state" if event.part == "all" else "weights"
-                put_back = f"{what} of step {event.restored_step:,}"
-                self.checkpoints.add(step, "restored", event.tag or file_name(event.path), put_back)
+                part = "state" if event.part == "all" else "weights"
+                restored = f"{part} of step {event.restored_step:,}"
+                self.checkpoints.add(step, "restored", event.tag or file_name(event.path), restored)
             case CheckpointUploaded():
                 self.uploaded += 1
             case CheckpointUploadFailed():
@@ -241,44 +225,71 @@ class ReportFacts(SavedState):
             case _:
                 pass
 
-    def _applied(self, event: CommandApplied) -> None:
-        command = event.command
-        by = command.cause.subscriber if command.cause is not None else ""
-        tally = next((one for one in self.tallies if (one.by, one.kind) == (by, command.kind)), None)
-        if tally is None and len(self.tallies) < NAMES_KEPT:
-            self.tallies.append(tally := Tally(by=by, kind=command.kind))
+    def _add_message(self, event: Event) -> None:
+        step = f"{event.step:,}"
+        match event:
+            case CommandApplied():
+                self._count(event)
+                if event.command.kind != "take_snapshot":  # policies take many, and they change nothing
+                    command = event.command
+                    self.commands.add(step, _issuer(command), command_text(command), command.reason)
+            case CommandRejected():
+                command = event.command
+                rejected = f"rejected: {event.reason}"
+                self.commands.add(step, _issuer(command), command_text(command), rejected)
+            case AlertRaised():
+                self.alerts.add(step, event.severity, event.name, event.message)
+                if event.name not in self.open_alerts:
+                    self.open_alerts = [*self.open_alerts, event.name][-MOST_ROWS:]
+            case AlertResolved():
+                self.alerts.add(step, "resolved", event.name, event.message)
+                self.open_alerts = [name for name in self.open_alerts if name != event.name]
+            case SubscriberFailed():
+                self.failures.add(step, event.subscriber, f"failed on {event.event_kind}: {event.error}")
+            case SubscriberLagged():
+                self.failures.add(step, event.subscriber, f"{event.dropped:,} events dropped")
+            case SubscriberDisabled():
+                self.failures.add(step, event.subscriber, f"disabled: {event.reason}")
+            case LoopStalled():
+                self.failures.add(step, event.subscriber, f"training waited {event.waited_s:.1f} s for it")
+            case _:
+                pass
+
+    def _count(self, event: CommandApplied) -> None:
+        by, kind = _issuer(event.command), event.command.kind
+        tally = next((one for one in self.tallies if (one.by, one.kind) == (by, kind)), None)
+        if tally is None and len(self.tallies) < MOST_NAMES:
+            self.tallies.append(tally := Tally(by=by, kind=kind))
         if tally is not None:
             tally.count += 1
-            tally.last_step, tally.last_reason = event.step, _short(command.reason)
-        if command.kind != "take_snapshot":  # of which policies make many, and which change nothing
-            self.commands.add(f"{event.step:,}", by, told(command), command.reason)
-
-    @staticmethod
-    def _measure(measured: dict[str, Extremes], values: dict[str, Number], step: int) -> None:
-        for name, value in values.items():
-            if name in measured:
-                measured[name].take(float(value), step)
-            elif len(measured) < NAMES_KEPT:
-                measured[name] = Extremes(last=math.nan, last_step=step)
-                measured[name].take(float(value), step)
+            tally.last_step, tally.last_reason = event.step, _short(event.command.reason)
 
 
-def told(command: Command) -> str:
-    """What a command asked for, in words."""
-    values = {
-        name: value
-        for name, value in command.model_dump(exclude={"kind", "reason", "cause", "due", "path"}).items()
-        if value is not None
-    }
+def _measure(measured: dict[str, Extremes], values: dict[str, Number], step: int) -> None:
+    for name, value in values.items():
+        if name not in measured and len(measured) < MOST_NAMES:
+            measured[name] = Extremes(last=math.nan, last_step=step)
+        if name in measured:
+            measured[name].add(float(value), step)
+
+
+def _issuer(command: Command) -> str:
+    return command.cause.subscriber if command.cause is not None else ""
+
+
+def command_text(command: Command) -> str:
+    """Returns ``command`` as a call, such as ``scale_hyperparam(name=learning_rate, factor=0.5)``."""
+    values = command.model_dump(exclude={"kind", "reason", "cause", "due", "path"})
     shown = ", ".join(
         f"{name}={value:.6g}" if isinstance(value, float) else f"{name}={value}"
         for name, value in values.items()
+        if value is not None
     )
     return f"{command.kind}({shown})"
 
 
 def file_name(path: str) -> str:
-    """The last part of a path, which says nothing of the machine."""
+    """Returns the last part of a path, which does not identify the machine."""
     return path.replace("\\", "/").rstrip("/").rpartition("/")[2]
 
 
@@ -304,4 +315,4 @@ def duration_text(duration_s: float) -> str:
 
 
 def _short(text: str) -> str:
-    return text if len(text) <= TEXT_KEPT else f"{text[: TEXT_KEPT - 1]}…"
+    return text if len(text) <= MOST_TEXT else f"{text[: MOST_TEXT - 1]}…"

@@ -6,32 +6,37 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from eventtrain import subscribers as subs
-from eventtrain.subscribers.alerts.alarm import Alarm
-from eventtrain.subscribers.alerts.alert_state import Alarms
+from eventtrain.subscribers.alerts.alert_state import AlertState, RuleAlerts
 
 LOOKS = st.lists(st.tuples(st.booleans(), st.integers(1, 3), st.integers(0, 3)), max_size=60)
 """Whether it is bad, and how many steps and seconds after the look before."""
 
 
-def judged(alarm: Alarm, looks: list[tuple[bool, int, int]]) -> list[tuple[int, int, str | None]]:
+def judged(state: AlertState, looks: list[tuple[bool, int, int]]) -> list[tuple[int, int, str | None]]:
     step = now = 0
     found: list[tuple[int, int, str | None]] = []
     for bad, steps, seconds in looks:
         step, now = step + steps, now + seconds
-        found.append((step, now, alarm.judge(bad, step, now)))
+        found.append((step, now, state.judge(bad, step, now)))
     return found
 
 
 def test_without_further_conditions_it_is_raised_at_once_and_not_again() -> None:
     looks = [(True, 1, 1), (True, 1, 1), (False, 1, 1), (False, 1, 1), (True, 1, 1)]
-    assert [change for _, _, change in judged(Alarm(), looks)] == ["raised", None, "resolved", None, "raised"]
+    assert [change for _, _, change in judged(AlertState(), looks)] == [
+        "raised",
+        None,
+        "resolved",
+        None,
+        "raised",
+    ]
 
 
 @given(looks=LOOKS, for_s=st.integers(0, 5), for_steps=st.integers(0, 5), cooldown_s=st.integers(0, 8))
 def test_it_agrees_with_its_definition(
     looks: list[tuple[bool, int, int]], for_s: int, for_steps: int, cooldown_s: int
 ) -> None:
-    changes = judged(Alarm(for_s, for_steps, cooldown_s), looks)
+    changes = judged(AlertState(for_s, for_steps, cooldown_s), looks)
     raised, resolved_at, since = False, None, None
     for (bad, _, _), (step, now, change) in zip(looks, changes, strict=True):
         if not bad:
@@ -55,7 +60,7 @@ def test_it_agrees_with_its_definition(
 def test_saved_and_loaded_it_goes_on_as_if_no_time_had_passed(
     looks: list[tuple[bool, int, int]], cut: int, pause: int, options: tuple[int, int, int]
 ) -> None:
-    whole, first, second = Alarm(*options), Alarm(*options), Alarm(*options)
+    whole, first, second = AlertState(*options), AlertState(*options), AlertState(*options)
     expected = judged(whole, looks)
     judged(first, looks[:cut])
     step = sum(steps for _, steps, _ in looks[:cut])
@@ -68,11 +73,11 @@ def test_saved_and_loaded_it_goes_on_as_if_no_time_had_passed(
 
 
 def test_each_subject_has_a_cooldown_of_its_own_however_often_it_is_looked_at() -> None:
-    alarms = Alarms(subs.SlowSubscriberRule(cooldown_s=10.0))
+    alerts = RuleAlerts(subs.SlowSubscriberRule(cooldown_s=10.0))
     told = [
         [
             f"{alert.kind} {alert.name}"
-            for alert in alarms.update(dict.fromkeys(bad, "behind"), 1, float(now_s))
+            for alert in alerts.update(dict.fromkeys(bad, "behind"), 1, float(now_s))
         ]
         for now_s, bad in enumerate(["a", "", "", "a", "ab", *[""] * 6, "a"])
     ]
@@ -86,6 +91,6 @@ def test_each_subject_has_a_cooldown_of_its_own_however_often_it_is_looked_at() 
         *[[]] * 5,
         ["alert_raised slow subscriber: a"],
     ]
-    assert set(alarms.save(11.0).alarms) == {"a", "b"}
-    alarms.update({"a": "behind"}, 1, 16.0)
-    assert set(alarms.save(16.0).alarms) == {"a"}
+    assert set(alerts.save(11.0).alarms) == {"a", "b"}
+    alerts.update({"a": "behind"}, 1, 16.0)
+    assert set(alerts.save(16.0).alarms) == {"a"}

@@ -24,8 +24,9 @@ from pydantic import SecretStr
 
 import eventtrain as et
 from eventtrain import subscribers as subs
-from eventtrain.subscribers.alerts import transports as alert_targets
-from eventtrain.subscribers.alerts.apprise_transport import AppriseTarget
+from eventtrain.subscribers._shared.optional_imports import MissingModule
+from eventtrain.subscribers.alerts import target as alert_target
+from eventtrain.subscribers.alerts.apprise_transport import AppriseTransport
 from eventtrain.subscribers.alerts.message import Message
 from tests.subscribers.alerts.alert_servers import MailServer, Target, free_port, serving, silent_server
 
@@ -145,21 +146,24 @@ def test_alerts_in_front_of_the_report_say_that_it_is_missing_or_of_an_earlier_r
     tmp_path: Path, mail: MailServer, caplog: pytest.LogCaptureFixture
 ) -> None:
     sent: list[int] = []
-    for said in ("there is no report.html in the folder", "report.html is as it was before the run"):
+    for said in (
+        "report.html is not in run_dir",
+        "report.html was not written by this run; the old file is sent",
+    ):
         alerts = subs.Alerts([subs.RunCompletedRule()], mailto(mail.port), attach=["report.html"])
         caplog.clear()
         et.Trainer(step, {"w": jnp.zeros(1)}, subscribers=[alerts, subs.Report()], run_dir=tmp_path).fit(
             [np.float32(2.0)], epochs=1
         )
         assert said in caplog.text
-        assert "List Alerts behind the subscriber that writes it." in caplog.text
+        assert "List Alerts after the subscriber that writes it." in caplog.text
         sent.append(len(list(mail.mails[-1].iter_attachments())))
     assert sent == [0, 1]
 
 
 def test_a_mail_has_the_lines_and_angle_brackets_of_what_happened(mail: MailServer) -> None:
     alert = et.AlertRaised(name="x", message="TypeError: '<' and <class 'int'> & more\nsecond line")
-    AppriseTarget(SecretStr(mailto(mail.port))).send(Message((alert,)))
+    AppriseTransport(SecretStr(mailto(mail.port))).send(Message((alert,)))
     (only,) = mail.mails
     for part in [part for part in only.walk() if not part.is_multipart()]:
         shown = part.get_content()
@@ -173,7 +177,7 @@ def test_a_mail_has_the_lines_and_angle_brackets_of_what_happened(mail: MailServ
 
 
 def test_angle_brackets_reach_a_service_that_sends_html(monkeypatch: pytest.MonkeyPatch) -> None:
-    telegram = AppriseTarget(SecretStr("tgram://123456789:abcdefg_hijklmnop/12315544/"))
+    telegram = AppriseTransport(SecretStr("tgram://123456789:abcdefg_hijklmnop/12315544/"))
     posted: list[str] = []
 
     def post(url: str, data: str, **others: Any) -> Any:
@@ -192,7 +196,7 @@ def test_angle_brackets_reach_a_service_that_sends_html(monkeypatch: pytest.Monk
 
 
 def test_more_than_a_service_takes_goes_in_several_messages(monkeypatch: pytest.MonkeyPatch) -> None:
-    hook = AppriseTarget(SecretStr("discord://4174216298/abcdefghijklmnopqrst"))
+    hook = AppriseTransport(SecretStr("discord://4174216298/abcdefghijklmnopqrst"))
     sent: list[str] = []
     monkeypatch.setattr(hook._plugin, "send", lambda body, **others: sent.append(body) or True)
     hook.send(Message([et.AlertRaised(name=str(n), message="m" * 900) for n in range(5)]))
@@ -283,9 +287,7 @@ def test_what_an_apprise_service_refuses_is_kept_and_redirects_are_not_followed(
     alerts = subs.Alerts([RULE], url, label="team", retries=1, retry_delay_s=0.01)
     fit(tmp_path, alerts, [2.0])
     assert len(target.bodies) == 2
-    assert [letter["reason"] for letter in letters(tmp_path)] == [
-        "Apprise says that it was not sent, at attempt 2"
-    ]
+    assert [letter["reason"] for letter in letters(tmp_path)] == ["Apprise reported a failure, at attempt 2"]
 
 
 def test_a_mail_server_that_refuses_or_is_dead_is_told(tmp_path: Path, mail: MailServer) -> None:
@@ -329,7 +331,7 @@ def test_a_target_that_never_answers_delays_no_step_and_the_end_no_longer_than_s
     assert waited_s < 30  # and not the minute that the target takes
     rows = letters(tmp_path)
     assert [row["event"]["step"] for row in rows] == list(range(2, 301))
-    assert {row["reason"] for row in rows} == {"the time for the end of the run was over"}
+    assert {row["reason"] for row in rows} == {"out of time at the end of the run"}
 
 
 def test_a_slow_target_delays_no_step(tmp_path: Path, target: Target) -> None:
@@ -368,12 +370,12 @@ async def test_a_run_whose_drain_timeout_is_shorter_keeps_what_was_not_delivered
 @pytest.mark.parametrize(
     ("url", "said"),
     [
-        (f"slak://{SECRET}", "knows no service for a URL of this kind. Did you mean slack://?"),
-        (f"{SECRET}", "knows no service"),
-        (f"xyzzyxyzzy://{SECRET}", "knows no service"),
-        (f"slack://{SECRET}", "this URL of slack:// lacks something"),
-        (f"ftp://{SECRET}/", "knows no service"),
-        (f"http://[{SECRET}", "needs a URL such as https://host/path"),
+        (f"slak://{SECRET}", "has no service for a URL of this kind. Did you mean 'slack://'?"),
+        (f"{SECRET}", "has no service for a URL"),
+        (f"xyzzyxyzzy://{SECRET}", "has no service for a URL"),
+        (f"slack://{SECRET}", "this slack:// URL is incomplete"),
+        (f"ftp://{SECRET}/", "has no service for a URL"),
+        (f"http://[{SECRET}", "must be a URL such as https://host/path"),
         (f"http://10.0.0.1/{SECRET}", "private, loopback or link-local"),
     ],
 )
@@ -393,9 +395,9 @@ def test_a_url_that_cannot_work_is_refused_without_quoting_it(
     [
         ({"url": "json://h", "key": SECRET}, "key= and allow_private= are for webhooks"),
         ({"targets": [subs.AlertTarget("json://h"), subs.AlertTarget("json://g")]}, "the same label"),
-        ({"url": "https://h", "key": b"s3cr3t-t0ken"}, "key= needs text"),
+        ({"url": "https://h", "key": b"s3cr3t-t0ken"}, "key= must be text"),
         ({"url": "https://h", "key": ""}, "key= is empty"),
-        ({"url": ["https://h/s3cr3t-t0ken"]}, "url= needs text"),
+        ({"url": ["https://h/s3cr3t-t0ken"]}, "url= must be text"),
         ({"attach": ["../report.html"]}, "leads out of run_dir"),
         ({"dead_letters": "../x"}, "leads out of run_dir"),
         ({"timeout_s": 0}, "timeout_s=0"),
@@ -411,11 +413,13 @@ def test_arguments_that_cannot_work_are_refused_by_name(options: dict[str, Any],
 
 
 def test_a_missing_package_is_told_with_its_extra(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(alert_targets, "webhook", None)
-    monkeypatch.setattr(alert_targets, "apprise_target", None)
-    for url in (f"https://host/{SECRET}", f"slack://{SECRET}"):
+    for module in ("webhook", "apprise_transport"):
+        missing = MissingModule(ModuleNotFoundError("No module named 'x'"), "alerts", module)
+        monkeypatch.setattr(alert_target, module, missing)
+    for url, module in ((f"https://host/{SECRET}", "webhook"), (f"slack://{SECRET}", "apprise_transport")):
         with pytest.raises(et.ConfigurationError, match=r"pip install 'eventtrain\[alerts\]'") as caught:
             subs.Alerts([RULE], url)
+        assert module in str(caught.value)
         assert SECRET not in str(caught.value)
     subs.Alerts([RULE])
 
@@ -484,7 +488,7 @@ def test_the_secret_is_shown_nowhere(
         caplog.text,
         *capfd.readouterr(),
     ]
-    shown += [repr(vars(thread)) for _, thread in alerts._targets]
+    shown += [repr(vars(transport)) for _, transport in alerts._delivery_options.targets]
     shown += [event.model_dump_json() for event in seen]
     shown += [record.exc_text or "" for record in caplog.records]
     files = [path for path in tmp_path.rglob("*") if path.is_file()]

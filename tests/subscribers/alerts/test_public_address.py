@@ -28,15 +28,18 @@ def test_what_lies_on_the_internet_is_public(address: str) -> None:
 
 @pytest.mark.parametrize("address", PRIVATE[:-1])
 def test_one_private_address_among_public_ones_refuses_the_name(address: str) -> None:
-    def ask(host: str, port: int) -> list[str]:
+    def resolve(host: str, port: int) -> list[str]:
         return ["1.1.1.1", address, "1.1.1.1"]
 
     with pytest.raises(AddressRefused) as caught:
-        checked_addresses("secret.example", 443, allow_private=False, ask=ask)
+        checked_addresses("secret.example", 443, allow_private=False, resolve=resolve)
     assert "secret" not in str(caught.value)
-    assert checked_addresses("secret.example", 443, allow_private=True, ask=ask) == ["1.1.1.1", address]
+    assert checked_addresses("secret.example", 443, allow_private=True, resolve=resolve) == [
+        "1.1.1.1",
+        address,
+    ]
 
 
 def test_a_name_without_an_address_is_refused() -> None:
     with pytest.raises(AddressRefused, match="no address"):
-        checked_addresses("host", 80, allow_private=True, ask=lambda host, port: [])
+        checked_addresses("host", 80, allow_private=True, resolve=lambda host, port: [])

@@ -16,8 +16,8 @@ import eventtrain as et
 from eventtrain.subscribers._shared import atomic_files
 from eventtrain.subscribers.alerts import sender as alert_sender
 from eventtrain.subscribers.alerts.message import Message, NotDelivered
-from eventtrain.subscribers.alerts.sender import Sender, SendOptions, finish, give_up
-from eventtrain.subscribers.alerts.undelivered import DeadLetters
+from eventtrain.subscribers.alerts.sender import Sender, SendOptions
+from eventtrain.subscribers.alerts.undelivered import UndeliveredAlerts
 
 SECRET = "s3cr3t-t0ken"
 
@@ -49,19 +49,23 @@ class Fake:
 
 
 class Made:
-    """A sender, what it says of failures and its dead letters."""
+    """A sender, the failures that it publishes and its dead letters."""
 
     def __init__(self, folder: Path, target: Fake, **options: Any) -> None:
         self.failed: list[tuple[str, str]] = []
         self.path = folder / "dead.jsonl"
         settings = {"retries": 2, "retry_delay_s": 0.0, "group_s": 0.0, **options}
-        self.sender = Sender(
-            "ops",
-            target,
-            SendOptions(**settings),
-            DeadLetters(self.path),
-            lambda event, why: self.failed.append((event.name, why)),
-        )
+        undelivered = UndeliveredAlerts(self.path, "Alerts", self.publish)
+        self.sender = Sender("ops", target, SendOptions(**settings), undelivered=undelivered)
+
+    def publish(self, event: et.Event) -> None:
+        assert isinstance(event, et.SubscriberFailed)
+        assert (event.subscriber, event.event_kind) == ("Alerts", "alert_raised")
+        self.failed.append((str(event.step), event.error))
+
+    def finish(self, timeout_s: float) -> None:
+        self.sender.hasten()
+        self.sender.join(timeout_s)
 
     @property
     def letters(self) -> list[dict[str, Any]]:
@@ -81,7 +85,7 @@ def test_several_alerts_at_once_become_one_message_in_their_order(tmp_path: Path
     for number in range(5):
         made.sender.post(alert(number))
     made.sender.start()
-    finish([made.sender], 60.0)
+    made.finish(60.0)
     assert target.got == [["0", "1", "2", "3", "4"]]
     assert made.letters == []
 
@@ -96,7 +100,7 @@ def test_what_may_pass_is_tried_again_with_the_same_id_and_what_may_not_is_given
     for _ in range(3):
         assert target.called.acquire(timeout=60)
     made.sender.post(alert(2))
-    finish([made.sender], 60.0)
+    made.finish(60.0)
     assert target.got == [["1"], ["1"], ["1"], ["2"]]
     assert len(set(target.ids)) == 2
     (letter,) = made.letters
@@ -109,7 +113,7 @@ def test_when_tries_are_used_up_the_reason_names_no_more_than_the_type_of_an_err
     made = Made(tmp_path, Fake(*[ValueError(SECRET)] * 3))
     made.sender.post(alert(1))
     made.sender.start()
-    finish([made.sender], 60.0)
+    made.finish(60.0)
     assert [letter["reason"] for letter in made.letters] == ["ValueError, at attempt 3"]
     assert SECRET not in str(made.failed) + made.path.read_text()
 
@@ -145,9 +149,9 @@ def test_a_target_that_hangs_is_left_after_the_time_given_and_what_it_lacks_is_k
     made.sender.post(alert(1))
     assert target.called.acquire(timeout=60)
     made.sender.post(alert(2))
-    finish([made.sender], 0.01)
+    made.finish(0.01)
     assert made.sender.is_alive()
-    assert give_up([made.sender]) == 2
+    assert made.sender.give_up() == 2
     assert [(letter["event"]["name"], letter["reason"]) for letter in made.letters] == [
         ("1", alert_sender.ENDED),
         ("2", alert_sender.ENDED),
@@ -156,7 +160,7 @@ def test_a_target_that_hangs_is_left_after_the_time_given_and_what_it_lacks_is_k
     made.sender.join(60)
     assert len(made.letters) == 2
     assert target.got == [["1"]]
-    assert give_up([made.sender]) == 0
+    assert made.sender.give_up() == 0
 
 
 def test_so_many_may_wait_and_what_is_lost_is_counted_and_said(
@@ -171,7 +175,7 @@ def test_so_many_may_wait_and_what_is_lost_is_counted_and_said(
     for number in range(1, 8):
         made.sender.post(alert(number))
     held.set()
-    finish([made.sender], 60.0)
+    made.finish(60.0)
     assert target.got == [["0"], ["1", "2", "3"]]
     (letter,) = made.letters
     assert letter["reason"] == "4 alerts were lost, since 3 were waiting"
@@ -190,8 +194,8 @@ def test_what_was_lost_is_said_also_where_the_target_hangs_to_the_end(
     assert target.called.acquire(timeout=60)
     for number in range(1, 4):
         made.sender.post(alert(number))
-    finish([made.sender], 0.01)
-    assert give_up([made.sender]) == 2
+    made.finish(0.01)
+    assert made.sender.give_up() == 2
     assert [letter["reason"] for letter in made.letters] == [
         *[alert_sender.ENDED] * 2,
         "2 alerts were lost, since 1 were waiting",
@@ -207,26 +211,29 @@ def test_what_is_posted_after_files_goes_with_them(tmp_path: Path) -> None:
     made.sender.attach([tmp_path / "report.html"])
     made.sender.post(alert(1))
     made.sender.start()
-    finish([made.sender], 60.0)
+    made.finish(60.0)
     assert target.attached == [[tmp_path / "report.html"]]
 
 
 def test_a_full_disk_leaves_no_torn_row_and_a_torn_one_gets_a_line_of_its_own(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    letters = DeadLetters(tmp_path / "below" / "dead.jsonl")
-    assert letters.write("ops", "why", [alert(1)])
+    failed: list[et.Event] = []
+    letters = UndeliveredAlerts(tmp_path / "below" / "dead.jsonl", "Alerts", failed.append)
+    letters.record("ops", "why", [alert(1)])
     whole = letters.path.read_text()
     with letters.path.open("a") as file:
         file.write('{"time": "20')
-    assert letters.write("ops", "why", [alert(2)])
+    letters.record("ops", "why", [alert(2)])
     lines = letters.path.read_text().splitlines()
     assert [lines[0] + "\n", lines[1]] == [whole, '{"time": "20']
     assert json.loads(lines[2])["event"]["name"] == "2"
     before = letters.path.read_bytes()
     (tmp_path / "full").mkdir()
-    broken = DeadLetters(tmp_path / "full")  # a folder of that name
-    assert not broken.write("ops", "why", [alert(3)])
+    broken = UndeliveredAlerts(tmp_path / "full", "Alerts", failed.append)  # a folder of that name
+    broken.record("ops", "why", [alert(3)])
+    assert "not delivered to ops: why; see dead.jsonl" in caplog.text
+    assert "see full" not in caplog.text
     assert os.strerror(errno.EISDIR) in caplog.text
     write = os.write
 
@@ -236,18 +243,19 @@ def test_a_full_disk_leaves_no_torn_row_and_a_torn_one_gets_a_line_of_its_own(
 
     with monkeypatch.context() as full:
         full.setattr(atomic_files.os, "write", failing)
-        assert not letters.write("ops", "why", [alert(3)])
+        letters.record("ops", "why", [alert(3)])
     assert os.strerror(errno.ENOSPC) in caplog.text
     assert letters.path.read_bytes() == before
+    assert [event.step for event in failed] == [1, 2, 3, 3]
 
 
 def test_titles_and_texts_say_how_much_there_is() -> None:
     raised, over = alert(1), et.AlertResolved(name="2", message="fine", seq=1)
     assert Message((raised,)).title == "[warning] 1"
-    assert Message((over,)).title == "[over] 2"
+    assert Message((over,)).title == "[resolved] 2"
     both = Message((raised, over, raised.model_copy(update={"severity": "critical"})))
-    assert (both.title, both.severity) == ("2 alerts, 1 alert over (critical)", "critical")
-    assert both.text == "[warning] 1: m\n[over] 2: fine\n[critical] 1: m"
+    assert (both.title, both.severity) == ("2 alerts, 1 resolved (critical)", "critical")
+    assert both.text == "[warning] 1: m\n[resolved] 2: fine\n[critical] 1: m"
     assert Message((over,)).severity is None
 
 

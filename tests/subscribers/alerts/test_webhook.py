@@ -128,21 +128,21 @@ class Rebinding:
 
 def test_a_name_is_resolved_once_and_the_connection_goes_to_that_address() -> None:
     with serving(Target()) as target:
-        ask = Rebinding(["127.0.0.1"], ["127.0.0.2"])
-        webhook(f"http://hooks.example:{target.port}/x", ask=ask).send(MESSAGE)
-        assert ask.asked == 1
+        resolve = Rebinding(["127.0.0.1"], ["127.0.0.2"])
+        webhook(f"http://hooks.example:{target.port}/x", resolve=resolve).send(MESSAGE)
+        assert resolve.asked == 1
         assert target.headers[0]["Host"] == f"hooks.example:{target.port}"
 
 
 def test_a_name_of_other_letters_is_resolved_and_said_in_its_ascii_form() -> None:
     asked: list[str] = []
 
-    def ask(host: str, port: int) -> list[str]:
+    def resolve(host: str, port: int) -> list[str]:
         asked.append(host)
         return ["127.0.0.1"]
 
     with serving(Target()) as target:
-        webhook(f"http://me@b\u00fccher.example:{target.port}/\u00e9", ask=ask).send(MESSAGE)
+        webhook(f"http://me@b\u00fccher.example:{target.port}/\u00e9", resolve=resolve).send(MESSAGE)
     assert asked == ["xn--bcher-kva.example"]
     assert target.headers[0]["Host"] == f"xn--bcher-kva.example:{target.port}"
     assert target.paths == ["/%C3%A9"]
@@ -152,8 +152,8 @@ def test_a_name_of_other_letters_is_resolved_and_said_in_its_ascii_form() -> Non
 
 def test_a_name_that_is_rebound_to_a_private_address_is_refused() -> None:
     with serving(Target()) as target:
-        ask = Rebinding(["192.0.2.0"], ["1.1.1.1", "127.0.0.1"], ["::ffff:127.0.0.1"])
-        hook = webhook(f"http://hooks.example:{target.port}/x", ask=ask, allow_private=False)
+        resolve = Rebinding(["192.0.2.0"], ["1.1.1.1", "127.0.0.1"], ["::ffff:127.0.0.1"])
+        hook = webhook(f"http://hooks.example:{target.port}/x", resolve=resolve, allow_private=False)
         for _ in range(3):
             with pytest.raises(NotDelivered, match="private"):
                 hook.send(MESSAGE)
@@ -162,7 +162,7 @@ def test_a_name_that_is_rebound_to_a_private_address_is_refused() -> None:
 
 def test_the_next_address_is_tried_where_the_first_is_dead() -> None:
     with serving(Target()) as target:
-        hook = webhook(f"http://hooks.example:{target.port}/", ask=Rebinding(["127.0.0.9", "127.0.0.1"]))
+        hook = webhook(f"http://hooks.example:{target.port}/", resolve=Rebinding(["127.0.0.9", "127.0.0.1"]))
         hook.send(MESSAGE)
     assert len(target.bodies) == 1
 
@@ -178,9 +178,9 @@ def test_tls_is_for_the_name_and_the_connection_for_the_address(tmp_path: Path, 
     monkeypatch.setenv("SSL_CERT_FILE", str(certificate))
     with serving(target):
         place = f"https://hooks.example:{target.port}/x"
-        webhook(place, ask=Rebinding(["127.0.0.1"])).send(MESSAGE)
+        webhook(place, resolve=Rebinding(["127.0.0.1"])).send(MESSAGE)
         with pytest.raises(NotDelivered, match="no connection"):
-            webhook(place.replace("hooks", "others"), ask=Rebinding(["127.0.0.1"])).send(MESSAGE)
+            webhook(place.replace("hooks", "others"), resolve=Rebinding(["127.0.0.1"])).send(MESSAGE)
     assert names == ["hooks.example", "others.example"]
     assert target.headers[0]["Host"] == f"hooks.example:{target.port}"
 

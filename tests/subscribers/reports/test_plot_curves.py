@@ -23,10 +23,10 @@ from PIL import Image
 import eventtrain as et
 from eventtrain import subscribers as subs
 from eventtrain.subscribers._shared import atomic_files
-from eventtrain.subscribers.reports import plot_curves
-from eventtrain.subscribers.reports import plotting as curves
-from eventtrain.subscribers.reports.downsampling import Thinned
-from eventtrain.subscribers.reports.run_series import NAMES_KEPT, RunSeries
+from eventtrain.subscribers._shared.optional_imports import MissingModule
+from eventtrain.subscribers.reports import plot_curves, plotting
+from eventtrain.subscribers.reports.curve import Curve
+from eventtrain.subscribers.reports.run_series import MOST_CURVES, RunSeries
 from eventtrain.testing import RecordingSubscriber, ScriptedStep
 from tests.support.models import batches, new_state, step_fn
 from tests.support.saved_in_memory import MemoryCheckpointer
@@ -76,20 +76,20 @@ def test_the_picture_shows_training_evaluation_and_the_changes_of_the_learning_r
         image.verify()
         assert image.format == "PNG"
         assert image.size[0] > 1000
-    for colour in (curves.LIGHT.train, curves.LIGHT.evaluation, curves.LIGHT.mark):
+    for colour in (plotting.LIGHT.train, plotting.LIGHT.evaluation, plotting.LIGHT.mark):
         assert pixels(path, colour) > 200, colour
-    assert pixels(path, curves.LIGHT.bad) == 0
+    assert pixels(path, plotting.LIGHT.bad) == 0
     assert not list(tmp_path.glob(".*"))
     fit(tmp_path / "plain", subs.PlotCurves(metrics=("accuracy",), hyperparams=()))
-    assert pixels(tmp_path / "plain/curves.png", curves.LIGHT.train) == 0
+    assert pixels(tmp_path / "plain/curves.png", plotting.LIGHT.train) == 0
 
 
 def test_each_metric_is_drawn_with_its_twin_and_only_those_that_are_wanted() -> None:
     series = RunSeries()
-    series.take(et.EpochStarted(step=0, epoch=0, hyperparams={"learning_rate": 0.1, "b1": 0.9}))
-    series.take(window(1, loss=[2.0, 1.0], accuracy=[0.1, 0.2]))
-    series.take(et.EvalCompleted(step=2, epoch=0, metrics={"loss": 0.5, "bleu": 3.0}, steps=1, duration_s=0))
-    series.take(
+    series.add(et.EpochStarted(step=0, epoch=0, hyperparams={"learning_rate": 0.1, "b1": 0.9}))
+    series.add(window(1, loss=[2.0, 1.0], accuracy=[0.1, 0.2]))
+    series.add(et.EvalCompleted(step=2, epoch=0, metrics={"loss": 0.5, "bleu": 3.0}, steps=1, duration_s=0))
+    series.add(
         et.EpochCompleted(
             step=2, epoch=0, metrics={"loss": 1.5, "val_loss": 9.0}, hyperparams={}, steps=2, duration_s=0
         )
@@ -113,14 +113,14 @@ def test_each_metric_is_drawn_with_its_twin_and_only_those_that_are_wanted() -> 
 
 def test_the_learning_rate_jumps_where_it_was_changed() -> None:
     series = RunSeries()
-    series.take(et.EpochStarted(step=0, epoch=0, hyperparams={"learning_rate": 0.5}))
+    series.add(et.EpochStarted(step=0, epoch=0, hyperparams={"learning_rate": 0.5}))
     cause = et.Cause(event="epoch_completed", step=5, subscriber="ReduceLROnPlateau")
-    series.take(
+    series.add(
         et.HyperparamChanged(
             step=7, name="learning_rate", path="p", old=0.5, new=0.25, reason="flat", cause=cause
         )
     )
-    series.take(
+    series.add(
         et.EpochCompleted(
             step=9, epoch=0, metrics={}, hyperparams={"learning_rate": 0.25}, steps=9, duration_s=0
         )
@@ -136,22 +136,22 @@ def test_the_learning_rate_jumps_where_it_was_changed() -> None:
 
 def test_a_spike_of_one_step_in_a_million_is_in_the_picture(tmp_path: Path) -> None:
     def drawn(spike: float) -> int:
-        curve = Thinned()
+        curve = Curve()
         values = np.random.default_rng(0).normal(1.0, 0.01, size=1_000_000)
         values[700_000] = spike
         curve.add(np.arange(1, 1_000_001), values)
         series = RunSeries(steps={"loss": curve})
-        data = curves.picture(series.panels(), [], "png", scale="linear")
+        data = plotting.picture(series.panels(), [], "png", scale="linear")
         image = np.asarray(Image.open(io.BytesIO(data)).convert("RGB")).astype(int)
         blue = np.abs(image - [0, 114, 178]).sum(axis=2) < 400
         return int(np.ptp(np.flatnonzero(blue[50:250].any(axis=1))))
 
     assert drawn(1.0) > 100  # the band fills the panel
-    series = RunSeries(steps={"loss": Thinned()})
+    series = RunSeries(steps={"loss": Curve()})
     values = np.ones(1_000_000)
     values[700_000] = 50.0
     series.steps["loss"].add(np.arange(1, 1_000_001), values)
-    with_spike = curves.picture(series.panels(), [], "png", scale="linear")
+    with_spike = plotting.picture(series.panels(), [], "png", scale="linear")
     assert drawn(50.0) > 100  # the spike reaches to the top
     image = np.asarray(Image.open(io.BytesIO(with_spike)).convert("RGB")).astype(int)
     upper = image[60:140]  # above the flat curve there is nothing but the spike
@@ -161,9 +161,9 @@ def test_a_spike_of_one_step_in_a_million_is_in_the_picture(tmp_path: Path) -> N
 def test_what_is_not_finite_leaves_a_gap_with_a_mark(tmp_path: Path) -> None:
     loss = [1.0, math.nan, math.inf, -math.inf, 2.0, 1.0]
     fit(tmp_path, subs.PlotCurves("a.png", hyperparams=()), loss=loss, steps=6, epochs=1)
-    assert pixels(tmp_path / "a.png", curves.LIGHT.bad) > 20
+    assert pixels(tmp_path / "a.png", plotting.LIGHT.bad) > 20
     fit(tmp_path, subs.PlotCurves("b.png"), loss=[math.nan], steps=3)
-    assert pixels(tmp_path / "b.png", curves.LIGHT.bad) > 20
+    assert pixels(tmp_path / "b.png", plotting.LIGHT.bad) > 20
 
 
 @pytest.mark.parametrize(
@@ -186,13 +186,13 @@ def test_what_is_not_finite_leaves_a_gap_with_a_mark(tmp_path: Path) -> None:
 )
 def test_any_values_can_be_drawn(values: list[float]) -> None:
     series = RunSeries()
-    series.take(window(1, loss=values))
-    series.take(et.EvalCompleted(step=1, epoch=0, metrics={"loss": values[0]}, steps=1, duration_s=0))
+    series.add(window(1, loss=values))
+    series.add(et.EvalCompleted(step=1, epoch=0, metrics={"loss": values[0]}, steps=1, duration_s=0))
     for scale in ("auto", "log"):
         with warnings.catch_warnings(record=True) as said:
             warnings.simplefilter("always")
-            Image.open(io.BytesIO(curves.picture(series.panels(), [], "png", scale=scale))).verify()
-            assert "<path" in curves.fragment(series.panels()[0], [], scale=scale)
+            Image.open(io.BytesIO(plotting.picture(series.panels(), [], "png", scale=scale))).verify()
+            assert "<path" in plotting.fragment(series.panels()[0], [], scale=scale)
         assert said == []
 
 
@@ -201,12 +201,14 @@ def test_the_power_of_ten_of_an_axis_is_seen_and_covers_nothing(
     values: list[float], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     figures: list[Any] = []
-    saved = vars(curves)["_saved"]
-    monkeypatch.setattr(curves, "_saved", lambda figure, kind: figures.append(figure) or saved(figure, kind))
+    saved = vars(plotting)["_saved"]
+    monkeypatch.setattr(
+        plotting, "_saved", lambda figure, kind: figures.append(figure) or saved(figure, kind)
+    )
     series = RunSeries()
-    series.take(window(1, **{"the name of the metric": values}))
-    curves.picture(series.panels(), [], "png")
-    curves.fragment(series.panels()[0], [])
+    series.add(window(1, **{"the name of the metric": values}))
+    plotting.picture(series.panels(), [], "png")
+    plotting.fragment(series.panels()[0], [])
     for figure in figures:
         figure.canvas.draw()
         (place,) = figure.axes
@@ -247,13 +249,13 @@ ODD = [
 @pytest.mark.parametrize("kind", ["png", "svg", "pdf"])
 def test_odd_names_are_drawn_as_they_are_without_a_warning(kind: str) -> None:
     series = RunSeries()
-    series.take(window(1, **{name: [1.0, 2.0, 3.0] for name in (ODD if kind == "png" else ODD[:6])}))
+    series.add(window(1, **{name: [1.0, 2.0, 3.0] for name in (ODD if kind == "png" else ODD[:6])}))
     changed = et.HyperparamChanged(step=2, name="_$rate", path="", old=1, new=2)
-    series.take(changed)
+    series.add(changed)
     with warnings.catch_warnings(record=True) as said:
         warnings.simplefilter("always")
-        data = curves.picture(series.panels(), series.changes, kind, title="$\\bad{ 损", note="</svg> $")
-        fragments = [curves.fragment(panel, series.changes) for panel in series.panels()[:2]]
+        data = plotting.picture(series.panels(), series.changes, kind, title="$\\bad{ 损", note="</svg> $")
+        fragments = [plotting.fragment(panel, series.changes) for panel in series.panels()[:2]]
     assert said == []
     assert len(data) > 1000
     if kind == "svg":
@@ -273,13 +275,13 @@ def test_more_metrics_than_can_be_shown_are_said(
         shown.append(len(panels))
         return b"picture"
 
-    monkeypatch.setattr(curves, "picture", picture)
+    monkeypatch.setattr(plotting, "picture", picture)
     fit(tmp_path, subs.PlotCurves(), **{f"m{n}": [1.0] for n in range(60)})
     assert shown == [25]
     assert "38 more metrics are not drawn" in notes[0]  # m0 to m59, learning_rate and val_loss
     series = RunSeries()
-    series.take(window(1, **{f"m{n}": [1.0] for n in range(NAMES_KEPT + 50)}))
-    assert len(series.steps) == NAMES_KEPT
+    series.add(window(1, **{f"m{n}": [1.0] for n in range(MOST_CURVES + 50)}))
+    assert len(series.steps) == MOST_CURVES
     assert len(series.left_out) == 50
     assert "are left out" in caplog.text
 
@@ -315,7 +317,7 @@ async def test_while_one_is_drawn_only_the_newest_of_those_due_waits(
         go.wait(20)
         return b"picture"
 
-    monkeypatch.setattr(curves, "picture", picture)
+    monkeypatch.setattr(plotting, "picture", picture)
     plot = subs.PlotCurves(every_epochs=1)
     control: Any = None
     await plot.start(et.RunContext("run", tmp_path, control, lambda event: None))
@@ -334,13 +336,13 @@ def test_a_run_that_fails_or_is_stopped_is_drawn_and_says_so(
     tmp_path: Path, reason: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     notes: list[str] = []
-    whole = curves.picture
+    whole = plotting.picture
 
     def picture(panels: Any, changes: Any, **options: Any) -> bytes:
         notes.append(options["note"])
         return whole(panels, changes, **options)
 
-    monkeypatch.setattr(curves, "picture", picture)
+    monkeypatch.setattr(plotting, "picture", picture)
     trainer, script = scripted(tmp_path, subs.PlotCurves())
 
     @trainer.on(et.EpochCompleted, lag=0, on_error="fail")
@@ -387,7 +389,7 @@ def test_what_cannot_be_drawn_is_said(tmp_path: Path, monkeypatch: pytest.Monkey
     def picture(*given: Any, **options: Any) -> bytes:
         raise ValueError("no such axis")
 
-    monkeypatch.setattr(curves, "picture", picture)
+    monkeypatch.setattr(plotting, "picture", picture)
     failed = RecordingSubscriber(et.SubscriberFailed)
     assert fit(tmp_path, subs.PlotCurves(every_epochs=3), failed).step == 12
     assert [event.error for event in failed.of(et.SubscriberFailed)][-1] == "ValueError: no such axis"
@@ -442,9 +444,9 @@ def test_no_event_is_built_for_a_step_and_none_at_all_where_steps_are_not_wanted
 
 def test_nothing_of_pyplot_is_loaded() -> None:
     assert "matplotlib.pyplot" not in {
-        module.__name__ for module in vars(curves).values() if isinstance(module, ModuleType)
+        module.__name__ for module in vars(plotting).values() if isinstance(module, ModuleType)
     }
-    assert "pyplot" not in (Path(curves.__file__).read_text().replace("nothing of pyplot", ""))
+    assert "pyplot" not in (Path(plotting.__file__).read_text().replace("nothing of pyplot", ""))
 
 
 @pytest.mark.parametrize(
@@ -452,12 +454,12 @@ def test_nothing_of_pyplot_is_loaded() -> None:
     [
         ({"path": "../curves.png"}, "leads out of run_dir"),
         ({"path": "a/../../curves.png"}, "leads out of run_dir"),
-        ({"path": "curves.jpg"}, "ends in none of .png, .svg, .pdf"),
-        ({"path": "curves"}, "ends in none of"),
+        ({"path": "curves.jpg"}, "must be one of .png, .svg, .pdf"),
+        ({"path": "curves"}, "must be one of"),
         ({"every_epochs": 0}, "every_epochs=0"),
         ({"scale": "cubic"}, "scale='cubic'"),
         ({"theme": "sepia"}, "theme='sepia'"),
-        ({"metrics": "loss"}, "needs names"),
+        ({"metrics": "loss"}, "must be tuples of names"),
         ({"finish_timeout_s": -1}, "finish_timeout_s=-1"),
     ],
 )
@@ -468,7 +470,8 @@ def test_what_cannot_work_is_refused_by_name(arguments: dict[str, Any], said: st
 
 
 def test_without_matplotlib_it_names_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(plot_curves, "curves", None)
+    missing = MissingModule(ModuleNotFoundError("No module named 'matplotlib'"), "plots", "PlotCurves")
+    monkeypatch.setattr(plot_curves, "plotting", missing)
     with pytest.raises(et.ConfigurationError, match=r"pip install 'eventtrain\[plots\]'"):
         subs.PlotCurves()
     assert "eventtrain.subscribers.reports.plotting" in sys.modules

@@ -29,11 +29,11 @@ import eventtrain as et
 from eventtrain import subscribers as subs
 from eventtrain.events.commands import ScaleHyperparam, TakeSnapshot
 from eventtrain.subscribers._shared import atomic_files
-from eventtrain.subscribers.reports import report
-from eventtrain.subscribers.reports import run_summary as report_facts
-from eventtrain.subscribers.reports.downsampling import Thinned
+from eventtrain.subscribers._shared.optional_imports import MissingModule
+from eventtrain.subscribers.reports import report, run_summary
+from eventtrain.subscribers.reports.curve import Curve
 from eventtrain.subscribers.reports.markdown import escaped
-from eventtrain.subscribers.reports.run_summary import ReportFacts, duration_text, size_text
+from eventtrain.subscribers.reports.run_summary import RunSummary, duration_text, size_text
 from eventtrain.subscribers.reports.sections import bars, number
 from eventtrain.testing import RecordingSubscriber, ScriptedStep
 from tests.conftest import python_path
@@ -297,9 +297,9 @@ def test_a_resumed_run_reports_the_whole_run(tmp_path: Path) -> None:
         assert "- epochs completed: 3" in text
         assert re.search(rf"- resumed: \d x: .*step {step}\n", text)
         assert len(subscriber._series.steps["loss"]) == 12
-    again = ReportFacts(earlier_s=5.0)
-    again.take(et.RunStarted(time=datetime(2026, 1, 1, tzinfo=UTC)))
-    again.take(et.RunCompleted(reason="completed", time=datetime(2026, 1, 1, 0, 1, tzinfo=UTC)))
+    again = RunSummary(earlier_s=5.0)
+    again.add(et.RunStarted(time=datetime(2026, 1, 1, tzinfo=UTC)))
+    again.add(et.RunCompleted(reason="completed", time=datetime(2026, 1, 1, 0, 1, tzinfo=UTC)))
     again.resume()
     assert again.duration_s == 65.0
 
@@ -320,19 +320,19 @@ def test_a_second_fit_is_reported_alone(tmp_path: Path) -> None:
 
 
 def test_lists_are_bounded_and_say_how_much_there_was() -> None:
-    facts = ReportFacts()
+    facts = RunSummary()
     for step in range(1000):
-        facts.take(et.AlertRaised(step=step, name=f"a{step}", message="x" * 10_000))
-        facts.take(et.CommandApplied(step=step, command=TakeSnapshot(tag="t")))
-        facts.take(et.EpochCompleted(step=step, epoch=step, metrics={f"m{step}": 1.0}, steps=1, duration_s=0))
-    assert (facts.alerts.total, len(facts.alerts.rows)) == (1000, report_facts.ROWS_KEPT)
+        facts.add(et.AlertRaised(step=step, name=f"a{step}", message="x" * 10_000))
+        facts.add(et.CommandApplied(step=step, command=TakeSnapshot(tag="t")))
+        facts.add(et.EpochCompleted(step=step, epoch=step, metrics={f"m{step}": 1.0}, steps=1, duration_s=0))
+    assert (facts.alerts.total, len(facts.alerts.rows)) == (1000, run_summary.MOST_ROWS)
     assert facts.alerts.rows[-1][0] == "999"
-    assert max(len(cell) for row in facts.alerts.rows for cell in row) == report_facts.TEXT_KEPT
-    assert len(facts.metrics) == report_facts.NAMES_KEPT
+    assert max(len(cell) for row in facts.alerts.rows for cell in row) == run_summary.MOST_TEXT
+    assert len(facts.metrics) == run_summary.MOST_NAMES
     assert facts.tallies[0].count == 1000
     assert facts.commands.total == 0
     assert len(json.dumps(facts.to_json())) < 200_000
-    assert ReportFacts().alerts.total == 0  # defaults are nobody's
+    assert RunSummary().alerts.total == 0  # defaults are not shared
 
 
 def test_what_cannot_be_written_is_said_and_the_other_file_is_there(
@@ -385,8 +385,8 @@ def test_a_disk_that_hangs_delays_the_end_by_no_more_than_was_given(
         (lambda: subs.Report("../report.html"), "leads out of run_dir"),
         (lambda: subs.Report(markdown="x/../../report.md"), "leads out of run_dir"),
         (lambda: subs.Report(None, None), "nothing to write"),
-        (lambda: subs.Report("r", "./r"), "one file for both"),
-        (lambda: subs.Report(metrics="loss"), "needs names"),  # type: ignore[arg-type]
+        (lambda: subs.Report("r", "./r"), "must not be one file"),
+        (lambda: subs.Report(metrics="loss"), "must be a tuple of names"),  # type: ignore[arg-type]
         (lambda: subs.Report(finish_timeout_s=float("nan")), "finish_timeout_s=nan"),
     ],
 )
@@ -397,7 +397,8 @@ def test_what_cannot_work_is_refused_by_name(make: Callable[[], Any], said: str)
 
 
 def test_without_matplotlib_it_names_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(report, "curves", None)
+    missing = MissingModule(ModuleNotFoundError("No module named 'matplotlib'"), "plots", "Report")
+    monkeypatch.setattr(report, "plotting", missing)
     with pytest.raises(et.ConfigurationError, match=r"pip install 'eventtrain\[plots\]'"):
         subs.Report()
 
@@ -406,7 +407,7 @@ def test_a_broken_state_is_refused() -> None:
     state = subs.Report().state_dict()
     assert subs.Report().state_dict() == json.loads(json.dumps(state))
     state["series"]["steps"]["loss"] = {"version": 1, "width": 2, "room": 0, "data": "AAAAAAAAAAA="}
-    with pytest.raises(et.errors.StateError, match="Report cannot take over its state"):
+    with pytest.raises(et.errors.StateError, match="Report cannot load its state"):
         subs.Report().load_state_dict(state)
 
 
@@ -419,11 +420,11 @@ def test_figures_are_for_people() -> None:
         "1 d 1 h 1 min 1 s",
     ]
     assert [size_text(b) for b in (0, 999, 1_234_567, 10**16)] == ["0 B", "999 B", "1.2 MB", "10000.0 TB"]
-    curve = Thinned()
+    curve = Curve()
     curve.add([1, 2, 3, 4], [0.0, np.nan, 1.0, np.inf])
     assert bars(curve) == "▁·█·"
-    assert bars(Thinned()) == ""
-    flat = Thinned()
+    assert bars(Curve()) == ""
+    flat = Curve()
     flat.add([1, 2], [-1.7e308, 1.7e308])
     assert bars(flat) == "··"
 

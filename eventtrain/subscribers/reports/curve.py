@@ -1,4 +1,4 @@
-"""``Thinned``: a curve of any length in bounded memory; spikes and gaps stay. Shared by what draws curves; pure."""
+"""``Curve``: any number of points in bounded memory, downsampled without hiding spikes and gaps. Pure."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from numpy.typing import ArrayLike, NDArray
 from pydantic import BaseModel, ConfigDict, Field
 
 BUCKETS = 1024
-"""Of one curve; between 512 and 1024 once it has more points than that."""
+"""Most buckets of one curve; between 512 and 1024 once it has more points than that."""
 
 Floats = NDArray[np.float64]
 FIRST, LAST, FINITE, NOT_FINITE, SUM, LOW, HIGH = range(7)
@@ -20,14 +20,14 @@ ROWS = 7
 
 @dataclass(frozen=True)
 class Points:
-    """A curve as it is drawn, one entry a bucket.
+    """A curve as it is drawn, one entry per bucket.
 
     Attributes:
-        steps: where, in the middle of the bucket's steps.
-        means: of the finite values; NaN where there is none.
-        lows, highs: the least and the greatest finite value; NaN where there is none.
-        not_finite: how many values were NaN or infinite.
-        exact: every bucket holds one point, so that means, lows and highs are the values themselves.
+        steps: the middle of the bucket's steps.
+        means: of the finite values; NaN if there is none.
+        lows, highs: the lowest and the highest finite value; NaN if there is none.
+        not_finite: number of values that were NaN or infinite.
+        exact: every bucket holds one point, so means, lows and highs are the values themselves.
     """
 
     steps: Floats
@@ -41,10 +41,10 @@ class Points:
         return len(self.steps)
 
 
-class SavedThinned(BaseModel):
-    """What survives a restart.
+class SavedCurve(BaseModel):
+    """A curve in a checkpoint.
 
-    ``data``: little-endian float64 in base64; the steps and then the values where each bucket holds one point, else the
+    ``data``: little-endian float64 in base64; the steps and then the values if each bucket holds one point, else the
     buckets in use, in seven rows.
     """
 
@@ -56,12 +56,13 @@ class SavedThinned(BaseModel):
     data: str
 
 
-class Thinned:
+class Curve:
     """A growing curve.
 
-    Buckets of ``width`` consecutive points each keep the least and the greatest value, the mean, and how many were not
-    finite. When all ``BUCKETS`` are full, neighbours are joined and the width doubles: 56 KiB at most, however long the
-    run is. Which points share a bucket depends on their number alone, not on the windows that they came in.
+    Each bucket of ``width`` consecutive points keeps the lowest and the highest value, the mean, and the number of
+    values that are not finite. When all ``BUCKETS`` are full, neighbours are joined and the width doubles: 56 KiB at
+    most, however long the run is. Which points share a bucket depends on their number alone, not on the windows in
+    which they arrived.
     """
 
     def __init__(self) -> None:
@@ -74,11 +75,11 @@ class Thinned:
         return self._used
 
     def put(self, step: float, value: float) -> None:
-        """Add one point."""
+        """Adds one point."""
         self.add([step], [value])
 
     def add(self, steps: ArrayLike, values: ArrayLike) -> None:
-        """Add points, oldest first."""
+        """Adds points, oldest first."""
         x = np.asarray(steps, np.float64)
         y = np.asarray(values, np.float64)
         begin, end = 0, len(y)
@@ -89,19 +90,19 @@ class Thinned:
                 count = min((end - begin) // self.width, BUCKETS - self._used)
                 if count:
                     stop = begin + count * self.width
-                    self._append(_summary(x[begin:stop], y[begin:stop], count))
+                    self._append(_buckets(x[begin:stop], y[begin:stop], count))
                     begin = stop
                     continue
                 self._append(_EMPTY)
                 self._room = self.width
             stop = min(begin + self._room, end)
             last = self._table[:, self._used - 1]
-            last[:] = _joined(last, _summary(x[begin:stop], y[begin:stop], 1)[:, 0])
+            last[:] = _joined(last, _buckets(x[begin:stop], y[begin:stop], 1)[:, 0])
             self._room -= stop - begin
             begin = stop
 
     def points(self) -> Points:
-        """What to draw."""
+        """Returns what to draw."""
         table = self._table[:, : self._used]
         with np.errstate(invalid="ignore", divide="ignore"):
             means = table[SUM] / table[FINITE]
@@ -117,44 +118,48 @@ class Thinned:
             exact,
         )
 
-    def copy(self) -> Thinned:
-        """Another one with the same points."""
-        other = Thinned()
+    def is_constant(self) -> bool:
+        """Returns whether there are values, all equal and finite."""
+        points = self.points()
+        return len({*points.lows, *points.highs}) == 1
+
+    def copy(self) -> Curve:
+        """Returns another curve with the same points."""
+        other = Curve()
         other.width, other._room, other._used = self.width, self._room, self._used
         other._table = self._table[:, : max(1, self._used)].copy()
         return other
 
-    @property
-    def saved(self) -> SavedThinned:
-        """For a checkpoint."""
+    def save(self) -> SavedCurve:
+        """Returns the curve for a checkpoint."""
         table = self._table[:, : self._used]
         if self.width == 1:
             table = np.stack([table[FIRST], np.where(table[FINITE] == 0, np.nan, table[LOW])])
         data = np.ascontiguousarray(table, dtype="<f8").tobytes()
-        return SavedThinned(width=self.width, room=self._room, data=base64.b64encode(data).decode())
+        return SavedCurve(width=self.width, room=self._room, data=base64.b64encode(data).decode())
 
     @classmethod
-    def of(cls, saved: SavedThinned) -> Thinned:
-        """What ``saved`` gave. Raises ValueError where that cannot be."""
+    def load(cls, saved: SavedCurve) -> Curve:
+        """Returns the curve from which ``save`` made ``saved``. Raises ValueError if there is none."""
         rows = 2 if saved.width == 1 else ROWS
         numbers = np.frombuffer(base64.b64decode(saved.data, validate=True), "<f8").astype(np.float64)
         if numbers.size % rows or numbers.size > rows * BUCKETS or not 0 <= saved.room < saved.width:
-            raise ValueError("holds no curve")
+            raise ValueError("data is not a curve")
         table = numbers.reshape(rows, -1)
-        made = cls()
-        made.width, made._room, made._used = saved.width, saved.room, table.shape[1]
-        if made._used:
-            made._table = table if rows == ROWS else _summary(table[0], table[1], made._used)
-        return made
+        curve = cls()
+        curve.width, curve._room, curve._used = saved.width, saved.room, table.shape[1]
+        if curve._used:
+            curve._table = table if rows == ROWS else _buckets(table[0], table[1], curve._used)
+        return curve
 
     def _append(self, columns: Floats) -> None:
-        wanted = self._used + columns.shape[1]
-        if wanted > self._table.shape[1]:
-            table = np.empty((ROWS, min(BUCKETS, 2 * wanted)))
+        used = self._used + columns.shape[1]
+        if used > self._table.shape[1]:
+            table = np.empty((ROWS, min(BUCKETS, 2 * used)))
             table[:, : self._used] = self._table[:, : self._used]
             self._table = table
-        self._table[:, self._used : wanted] = columns
-        self._used = wanted
+        self._table[:, self._used : used] = columns
+        self._used = used
 
     def _join_neighbours(self) -> None:
         pairs = _joined(self._table[:, 0:BUCKETS:2], self._table[:, 1:BUCKETS:2])
@@ -166,8 +171,8 @@ class Thinned:
 _EMPTY = np.array([[np.inf], [-np.inf], [0], [0], [0], [np.inf], [-np.inf]])
 
 
-def _summary(steps: Floats, values: Floats, count: int) -> Floats:
-    """``count`` buckets of equally many points."""
+def _buckets(steps: Floats, values: Floats, count: int) -> Floats:
+    """Returns ``count`` buckets with the same number of points each."""
     steps, values = steps.reshape(count, -1), values.reshape(count, -1)
     made = np.empty((ROWS, count))
     made[FIRST], made[LAST] = steps[:, 0], steps[:, -1]
@@ -188,7 +193,7 @@ def _summary(steps: Floats, values: Floats, count: int) -> Floats:
 
 
 def _joined(one: Floats, other: Floats) -> Floats:
-    """Of each bucket of ``one`` and its like of ``other``, which comes behind it, a bucket."""
+    """Returns a bucket for each bucket of ``one`` and its successor in ``other``."""
     made = np.empty(one.shape)
     made[FIRST], made[LAST] = np.minimum(one[FIRST], other[FIRST]), np.maximum(one[LAST], other[LAST])
     with np.errstate(over="ignore", invalid="ignore"):

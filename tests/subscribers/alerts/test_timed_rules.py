@@ -1,13 +1,15 @@
-"""What is judged by the clock: pure judges with a clock of the test's, and the thread that sees a hanging loop."""
+"""Rules judged by the clock: their judges with a clock of the test, and the thread that sees a hanging loop."""
 
 from __future__ import annotations
 
+import shutil
 import threading
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
-from time import monotonic, sleep
+from time import monotonic, sleep, time
+from types import SimpleNamespace
 from typing import Any
 
 import anyio
@@ -18,7 +20,13 @@ import pytest
 
 import eventtrain as et
 from eventtrain import subscribers as subs
-from eventtrain.subscribers.alerts.watchers import Deadline, LowDisk, SlowSubscriber, Stall, Watch
+from eventtrain.control.loop_statistics import LoopStatistics
+from eventtrain.subscribers.alerts.alert_state import RuleAlerts
+from eventtrain.subscribers.alerts.delivery import Delivery, DeliveryOptions
+from eventtrain.subscribers.alerts.sender import SendOptions
+from eventtrain.subscribers.alerts.timed_rules import TimedRule
+from eventtrain.subscribers.alerts.watcher import RuleWatcher
+from eventtrain.subscribers.base import RunContext
 from tests.subscribers.alerts.alert_servers import Target, serving
 
 
@@ -28,93 +36,136 @@ class Figures:
     lag_s: float = 0.0
 
 
+class Run:
+    """What rules see of a run, as a test says."""
+
+    def __init__(self, run_dir: Path = Path(), *, step: int = 0, **options: Any) -> None:
+        self.step = step
+        self.figures: dict[str, Any] = {}
+        self.published: list[et.Event] = []
+        self.context = RunContext(
+            run_id="r",
+            run_dir=run_dir,
+            control=None,  # type: ignore[arg-type]
+            publish=self.published.append,
+            _loop_statistics=lambda: LoopStatistics(step=self.step),
+            _statistics=lambda: self.figures,
+            **options,
+        )
+
+    def judge(self, rule: TimedRule, now_s: float = 0.0) -> Any:
+        """The judge of ``rule``, with no new events unless some are given."""
+        judge = rule.watch(self.context, now_s, time())
+        assert judge is not None
+        return lambda now_s, *events: judge(now_s, events)
+
+
 def test_a_stall_is_no_step_for_so_long_and_over_with_the_next_one() -> None:
-    steps = [3]
-    judge = Stall(subs.StallRule(after_s=10), lambda: steps[-1], now_s=100.0)
-    assert judge.judge(109.9) == {}
-    assert judge.judge(110.0) == {"": "no step for 10 s, since step 3"}
-    steps.append(4)
-    assert judge.judge(150.0) == {}
-    assert judge.judge(159.0) == {}
-    assert judge.judge(160.5) == {"": "no step for 10.5 s, since step 4"}
+    run = Run(step=3)
+    judge = run.judge(subs.StallRule(after_s=10), now_s=100.0)
+    assert judge(109.9) == {}
+    assert judge(110.0) == {"": "no step for 10 s, since step 3"}
+    run.step = 4
+    assert judge(150.0) == {}
+    assert judge(159.0) == {}
+    assert judge(160.5) == {"": "no step for 10.5 s, since step 4"}
 
 
 def test_a_deadline_is_missed_at_the_pace_of_the_last_seconds() -> None:
-    steps = [0]
-    judge = Deadline(
-        subs.DeadlineRule(within_s=100, pace_s=10), lambda: steps[-1], target=100, deadline_s=100.0
-    )
-    assert judge.judge(0.0) is None
-    steps.append(20)
-    assert judge.judge(10.0) == {}
-    steps.append(25)
-    assert judge.judge(20.0) == {"": "75 steps are left, and the last of them will be 70 s late at this pace"}
-    steps.append(60)
-    assert judge.judge(30.0) == {}
-    assert judge.judge(100.0) == {"": "the deadline has passed and 40 steps are left"}
-    steps.append(100)
-    assert judge.judge(101.0) == {}
+    run = Run(steps=100)
+    judge = run.judge(subs.DeadlineRule(within_s=100, pace_s=10))
+    assert judge(0.0) is None
+    run.step = 20
+    assert judge(10.0) == {}
+    run.step = 25
+    assert judge(20.0) == {"": "75 steps are left; at this pace the run ends 70 s late"}
+    run.step = 60
+    assert judge(30.0) == {}
+    assert judge(100.0) == {"": "the deadline has passed and 40 steps are left"}
+    run.step = 100
+    assert judge(101.0) == {}
 
 
-def test_compiling_before_the_first_step_is_no_pace() -> None:
-    steps = [5]
-    rule = subs.DeadlineRule(within_s=600)
-    judge = Deadline(rule, lambda: steps[-1], target=1005, deadline_s=600.0)
-    assert [judge.judge(float(second)) for second in range(61)] == [None] * 61
-    steps.append(15)
-    assert judge.judge(61.0) == {}
-    steps.append(16)
-    (late,) = (judge.judge(71.0) or {}).values()
+def test_compiling_before_the_first_step_is_not_part_of_the_pace() -> None:
+    run = Run(step=5, start_step=5, steps=1000)
+    judge = run.judge(subs.DeadlineRule(within_s=600))
+    assert [judge(float(second)) for second in range(61)] == [None] * 61
+    run.step = 15
+    assert judge(61.0) == {}
+    run.step = 16
+    (late,) = judge(71.0).values()
     assert late.startswith("989 steps are left")
 
 
 def test_a_subscriber_is_behind_by_backlog_by_lag_or_by_what_events_say_and_fine_when_it_is_quiet() -> None:
-    figures = {"slow": Figures(), "fine": Figures(pending=3)}
-    judge = SlowSubscriber(subs.SlowSubscriberRule(backlog=10, lag_s=5.0, quiet_s=2.0), lambda: figures)
-    assert judge.judge(0.0) == {}
-    figures["slow"].pending = 12
-    assert judge.judge(1.0) == {"slow": "slow is behind: 12 events wait for it"}
-    figures["slow"] = Figures(pending=1, lag_s=6.0)
-    assert judge.judge(2.0) == {"slow": "slow is behind: an event waits for it for 6 s"}
-    figures["slow"] = Figures()
-    judge.tell("log", "3 events were dropped")
-    assert set(judge.judge(3.0)) == {"slow", "log"}
-    assert set(judge.judge(4.5)) == {"log"}
-    assert judge.judge(5.5) == {}
+    run = Run()
+    run.figures = {"slow": Figures(), "fine": Figures(pending=3)}
+    judge = run.judge(subs.SlowSubscriberRule(backlog=10, lag_s=5.0, quiet_s=2.0))
+    assert judge(0.0) == {}
+    run.figures["slow"].pending = 12
+    assert judge(1.0) == {"slow": "slow is behind: 12 events are waiting"}
+    run.figures["slow"] = Figures(pending=1, lag_s=6.0)
+    assert judge(2.0) == {"slow": "slow is behind: its oldest event has waited 6 s"}
+    run.figures["slow"] = Figures()
+    found = judge(3.0, et.SubscriberLagged(subscriber="log", dropped=3))
+    assert set(found) == {"slow", "log"}
+    assert found["log"] == "log is behind: 3 events were dropped"
+    assert set(judge(4.5)) == {"log"}
+    assert judge(5.5) == {}
 
 
-def test_a_disk_is_low_below_the_limit_and_unknown_where_it_cannot_be_asked() -> None:
+def test_a_disk_is_low_below_the_limit_and_unknown_where_it_cannot_be_asked(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     free = [2**30]
 
-    def ask() -> int:
+    def ask(path: Path) -> Any:
+        assert path == tmp_path
         if free[-1] < 0:
             raise OSError("gone")
-        return free[-1]
+        return SimpleNamespace(free=free[-1])
 
-    judge = LowDisk(subs.LowDiskRule(below_bytes=2**30, every_s=3), ask)
-    assert judge.interval_s == 3
-    assert judge.judge(0.0) == {}
+    monkeypatch.setattr(shutil, "disk_usage", ask)
+    rule = subs.LowDiskRule(below_bytes=2**30, every_s=3)
+    assert rule.interval_s == 3
+    judge = Run(tmp_path).judge(rule)
+    assert judge(0.0) == {}
     free.append(2**29)
-    assert judge.judge(1.0) == {"": "512 MiB are free on the disk of the run, less than 1 GiB"}
+    assert judge(1.0) == {"": "512 MiB are free on the disk of the run, less than 1 GiB"}
     free.append(-1)
-    assert judge.judge(2.0) is None
+    assert judge(2.0) is None
 
 
-def test_a_look_that_raises_does_not_end_the_thread(caplog: pytest.LogCaptureFixture) -> None:
-    looks = threading.Semaphore(0)
+@dataclass(frozen=True)
+class BrokenRule(TimedRule):
+    label_format = "broken"
+    judged: threading.Semaphore = field(default_factory=lambda: threading.Semaphore(0))
 
-    def look() -> None:
-        looks.release()
-        raise ValueError("broken")
+    @property
+    def interval_s(self) -> float:
+        return 0.001
 
-    watch = Watch("test", [(0.001, look)])
-    watch.start()
+    def watch(self, run: RunContext, now_s: float, began_s: float) -> Any:
+        def judge(now_s: float, events: Any) -> Any:
+            self.judged.release()
+            raise ValueError("out of order")
+
+        return judge
+
+
+def test_a_judge_that_raises_does_not_end_the_thread(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    run, rule = Run(tmp_path).context, BrokenRule()
+    options = DeliveryOptions([], SendOptions(), [], tmp_path / "dead.jsonl", 1.0)
+    watcher = RuleWatcher(
+        [RuleAlerts(rule)], run, Delivery(options, run, "test"), owner="test", clock=monotonic, began_s=0.0
+    )
     for _ in range(3):
-        assert looks.acquire(timeout=30)
-    watch.stopping.set()
-    watch.join(30)
-    assert not watch.is_alive()
-    assert "a look raised ValueError: broken" in caplog.text
+        assert rule.judged.acquire(timeout=30)
+    watcher.join()
+    assert not [thread for thread in threading.enumerate() if thread.name == "eventtrain test watch"]
+    assert "Rule 'broken' of Alerts raised ValueError: out of order" in caplog.text
 
 
 @pytest.fixture
@@ -146,11 +197,11 @@ class Watched:
         deadline = monotonic() + 60
         while not self._came.wait(0.01):
             self.now_s += 100.0
-            assert monotonic() < deadline, "nobody noticed"
+            assert monotonic() < deadline, "no alert was raised"
         self._came.clear()
 
     def wait_until_told(self) -> None:
-        assert self._came.wait(60), "nobody noticed"
+        assert self._came.wait(60), "no alert was raised or resolved"
         self._came.clear()
 
 
@@ -238,7 +289,7 @@ def test_a_deadline_says_that_it_says_nothing_where_the_length_is_not_known(
     alerts = subs.Alerts([subs.DeadlineRule(within_s=1)])
     trainer = et.Trainer(step, {"w": jnp.zeros(1)}, subscribers=[alerts], run_dir=tmp_path)
     trainer.fit(lambda epoch: iter([np.float32(1)]), epochs=1)
-    assert "'behind schedule' of Alerts says nothing" in caplog.text
+    assert "Rule 'behind schedule' of Alerts has no effect" in caplog.text
 
 
 @pytest.mark.parametrize(
@@ -247,10 +298,10 @@ def test_a_deadline_says_that_it_says_nothing_where_the_length_is_not_known(
         (subs.StallRule, {"after_s": 0}, "StallRule(after_s=0): after_s must be a finite number > 0, got 0"),
         (subs.LowDiskRule, {"below_bytes": 0}, "LowDiskRule(below_bytes=0)"),
         (subs.SlowSubscriberRule, {"backlog": 0}, "SlowSubscriberRule(backlog=0)"),
-        (subs.DeadlineRule, {}, "give at= or within_s="),
+        (subs.DeadlineRule, {}, "give either at= or within_s="),
         (subs.DeadlineRule, {"at": datetime(2030, 1, 1)}, "has no time zone"),
         (subs.CheckpointFailedRule, {"severity": "bad"}, "CheckpointFailedRule(severity='bad')"),
-        (subs.DeadlineRule, {"at": "2030-01-01T00:00:00+00:00"}, "needs a datetime"),
+        (subs.DeadlineRule, {"at": "2030-01-01T00:00:00+00:00"}, "at must be a datetime"),
         (subs.RunFailedRule, {"for_s": -1}, "RunFailedRule(for_s=-1)"),
         (subs.RunFailedRule, {"for_s": 1}, "RunFailedRule(for_s=1): can never be raised"),
         (subs.RunCompletedRule, {"for_steps": 1}, "RunCompletedRule(for_steps=1): can never be raised"),

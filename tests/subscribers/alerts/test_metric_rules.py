@@ -1,4 +1,4 @@
-"""What is wrong with a metric's values, against definitions written out; and windows against one value at a time."""
+"""Verdicts of metric rules against definitions written out; and windows against one value at a time."""
 
 from __future__ import annotations
 
@@ -12,15 +12,14 @@ from hypothesis import strategies as st
 
 import eventtrain as et
 from eventtrain import subscribers as subs
-from eventtrain.subscribers.alerts.alert_state import MetricAlarms, RuleState
-from eventtrain.subscribers.alerts.conditions import Condition, condition_of
-from eventtrain.subscribers.alerts.metric_rules import MetricRule
+from eventtrain.subscribers.alerts.alert_state import MetricRuleAlerts, SavedRule
+from eventtrain.subscribers.alerts.metric_rules import MetricRule, SavedMemory, StepWindow
 
 VALUES = st.lists(
     st.one_of(st.floats(-9, 9, width=32), st.sampled_from([math.nan, math.inf, -math.inf, 0.0, 1.0])),
     max_size=60,
 )
-RULES: list[MetricRule] = [
+RULES: list[MetricRule[Any]] = [
     subs.Rule("x", above=1.0),
     subs.Rule("x", below=-2.0, above=5.0, for_steps=2),
     subs.Rule("x", non_finite=True),
@@ -35,25 +34,28 @@ RULES: list[MetricRule] = [
 rules = pytest.mark.parametrize("rule", RULES, ids=lambda rule: f"{type(rule).__name__}-{rule.label}")
 
 
-def verdicts(condition: Condition, values: list[float]) -> list[str | None]:
-    return [condition.judge(step, value) for step, value in enumerate(values, start=1)]
+def verdicts(rule: MetricRule[Any], values: list[float]) -> list[str | None]:
+    memory = rule.recall(SavedMemory())
+    return [rule.judge(memory, step, value) for step, value in enumerate(values, start=1)]
 
 
 @rules
 @settings(max_examples=40)
 @given(values=VALUES, cuts=st.lists(st.integers(1, 15), min_size=1, max_size=8))
 def test_a_run_judged_by_windows_says_what_one_judged_by_steps_says(
-    rule: MetricRule, values: list[float], cuts: list[int]
+    rule: MetricRule[Any], values: list[float], cuts: list[int]
 ) -> None:
-    by_step, by_window = MetricAlarms(rule), MetricAlarms(rule)
+    by_step, by_window = MetricRuleAlerts(rule), MetricRuleAlerts(rule)
     expected = [
-        event for step, value in enumerate(values, start=1) for event in by_step.look({"x": value}, step, 0.0)
+        event
+        for step, value in enumerate(values, start=1)
+        for event in by_step.judge({"x": value}, step, 0.0)
     ]
     found: list[et.Event] = []
     begin = 0
     while begin < len(values):
         rows = values[begin : begin + cuts[begin % len(cuts)]]
-        found += by_window.look_along({"x": np.array(rows)}, {"x": rows}, begin + 1, 0.0)
+        found += by_window.judge_window(StepWindow(begin + 1, {"x": np.array(rows)}), 0.0)
         begin += len(rows)
     assert found == expected
     assert by_window.save(0.0).condition == by_step.save(0.0).condition
@@ -63,14 +65,14 @@ def test_a_run_judged_by_windows_says_what_one_judged_by_steps_says(
 @settings(max_examples=40)
 @given(values=VALUES, cut=st.integers(0, 60))
 def test_saved_and_loaded_in_between_it_says_the_same(
-    rule: MetricRule, values: list[float], cut: int
+    rule: MetricRule[Any], values: list[float], cut: int
 ) -> None:
-    whole, first, second = MetricAlarms(rule), MetricAlarms(rule), MetricAlarms(rule)
-    expected = [whole.look({"x": value}, step, 0.0) for step, value in enumerate(values, start=1)]
-    found = [first.look({"x": value}, step, 0.0) for step, value in enumerate(values[:cut], start=1)]
-    second.load(RuleState.model_validate_json(first.save(0.0).model_dump_json()), 0.0)
+    whole, first, second = MetricRuleAlerts(rule), MetricRuleAlerts(rule), MetricRuleAlerts(rule)
+    expected = [whole.judge({"x": value}, step, 0.0) for step, value in enumerate(values, start=1)]
+    found = [first.judge({"x": value}, step, 0.0) for step, value in enumerate(values[:cut], start=1)]
+    second.load(SavedRule.model_validate_json(first.save(0.0).model_dump_json()), 0.0)
     found += [
-        second.look({"x": value}, step, 0.0)
+        second.judge({"x": value}, step, 0.0)
         for step, value in enumerate(values[cut:], start=min(cut, len(values)) + 1)
     ]
     assert found == expected
@@ -80,7 +82,7 @@ def test_saved_and_loaded_in_between_it_says_the_same(
 def test_a_spike_is_a_value_above_so_many_times_numpys_quantile_of_those_before(
     values: list[float], window: int, q: float
 ) -> None:
-    said = verdicts(condition_of(subs.SpikeRule("x", window=window, quantile=q, times=2.0)), values)
+    said = verdicts(subs.SpikeRule("x", window=window, quantile=q, times=2.0), values)
     before: list[float] = []
     for value, verdict in zip(values, said, strict=True):
         if not math.isfinite(value):
@@ -95,7 +97,7 @@ def test_a_spike_is_a_value_above_so_many_times_numpys_quantile_of_those_before(
 
 @given(values=VALUES, patience=st.integers(1, 5))
 def test_no_improvement_counts_the_values_since_the_best(values: list[float], patience: int) -> None:
-    said = verdicts(condition_of(subs.NoImprovementRule("x", patience=patience, mode="min")), values)
+    said = verdicts(subs.NoImprovementRule("x", patience=patience, mode="min"), values)
     best, since = math.inf, 0
     seen = False
     for value, verdict in zip(values, said, strict=True):
@@ -108,15 +110,15 @@ def test_no_improvement_counts_the_values_since_the_best(values: list[float], pa
 
 def test_a_forecast_names_the_step_and_is_over_when_the_trend_turns() -> None:
     rule = subs.ForecastRule("loss", above=10.0, within=20, window=5, every=1, event=et.StepCompleted)
-    said = verdicts(condition_of(rule), [1.0, 1.5, 2.0, 2.5, 3.0, 2.5, 2.0, 1.5, 1.0])
+    said = verdicts(rule, [1.0, 1.5, 2.0, 2.5, 3.0, 2.5, 2.0, 1.5, 1.0])
     assert said[:4] == [None] * 4
     assert said[4] == "will be above 10 in 14 steps by its trend (+0.5 a step over the last 5 values)"
     assert said[-1] == ""
 
 
 def test_the_best_and_the_streak_are_named() -> None:
-    said = verdicts(condition_of(subs.NoImprovementRule("loss", patience=2)), [3.0, 2.0, 2.5, 2.5])
-    assert said == ["", "", "", "is no better than before, for 2 values in a row (the best is 2)"]
+    said = verdicts(subs.NoImprovementRule("loss", patience=2), [3.0, 2.0, 2.5, 2.5])
+    assert said == ["", "", "", "has not improved for 2 values in a row (the best is 2)"]
 
 
 @pytest.mark.parametrize(
@@ -124,19 +126,21 @@ def test_the_best_and_the_streak_are_named() -> None:
 )
 def test_columns_of_any_kind_are_judged_and_values_keep_their_type(dtype: Any) -> None:
     column = np.array([0, 1, 0], dtype)
-    alarms = MetricAlarms(subs.Rule("x", above=0.5, event=et.StepCompleted))
-    raised, resolved = alarms.look_along({"x": column}, {"x": column.tolist()}, 4, 0.0)
+    alerts = MetricRuleAlerts(subs.Rule("x", above=0.5, event=et.StepCompleted))
+    raised, resolved = alerts.judge_window(StepWindow(4, {"x": column}), 0.0)
     assert (raised.step, resolved.step) == (5, 6)
     assert isinstance(raised, et.AlertRaised)
     assert type(raised.value) is type(column.tolist()[1])
-    finite = MetricAlarms(subs.Rule("x", non_finite=True, event=et.StepCompleted))
-    assert finite.look_along({"x": column}, {"x": column.tolist()}, 1, 0.0) == []
+    finite = MetricRuleAlerts(subs.Rule("x", non_finite=True, event=et.StepCompleted))
+    assert finite.judge_window(StepWindow(1, {"x": column}), 0.0) == []
 
 
 @pytest.mark.parametrize("dtype", [np.float16, np.float32])
 @pytest.mark.parametrize("limit", [0.1, 1e39, 70_000])
 def test_a_limit_is_not_rounded_to_the_type_of_a_column(dtype: Any, limit: float) -> None:
     column = np.array([0.1, 0.1], dtype)
-    by_step, by_window = (MetricAlarms(subs.Rule("x", above=limit, event=et.StepCompleted)) for _ in range(2))
-    expected = by_step.look({"x": column.tolist()[0]}, 1, 0.0)
-    assert by_window.look_along({"x": column}, {"x": column.tolist()}, 1, 0.0) == expected
+    by_step, by_window = (
+        MetricRuleAlerts(subs.Rule("x", above=limit, event=et.StepCompleted)) for _ in range(2)
+    )
+    expected = by_step.judge({"x": column.tolist()[0]}, 1, 0.0)
+    assert by_window.judge_window(StepWindow(1, {"x": column}), 0.0) == expected

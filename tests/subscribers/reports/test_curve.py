@@ -1,4 +1,4 @@
-"""Thinned: any number of points in bounded memory, with every spike, gap and mean."""
+"""Curve: any number of points in bounded memory, with every spike, gap and mean."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from eventtrain.subscribers.reports.downsampling import BUCKETS, SavedThinned, Thinned
+from eventtrain.subscribers.reports.curve import BUCKETS, Curve, SavedCurve
 
 
-def filled(values: np.ndarray, cuts: list[int] | None = None) -> Thinned:
+def filled(values: np.ndarray, cuts: list[int] | None = None) -> Curve:
     """All of ``values`` at steps 1, 2 ..., in pieces cut at ``cuts``."""
-    curve = Thinned()
+    curve = Curve()
     steps = np.arange(1, len(values) + 1)
     for part in np.split(np.arange(len(values)), sorted(cuts or [])):
         curve.add(steps[part], values[part])
@@ -47,7 +47,7 @@ def test_one_spike_in_any_number_of_points_is_drawn_at_its_place_and_height(coun
 def test_memory_does_not_grow_with_the_run() -> None:
     curve = filled(np.zeros(200_000))
     assert curve._table.nbytes == 7 * 8 * BUCKETS
-    assert len(json.dumps(curve.saved.model_dump())) < 80_000
+    assert len(json.dumps(curve.save().model_dump())) < 80_000
 
 
 def test_what_is_not_finite_leaves_a_gap_and_is_counted_and_infinities_do_not_hide_the_rest() -> None:
@@ -84,7 +84,7 @@ def test_windows_do_not_matter_and_neither_does_a_restart_between_them(
         np.testing.assert_array_equal(getattr(whole, name), getattr(parts, name))
     np.testing.assert_allclose(whole.means, parts.means, rtol=1e-6, atol=1e-6 * np.float64(3.4e38))
     first = filled(column[: len(column) // 2])
-    resumed = Thinned.of(SavedThinned.model_validate(json.loads(first.saved.model_dump_json())))
+    resumed = Curve.load(SavedCurve.model_validate(json.loads(first.save().model_dump_json())))
     resumed.add(np.arange(len(column) // 2 + 1, len(column) + 1), column[len(column) // 2 :])
     np.testing.assert_array_equal(resumed.points().highs, whole.highs)
     assert resumed.points().not_finite.sum() == (~np.isfinite(column)).sum()
@@ -93,4 +93,4 @@ def test_windows_do_not_matter_and_neither_does_a_restart_between_them(
 @pytest.mark.parametrize("data", ["AAAA", "no base64!", "A" * 4 * 200_000])
 def test_what_is_no_curve_is_refused(data: str) -> None:
     with pytest.raises(ValueError, match=r"curve|base64|Non-base64|data|buffer"):
-        Thinned.of(SavedThinned(width=1, room=0, data=data))
+        Curve.load(SavedCurve(width=1, room=0, data=data))
