@@ -1,55 +1,12 @@
 """Event classes (``catalog.py``) and commands (``commands.py``): frozen Pydantic models."""
 
-# ruff: noqa: I001  # "X as X" re-exports X; the import sorter would give each name a statement of its own
-
-from eventtrain.events.base import (
-    UNPUBLISHED as UNPUBLISHED,
-    EpochEvent as EpochEvent,
-    Event as Event,
-    RunEvent as RunEvent,
-)
-from eventtrain.events.catalog import (
-    BUILT_IN as BUILT_IN,
-    LOOP_EVENTS as LOOP_EVENTS,
-    TO_BE_CONTINUED as TO_BE_CONTINUED,
-    TRAINING_SEQUENCE as TRAINING_SEQUENCE,
-    AlertRaised as AlertRaised,
-    AlertResolved as AlertResolved,
-    CheckpointCommitted as CheckpointCommitted,
-    CheckpointFailed as CheckpointFailed,
-    CheckpointRestored as CheckpointRestored,
-    CheckpointSkipped as CheckpointSkipped,
-    CheckpointStarted as CheckpointStarted,
-    CheckpointUploaded as CheckpointUploaded,
-    CheckpointUploadFailed as CheckpointUploadFailed,
-    CommandConflict as CommandConflict,
-    EpochCompleted as EpochCompleted,
-    EpochStarted as EpochStarted,
-    EvalCompleted as EvalCompleted,
-    EvalStarted as EvalStarted,
-    EvalStepCompleted as EvalStepCompleted,
-    HyperparamChanged as HyperparamChanged,
-    LoopStalled as LoopStalled,
-    MachineMeasured as MachineMeasured,
-    PredictCompleted as PredictCompleted,
-    PredictStarted as PredictStarted,
-    PredictStepCompleted as PredictStepCompleted,
-    ProfileCaptured as ProfileCaptured,
-    RunCompleted as RunCompleted,
-    RunFailed as RunFailed,
-    RunResumed as RunResumed,
-    RunStarted as RunStarted,
-    SnapshotTaken as SnapshotTaken,
-    StepCompleted as StepCompleted,
-    StepsCompleted as StepsCompleted,
-    StepStarted as StepStarted,
-    SubscriberDisabled as SubscriberDisabled,
-    SubscriberFailed as SubscriberFailed,
-    SubscriberLagged as SubscriberLagged,
-    events_json_schema as events_json_schema,
-    parse_event as parse_event,
-)
-from eventtrain.events.commands import (
-    CommandApplied as CommandApplied,
-    CommandRejected as CommandRejected,
-)
+from eventtrain.events.base import EpochEvent as EpochEvent
+from eventtrain.events.base import Event as Event
+from eventtrain.events.base import RunEvent as RunEvent
+from eventtrain.events.catalog import *  # noqa: F403
+from eventtrain.events.catalog import BUILT_IN as BUILT_IN
+from eventtrain.events.catalog import LOOP_EVENTS as LOOP_EVENTS
+from eventtrain.events.catalog import TO_BE_CONTINUED as TO_BE_CONTINUED
+from eventtrain.events.catalog import TRAINING_SEQUENCE as TRAINING_SEQUENCE
+from eventtrain.events.catalog import events_json_schema as events_json_schema
+from eventtrain.events.catalog import parse_event as parse_event

@@ -17,6 +17,44 @@ from eventtrain.events.base import EpochEvent, Event, LifecycleEvent, RunEvent
 from eventtrain.events.commands import Cause, CommandApplied, CommandRejected
 from eventtrain.events.models import Columns, FrozenDict, Number, Numbers, Text
 
+__all__ = [
+    "AlertRaised",
+    "AlertResolved",
+    "CheckpointCommitted",
+    "CheckpointFailed",
+    "CheckpointRestored",
+    "CheckpointSkipped",
+    "CheckpointStarted",
+    "CheckpointUploadFailed",
+    "CheckpointUploaded",
+    "CommandApplied",
+    "CommandConflict",
+    "CommandRejected",
+    "EpochCompleted",
+    "EpochStarted",
+    "EvalCompleted",
+    "EvalStarted",
+    "EvalStepCompleted",
+    "HyperparamChanged",
+    "LoopStalled",
+    "MachineMeasured",
+    "PredictCompleted",
+    "PredictStarted",
+    "PredictStepCompleted",
+    "ProfileCaptured",
+    "RunCompleted",
+    "RunFailed",
+    "RunResumed",
+    "RunStarted",
+    "SnapshotTaken",
+    "StepCompleted",
+    "StepStarted",
+    "StepsCompleted",
+    "SubscriberDisabled",
+    "SubscriberFailed",
+    "SubscriberLagged",
+]
+
 # --- the run -------------------------------------------------------------------------------------------
 
 
@@ -361,43 +399,7 @@ class ProfileCaptured(LifecycleEvent):
     """Time that training waited until the trace was written."""
 
 
-BUILT_IN: tuple[type[Event], ...] = (
-    RunStarted,
-    RunResumed,
-    RunCompleted,
-    RunFailed,
-    EpochStarted,
-    EpochCompleted,
-    StepStarted,
-    StepCompleted,
-    StepsCompleted,
-    EvalStarted,
-    EvalStepCompleted,
-    EvalCompleted,
-    PredictStarted,
-    PredictStepCompleted,
-    PredictCompleted,
-    HyperparamChanged,
-    CommandApplied,
-    CommandRejected,
-    CommandConflict,
-    SnapshotTaken,
-    CheckpointStarted,
-    CheckpointCommitted,
-    CheckpointFailed,
-    CheckpointSkipped,
-    CheckpointUploaded,
-    CheckpointUploadFailed,
-    CheckpointRestored,
-    SubscriberFailed,
-    SubscriberLagged,
-    SubscriberDisabled,
-    AlertRaised,
-    AlertResolved,
-    LoopStalled,
-    MachineMeasured,
-    ProfileCaptured,
-)
+BUILT_IN: tuple[type[Event], ...] = tuple(globals()[name] for name in __all__)
 """Every concrete event class of eventtrain."""
 
 TRAINING_SEQUENCE: tuple[type[Event], ...] = (

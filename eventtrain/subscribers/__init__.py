@@ -6,96 +6,50 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from eventtrain.subscribers.alerts.alerts import Alerts
-    from eventtrain.subscribers.alerts.event_rules import (
-        CheckpointFailedRule,
-        RunCompletedRule,
-        RunFailedRule,
-    )
-    from eventtrain.subscribers.alerts.metric_rules import ForecastRule, NoImprovementRule, Rule, SpikeRule
-    from eventtrain.subscribers.alerts.target import AlertTarget
-    from eventtrain.subscribers.alerts.timed_rules import (
-        DeadlineRule,
-        LowDiskRule,
-        SlowSubscriberRule,
-        StallRule,
-    )
-    from eventtrain.subscribers.checkpointing.checkpointer import Checkpointer, restore_state
-    from eventtrain.subscribers.loggers.csv_logger import CSVLogger
-    from eventtrain.subscribers.loggers.history import History
-    from eventtrain.subscribers.loggers.jsonl_logger import JSONLLogger
-    from eventtrain.subscribers.loggers.parquet_logger import ParquetLogger
-    from eventtrain.subscribers.monitoring.device_stats import DeviceStats
-    from eventtrain.subscribers.monitoring.overhead_meter import OverheadMeter
-    from eventtrain.subscribers.monitoring.profiler import Profiler
-    from eventtrain.subscribers.monitoring.step_timer import StepTimer
-    from eventtrain.subscribers.policies.early_stopping import EarlyStopping
-    from eventtrain.subscribers.policies.evaluate_every import EvaluateEvery
-    from eventtrain.subscribers.policies.gradient_spike import GradientSpike
-    from eventtrain.subscribers.policies.lambda_subscriber import Lambda
-    from eventtrain.subscribers.policies.lr_finder import LRFinder
-    from eventtrain.subscribers.policies.max_time import MaxTime
-    from eventtrain.subscribers.policies.reduce_lr_on_plateau import ReduceLROnPlateau
-    from eventtrain.subscribers.policies.scheduler import HyperparamScheduler, LearningRateScheduler
-    from eventtrain.subscribers.policies.terminate_on_nan import TerminateOnNaN
-    from eventtrain.subscribers.progress.progress_bar import ProgressBar
-    from eventtrain.subscribers.remote.download import download_checkpoint
-    from eventtrain.subscribers.remote.uploader import Uploader
-    from eventtrain.subscribers.reports.plot_curves import PlotCurves
-    from eventtrain.subscribers.reports.report import Report
-    from eventtrain.subscribers.trackers.mlflow_logger import MLflowLogger
-    from eventtrain.subscribers.trackers.model_registry import ModelRegistry
-    from eventtrain.subscribers.trackers.opentelemetry import OpenTelemetry
-    from eventtrain.subscribers.trackers.prometheus_exporter import PrometheusExporter
-    from eventtrain.subscribers.trackers.tensorboard_logger import TensorBoardLogger
-    from eventtrain.subscribers.trackers.wandb_logger import WandbLogger
-
-__all__ = [
-    "AlertTarget",
-    "Alerts",
-    "CSVLogger",
-    "CheckpointFailedRule",
-    "Checkpointer",
-    "DeadlineRule",
-    "DeviceStats",
-    "EarlyStopping",
-    "EvaluateEvery",
-    "ForecastRule",
-    "GradientSpike",
-    "History",
-    "HyperparamScheduler",
-    "JSONLLogger",
-    "LRFinder",
-    "Lambda",
-    "LearningRateScheduler",
-    "LowDiskRule",
-    "MLflowLogger",
-    "MaxTime",
-    "ModelRegistry",
-    "NoImprovementRule",
-    "OpenTelemetry",
-    "OverheadMeter",
-    "ParquetLogger",
-    "PlotCurves",
-    "Profiler",
-    "ProgressBar",
-    "PrometheusExporter",
-    "ReduceLROnPlateau",
-    "Report",
-    "Rule",
-    "RunCompletedRule",
-    "RunFailedRule",
-    "SlowSubscriberRule",
-    "SpikeRule",
-    "StallRule",
-    "StepTimer",
-    "TensorBoardLogger",
-    "TerminateOnNaN",
-    "Uploader",
-    "WandbLogger",
-    "download_checkpoint",
-    "restore_state",
-]
+    from eventtrain.subscribers.alerts.alerts import Alerts as Alerts
+    from eventtrain.subscribers.alerts.event_rules import CheckpointFailedRule as CheckpointFailedRule
+    from eventtrain.subscribers.alerts.event_rules import RunCompletedRule as RunCompletedRule
+    from eventtrain.subscribers.alerts.event_rules import RunFailedRule as RunFailedRule
+    from eventtrain.subscribers.alerts.metric_rules import ForecastRule as ForecastRule
+    from eventtrain.subscribers.alerts.metric_rules import NoImprovementRule as NoImprovementRule
+    from eventtrain.subscribers.alerts.metric_rules import Rule as Rule
+    from eventtrain.subscribers.alerts.metric_rules import SpikeRule as SpikeRule
+    from eventtrain.subscribers.alerts.target import AlertTarget as AlertTarget
+    from eventtrain.subscribers.alerts.timed_rules import DeadlineRule as DeadlineRule
+    from eventtrain.subscribers.alerts.timed_rules import LowDiskRule as LowDiskRule
+    from eventtrain.subscribers.alerts.timed_rules import SlowSubscriberRule as SlowSubscriberRule
+    from eventtrain.subscribers.alerts.timed_rules import StallRule as StallRule
+    from eventtrain.subscribers.checkpointing.checkpointer import Checkpointer as Checkpointer
+    from eventtrain.subscribers.checkpointing.checkpointer import restore_state as restore_state
+    from eventtrain.subscribers.loggers.csv_logger import CSVLogger as CSVLogger
+    from eventtrain.subscribers.loggers.history import History as History
+    from eventtrain.subscribers.loggers.jsonl_logger import JSONLLogger as JSONLLogger
+    from eventtrain.subscribers.loggers.parquet_logger import ParquetLogger as ParquetLogger
+    from eventtrain.subscribers.monitoring.device_stats import DeviceStats as DeviceStats
+    from eventtrain.subscribers.monitoring.overhead_meter import OverheadMeter as OverheadMeter
+    from eventtrain.subscribers.monitoring.profiler import Profiler as Profiler
+    from eventtrain.subscribers.monitoring.step_timer import StepTimer as StepTimer
+    from eventtrain.subscribers.policies.early_stopping import EarlyStopping as EarlyStopping
+    from eventtrain.subscribers.policies.evaluate_every import EvaluateEvery as EvaluateEvery
+    from eventtrain.subscribers.policies.gradient_spike import GradientSpike as GradientSpike
+    from eventtrain.subscribers.policies.lambda_subscriber import Lambda as Lambda
+    from eventtrain.subscribers.policies.lr_finder import LRFinder as LRFinder
+    from eventtrain.subscribers.policies.max_time import MaxTime as MaxTime
+    from eventtrain.subscribers.policies.reduce_lr_on_plateau import ReduceLROnPlateau as ReduceLROnPlateau
+    from eventtrain.subscribers.policies.scheduler import HyperparamScheduler as HyperparamScheduler
+    from eventtrain.subscribers.policies.scheduler import LearningRateScheduler as LearningRateScheduler
+    from eventtrain.subscribers.policies.terminate_on_nan import TerminateOnNaN as TerminateOnNaN
+    from eventtrain.subscribers.progress.progress_bar import ProgressBar as ProgressBar
+    from eventtrain.subscribers.remote.download import download_checkpoint as download_checkpoint
+    from eventtrain.subscribers.remote.uploader import Uploader as Uploader
+    from eventtrain.subscribers.reports.plot_curves import PlotCurves as PlotCurves
+    from eventtrain.subscribers.reports.report import Report as Report
+    from eventtrain.subscribers.trackers.mlflow_logger import MLflowLogger as MLflowLogger
+    from eventtrain.subscribers.trackers.model_registry import ModelRegistry as ModelRegistry
+    from eventtrain.subscribers.trackers.opentelemetry import OpenTelemetry as OpenTelemetry
+    from eventtrain.subscribers.trackers.prometheus_exporter import PrometheusExporter as PrometheusExporter
+    from eventtrain.subscribers.trackers.tensorboard_logger import TensorBoardLogger as TensorBoardLogger
+    from eventtrain.subscribers.trackers.wandb_logger import WandbLogger as WandbLogger
 
 _LAZY = {
     "AlertTarget": "eventtrain.subscribers.alerts.target",
@@ -143,6 +97,7 @@ _LAZY = {
     "download_checkpoint": "eventtrain.subscribers.remote.download",
     "restore_state": "eventtrain.subscribers.checkpointing.checkpointer",
 }
+__all__ = sorted(_LAZY)  # pyright: ignore[reportUnsupportedDunderAll]
 
 
 def __getattr__(name: str) -> Any:
@@ -152,4 +107,4 @@ def __getattr__(name: str) -> Any:
 
 
 def __dir__() -> list[str]:
-    return sorted(__all__)
+    return __all__
