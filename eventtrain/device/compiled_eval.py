@@ -18,7 +18,11 @@ from eventtrain.errors import StepError
 
 
 class _StateReader(abc.ABC):
-    """A function of `(state, batch)`, compiled once for each batch signature. Training thread only."""
+    """A function of `(state, batch)`, compiled once for each batch signature. Training thread only.
+
+    `structure`, `leaves` and `lower_on_caller` are those of `CompiledStep`. Leaves are never donated. A batch of a new
+    signature is compiled when it is met, which blocks.
+    """
 
     _name: ClassVar[str]
 
@@ -39,7 +43,7 @@ class _StateReader(abc.ABC):
     @property
     def compilations(self) -> int:
         """Number of batch signatures that were compiled; each blocked its caller once."""
-        return len(self._executables)
+        return len(self._executables.built)
 
     def prepare(self, batch: PyTree) -> None:
         """Traces, checks and compiles the function for `batch`; blocks until compiled.
@@ -74,8 +78,6 @@ class _StateReader(abc.ABC):
 class CompiledEval(_StateReader):
     """`eval_fn`, `(state, batch) -> metrics`, fused with a metric ring as the step is.
 
-    `structure`, `leaves` and `lower_on_caller` are those of `CompiledStep`.
-
     Attributes:
         capacity: rows of the ring.
     """
@@ -103,8 +105,7 @@ class CompiledEval(_StateReader):
     def __call__(self, carry: RingCarry, leaves: Sequence[jax.Array], batch: PyTree) -> None:
         """Dispatches eval_fn on one batch and returns at once; its metrics are the ring's next row.
 
-        The state's `leaves` are not donated. A batch of a new signature is compiled first (blocking); errors as in
-        `prepare`, and then `carry` is as it was.
+        Errors as in `prepare`; then `carry` is as it was.
         """
         if carry.rows >= self.capacity:
             raise self._rings.refuse_more(carry)
@@ -141,18 +142,12 @@ class CompiledEval(_StateReader):
 
 
 class CompiledPredict(_StateReader):
-    """`predict_fn`, `(state, batch) -> outputs`, compiled; outputs are any pytree of arrays.
-
-    `structure`, `leaves` and `lower_on_caller` are those of `CompiledStep`.
-    """
+    """`predict_fn`, `(state, batch) -> outputs`, compiled; outputs are any pytree of arrays."""
 
     _name = "predict_fn"
 
     def __call__(self, leaves: Sequence[jax.Array], batch: PyTree) -> PyTree:
-        """Dispatches predict_fn on one batch and returns its outputs, not computed yet.
-
-        Nothing is donated. A batch of a new signature is compiled first (blocking); errors as in `prepare`.
-        """
+        """Dispatches predict_fn on one batch and returns its outputs, not computed yet; errors as in `prepare`."""
         return self._dispatch(leaves, batch)
 
     def _build(self, batch: PyTree) -> Callable[..., Any]:

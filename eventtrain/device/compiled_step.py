@@ -7,11 +7,10 @@ CPU takes 28 to 62 ms.
 
 - Owner. The loop owns the carry; a donating call destroys all arrays in it but the cursor and puts the new ones in
   their place. Arrays of the carry that another object refers to must be followed by a keeping call.
-- Errors. What is refused is refused before the donation: the carry is as it was, and still valid.
+- Errors. Every error is raised before the donation: the carry is as it was, and still valid.
 - Threads. All calls, tracing and lowering belong to the training thread, since another thread would break the order of
   collectives and lose JAX's settings. The keeping variant is compiled by a helper thread: compiling beside the loop
-  slows it (p50 12 -> 24 ms), compiling inside it would stop it. Until that is done, a copy on the device serves as the
-  snapshot.
+  slows it (p50 12 -> 24 ms), compiling inside it would stop it. Until then a snapshot is a copy on the device.
 """
 
 from __future__ import annotations
@@ -65,7 +64,7 @@ class CompiledStep:
         options: how to compile.
         lower_on_caller: see `LowerOnCaller`.
 
-    All methods belong to the training thread; `program` may be called on any.
+    All methods but `program` belong to the training thread.
 
     Attributes:
         capacity: rows of the ring.
@@ -87,7 +86,6 @@ class CompiledStep:
         options, sharding = options or StepOptions(), replicated_sharding(leaves)
         self.capacity = options.capacity
         self.grouped = options.steps_per_call > 1
-        self._donate = options.donate
         self._fused = FusedStep(
             step_fn,
             structure,
@@ -107,7 +105,7 @@ class CompiledStep:
     @property
     def compilations(self) -> int:
         """Number of batch signatures that were compiled; each blocked its caller once."""
-        return len(self._executables)
+        return len(self._executables.built)
 
     def program(self) -> StepProgram | None:
         """Returns the compiled step for the batch signature in use; None before `prepare`."""
@@ -143,13 +141,10 @@ class CompiledStep:
             StateError: leaves of other shapes, dtypes or shardings than the step was compiled for.
             StepError: `prepare` was not called.
         """
-        fused = self._fused
-        ring, cursor = fused.rings.fresh()
-        check_leaves("state", leaves, fused.structure, fused.leaf_types)
+        ring, cursor = self._fused.rings.fresh()
+        self._check(leaves, ext_leaves)
         if ext_leaves is None:
-            ext_leaves = fused.extensions.init(leaves, step)
-        else:
-            check_leaves("ext_state", ext_leaves, fused.extensions.structure, fused.extensions.types)
+            ext_leaves = self._fused.extensions.init(leaves, step)
         return Carry(ring, cursor, leaves=list(leaves), ext_leaves=list(ext_leaves))
 
     def __call__(
@@ -166,8 +161,8 @@ class CompiledStep:
 
         Raises:
             DataError, StepError, StateError, MetricsError: as in `prepare`, for a batch of a new signature, which is
-                compiled here (blocking). `carry` is as it was.
-            SnapshotError: no room on the device to keep a state. `carry` is as it was: call again without `keep`.
+                compiled here (blocking).
+            SnapshotError: no room on the device to keep a state: call again without `keep`.
         """
         rows = carry.rows + stop - start
         if rows > self.capacity:
@@ -184,7 +179,7 @@ class CompiledStep:
                 outputs = self._donating(carry.leaves, carry.ext_leaves, carry.ring, carry.cursor, batch)
         except (TypeError, ValueError) as error:
             if keep:  # its executable was selected by the batch: the state must be the reason
-                self._check(carry)
+                self._check(carry.leaves, carry.ext_leaves)
                 raise
             outputs = self._call_after(error, carry, batch, counts)
         carry.leaves, carry.ext_leaves, carry.ring, carry.cursor = outputs
@@ -211,8 +206,9 @@ class CompiledStep:
 
     def close(self) -> None:
         """Waits until no helper thread compiles; the interpreter must not exit before that."""
-        for executable in self._executables.all():
-            executable.join()
+        for executable in self._executables.built.values():
+            if executable.thread is not None:
+                executable.thread.join()
 
     def _build(self, batch: PyTree) -> _Variants:
         lowered: LoweredStep = self._lower_on_caller(lambda: self._fused.lower(batch))
@@ -225,13 +221,17 @@ class CompiledStep:
         """Makes the call that raised `refusal` again, by the executable for this batch's signature."""
         if carry.ring.is_deleted():
             raise refusal  # it came after the donation: the arguments were not refused
-        self._donating = self._executables.reselect(refusal, batch, lambda: self._check(carry)).donating
+        executable = self._executables.reselect(
+            refusal, batch, lambda: self._check(carry.leaves, carry.ext_leaves)
+        )
+        self._donating = executable.donating
         return self._donating(carry.leaves, carry.ext_leaves, carry.ring, carry.cursor, batch, *counts)
 
-    def _check(self, carry: Carry) -> None:
+    def _check(self, leaves: Sequence[jax.Array], ext_leaves: Sequence[jax.Array] | None) -> None:
         fused = self._fused
-        check_leaves("state", carry.leaves, fused.structure, fused.leaf_types)
-        check_leaves("ext_state", carry.ext_leaves, fused.extensions.structure, fused.extensions.types)
+        check_leaves("state", leaves, fused.structure, fused.leaf_types)
+        if ext_leaves is not None:
+            check_leaves("ext_state", ext_leaves, fused.extensions.structure, fused.extensions.types)
 
     def _call_keeping(self, carry: Carry, batch: PyTree, counts: tuple[jax.Array, ...]) -> Any:
         executable = self._executables.select(batch)
@@ -240,7 +240,7 @@ class CompiledStep:
         try:
             if executable.keeping is not None:
                 call = executable.keeping
-            elif self._donate:
+            elif self._fused.options.donate:
                 copies = copy_leaves([*leaves, *ext_leaves])
                 leaves, ext_leaves = copies[: len(leaves)], copies[len(leaves) :]
             return call(leaves, ext_leaves, carry.ring, carry.cursor, batch, *counts)
@@ -257,32 +257,30 @@ class CompiledStep:
 class _Variants:
     """The executables of one batch signature.
 
-    `keeping` is written once, by the helper thread that compiles it, and read by the training thread; None until then,
-    and for good where it is not wanted or does not compile.
+    `keeping` is written once, by the helper thread that compiles it; None until then, and for good where it is not
+    wanted or does not compile.
     """
 
     def __init__(self, lowered: LoweredStep) -> None:
         self.donating = lowered.donating.compile()
         self.jaxpr = lowered.jaxpr
         self.keeping: Callable[..., Any] | None = None
+        self.thread: threading.Thread | None = None
         self._lowered = lowered.keeping
-        self._thread: threading.Thread | None = None
 
     def start_keeping(self) -> None:
-        if self._lowered is None or self._thread is not None:
+        if self._lowered is None:
             return
-        self._thread = threading.Thread(
-            target=self._compile_keeping, name="eventtrain-compile-keeping", daemon=True
+        self.thread = threading.Thread(
+            target=self._compile_keeping,
+            args=(self._lowered,),
+            name="eventtrain-compile-keeping",
+            daemon=True,
         )
-        self._thread.start()
+        self._lowered = None
+        self.thread.start()
 
-    def join(self) -> None:
-        if self._thread is not None:
-            self._thread.join()
-
-    def _compile_keeping(self) -> None:
-        lowered, self._lowered = self._lowered, None
-        assert lowered is not None
+    def _compile_keeping(self, lowered: jax.stages.Lowered) -> None:
         try:
             self.keeping = lowered.compile()
         except Exception as error:  # out of memory, most likely
@@ -299,13 +297,9 @@ class StepProgram:
 
     The texts are made when they are first read, which takes seconds for a large step: not on an event loop. Any thread.
     Nothing is compiled for it.
-
-    Args:
-        traced: the jaxpr of what was compiled.
-        compiled: the ``jax.stages.Compiled`` that runs.
     """
 
-    def __init__(self, traced: Any, compiled: Any) -> None:
+    def __init__(self, traced: Any, compiled: jax.stages.Compiled) -> None:
         self._traced = traced
         self._compiled = compiled
 

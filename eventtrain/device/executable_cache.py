@@ -1,10 +1,9 @@
 """Compiled executables, one for each batch signature, selected without inspecting every batch.
 
 An executable refuses a batch of another structure, shape, dtype or sharding with a TypeError or ValueError, before it
-donates anything. Its callers use that refusal as the check: they call the current executable, and select another one
-when it refuses. Executables compiled ahead of time dispatch as fast as jitted functions (11, 60 and 650 us for 8, 64
-and 512 leaves) and never recompile behind the loop's back. They accept a float64 NumPy array where float32 was lowered,
-as jit does.
+donates anything. Its callers call the current executable, and select another one when it refuses. Executables compiled
+ahead of time dispatch as fast as jitted functions (11, 60 and 650 us for 8, 64 and 512 leaves) and never recompile
+unseen. They accept a float64 NumPy array where float32 was lowered, as jit does.
 """
 
 from __future__ import annotations
@@ -40,30 +39,19 @@ class ExecutableCache(Generic[E]):
         build: compiles for a batch; blocks.
 
     Attributes:
+        built: signature -> what was built, in order.
         current: what was selected last; None before the first.
     """
 
     def __init__(self, function: str, build: Callable[[PyTree], E]) -> None:
         self._function = function
         self._build = build
-        self._built: dict[Hashable, E] = {}
         self._signature: Hashable = None
+        self.built: dict[Hashable, E] = {}
         self.current: E | None = None
 
-    def __len__(self) -> int:
-        """Number of signatures that were built."""
-        return len(self._built)
-
-    def all(self) -> list[E]:
-        """Returns what was built, in order."""
-        return list(self._built.values())
-
     def require(self) -> E:
-        """Returns what was selected last.
-
-        Raises:
-            StepError: nothing was.
-        """
+        """Returns ``current``; raises a StepError if there is none."""
         if self.current is None:
             raise StepError(f"{self._function} was not compiled yet. Call prepare(batch) first.")
         return self.current
@@ -89,10 +77,10 @@ class ExecutableCache(Generic[E]):
         return self._select(batch, signature)
 
     def _select(self, batch: PyTree, signature: Hashable) -> E:
-        if signature not in self._built:
-            self._built[signature] = self._build(batch)
-        self._signature, self.current = signature, self._built[signature]
-        return self._built[signature]
+        if signature not in self.built:
+            self.built[signature] = self._build(batch)
+        self._signature, self.current = signature, self.built[signature]
+        return self.built[signature]
 
 
 def _signature_of(batch: PyTree) -> Hashable:

@@ -63,8 +63,6 @@ class ExtensionStates:
     Holds no array itself: like the state, the arrays are a list of leaves that the carry owns.
 
     Args:
-        extensions: in the order in which they are computed.
-        params: lens state -> weights.
         structure, leaves: of the training state.
 
     Attributes:
@@ -128,18 +126,11 @@ class ExtensionStates:
 
 
 def checked_uses(subject: str, use_for: Any) -> frozenset[Use]:
-    """Returns `use_for` as a set.
-
-    Args:
-        subject: the extension, for the message: "EMA(0.999)".
-
-    Raises:
-        ConfigurationError: it is not a collection of "eval", "predict" and "final".
-    """
+    """Returns `use_for` as a set; raises a ConfigurationError if it has other values than those of `Use`."""
     valid = get_args(Use)
     if isinstance(use_for, Collection) and not isinstance(use_for, str):
-        given = list(use_for)  # pyright: ignore[reportUnknownArgumentType, reportUnknownVariableType]
-        if all(isinstance(use, str) and use in valid for use in given):  # pyright: ignore[reportUnknownVariableType]
+        given: list[Any] = list(use_for)
+        if all(use in valid for use in given):
             return frozenset(given)
     raise ConfigurationError(
         f"{subject}: use_for must be a collection of any of {', '.join(map(repr, valid))}, got {use_for!r}. For "

@@ -1,8 +1,4 @@
-"""The fetch thread: it waits for the device, so that the training thread need not.
-
-Rings are put in as they are dispatched; columns of values come out in the same order. Other items (events of the loop)
-keep their place between them. No other thread waits for a result of the training computation.
-"""
+"""The fetch thread: no other thread waits for a result of the training computation."""
 
 from __future__ import annotations
 
@@ -16,6 +12,8 @@ from eventtrain.device.metric_ring import TakenRing
 
 class Fetcher:
     """Waits for rings in a thread of its own and delivers their columns in order.
+
+    Rings are put in as they are dispatched. Other items (events of the loop) keep their place between them.
 
     Args:
         deliver: gets each item, on the fetch thread: a `MetricColumns` for a `TakenRing`, any other item as it was put.
@@ -44,11 +42,7 @@ class Fetcher:
         self._thread.start()
 
     def put(self, item: Any) -> None:
-        """Queues an item. Training thread only; never blocks.
-
-        Raises:
-            RuntimeError: after `close`.
-        """
+        """Queues an item; raises a RuntimeError after `close`. Training thread only; never blocks."""
         if self._closed:
             raise RuntimeError("Fetcher.put() was called after close(), so the item would not be delivered.")
         self._queue.put(item)

@@ -7,7 +7,6 @@ per call it takes a tuple of K batches, and the range `start, stop` of steps to 
   never the batch.
 - Output shardings are the input shardings, so that one executable serves every step.
 - step_fn is traced once for each batch signature: both variants and all K steps share that trace.
-- Tracing and lowering run on the thread whose JAX settings count (`LowerOnCaller`).
 """
 
 from __future__ import annotations
@@ -60,16 +59,7 @@ class LoweredStep(NamedTuple):
 
 @dataclass(frozen=True)
 class FusedStep:
-    """What the step is traced from; holds no array.
-
-    Attributes:
-        step_fn: `(state, batch) -> (state, metrics)`.
-        structure, leaf_types: of the state.
-        extensions: computed after every step.
-        watched: indices of scalar state leaves written to the ring beside the metrics.
-        rings: gives the type of a ring.
-        options: how to compile.
-    """
+    """Everything that the step is traced from, as for `CompiledStep`; holds no array."""
 
     step_fn: StepFn
     structure: TreeStructure

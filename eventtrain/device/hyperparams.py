@@ -57,8 +57,8 @@ class Hyperparam:
 def find_hyperparams(state: PyTree) -> list[Hyperparam]:
     """Returns every scalar array under `hyperparams` in the state, in the order of its leaves.
 
-    Finds them in any nesting (chain, masked, partition, MultiSteps, apply_if_finite, inject within inject) and any
-    container that is a pytree. Reads no array; never blocks.
+    Finds them in any nesting (chain, masked, partition, MultiSteps, apply_if_finite, inject within inject). Reads no
+    array; never blocks.
     """
     scheduled = set(_scheduled(state, ()))
     found: list[Hyperparam] = []
@@ -97,10 +97,8 @@ def resolve(hyperparams: Sequence[Hyperparam], name: str, path: str | None = Non
     candidates = [h for h in hyperparams if h.name == name]
     if not candidates:
         raise UnknownHyperparam(_unknown_message(hyperparams, name))
-    matching = candidates
-    if path is not None:
-        exact = [h for h in candidates if h.path == path]
-        matching = exact or [h for h in candidates if path in h.path]
+    exact = [h for h in candidates if h.path == path]
+    matching = exact or [h for h in candidates if path is None or path in h.path]
     if not matching:
         raise UnknownHyperparam(
             f"No hyperparameter {name!r} at path {path!r}. Its paths are {listed([h.path for h in candidates])}. "

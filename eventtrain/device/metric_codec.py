@@ -1,8 +1,7 @@
 """Metrics as rows of uint32 words, which carries scalars of any dtype to the host exactly.
 
 The compiled step encodes its metrics into one row of the metric ring; the fetch thread decodes the rows of many steps
-at once, one column per metric. The bits are carried, not the values: nothing is rounded, and an int64 or a NaN arrives
-as it was.
+at once, one column per metric. The bits are carried, not the values.
 """
 
 from __future__ import annotations
@@ -79,20 +78,17 @@ class MetricLayout:
         return max(1, sum(_words(dtype) for dtype in (*self.dtypes, *self.watched_dtypes)))
 
     def encode(self, metrics: Mapping[str, Any], watched: Sequence[jax.Array] = ()) -> jax.Array:
-        """Returns the row of one step, uint32[words]; to be traced inside the compiled step.
-
-        `metrics` and `watched` (in the order of `self.watched`) must fit this layout.
-        """
+        """Returns the row of one step, uint32[words]; traced. `watched` has the order of `self.watched`."""
         values = [metrics[name] for name in self.names] + list(watched)
         dtypes = (*self.dtypes, *self.watched_dtypes)
         words = [_to_words(jnp.asarray(v, d)) for v, d in zip(values, dtypes, strict=True)]
         return jnp.concatenate(words) if words else jnp.zeros((1,), jnp.uint32)
 
     def decode(self, rows: Rows) -> dict[str, Column]:
-        """Returns the metrics in uint32[k, words]: name to a read-only column of k values.
+        """Returns the metrics in uint32[k, words]: name to a read-only column of k values, copied.
 
         bool, integers, float32 and float64 keep their dtype (4-bit integers become 8-bit ones), narrower floats are
-        widened to float32; every value is exact. Copies; never blocks.
+        widened to float32; every value is exact.
         """
         return dict(zip(self.names, _columns(rows, self.dtypes), strict=True))
 

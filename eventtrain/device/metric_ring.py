@@ -34,8 +34,8 @@ class RingCarry:
     """State that one call hands to the next. Training thread only.
 
     Attributes:
-        ring: uint32[capacity, words], donated by each call.
-        cursor: uint32[], the next free row; never donated.
+        ring: uint32[capacity, words].
+        cursor: uint32[], the next free row.
         rows: the same number on the host, which counts calls still in flight.
     """
 
@@ -45,13 +45,9 @@ class RingCarry:
 
 
 class MetricColumns(NamedTuple):
-    """A fetched ring, on the host.
+    """A fetched ring, on the host: read-only columns of `rows` values, of metrics by name and watched leaves by index.
 
-    Attributes:
-        metrics: one read-only column of `rows` values for each metric.
-        rows: number of steps or batches.
-        window: that of the `TakenRing`.
-        watched: the watched hyperparameters by leaf index, as `metrics`.
+    `window` is that of the `TakenRing`.
     """
 
     metrics: dict[str, Column]
@@ -63,11 +59,7 @@ class MetricColumns(NamedTuple):
 class TakenRing(NamedTuple):
     """A ring that was taken out of a carry, perhaps not computed yet; never donated.
 
-    Attributes:
-        ring: uint32[capacity, layout.words].
-        rows: number of its first rows that are used.
-        layout: how to decode them.
-        window: the caller's record of these rows.
+    Its first `rows` rows are used; `window` is the caller's record of them.
     """
 
     ring: jax.Array
@@ -121,11 +113,7 @@ class MetricRings:
         self._zeros = jax.jit(zeros, out_shardings=self._sharding)
 
     def fresh(self) -> tuple[jax.Array, jax.Array]:
-        """Returns an empty ring and its cursor; one jitted call, 8 us.
-
-        Raises:
-            StepError: no layout was set.
-        """
+        """Returns an empty ring and its cursor; one jitted call, 8 us. Raises a StepError before `adopt`."""
         return self._zeros(), self._zero_cursor
 
     def take(self, carry: RingCarry, window: Any) -> TakenRing:

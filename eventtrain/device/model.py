@@ -1,30 +1,34 @@
-"""``Model``: what is trained, over all runs of a trainer."""
+"""``Model``: the functions and the state of a trainer, and the averaged weights that replace its params."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
 from typing import Any, TypeAlias
 
 import jax
+import jax.numpy as jnp
 
 from eventtrain.device.compiled_eval import CompiledEval, CompiledPredict
 from eventtrain.device.compiled_step import CompiledStep
 from eventtrain.device.executable_cache import LowerOnCaller, lower_here
-from eventtrain.device.extensions import ParamsLens, StepExtension, Use
+from eventtrain.device.extensions import ParamsLens, StepExtension, Use, checked_uses
 from eventtrain.device.fused_step import StepFn, StepOptions
 from eventtrain.device.hyperparams import Hyperparam
-from eventtrain.device.params_override import ParamsOverride, params_indices, params_overrides
-from eventtrain.device.state import Leaves, PyTree, TreeStructure, place, split_state
-from eventtrain.errors import ConfigurationError
+from eventtrain.device.state import Leaves, PyTree, TreeStructure, abstract, partition, place, split_state
+from eventtrain.device.validation import call_user, structure_differences, type_differences
+from eventtrain.errors import ConfigurationError, StateError, listed
 
 EvalFn: TypeAlias = Callable[[PyTree, PyTree], Mapping[str, Any]]
 PredictFn: TypeAlias = Callable[[PyTree, PyTree], PyTree]
 
 
-@dataclass
 class Model:
     """The functions, and the state between runs.
+
+    Args:
+        step_fn, state, eval_fn, predict_fn, params, extensions: as for ``Trainer``. ``state`` is neither copied nor
+            donated: the first step of a run keeps it.
+        options: how to compile the step.
 
     Attributes:
         leaves: of the state; empty while a run owns it.
@@ -32,33 +36,13 @@ class Model:
         step, epoch: completed.
         compiled: the step; None before the first batch.
         lower_on_caller: another one while a run trains on another thread than the one that called ``fit``.
+
+    Raises:
+        ConfigurationError, StateError: an argument is invalid.
     """
 
-    step_fn: StepFn
-    eval_fn: EvalFn | None
-    predict_fn: PredictFn | None
-    params: ParamsLens
-    extensions: Sequence[StepExtension]
-    options: StepOptions
-    structure: TreeStructure
-    leaves: Leaves
-    ext_leaves: Leaves | None = None
-    step: int = 0
-    epoch: int = 0
-    compiled: CompiledStep | None = None
-    lower_on_caller: LowerOnCaller = lower_here
-    _evaluation: CompiledEval | None = None
-    _prediction: CompiledPredict | None = None
-    _overrides: dict[Use, ParamsOverride] = field(init=False)
-
-    def __post_init__(self) -> None:
-        self._overrides = params_overrides(
-            self.extensions, self.params, self.structure, self.leaves, self._lower
-        )
-
-    @classmethod
-    def of(
-        cls,
+    def __init__(
+        self,
         step_fn: StepFn,
         state: PyTree,
         *,
@@ -67,14 +51,7 @@ class Model:
         params: ParamsLens | None,
         extensions: Sequence[StepExtension],
         options: StepOptions,
-    ) -> Model:
-        """Returns the model for the arguments of ``Trainer`` of the same names.
-
-        ``state`` is neither copied nor donated: the first step of a run keeps it.
-
-        Raises:
-            ConfigurationError, StateError: an argument is invalid.
-        """
+    ) -> None:
         for name, function, shape in (
             ("step_fn", step_fn, "(state, batch) -> (state, metrics)"),
             ("eval_fn", eval_fn, "(state, batch) -> metrics"),
@@ -83,9 +60,19 @@ class Model:
         ):
             if not callable(function) and (function is not None or name == "step_fn"):
                 raise ConfigurationError(f"{name} must be a function {shape}, got {type(function).__name__}.")
-        leaves, structure = split_state(state)
-        params, extensions = params or _default_params, tuple(extensions)
-        return cls(step_fn, eval_fn, predict_fn, params, extensions, options, structure, place(leaves))
+        leaves, self.structure = split_state(state)
+        self.leaves = place(leaves)
+        self.ext_leaves: Leaves | None = None
+        self.step_fn, self.eval_fn, self.predict_fn = step_fn, eval_fn, predict_fn
+        self.params, self.extensions, self.options = params or _default_params, tuple(extensions), options
+        self.step = self.epoch = 0
+        self.compiled: CompiledStep | None = None
+        self.lower_on_caller: LowerOnCaller = lower_here
+        self._evaluation: CompiledEval | None = None
+        self._prediction: CompiledPredict | None = None
+        self._overrides = _params_overrides(
+            self.extensions, self.params, self.structure, self.leaves, self._lower
+        )
 
     def prepare(self, batch: PyTree, hyperparams: Sequence[Hyperparam]) -> CompiledStep:
         """Returns the step, compiled for ``batch`` if this is the first run. Blocks until compiled.
@@ -128,12 +115,12 @@ class Model:
 
     def params_indices(self) -> list[int]:
         """Returns the indices of the leaves that the params lens selects."""
-        found = params_indices(self.params, self.structure, self.leaves)
+        found = _params_indices(self.params, self.structure, self.leaves)
         return [index for index in found.values() if index is not None]
 
     def params_paths(self) -> dict[str, str | None]:
         """Returns, for the path of each array that the params lens selects, its path in the state, if it has one."""
-        found, paths = params_indices(self.params, self.structure, self.leaves), self.structure.paths
+        found, paths = _params_indices(self.params, self.structure, self.leaves), self.structure.paths
         return {path: None if index is None else paths[index] for path, index in found.items()}
 
     def leaves_for(
@@ -150,7 +137,150 @@ class Model:
         return override(leaves, self.compiled.extension_states(ext_leaves)[override.extension.name])
 
 
+class ParamsOverride:
+    """Replaces the params, where the lens `params` finds them, by the weights of `extension`.
+
+    Args:
+        structure, leaves: of the state. Only shapes, dtypes and shardings of the leaves are used.
+        lower_on_caller: as in `CompiledStep`.
+
+    Raises:
+        ConfigurationError: `params` gives an array that is not a leaf of the state.
+        StepError: a method of the extension raised.
+        StateError: its weights have another structure or other shapes than the params.
+    """
+
+    def __init__(
+        self,
+        extension: StepExtension,
+        params: ParamsLens,
+        structure: TreeStructure,
+        leaves: Sequence[jax.Array],
+        lower_on_caller: LowerOnCaller,
+    ) -> None:
+        self.extension = extension
+        self._params = params
+        self._structure = structure
+        self._lower_on_caller = lower_on_caller
+        self._compiled: Callable[..., Leaves] | None = None
+        self._indices: list[int] = []
+        for path, index in _params_indices(params, structure, leaves).items():
+            if index is None:
+                raise ConfigurationError(
+                    f"{extension!r} cannot replace params{path}, which params=... computes: only leaves of the state "
+                    "can be replaced. Let params return leaves of the state as they are."
+                )
+            self._indices.append(index)
+
+        def weights_at_start(leaves: Leaves) -> Leaves:
+            initial = call_user(f"{extension!r}.init", extension.init, self._params_of(leaves))
+            return self._weights(leaves, initial)
+
+        jax.eval_shape(weights_at_start, _unplaced(leaves))
+
+    def __call__(self, leaves: Sequence[jax.Array], ext_state: PyTree) -> Leaves:
+        """Returns `leaves` with the extension's weights in place of the params.
+
+        One dispatch: donates nothing and waits for nothing. The first call compiles, which blocks.
+        """
+        ext_leaves, ext_structure = partition(ext_state)
+        if self._compiled is None:
+            lowered: jax.stages.Lowered = self._lower_on_caller(
+                lambda: self._lower(leaves, ext_leaves, ext_structure)
+            )
+            self._compiled = lowered.compile()
+        replaced = list(leaves)
+        weights = self._compiled(list(leaves), ext_leaves)
+        for index, weight in zip(self._indices, weights, strict=True):
+            replaced[index] = weight
+        return replaced
+
+    def _lower(
+        self, leaves: Sequence[jax.Array], ext_leaves: Sequence[Any], ext_structure: TreeStructure
+    ) -> jax.stages.Lowered:
+        def call(leaves: Leaves, ext_leaves: Leaves) -> Leaves:
+            return self._weights(leaves, ext_structure.join(ext_leaves))
+
+        jitted = jax.jit(call, out_shardings=[leaves[index].sharding for index in self._indices])
+        return jitted.lower(abstract(leaves), abstract(ext_leaves))
+
+    def _weights(self, leaves: Leaves, ext_state: PyTree) -> Leaves:
+        """Returns the array leaves that replace those of the params, in their dtypes; traced."""
+        name, params = f"{self.extension!r}.weights", self._params_of(leaves)
+        weights = call_user(name, self.extension.weights, ext_state, params)
+        expected, structure = partition(params)
+        found, treedef = jax.tree_util.tree_flatten(weights)
+        if treedef != structure.treedef:
+            raise StateError(
+                f"{name} returned another structure than that of params: {structure_differences(weights, structure)}. "
+                "Return a tree like params."
+            )
+        static = {position for position, _, _ in structure.static}
+        given = [leaf for position, leaf in enumerate(found) if position not in static]
+        if differences := type_differences("params", structure.paths, given, expected, dtypes=False):
+            raise StateError(
+                f"{name} returned other shapes than those of params: {listed(differences)}. Return a tree like params."
+            )
+        return [
+            jnp.asarray(leaf) if leaf.dtype == wanted.dtype else jnp.asarray(leaf).astype(wanted.dtype)
+            for leaf, wanted in zip(given, expected, strict=True)
+        ]
+
+    def _params_of(self, leaves: Leaves) -> PyTree:
+        return call_user("params", self._params, self._structure.join(leaves))
+
+
+def _params_indices(
+    params: ParamsLens, structure: TreeStructure, leaves: Sequence[Any]
+) -> dict[str, int | None]:
+    """Returns path of each array that the lens `params` gives -> index of that leaf in the state; None if computed."""
+    found: dict[str, int | None] = {}
+
+    def look(leaves: Leaves) -> None:
+        number = {id(leaf): index for index, leaf in enumerate(leaves)}
+        covered, held = partition(call_user("params", params, structure.join(leaves)))
+        found.update({path: number.get(id(leaf)) for path, leaf in zip(held.paths, covered, strict=True)})
+
+    # Traced, since a lens may ask whether a leaf is an array.
+    jax.eval_shape(look, _unplaced(leaves))
+    return found
+
+
+def _params_overrides(
+    extensions: Sequence[StepExtension],
+    params: ParamsLens,
+    structure: TreeStructure,
+    leaves: Sequence[jax.Array],
+    lower_on_caller: LowerOnCaller,
+) -> dict[Use, ParamsOverride]:
+    """Returns the override for each use that an extension has.
+
+    Raises:
+        ConfigurationError: an unknown use, or two extensions for one use.
+        ConfigurationError, StepError, StateError: as in `ParamsOverride`.
+    """
+    overrides: dict[Use, ParamsOverride] = {}
+    for extension in extensions:
+        uses = checked_uses(repr(extension), extension.use_for)
+        if not uses:
+            continue
+        override = ParamsOverride(extension, params, structure, leaves, lower_on_caller)
+        for use in sorted(uses):
+            if use in overrides:
+                raise ConfigurationError(
+                    f"step_extensions: {overrides[use].extension!r} and {extension!r} both have {use!r} in use_for, "
+                    "but only one extension can replace the params there. Take it out of one of them."
+                )
+            overrides[use] = override
+    return overrides
+
+
 def _default_params(state: PyTree) -> PyTree:
     if isinstance(state, Mapping):
         return state.get("params", state)  # pyright: ignore[reportUnknownVariableType, reportUnknownMemberType]
     return getattr(state, "params", state)
+
+
+def _unplaced(leaves: Sequence[Any]) -> list[jax.ShapeDtypeStruct]:
+    """Returns shape and dtype of each leaf."""
+    return [jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) for leaf in leaves]

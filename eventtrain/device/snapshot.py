@@ -86,8 +86,7 @@ class Snapshot:
         self.size_bytes = sum(leaf.nbytes for leaf in (*leaves, *extensions))
         self._structure = structure
         self._lock = threading.Lock()
-        self._held: tuple[Leaves, Leaves] | None
-        self._held = (list(leaves), list(extensions))
+        self._held: tuple[Leaves, Leaves] | None = (list(leaves), list(extensions))
 
     def __repr__(self) -> str:
         released = ", released" if self.released else ""
@@ -96,8 +95,7 @@ class Snapshot:
     @property
     def released(self) -> bool:
         """Whether `release` was called."""
-        with self._lock:
-            return self._held is None
+        return self._held is None
 
     @property
     def leaves(self) -> Leaves:
@@ -200,10 +198,9 @@ class Snapshot:
         there = dict(zip(map(id, on_device), to_pinned_host(on_device), strict=True))
         jax.block_until_ready(list(there.values()))
         leaves, extensions = ([there.get(id(leaf), leaf) for leaf in part] for part in held)
-        moved = (leaves, extensions)
         with self._lock:
             if self._held is held:  # it was not released meanwhile
-                self._held = moved
+                self._held = leaves, extensions
         return True
 
     def release(self) -> None:
@@ -212,13 +209,13 @@ class Snapshot:
             self._held = None
 
     def _references(self) -> tuple[Leaves, Leaves]:
-        with self._lock:
-            if self._held is None:
-                raise SnapshotError(
-                    f"The snapshot of step {self.step} (tag {self.tag!r}) was released, so its state is gone. Read it "
-                    "before release(), or take another one."
-                )
-            return self._held
+        held = self._held
+        if held is None:
+            raise SnapshotError(
+                f"The snapshot of step {self.step} (tag {self.tag!r}) was released, so its state is gone. Read it "
+                "before release(), or take another one."
+            )
+        return held
 
     def _fetch(self, leaves: Sequence[jax.Array]) -> list[np.ndarray[Any, Any] | HostKey]:
         """Transfers all leaves to the host, views on a CPU; blocks."""

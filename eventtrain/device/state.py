@@ -78,8 +78,7 @@ def partition(tree: PyTree) -> tuple[list[Leaf], TreeStructure]:
 def split_state(state: PyTree) -> tuple[list[Leaf], TreeStructure]:
     """Splits a training state into its array leaves and the structure that joins them again.
 
-    JAX arrays, NumPy arrays and NumPy scalars are leaves, in pytree order; every other leaf is static. Copies and moves
-    nothing: see `place`. Any thread may call it; it never blocks.
+    Copies and moves nothing: see `place`. Any thread may call it; it never blocks.
 
     Raises:
         StateError: the state has no array, or one that was deleted or donated before.

@@ -121,7 +121,7 @@ class Trainer(Generic[S]):
         self.run_id = run_id or uuid.uuid4().hex[:12]
         self.run_dir = (Path(run_dir) if run_dir is not None else Path("runs") / self.run_id).absolute()
         self.bus = bus if bus is not None else EventBus(run_id=self.run_id, drain_timeout_s=drain_timeout_s)
-        self._model = Model.of(
+        self._model = Model(
             step_fn,
             state,
             eval_fn=eval_fn,

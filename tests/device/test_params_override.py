@@ -20,7 +20,7 @@ import pytest
 
 import eventtrain as et
 from eventtrain.device.extensions import Use
-from eventtrain.device.params_override import ParamsOverride
+from eventtrain.device.model import ParamsOverride
 from tests.conftest import RunOnDevices
 from tests.support.jax_compilations import COMPILATIONS
 from tests.support.models import (

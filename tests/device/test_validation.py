@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from eventtrain.device.compiled_step import CompiledStep
-from eventtrain.device.params_override import ParamsOverride
+from eventtrain.device.model import ParamsOverride
 from eventtrain.device.state import place, split_state
 from eventtrain.device.weight_averaging import EMA
 from eventtrain.errors import EventTrainError, MetricsError, StateError, StepError
