@@ -110,7 +110,6 @@ def _checked_arrays(arrays: Any) -> tuple[list[np.ndarray[Any, Any]], Any, int]:
             f"ArrayLoader got {type(arrays).__name__} without any array. Pass a pytree of NumPy arrays, for example "
             "{'image': images, 'label': labels}."
         )
-    leaves: list[np.ndarray[Any, Any]] = []
     lengths: dict[str, int] = {}
     for path, leaf in with_paths:
         name = f"arrays{jax.tree_util.keystr(path)}"
@@ -119,17 +118,16 @@ def _checked_arrays(arrays: Any) -> tuple[list[np.ndarray[Any, Any]], Any, int]:
                 f"ArrayLoader: {name} is {type(leaf).__name__}, but each leaf must be an array whose first axis "
                 "counts the examples. Convert it with np.asarray."
             )
-        leaves.append(np.asarray(leaf))
         lengths[name] = leaf.shape[0]
-    if len(set(lengths.values())) > 1:
+    length, *others = set(lengths.values())
+    if others:
         given = listed([f"{name}: {length}" for name, length in lengths.items()])
         raise DataError(
             f"ArrayLoader: the arrays have different numbers of examples ({given}). Make their first axes equally long."
         )
-    (length,) = set(lengths.values())
     if length == 0:
         raise DataError(
             "ArrayLoader: the arrays have no examples (their first axis has length 0). Check how they were loaded or "
             "filtered."
         )
-    return leaves, treedef, length
+    return [np.asarray(leaf) for _, leaf in with_paths], treedef, length

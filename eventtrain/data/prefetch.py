@@ -1,9 +1,11 @@
-"""The prefetch thread, which runs ahead of training so that the next batches are on the device in time.
+"""Batches of one epoch for the loop: straight from the user's iterator, or through a thread that runs ahead.
 
-- Only this thread touches the user's iterator once it runs; only the consumer thread takes groups.
+- Batches that are on the device already need no thread, which would cost 100 us a batch; the first batch decides.
+- Only the prefetch thread touches the user's iterator once it runs; only the consumer thread takes groups.
 - NumPy batches are copied before they are put on the device: JAX may alias their memory (24 of 50 batches on a CPU) or
   read it late, and an iterator may fill one buffer again and again.
-- The groups of a call are assembled here: on the training thread that would cost what ``steps_per_call`` saves.
+- The groups of a call are assembled by that thread: on the training thread that would cost what ``steps_per_call``
+  saves.
 """
 
 from __future__ import annotations
@@ -11,14 +13,14 @@ from __future__ import annotations
 import collections
 import threading
 from collections.abc import Callable, Iterator
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import jax
 import numpy as np
 
-from eventtrain.data.sources import Batch, with_states
+from eventtrain.data.sources import Batch, batches_from, iterator_state, on_device, with_states
 from eventtrain.device.state import with_x64_of_caller
-from eventtrain.errors import ConfigurationError
+from eventtrain.errors import DataError
 
 
 class BatchGroup(NamedTuple):
@@ -31,6 +33,93 @@ class BatchGroup(NamedTuple):
     batches: tuple[Batch, ...]
     steps: int
     positions: tuple[Any, ...]
+
+
+class Waiter(Protocol):
+    """How the thread that takes the batches waits for one; the loop serves commands meanwhile."""
+
+    def wait(self, ready: Callable[[], object]) -> bool:
+        """Blocks until ``ready()`` is true; returns False if the run has to end first."""
+        ...
+
+    def wake(self) -> None:
+        """Has a thread in ``wait`` evaluate ``ready`` again. Any thread; never blocks."""
+        ...
+
+
+class EpochIterator:
+    """The batches of one epoch, in groups of ``steps_per_call``; to be closed by the thread that takes them.
+
+    Args:
+        data: as for ``Trainer.fit``.
+        steps_per_call: batches in a group.
+        sharding: of NumPy batches on the device.
+        waiter: how to wait for the prefetch thread.
+        start: batches of a resumed epoch that were trained on before; it may have no batch left.
+        data_state: state of the data's iterator after them, where it has one.
+
+    Attributes:
+        exhausted: whether ``next`` returned None because the epoch has no more batches.
+
+    Raises:
+        DataError: ``data`` yields no batches. What the user's iterator raises passes unchanged.
+    """
+
+    def __init__(
+        self,
+        data: Any,
+        epoch: int,
+        *,
+        steps_per_call: int,
+        sharding: jax.sharding.Sharding | None,
+        waiter: Waiter,
+        start: int = 0,
+        data_state: Any = None,
+    ) -> None:
+        self.exhausted = False
+        self._waiter = waiter
+        self._prefetcher: Prefetcher | None = None
+        self._direct: Iterator[tuple[Batch, Any]] = iter(())
+        try:
+            batches = batches_from(data, epoch, start, data_state)
+            first = next(batches), iterator_state(batches)
+        except StopIteration:
+            if start:  # resumed behind the last batch of the epoch
+                return
+            raise DataError(
+                f"The data of epoch {epoch} is empty: it ended before its first batch. Check the files and the batch "
+                "size. A generator can be iterated only once, so pass a callable epoch -> iterable instead."
+            ) from None
+        if steps_per_call == 1 and on_device(first[0]):
+            self._direct = with_states(batches, first)
+        else:
+            self._prefetcher = Prefetcher(
+                batches, first, steps_per_call=steps_per_call, sharding=sharding, on_ready=waiter.wake
+            )
+
+    def next(self) -> BatchGroup | None:
+        """Returns the next group; None at the end of the epoch, or when the run has to end."""
+        if self._prefetcher is not None:
+            ready = self._prefetcher.ready
+            if not ready() and not self._waiter.wait(ready):
+                return None
+            group = self._prefetcher.take()
+            self.exhausted = group is None
+            return group
+        for batch, state in self._direct:
+            return BatchGroup((batch,), 1, (state,))
+        self.exhausted = True
+        return None
+
+    def batches(self) -> Iterator[Any]:
+        """Yields every batch; for ``steps_per_call=1``."""
+        while (group := self.next()) is not None:
+            yield group.batches[0]
+
+    def close(self) -> None:
+        """Stops the prefetch thread. Idempotent."""
+        if self._prefetcher is not None:
+            self._prefetcher.close()
 
 
 class Prefetcher:
@@ -58,10 +147,6 @@ class Prefetcher:
         sharding: jax.sharding.Sharding | None = None,
         on_ready: Callable[[], None] = lambda: None,
     ) -> None:
-        if steps_per_call < 1 or depth < 1:
-            raise ConfigurationError(
-                f"steps_per_call and depth must be integers >= 1, got {steps_per_call} and {depth}."
-            )
         self._batches = batches
         self._first = first
         self._size = steps_per_call
@@ -113,15 +198,12 @@ class Prefetcher:
             self._fill()
         except BaseException as error:
             self._error = error
-        finally:
-            try:
-                close = getattr(self._batches, "close", None)
-                if close is not None:
-                    close()
-            except BaseException as error:
-                self._error = self._error or error
-            self._ended = True
-            self._on_ready()
+        try:
+            getattr(self._batches, "close", lambda: None)()
+        except BaseException as error:
+            self._error = self._error or error
+        self._ended = True
+        self._on_ready()
 
     def _fill(self) -> None:
         group: list[tuple[Batch, Any]] = []
@@ -130,19 +212,17 @@ class Prefetcher:
                 batch = jax.tree.map(self._on_device, batch)
                 if group and _kinds(group[-1][0]) != _kinds(batch):
                     self._add(group)
-                    group = []
                 group.append((batch, position))
                 if len(group) == self._size:
                     self._add(group)
-                    group = []
                 if self._closing:
                     return
         finally:  # also the batches before an error
-            if group:
-                self._add(group)
+            self._add(group)
 
     def _add(self, group: list[tuple[Batch, Any]]) -> None:
-        if self._closing:
+        """Makes the group of a call from the batches in ``group``, if there are any, and empties it."""
+        if not group or self._closing:
             return
         self._room.acquire()
         if self._closing:  # close() made the room, to end this wait
@@ -151,6 +231,7 @@ class Prefetcher:
         batches = tuple(batch for batch, _ in padded)
         positions = tuple(position for _, position in group)
         self._groups.append(BatchGroup(batches, len(group), positions))
+        group.clear()
         self._on_ready()
 
     def _on_device(self, leaf: Any) -> Any:

@@ -11,7 +11,7 @@ from typing import Any, Literal
 import jax
 
 from eventtrain.control.requests import PeriodicRequest
-from eventtrain.data.epoch_iterator import EpochIterator
+from eventtrain.data.prefetch import EpochIterator
 from eventtrain.device.compiled_eval import CompiledEval
 from eventtrain.device.compiled_step import Carry
 from eventtrain.device.fetcher import Fetcher

@@ -8,7 +8,7 @@ from functools import partial
 from typing import Any, Generic, TypeVar
 
 from eventtrain.control.run_state import LoopRecord
-from eventtrain.data.epoch_iterator import EpochIterator
+from eventtrain.data.prefetch import EpochIterator
 from eventtrain.data.sources import position_in, rewound
 from eventtrain.events import EpochCompleted
 from eventtrain.loop.run_recorder import Aim

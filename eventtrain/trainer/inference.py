@@ -15,7 +15,7 @@ import numpy as np
 from eventtrain.bus.core import BusCore
 from eventtrain.control.loop_statistics import LoopClock
 from eventtrain.control.run_view import RunView
-from eventtrain.data.epoch_iterator import EpochIterator
+from eventtrain.data.prefetch import EpochIterator
 from eventtrain.device.fetcher import Fetcher
 from eventtrain.device.model import Model
 from eventtrain.device.state import PyTree, replicated_sharding

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from eventtrain.data.epoch_iterator import EpochIterator
+from eventtrain.data.prefetch import EpochIterator
 from eventtrain.errors import DataError
 
 

@@ -9,7 +9,6 @@ import numpy as np
 import pytest
 
 from eventtrain.data.prefetch import BatchGroup, Prefetcher
-from eventtrain.errors import ConfigurationError
 from tests.support.jax_compilations import x64
 
 
@@ -172,12 +171,6 @@ def test_the_position_after_each_batch_is_recorded() -> None:
     assert [[p["next"] for p in group.positions] for group in groups] == [[1, 2], [3, 4], [5]]
     (group,) = Consumer(iter([np.zeros(1)])).all()
     assert group.positions == (None,)
-
-
-@pytest.mark.parametrize("options", [{"steps_per_call": 0}, {"depth": 0}])
-def test_counts_below_one_are_refused(options: dict[str, int]) -> None:
-    with pytest.raises(ConfigurationError, match="steps_per_call and depth must be integers >= 1"):
-        Prefetcher(iter([]), **options)
 
 
 @pytest.mark.parametrize("enabled", [False, True])
