@@ -13,10 +13,8 @@ from pydantic import BaseModel, Discriminator, Field, create_model, model_valida
 
 from eventtrain.bus.bus import EventBus
 from eventtrain.config.run_file import Table, read_run_file
-from eventtrain.config.schema import TABLE, json_schema
-from eventtrain.config.subscriber_config import build, subscriber_config
-from eventtrain.config.subscriber_types import subscriber_type, type_names
-from eventtrain.config.validation import validated
+from eventtrain.config.subscriber_config import build, subscriber_config, subscriber_type, type_names
+from eventtrain.config.validation import TABLE, json_schema, validated
 from eventtrain.errors import ConfigurationError, EventTrainError
 from eventtrain.subscribers.base import Subscriber, subscribe
 

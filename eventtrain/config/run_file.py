@@ -136,9 +136,8 @@ def _parse_yaml(path: Path, text: str) -> dict[str, Any]:
     require_installed(yaml)
     try:
         sections = yaml.load(text, Loader=_yaml_loader())
-    except (
-        yaml.MarkedYAMLError
-    ) as error:  # its str() quotes the line, and its problem quotes tags and aliases
+    except yaml.MarkedYAMLError as error:
+        # Its str() quotes the line, and its problem quotes tags and aliases.
         mark = error.problem_mark
         problem = re.sub(r"(['\"]).*\1", "...", error.problem or "something is wrong")
         place = f" (line {mark.line + 1}, column {mark.column + 1})" if mark else ""

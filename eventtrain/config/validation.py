@@ -1,16 +1,17 @@
-"""Validation of a table by a Pydantic model, with errors that name the key, the value and the closest valid key."""
+"""Models of the tables in a file: their settings, their JSON Schema, and validation whose errors name key and value."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, TypeVar
 
-from pydantic import BaseModel, ValidationError
-from pydantic_core import ErrorDetails
+from pydantic import BaseModel, ConfigDict, ValidationError, create_model
+from pydantic.errors import PydanticInvalidForJsonSchema, PydanticSchemaGenerationError
+from pydantic.json_schema import GenerateJsonSchema, JsonSchemaValue
+from pydantic_core import ErrorDetails, core_schema
 
 from eventtrain.config.run_file import Table
-from eventtrain.config.schema import json_schema
 from eventtrain.errors import ConfigurationError, did_you_mean
 
 M = TypeVar("M", bound=BaseModel)
@@ -22,6 +23,15 @@ MAX_QUOTED = 60
 """Characters of a wrong value that a message quotes."""
 MAX_PROBLEMS = 15
 """Problems of one table that a message lists."""
+
+TABLE = ConfigDict(
+    extra="forbid",
+    frozen=True,
+    strict=True,  # a file has its own types: "3" and true are not numbers
+    arbitrary_types_allowed=True,
+    hide_input_in_errors=True,  # it may contain secrets
+    protected_namespaces=(),
+)
 
 
 def validated(model: type[M], table: Table) -> M:
@@ -121,3 +131,54 @@ def _expanded(node: dict[str, Any], schema: dict[str, Any]) -> Iterator[dict[str
         yield from _expanded(schema["$defs"][node["$ref"].rpartition("/")[2]], schema)
     for choice in (*node.get("anyOf", ()), *node.get("oneOf", ()), *node.get("allOf", ())):
         yield from _expanded(choice, schema)
+
+
+def json_schema(model: type[BaseModel]) -> JsonSchemaValue:
+    """Returns the JSON Schema of a table."""
+    return model.model_json_schema(schema_generator=_FileSchema)
+
+
+def fits_a_file(annotation: Any) -> bool:
+    """Returns whether a file can contain a valid value, which is the case if there is a JSON Schema for it."""
+    try:
+        json_schema(create_model("Parameter", __config__=TABLE, value=(annotation, ...)))
+    except (PydanticSchemaGenerationError, PydanticInvalidForJsonSchema):
+        return False
+    return True
+
+
+class _FileSchema(GenerateJsonSchema):
+    """Classes, functions and arbitrary objects have no JSON Schema unless a validator creates them from data."""
+
+    ignored_warning_kinds = {"skipped-choice", "non-serializable-default"}  # noqa: RUF012  # as Pydantic declares it
+
+    def dataclass_schema(self, schema: core_schema.DataclassSchema) -> JsonSchemaValue:
+        """Adds that unknown keys are refused, which Pydantic before 2.14 does but does not declare."""
+        found = super().dataclass_schema(schema)
+        forbids = schema.get("config", {}).get("extra_fields_behavior") == "forbid"
+        return {"additionalProperties": False} | found if forbids else found
+
+    def is_subclass_schema(self, schema: core_schema.IsSubclassSchema) -> JsonSchemaValue:
+        """Refuses classes; Pydantic returns ``{}``, as if every value were valid."""
+        return self.handle_invalid_for_json_schema(schema, f"a subclass of {schema['cls'].__name__}")
+
+    def function_before_schema(self, schema: core_schema.BeforeValidatorFunctionSchema) -> JsonSchemaValue:
+        """Accepts any input if the result of the function has no schema."""
+        return self._or_anything(super().function_before_schema, schema)
+
+    def function_wrap_schema(self, schema: core_schema.WrapValidatorFunctionSchema) -> JsonSchemaValue:
+        """Does the same for a wrapping function."""
+        return self._or_anything(super().function_wrap_schema, schema)
+
+    def union_schema(self, schema: core_schema.UnionSchema) -> JsonSchemaValue:
+        """Returns the choices that have a schema, and refuses a union without any."""
+        found = super().union_schema(schema)
+        if not found.get("anyOf", True):
+            return self.handle_invalid_for_json_schema(schema, "a union of types that data cannot have")
+        return found
+
+    def _or_anything(self, generate: Callable[[Any], JsonSchemaValue], schema: Any) -> JsonSchemaValue:
+        try:
+            return generate(schema)
+        except PydanticInvalidForJsonSchema:
+            return {}

@@ -23,8 +23,7 @@ import eventtrain as et
 from eventtrain import subscribers as subs
 from eventtrain.config import run_file
 from eventtrain.config.load import load_run, run_json_schema
-from eventtrain.config.subscriber_config import build
-from eventtrain.config.subscriber_types import subscriber_type, type_names
+from eventtrain.config.subscriber_config import build, subscriber_type, type_names
 from eventtrain.events.models import snake_case
 from eventtrain.subscribers._shared.optional_imports import MissingModule
 from tests.conftest import python_path
@@ -139,7 +138,7 @@ import eventtrain as et
 heavy = {"eventtrain.config", "eventtrain.subscribers.policies", "orbax", "matplotlib", "httpx"}
 assert not heavy & set(sys.modules), heavy & set(sys.modules)
 et.load_subscribers
-from eventtrain.config.subscriber_types import subscriber_type, type_names
+from eventtrain.config.subscriber_config import subscriber_type, type_names
 assert "checkpointer" in type_names()
 assert subscriber_type("early_stopping").__name__ == "EarlyStopping"
 assert "orbax" not in sys.modules
