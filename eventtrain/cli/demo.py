@@ -17,15 +17,16 @@ from time import perf_counter
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
+import optax
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
 import eventtrain as et
 from eventtrain import subscribers as subs
-from eventtrain.cli import digits
-from eventtrain.cli.digits import Batch
+from eventtrain.subscribers._shared.optional_imports import import_optional
 
 BATCH_SIZE = 32
 ACCURACY_WANTED = 0.97
@@ -36,11 +37,86 @@ SPOILED = {(6, 0): 30.0, (8, 0): np.nan}
 MEASURED_STEPS = 1000
 MEASURED_PAIRS = 5
 
+WIDTHS = (64, 512, 256, 10)
+DROPOUT = 0.4
+SPLIT_SEED = 0
+LEARNING_RATE = 1e-3
+
+State = dict[str, Any]
+Batch = tuple[Any, Any]
+
+
+def split_digits() -> tuple[Batch, Batch, Batch]:
+    """Returns 1,797 images of 8 x 8 pixels: 70% to train, 15% to decide, 15% for one test at the end.
+
+    They are standardised with the mean and the deviation of the training part.
+    """
+    digits: Any = import_optional("sklearn.datasets", extra="demo", used_by="The demo").load_digits()
+    images, labels = digits.data.astype(np.float32), digits.target.astype(np.int32)
+    order = np.random.default_rng(SPLIT_SEED).permutation(len(images))
+    parts = np.split(order, [int(0.7 * len(order)), int(0.85 * len(order))])
+    mean, deviation = images[parts[0]].mean(), images[parts[0]].std()
+    train, validation, test = (((images[part] - mean) / deviation, labels[part]) for part in parts)
+    return train, validation, test
+
+
+optimiser = optax.inject_hyperparams(optax.adamw)(learning_rate=LEARNING_RATE, weight_decay=1e-2)
+
+
+def new_state(seed: int) -> State:
+    """Returns weights, optimiser state and the random key for dropout."""
+    key, *layer_keys = jax.random.split(jax.random.key(seed), len(WIDTHS))
+    params = [
+        {"weight": jax.random.normal(k, (m, n)) * (2 / m) ** 0.5, "bias": jnp.zeros(n)}
+        for k, m, n in zip(layer_keys, WIDTHS, WIDTHS[1:], strict=False)
+    ]
+    return {"params": params, "opt_state": optimiser.init(params), "dropout": key}
+
+
+def logits(
+    params: list[dict[str, jax.Array]], images: jax.Array, dropout: jax.Array | None = None
+) -> jax.Array:
+    """Returns the output for ``images`` float32[batch, 64]; a key drops hidden units at random."""
+    hidden = images
+    for index, layer in enumerate(params[:-1]):
+        hidden = jax.nn.relu(hidden @ layer["weight"] + layer["bias"])
+        if dropout is not None:
+            kept = jax.random.bernoulli(jax.random.fold_in(dropout, index), 1 - DROPOUT, hidden.shape)
+            hidden = jnp.where(kept, hidden / (1 - DROPOUT), 0)
+    return hidden @ params[-1]["weight"] + params[-1]["bias"]
+
+
+def metrics_of(outputs: jax.Array, labels: jax.Array) -> dict[str, jax.Array]:
+    """Returns mean loss and accuracy of a batch."""
+    loss = optax.softmax_cross_entropy_with_integer_labels(outputs, labels).mean()
+    return {"loss": loss, "accuracy": (outputs.argmax(-1) == labels).mean()}
+
+
+def train_step(state: State, batch: Batch) -> tuple[State, dict[str, jax.Array]]:
+    """Updates the weights once by AdamW."""
+    images, labels = batch
+    key, dropout = jax.random.split(state["dropout"])
+
+    def loss_fn(params: Any) -> tuple[jax.Array, dict[str, jax.Array]]:
+        metrics = metrics_of(logits(params, images, dropout), labels)
+        return metrics["loss"], metrics
+
+    grads, metrics = jax.grad(loss_fn, has_aux=True)(state["params"])
+    updates, opt_state = optimiser.update(grads, state["opt_state"], state["params"])
+    metrics["grad_norm"] = jnp.sqrt(sum(jnp.vdot(g, g) for g in jax.tree.leaves(grads)))
+    params = optax.apply_updates(state["params"], updates)
+    return {"params": params, "opt_state": opt_state, "dropout": key}, metrics
+
+
+def evaluate_step(state: State, batch: Batch) -> dict[str, jax.Array]:
+    """Returns the metrics without dropout."""
+    return metrics_of(logits(state["params"], batch[0]), batch[1])
+
 
 def warm_up(epoch: int, learning_rate: float) -> float:
     """Returns the learning rate of an epoch: it grows at first, and then other policies change it."""
     if epoch < WARM_UP_EPOCHS:
-        return digits.LEARNING_RATE * (epoch + 1) / WARM_UP_EPOCHS
+        return LEARNING_RATE * (epoch + 1) / WARM_UP_EPOCHS
     return learning_rate
 
 
@@ -136,27 +212,26 @@ def run_demo(out: Path | None = None, *, console: Console | None = None) -> str 
     began_s = perf_counter()
     console = console or Console()
     out = out if out is not None else Path("runs") / f"demo-{datetime.now():%Y%m%d-%H%M%S}"
-    (train, validation, test), printer = digits.split_digits(), EventPrinter(console)
+    (train, validation, test), printer = split_digits(), EventPrinter(console)
     sizes = " / ".join(str(len(labels)) for _, labels in (train, validation, test))
     spoiled = ", ".join(
         f"multiplied by {factor:g} in epoch {epoch + 1}" for (epoch, _), factor in SPOILED.items()
     )
     console.print(
         f"\n[bold]Handwritten digits[/]: {sizes} images to train, to decide and to test.\n"
-        f"A network with {'-'.join(map(str, digits.WIDTHS))} units is trained by AdamW in batches of {BATCH_SIZE}.\n"
+        f"A network with {'-'.join(map(str, WIDTHS))} units is trained by AdamW in batches of {BATCH_SIZE}.\n"
         f"Two batches are spoiled: images {spoiled}.\n",
         highlight=False,
     )
     trainer = et.Trainer(
-        digits.train_step,
-        digits.new_state(seed=0),
-        eval_fn=digits.evaluate_step,
+        train_step,
+        new_state(seed=0),
+        eval_fn=evaluate_step,
         subscribers=[
             *all_subscribers(console, subs.Checkpointer("checkpoints", every_epochs=5, max_to_keep=3)),
             subs.PlotCurves("curves.png", title="Handwritten digits"),
-            subs.Report(
-                "report.html", "report.md", title="Handwritten digits"
-            ),  # last, to report on all others
+            # Last, to report on all others.
+            subs.Report("report.html", "report.md", title="Handwritten digits"),
         ],
         run_dir=out,
     )
@@ -215,8 +290,8 @@ def measure(batches: Sequence[Batch], validation: Batch, run_dir: Path) -> tuple
     complete.
     """
     on_device = [jax.device_put(batches[i % len(batches)]) for i in range(MEASURED_STEPS)]
-    bare_step = jax.jit(digits.train_step, donate_argnums=0)
-    state = digits.new_state(seed=1)
+    bare_step = jax.jit(train_step, donate_argnums=0)
+    state = new_state(seed=1)
 
     def bare() -> float:
         nonlocal state
@@ -227,9 +302,9 @@ def measure(batches: Sequence[Batch], validation: Batch, run_dir: Path) -> tuple
         return MEASURED_STEPS / (perf_counter() - began_s)
 
     trainer = et.Trainer(
-        digits.train_step,
-        digits.new_state(seed=1),
-        eval_fn=digits.evaluate_step,
+        train_step,
+        new_state(seed=1),
+        eval_fn=evaluate_step,
         subscribers=all_subscribers(
             Console(quiet=True), subs.Checkpointer("checkpoints", every=MEASURED_STEPS // 2)
         ),

@@ -13,7 +13,7 @@ from rich.console import Console
 
 import eventtrain as et
 from eventtrain import subscribers as subs
-from eventtrain.cli import demo, digits
+from eventtrain.cli import demo
 from eventtrain.events.commands import ScaleHyperparam
 
 
@@ -62,12 +62,12 @@ def test_the_whole_demo(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
         assert word in report, word
     checkpoints = sorted((out / "checkpoints").iterdir())
     assert len(checkpoints) == 3
-    restored = subs.restore_state(checkpoints[-1], like=digits.new_state(seed=5))
-    assert float(digits.evaluate_step(restored, digits.split_digits()[1])["accuracy"]) > 0.95
+    restored = subs.restore_state(checkpoints[-1], like=demo.new_state(seed=5))
+    assert float(demo.evaluate_step(restored, demo.split_digits()[1])["accuracy"]) > 0.95
 
 
 def test_the_split_is_fixed_and_standardised_by_the_training_part_alone() -> None:
-    parts, again = digits.split_digits(), digits.split_digits()
+    parts, again = demo.split_digits(), demo.split_digits()
     assert [len(labels) for _, labels in parts] == [1257, 270, 270]
     (train, _), _, (test, _) = parts
     assert train.mean() == pytest.approx(0, abs=1e-5)
@@ -91,8 +91,8 @@ def test_without_what_it_needs_it_names_the_extra(
 
 
 def test_warm_up_ends_with_the_learning_rate_of_the_optimiser_and_then_leaves_it_alone() -> None:
-    assert demo.warm_up(0, 1.0) == pytest.approx(digits.LEARNING_RATE / 3)
-    assert demo.warm_up(2, 1.0) == digits.LEARNING_RATE
+    assert demo.warm_up(0, 1.0) == pytest.approx(demo.LEARNING_RATE / 3)
+    assert demo.warm_up(2, 1.0) == demo.LEARNING_RATE
     assert demo.warm_up(3, 0.25) == 0.25
 
 
