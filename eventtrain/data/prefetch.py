@@ -52,9 +52,7 @@ class EpochIterator:
 
     Args:
         data: as for ``Trainer.fit``.
-        steps_per_call: batches in a group.
         sharding: of NumPy batches on the device.
-        waiter: how to wait for the prefetch thread.
         start: batches of a resumed epoch that were trained on before; it may have no batch left.
         data_state: state of the data's iterator after them, where it has one.
 
@@ -131,8 +129,7 @@ class Prefetcher:
         steps_per_call: batches in a group. A group also ends where the next batch has another shape, dtype or
             structure, since one call needs them alike.
         depth: groups that may wait; that many groups of memory are used beside those of the step.
-        sharding: where NumPy leaves are put; None is JAX's default device. Leaves that are JAX arrays already stay
-            where they are, numbers stay numbers.
+        sharding: where NumPy leaves are put; None is JAX's default device. Other leaves stay as they are.
         on_ready: called on the prefetch thread after each group and at the end, when `ready()` holds.
 
     `ready` and `take` never block and belong to one consumer thread.

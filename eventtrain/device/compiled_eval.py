@@ -56,8 +56,7 @@ class _StateReader(abc.ABC):
         self._executables.select(batch)
 
     @abc.abstractmethod
-    def _build(self, batch: PyTree) -> Callable[..., Any]:
-        """Compiles for `batch`: a function of leaves, the ring's arrays if there is one, and batch."""
+    def _build(self, batch: PyTree) -> Callable[..., Any]: ...
 
     def _dispatch(self, leaves: Sequence[jax.Array], *ring_and_batch: Any) -> Any:
         try:

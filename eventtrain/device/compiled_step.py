@@ -57,12 +57,9 @@ class CompiledStep:
         step_fn: `(state, batch) -> (state, metrics)`, pure; metrics a flat dict of scalars.
         structure, leaves: of the state, from `split_state` and `place`. Only shapes, dtypes and shardings of the leaves
             are used (and their values to initialise extensions).
-        extensions: run after every step, inside the computation.
-        params: lens state -> weights, for the extensions.
+        extensions, params: computed after every step, from the weights that the lens `params` finds in the state.
         hyperparams_watched: indices of scalar state leaves whose value after each step is written to the ring beside
-            the metrics (`MetricLayout.decode_watched`).
-        options: how to compile.
-        lower_on_caller: see `LowerOnCaller`.
+            the metrics.
 
     All methods but `program` belong to the training thread.
 
@@ -113,9 +110,9 @@ class CompiledStep:
         return None if executable is None else StepProgram(executable.jaxpr, executable.donating)
 
     def prepare(self, batch: PyTree) -> None:
-        """Traces, checks and lowers step_fn for `batch`, and compiles the donating variant.
+        """Traces and checks step_fn for `batch` (K > 1: the tuple of K batches), and compiles the donating variant.
 
-        `batch` is what the call will get: for K > 1 the tuple of K batches. Blocks until compiled.
+        Blocks until compiled.
 
         Raises:
             DataError: the batch has a leaf that is neither an array nor a number.
@@ -134,12 +131,11 @@ class CompiledStep:
     ) -> Carry:
         """Returns the carry to start from, after `prepare`; the first call will donate `leaves`.
 
-        Without `ext_leaves` (of a snapshot, on resume) the extensions are initialised from these weights, with `step`
-        as the number of completed steps.
+        Without `ext_leaves` the extensions are initialised from these weights, with `step` as the number of completed
+        steps.
 
         Raises:
             StateError: leaves of other shapes, dtypes or shardings than the step was compiled for.
-            StepError: `prepare` was not called.
         """
         ring, cursor = self._fused.rings.fresh()
         self._check(leaves, ext_leaves)
@@ -218,7 +214,6 @@ class CompiledStep:
     def _call_after(
         self, refusal: Exception, carry: Carry, batch: PyTree, counts: tuple[jax.Array, ...]
     ) -> Any:
-        """Makes the call that raised `refusal` again, by the executable for this batch's signature."""
         if carry.ring.is_deleted():
             raise refusal  # it came after the donation: the arguments were not refused
         executable = self._executables.reselect(

@@ -34,10 +34,6 @@ def lower_here(function: Callable[[], Any]) -> Any:
 class ExecutableCache(Generic[E]):
     """Maps each batch signature met so far to what `build` made for it. Training thread only.
 
-    Args:
-        function: the user's function, for messages: "step_fn".
-        build: compiles for a batch; blocks.
-
     Attributes:
         built: signature -> what was built, in order.
         current: what was selected last; None before the first.
@@ -67,8 +63,8 @@ class ExecutableCache(Generic[E]):
     def reselect(self, refusal: Exception, batch: PyTree, check: Callable[[], None]) -> E:
         """Returns what serves a batch that `current` refused; as `select`.
 
-        If the batch has the signature of `current`, another argument was the reason: `check` is called, which may raise
-        an error that explains it, and then `refusal` is raised.
+        If the batch has the signature of `current`, another argument was the reason: raises what `check` raises, or
+        else `refusal`.
         """
         signature = _signature_of(batch)
         if signature == self._signature:

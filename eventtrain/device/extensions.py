@@ -44,7 +44,7 @@ class StepExtension(abc.ABC):
 
     @abc.abstractmethod
     def update(self, ext_state: PyTree, params: PyTree, step: jax.Array) -> PyTree:
-        """Returns the extension's state after a step, of the same structure, shapes and dtypes.
+        """Returns the state after a step, of the same structure, shapes and dtypes.
 
         `params` are those after the update; `step`, int32[], counts completed steps.
         """
@@ -60,14 +60,8 @@ class StepExtension(abc.ABC):
 class ExtensionStates:
     """The states of all extensions of a trainer as one pytree, `(completed steps, {name: state})`.
 
-    Holds no array itself: like the state, the arrays are a list of leaves that the carry owns.
-
-    Args:
-        structure, leaves: of the training state.
-
-    Attributes:
-        structure: of that pytree; without extensions it has no leaf.
-        types: shape, dtype and sharding of its leaves.
+    Holds no array itself: the carry owns the leaves. `structure` (of that pytree) has none without extensions; `types`
+    are their shapes, dtypes and shardings.
 
     Raises:
         ConfigurationError: two extensions have one name.

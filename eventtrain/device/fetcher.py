@@ -18,11 +18,8 @@ class Fetcher:
     Args:
         deliver: gets each item, on the fetch thread: a `MetricColumns` for a `TakenRing`, any other item as it was put.
             Later items wait while it runs.
-        on_failure: called once, on the fetch thread, if the device reports an error or `deliver` raises. The item that
-            failed and all later ones are discarded.
-
-    Attributes:
-        failure: the error of the device or of `deliver`; None while there is none.
+        on_failure: called once, on the fetch thread, with the first error of the device or of `deliver`, which is also
+            `failure`. That item and all later ones are discarded.
     """
 
     def __init__(

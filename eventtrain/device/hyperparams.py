@@ -138,10 +138,9 @@ def read(leaf: jax.Array) -> float | int | bool:
 
 
 def write(leaf: jax.Array, value: object) -> jax.Array:
-    """Returns a new leaf with `value`, of the dtype and sharding of `leaf`, so that nothing recompiles.
+    """Returns a new leaf with `value`, a number or array of shape (), of the dtype and sharding of `leaf`.
 
-    `value` is a Python number, a NumPy scalar or an array of shape (), weakly typed or not. `leaf` is only inspected
-    and stays valid. Blocks only if `value` is a device array still computing.
+    `leaf` is only inspected and stays valid. Blocks only if `value` is a device array still computing.
 
     Raises:
         HyperparamError: `value` is not a finite real number, or does not fit the leaf's dtype.
@@ -224,10 +223,7 @@ def _name(key: Any) -> object:
 
 
 def _scheduled(tree: PyTree, prefix: tuple[object, ...]) -> Iterator[tuple[object, ...]]:
-    """Yields the paths, as names, of hyperparameters with an entry in `hyperparams_states`.
-
-    Inspects the nodes, not the leaves: the state of a schedule may have none.
-    """
+    """Yields the paths, as names, of hyperparameters with an entry in `hyperparams_states`, which may have no leaf."""
 
     def holds_schedules(node: Any) -> bool:
         return node is not tree and _schedules(node) is not None

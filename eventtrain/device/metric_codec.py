@@ -43,16 +43,10 @@ class MetricLayout:
     def of(
         cls, metrics: object, function: str, *, watched: Mapping[int, jax.Array] | None = None
     ) -> MetricLayout:
-        """Returns the layout for the metrics that a function of the user returned.
-
-        Args:
-            metrics: a flat dict of name to scalar: an array, tracer or `jax.ShapeDtypeStruct` of shape (), or a Python
-                bool, int or float, which becomes a constant.
-            function: for messages: "step_fn" or "eval_fn".
-            watched: state leaves of shape () by leaf index, to be recorded beside the metrics.
+        """Returns the layout for the metrics that `function` of the user returned, and state leaves by index.
 
         Raises:
-            MetricsError: `metrics` is not a flat dict of real scalars.
+            MetricsError: `metrics` is not a flat dict of real scalars (arrays or tracers of shape (), Python numbers).
         """
         if not isinstance(metrics, Mapping):
             raise MetricsError(
@@ -66,11 +60,9 @@ class MetricLayout:
                     f"{function} returned a metric with the key {name!r} of type {type(name).__name__}. Use a str as "
                     "the key, since events carry metrics by name."
                 )
-        names = tuple(sorted(given))
+        names, leaves = tuple(sorted(given)), watched or {}
         dtypes = tuple(_scalar_dtype(name, given[name], function) for name in names)
-        leaves = watched or {}
-        watched_dtypes = tuple(np.dtype(leaf.dtype) for leaf in leaves.values())
-        return cls(names, dtypes, tuple(leaves), watched_dtypes)
+        return cls(names, dtypes, tuple(leaves), tuple(np.dtype(leaf.dtype) for leaf in leaves.values()))
 
     @property
     def words(self) -> int:

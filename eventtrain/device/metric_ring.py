@@ -5,8 +5,7 @@ The loop reads no metric on the device: `float(loss)` at every step made a 70 us
 
 - Owner. A ring belongs to the carry it is in, and only the training thread touches a carry. Every call of the step
   donates the ring and puts the result in its place; not donated, it made the loop 1.85 times as long.
-  `MetricRings.take` moves the ring out of the carry, for the fetch thread, and leaves a fresh one: a ring that was
-  taken is never donated again.
+  `MetricRings.take` moves the ring out of the carry, for the fetch thread: it is never donated again.
 - Cursor. The next free row. It is never donated, so that each call's cursor stays readable: it is complete when
   everything that the call computed is, and the loop waits for it where it must not run further ahead of the device.
 - Placement. Replicated over the devices of the state, as input and as output, so that all rings share one executable.
@@ -82,13 +81,7 @@ def write_row(ring: jax.Array, cursor: jax.Array, row: jax.Array) -> tuple[jax.A
 
 
 class MetricRings:
-    """Allocates the rings of one compiled function. Training thread only; never blocks.
-
-    Args:
-        function: the user's function, for messages: "step_fn" or "eval_fn".
-        capacity: rows of a ring.
-        sharding: of ring and cursor.
-    """
+    """Allocates the rings of the compiled function named `function`. Training thread only; never blocks."""
 
     def __init__(self, function: str, capacity: int, sharding: Sharding) -> None:
         self._function = function

@@ -34,7 +34,6 @@ class Model:
         leaves: of the state; empty while a run owns it.
         ext_leaves: of the step extensions; None before the first run.
         step, epoch: completed.
-        compiled: the step; None before the first batch.
         lower_on_caller: another one while a run trains on another thread than the one that called ``fit``.
 
     Raises:
@@ -140,9 +139,7 @@ class Model:
 class ParamsOverride:
     """Replaces the params, where the lens `params` finds them, by the weights of `extension`.
 
-    Args:
-        structure, leaves: of the state. Only shapes, dtypes and shardings of the leaves are used.
-        lower_on_caller: as in `CompiledStep`.
+    Of the `leaves` of the state, only shapes, dtypes and shardings are used.
 
     Raises:
         ConfigurationError: `params` gives an array that is not a leaf of the state.
@@ -253,12 +250,7 @@ def _params_overrides(
     leaves: Sequence[jax.Array],
     lower_on_caller: LowerOnCaller,
 ) -> dict[Use, ParamsOverride]:
-    """Returns the override for each use that an extension has.
-
-    Raises:
-        ConfigurationError: an unknown use, or two extensions for one use.
-        ConfigurationError, StepError, StateError: as in `ParamsOverride`.
-    """
+    """Returns the override for each use that an extension has; errors as in `ParamsOverride`."""
     overrides: dict[Use, ParamsOverride] = {}
     for extension in extensions:
         uses = checked_uses(repr(extension), extension.use_for)

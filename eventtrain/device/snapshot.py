@@ -66,8 +66,7 @@ class Snapshot:
         leaves, structure: of the state. The leaves must never be donated: the step after them keeps them, or they are a
             copy.
         tag: the name under which it can be restored.
-        extensions: the extension leaves of the same step, for a restore.
-        extension_paths: their names.
+        extensions, extension_paths: the extension leaves of the same step, and their names.
     """
 
     def __init__(

@@ -142,13 +142,9 @@ def _default_placement(leaves: Sequence[Leaf]) -> tuple[Sharding, frozenset[Any]
 
 
 def replicated_sharding(leaves: Sequence[Leaf]) -> Sharding:
-    """Returns the sharding of arrays used beside the state (ring, cursor, batches). Never blocks.
+    """Returns the sharding of arrays used beside the state (ring, cursor, batches); as `place`. Never blocks.
 
-    It replicates over the mesh of the state, or is the state's only device. A plain `jnp.zeros` instead would be a
-    ShardingTypeError under an explicit mesh and a second compilation otherwise.
-
-    Raises:
-        StateError: the leaves are committed to several devices, or span several sets of them.
+    A plain `jnp.zeros` instead would be a ShardingTypeError under an explicit mesh and a second compilation otherwise.
     """
     return _default_placement(leaves)[0]
 

@@ -1,8 +1,4 @@
-"""Checks of what the user's functions return, made while JAX traces them.
-
-They run once per compilation, on the thread that traces, and cost the step nothing. A message names the first leaves
-that differ and counts the others, so that it stays short for a state of any size.
-"""
+"""Checks of what the user's functions return, made once per compilation, on the thread that traces."""
 
 from __future__ import annotations
 
@@ -42,19 +38,17 @@ def state_and_metrics(result: object) -> tuple[PyTree, Mapping[str, Any]]:
 def matched_leaves(
     result: PyTree, structure: TreeStructure, expected: Sequence[jax.Array], function: str, tree: str
 ) -> Leaves:
-    """Returns the array leaves of `result`, if its structure, shapes and dtypes are those it had before.
+    """Returns the array leaves of `result`, if structure, shapes, dtypes and static leaves are those of the tree given.
 
     A Python number in place of a scalar array is taken as that array. Weak types become strong. On explicit mesh axes
     every leaf returns to the sharding it had.
 
     Args:
-        result: what the user's function returned for the tree it was given.
-        structure: of the tree given; its static leaves must come back unchanged.
-        expected: the array leaves given, as tracers.
+        structure, expected: of the tree that the user's function was given; its array leaves are tracers.
         function, tree: for messages: "step_fn", "state".
 
     Raises:
-        StateError: the structure, a shape, a dtype or a static leaf changed.
+        StateError: something of that changed.
     """
     leaves, treedef = jax.tree_util.tree_flatten(result)
     if treedef != structure.treedef:

@@ -55,9 +55,6 @@ __all__ = [
     "SubscriberLagged",
 ]
 
-# --- the run -------------------------------------------------------------------------------------------
-
-
 TO_BE_CONTINUED = frozenset({"interrupted", "preempted", "cancelled", "failed"})
 """Reasons of runs that were ended from outside. Another run can continue from their state."""
 
@@ -94,9 +91,6 @@ class RunFailed(RunEvent):
 
     kind: Literal["run_failed"] = "run_failed"
     error: Text
-
-
-# --- epochs and steps ----------------------------------------------------------------------------------
 
 
 class EpochStarted(EpochEvent):
@@ -150,9 +144,6 @@ class StepsCompleted(Event):
         return self.last_step // every > (self.first_step - 1) // every
 
 
-# --- evaluation and prediction -------------------------------------------------------------------------
-
-
 class EvalStarted(Event):
     """An evaluation of the state after ``step`` updates begins."""
 
@@ -200,9 +191,6 @@ class PredictCompleted(Event):
     duration_s: float
 
 
-# --- control -------------------------------------------------------------------------------------------
-
-
 class HyperparamChanged(Event):
     """``old`` and ``new`` are the values on the device. Step ``step + 1`` is the first computed with ``new``.
 
@@ -237,9 +225,6 @@ class SnapshotTaken(Event):
     epoch: int = 0
     requested_by: str | None = None
     """The subscriber whose schedule requested it; None if a command did."""
-
-
-# --- checkpoints ---------------------------------------------------------------------------------------
 
 
 class CheckpointStarted(LifecycleEvent):
@@ -317,9 +302,6 @@ class CheckpointRestored(LifecycleEvent):
         return True
 
 
-# --- subscribers and alerts ----------------------------------------------------------------------------
-
-
 class SubscriberFailed(Event):
     """One attempt to handle an event raised. ``event_kind`` is the kind of that event."""
 
@@ -371,9 +353,6 @@ class LoopStalled(Event):
     kind: Literal["loop_stalled"] = "loop_stalled"
     subscriber: str
     waited_s: float
-
-
-# --- the machine ---------------------------------------------------------------------------------------
 
 
 class MachineMeasured(Event):
