@@ -76,18 +76,20 @@ class MetricLayout:
         words = [_to_words(jnp.asarray(v, d)) for v, d in zip(values, dtypes, strict=True)]
         return jnp.concatenate(words) if words else jnp.zeros((1,), jnp.uint32)
 
-    def decode(self, rows: Rows) -> dict[str, Column]:
-        """Returns the metrics in uint32[k, words]: name to a read-only column of k values, copied.
+    def decode(self, rows: Rows) -> tuple[dict[str, Column], dict[int, Column]]:
+        """Returns the metrics by name and the watched leaves by index, from uint32[k, words].
 
-        bool, integers, float32 and float64 keep their dtype (4-bit integers become 8-bit ones), narrower floats are
-        widened to float32; every value is exact.
+        Each is a read-only column of k values, copied. bool, integers, float32 and float64 keep their dtype (4-bit
+        integers become 8-bit ones), narrower floats are widened to float32; every value is exact.
         """
-        return dict(zip(self.names, _columns(rows, self.dtypes), strict=True))
-
-    def decode_watched(self, rows: Rows) -> dict[int, Column]:
-        """Returns the watched state leaves in uint32[k, words], by leaf index; as `decode`."""
-        start = sum(_words(dtype) for dtype in self.dtypes)
-        return dict(zip(self.watched, _columns(rows[:, start:], self.watched_dtypes), strict=True))
+        columns: list[Column] = []
+        start = 0
+        for dtype in (*self.dtypes, *self.watched_dtypes):
+            columns.append(_from_words(rows[:, start : start + _words(dtype)], dtype))
+            columns[-1].setflags(write=False)
+            start += _words(dtype)
+        metrics, watched = columns[: len(self.names)], columns[len(self.names) :]
+        return dict(zip(self.names, metrics, strict=True)), dict(zip(self.watched, watched, strict=True))
 
     def require_same(self, other: MetricLayout, function: str) -> None:
         """Raises a MetricsError unless `other`, of another batch signature, equals this layout."""
@@ -164,18 +166,6 @@ def _to_words(value: jax.Array) -> jax.Array:
     elif value.dtype.itemsize < 8:
         value = value.astype(jnp.int32)
     return lax.bitcast_convert_type(value, jnp.uint32).reshape(-1)
-
-
-def _columns(rows: Rows, dtypes: Sequence[np.dtype[Any]]) -> list[Column]:
-    """Returns one column of k values for each of `dtypes`, from the left of uint32[k, words]."""
-    columns: list[Column] = []
-    start = 0
-    for dtype in dtypes:
-        column = _from_words(rows[:, start : start + _words(dtype)], dtype)
-        column.setflags(write=False)
-        columns.append(column)
-        start += _words(dtype)
-    return columns
 
 
 def _from_words(words: Rows, dtype: np.dtype[Any]) -> Column:

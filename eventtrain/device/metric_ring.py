@@ -70,7 +70,7 @@ class TakenRing(NamedTuple):
         """Waits until the ring is computed and returns its columns; the GIL is released meanwhile."""
         # On a CPU this is a view of the buffer, and a live view would keep it from being reused: decode() copies.
         rows = np.asarray(self.ring)[: self.rows]
-        metrics, watched = self.layout.decode(rows), self.layout.decode_watched(rows)
+        metrics, watched = self.layout.decode(rows)
         return MetricColumns(metrics, self.rows, self.window, watched)
 
 

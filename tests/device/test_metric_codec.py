@@ -37,7 +37,7 @@ def round_trip(metrics: dict[str, Any]) -> dict[str, np.ndarray]:
     row = np.asarray(jax.jit(layout.encode)(metrics))
     assert row.dtype == np.uint32
     assert row.shape == (layout.words,)
-    return layout.decode(np.stack([row, row, row]))
+    return layout.decode(np.stack([row, row, row]))[0]
 
 
 def same_bits(column: np.ndarray, expected: np.ndarray) -> bool:
@@ -120,7 +120,7 @@ def test_a_rounded_bfloat16_is_not_replaced_by_its_unrounded_source() -> None:
     layout = MetricLayout.of({"x": jnp.bfloat16(0)}, "step_fn")
     row = jax.jit(lambda x: layout.encode({"x": (x * 1.001).astype(jnp.bfloat16)}))(1.2345678)
     expected = np.float32(ml_dtypes.bfloat16(np.float32(1.2345678) * np.float32(1.001)))
-    assert layout.decode(np.asarray(row)[None])["x"].tolist() == [expected]
+    assert layout.decode(np.asarray(row)[None])[0]["x"].tolist() == [expected]
 
 
 def test_python_numbers_become_constants() -> None:
@@ -136,7 +136,7 @@ def test_python_numbers_become_constants() -> None:
 def test_columns_hold_the_rows_in_order_and_cannot_be_written() -> None:
     layout = MetricLayout.of({"n": jnp.int32(0)}, "step_fn")
     rows = np.stack([np.asarray(layout.encode({"n": jnp.int32(i - 2)})) for i in range(5)])
-    column = layout.decode(rows)["n"]
+    column = layout.decode(rows)[0]["n"]
     assert column.tolist() == [-2, -1, 0, 1, 2]
     rows[:] = 7
     assert column.tolist() == [-2, -1, 0, 1, 2]
@@ -155,15 +155,15 @@ def test_no_metrics_at_all_take_one_dummy_word() -> None:
     layout = MetricLayout.of({}, "step_fn")
     assert layout.words == 1
     assert layout.encode({}).shape == (1,)
-    assert layout.decode(np.zeros((4, 1), np.uint32)) == {}
+    assert layout.decode(np.zeros((4, 1), np.uint32)) == ({}, {})
 
 
 def test_watched_leaves_follow_the_metrics() -> None:
     leaf = jnp.float32(0.125)
     layout = MetricLayout.of({"n": jnp.int32(4)}, "step_fn", watched={7: leaf})
     rows = np.asarray(layout.encode({"n": jnp.int32(4)}, [leaf]))[None]
-    assert layout.decode(rows)["n"].tolist() == [4]
-    assert {k: v.tolist() for k, v in layout.decode_watched(rows).items()} == {7: [0.125]}
+    assert layout.decode(rows)[0]["n"].tolist() == [4]
+    assert {k: v.tolist() for k, v in layout.decode(rows)[1].items()} == {7: [0.125]}
 
 
 def test_layouts_from_arrays_tracers_and_abstract_values_are_equal() -> None:
