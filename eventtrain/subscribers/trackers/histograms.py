@@ -27,9 +27,10 @@ from eventtrain.events import (
 )
 from eventtrain.subscribers._shared.validation import require_count
 from eventtrain.subscribers.base import RunContext
-from eventtrain.subscribers.trackers.recorded_values import Array
 
 logger = logging.getLogger("eventtrain")
+
+Array = np.ndarray[Any, Any]
 
 BINS = 64
 PATH_PART = re.compile(r"\[['\"]([^]]*)['\"]\]|\[([^]]*)\]|\.(\w+)")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
@@ -30,10 +30,10 @@ from eventtrain.subscribers._shared.worker_thread import WorkerThread
 from eventtrain.subscribers.base import RunContext, Subscriber
 
 if TYPE_CHECKING:
-    from eventtrain.subscribers.trackers.mlflow_registry import MLflowRegistry, Version
+    from eventtrain.subscribers.trackers.mlflow_store import MLflowRegistry
 
-mlflow_registry = import_optional(
-    "eventtrain.subscribers.trackers.mlflow_registry", extra="mlflow", used_by="ModelRegistry"
+mlflow_store = import_optional(
+    "eventtrain.subscribers.trackers.mlflow_store", extra="mlflow", used_by="ModelRegistry"
 )
 
 logger = logging.getLogger("eventtrain")
@@ -84,7 +84,7 @@ class ModelRegistry(Subscriber):
         retry_delay_s: float = 1.0,
         finish_timeout_s: float = 60.0,
     ) -> None:
-        require_installed(mlflow_registry)
+        require_installed(mlflow_store)
         if not name or set("/:'") & set(name):
             raise ConfigurationError(
                 f"ModelRegistry(name={name!r}): name must be a model name without / : and '."
@@ -98,7 +98,7 @@ class ModelRegistry(Subscriber):
         self._tags = dict(tags or {})
         self._metrics = metrics
         uri = tracking_uri if isinstance(tracking_uri, SecretStr) else SecretStr(tracking_uri)
-        self._connect = partial(mlflow_registry.MLflowRegistry, name, uri, experiment=experiment)
+        self._connect = partial(mlflow_store.MLflowRegistry, name, uri, experiment=experiment)
         self._retries = retries
         self._retry_delay_s = retry_delay_s
         self._finish_timeout_s = finish_timeout_s
@@ -180,20 +180,26 @@ class ModelRegistry(Subscriber):
             tags["epoch"] = str(epoch.epoch)
             names = epoch.metrics.keys() if self._metrics is None else self._metrics
             metrics = {name: float(epoch.metrics[name]) for name in names if name in epoch.metrics}
-        version = mlflow_registry.Version(source, event.step, metrics, {**tags, **self._tags})
+        add = partial(registry.add, source, step=event.step, metrics=metrics, tags={**tags, **self._tags})
         self._waiting.append(source)
-        thread.put(partial(self._add, thread, registry, event, version))
+        thread.put(partial(self._add, thread, registry, event, source, add))
 
     # --- on the thread ----------------------------------------------------------------------------------------
 
-    def _add(self, thread: WorkerThread, registry: MLflowRegistry, event: Event, version: Version) -> None:
-        source = version.source
+    def _add(
+        self,
+        thread: WorkerThread,
+        registry: MLflowRegistry,
+        event: Event,
+        source: str,
+        add: Callable[[], str],
+    ) -> None:
         attempt = partial(retry, retries=self._retries, delay_s=self._retry_delay_s, stopping=thread.stopping)
         try:
-            if isinstance(event, RunResumed) and attempt(lambda: registry.has(source)):
+            if isinstance(event, RunResumed) and attempt(partial(registry.has, source)):
                 logger.info("%s is registered already", source)
             else:
-                logger.info("%s is version %s of the model", source, attempt(lambda: registry.add(version)))
+                logger.info("%s is version %s of the model", source, attempt(add))
         except StorageError as error:
             if thread.stopping.is_set():
                 return  # ``stop`` reports what is left

@@ -20,8 +20,7 @@ from eventtrain.subscribers._shared.step_table import due_steps
 from eventtrain.subscribers._shared.validation import require_number
 from eventtrain.subscribers.base import RunContext
 from eventtrain.subscribers.trackers.curves import HyperparamCurveState, Points
-from eventtrain.subscribers.trackers.media_tracker import MediaTracker
-from eventtrain.subscribers.trackers.recorded_values import Record
+from eventtrain.subscribers.trackers.media_tracker import MediaTracker, Record
 from eventtrain.subscribers.trackers.tensorboard_file import OWN_NAME, EventFile, cut, new_event_file
 
 if TYPE_CHECKING:

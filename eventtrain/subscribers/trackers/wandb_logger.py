@@ -23,8 +23,7 @@ from eventtrain.subscribers._shared.step_table import due_steps
 from eventtrain.subscribers._shared.validation import require_choice, require_number
 from eventtrain.subscribers.base import RunContext
 from eventtrain.subscribers.trackers.curves import HyperparamCurveState, Points
-from eventtrain.subscribers.trackers.media_tracker import MediaTracker
-from eventtrain.subscribers.trackers.recorded_values import Record
+from eventtrain.subscribers.trackers.media_tracker import MediaTracker, Record
 
 if TYPE_CHECKING:
     from eventtrain.subscribers.trackers.wandb_run import WandbRun

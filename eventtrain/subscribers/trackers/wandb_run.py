@@ -8,7 +8,8 @@ from __future__ import annotations
 import html
 import inspect
 import io
-from collections.abc import Callable, Generator, Mapping
+import struct
+from collections.abc import Callable, Generator, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +18,7 @@ from typing import Any
 import numpy as np
 import wandb
 from pydantic import SecretStr
+from wandb.proto import wandb_internal_pb2
 
 from eventtrain.control.run_context import StepProgram
 from eventtrain.errors import ConfigurationError, StorageError
@@ -25,9 +27,8 @@ from eventtrain.events.models import Number, escape_surrogates
 from eventtrain.subscribers._shared.optional_imports import import_optional
 from eventtrain.subscribers._shared.step_table import step_rows
 from eventtrain.subscribers.trackers.curves import Points
-from eventtrain.subscribers.trackers.histograms import bin_edges, finite_values
-from eventtrain.subscribers.trackers.recorded_values import Array, RecordedValues
-from eventtrain.subscribers.trackers.wandb_transaction_log import TransactionLog, last_step
+from eventtrain.subscribers.trackers.histograms import Array, bin_edges, finite_values
+from eventtrain.subscribers.trackers.media_tracker import RecordedValues
 
 Image = import_optional("PIL.Image", extra="wandb", used_by="WandbLogger, to log images,")
 
@@ -46,6 +47,13 @@ TEMPORARY_ERRORS = (
     "TimeoutError",
 )
 """Types of failures after which another attempt may succeed."""
+
+BLOCK_BYTES = 32 * 1024
+HEADER = struct.Struct("<IHB")
+"""Checksum, length, kind of a fragment: 1 whole, 2 first, 3 middle, 4 last."""
+IDENTIFIER_BYTES = 7
+# Protobuf makes its classes when it is imported, so no type checker knows them.
+Record: Any = wandb_internal_pb2.Record  # pyright: ignore[reportAttributeAccessIssue]
 
 
 @dataclass(frozen=True)
@@ -297,3 +305,59 @@ def _without_text(run: Any = True) -> Generator[None]:
     except Exception as error:
         kind = type(error).__name__
         raise StorageError(f"W&B failed: {kind}", may_pass=kind in TEMPORARY_ERRORS) from None
+
+
+class TransactionLog:
+    """W&B's file ``.wandb`` of a run, which may still be written or not exist yet; each call reads what is new.
+
+    W&B's public API does not report which steps its process has written, and resumes nothing offline, but a resumed
+    run must log each step exactly once. The file is a log in LevelDB's format (blocks of 32 KiB, records in one or
+    several fragments) of Protobuf messages. Only the steps are read.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._offset = IDENTIFIER_BYTES
+        self._last_step = -1
+
+    def last_step(self) -> int:
+        """Returns the last step in the file; -1 if there is none."""
+        if self._path.exists():
+            for end, record in records(self._path, self._offset):
+                self._offset = end
+                if record.WhichOneof("record_type") == "history":
+                    self._last_step = max(self._last_step, record.history.step.num)
+        return self._last_step
+
+
+def last_step(folder: Path, run_id: str) -> int:
+    """Returns the last step in the files of all attempts of a run below ``folder``; -1 if there is none."""
+    paths = folder.glob(f"wandb/*run-*-{run_id}*/run-{run_id}.wandb")
+    return max((TransactionLog(path).last_step() for path in paths), default=-1)
+
+
+def records(path: Path, start: int = IDENTIFIER_BYTES) -> Iterator[tuple[int, Any]]:
+    """Yields the complete records from byte ``start`` on, each after the offset where it ends; omits a torn tail."""
+    with path.open("rb") as file:
+        file.seek(start)
+        data = file.read()
+    at, end = start, start + len(data)
+    message = b""
+    while at + HEADER.size <= end:
+        if BLOCK_BYTES - at % BLOCK_BYTES < HEADER.size:
+            at += BLOCK_BYTES - at % BLOCK_BYTES  # the rest of a block is too small for a header
+            continue
+        _, length, kind = HEADER.unpack_from(data, at - start)
+        at += HEADER.size
+        if at + length > end or not kind:
+            return
+        fragment = data[at - start : at - start + length]
+        message = fragment if kind in (1, 2) else message + fragment
+        at += length
+        if kind in (1, 4):
+            record = Record()
+            try:
+                record.ParseFromString(message)
+            except Exception:  # torn in a place that only Protobuf notices
+                return
+            yield at, record

@@ -39,7 +39,7 @@ from tests.subscribers.trackers.tracked_runs import (
 os.environ.setdefault("WANDB_ERROR_REPORTING", "false")
 pytest.importorskip("wandb", reason="not installed: pip install 'eventtrain[wandb]'")
 
-from eventtrain.subscribers.trackers import wandb_logger, wandb_run, wandb_transaction_log
+from eventtrain.subscribers.trackers import wandb_logger, wandb_run
 
 KEY = "5ec7e75ec7e75ec7e75ec7e75ec7e75ec7e75ec7"
 """An API key as W&B has them."""
@@ -77,7 +77,7 @@ def read(folder: Path, finished: int = 1) -> Written:
 def read_now(folder: Path) -> Written:
     written = Written()
     for path in sorted(folder.glob("wandb/offline-run-*/*.wandb")):
-        for record in wandb_transaction_log.records(path):
+        for _, record in wandb_run.records(path):
             kind = record.WhichOneof("record_type")
             if kind == "history":
                 row: dict[str, Any] = {}
@@ -483,9 +483,9 @@ def test_a_file_that_is_torn_is_read_up_to_there(rich: Any, tmp_path: Path) -> N
         torn.parent.mkdir(parents=True)
         torn.write_bytes(whole[:size])
         rows[size] = sum(
-            record.WhichOneof("record_type") == "history" for record in wandb_transaction_log.records(torn)
+            record.WhichOneof("record_type") == "history" for _, record in wandb_run.records(torn)
         )
     assert rows[0] == rows[7] == rows[10] == 0
     assert rows[len(whole)] == 15
-    assert wandb_transaction_log.last_step(tmp_path, tracker.wandb_id) == 15
-    assert wandb_transaction_log.last_step(tmp_path, "another") == -1
+    assert wandb_run.last_step(tmp_path, tracker.wandb_id) == 15
+    assert wandb_run.last_step(tmp_path, "another") == -1
