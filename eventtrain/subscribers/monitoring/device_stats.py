@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import logging
-import threading
+import queue
 from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 from time import monotonic
 from typing import Any
@@ -16,7 +15,7 @@ from eventtrain.errors import BusClosed, QueueFull
 from eventtrain.events import MachineMeasured, RunCompleted, RunFailed
 from eventtrain.subscribers._shared.optional_imports import import_optional, require_installed
 from eventtrain.subscribers._shared.validation import require_number
-from eventtrain.subscribers._shared.worker_thread import in_own_thread
+from eventtrain.subscribers._shared.worker_thread import WorkerThread
 from eventtrain.subscribers.base import RunContext, Subscriber
 
 psutil = import_optional("psutil", extra="machine", used_by="DeviceStats")
@@ -81,43 +80,41 @@ class DeviceStats(Subscriber):
     async def handle(self, event: RunCompleted | RunFailed) -> None:
         """Has the last measurement made; returns at once."""
         if self._thread is not None:
-            self._thread.ending.set()
+            self._thread.measure_last()
 
     async def finish(self) -> None:
         """Waits for the last measurement, at most a second."""
         thread, self._thread = self._thread, None
-        if thread is None:
-            return
-        thread.ending.set()
-        await in_own_thread(partial(thread.join, FINISH_S))
-        if thread.is_alive():
-            thread.given_up.set()
+        if thread is not None and not await thread.finish_within(FINISH_S):
             logger.warning("%s: the last measurement took too long and is left out", thread.source)
 
 
-class _MeasuringThread(threading.Thread):
-    """A daemon: a measurement that hangs does not keep the program alive."""
+class _MeasuringThread(WorkerThread):
+    """Measures until it is finished."""
 
     def __init__(self, run: RunContext, source: str, interval_s: float) -> None:
-        super().__init__(name=f"eventtrain {source}", daemon=True)
+        super().__init__(source, run.publish)
         self.source = source
         self._run_context = run
         self._interval_s = interval_s
-        self.ending = threading.Event()
-        """Set when one more measurement is to be made, the last one."""
-        self.given_up = threading.Event()
-        """Set when no further measurement is to be published."""
         self._left_out = 0
 
+    def measure_last(self) -> None:
+        """Ends the thread after one more measurement. Never blocks."""
+        self._jobs.put(None)
+
     def run(self) -> None:
+        """Measures at once, then after each interval, and at the end."""
         machine = MachineReader(self._run_context.run_dir)
         try:
-            is_last = False
-            while not is_last:
-                is_last = self.ending.is_set()
-                self._publish_metrics(machine.read())
-                if not is_last:
-                    self.ending.wait(self._interval_s)
+            while True:
+                self._measure(machine)
+                try:
+                    self._jobs.get(timeout=self._interval_s)
+                except queue.Empty:
+                    continue
+                self._measure(machine)
+                return
         except BusClosed:
             pass
         except Exception:
@@ -125,12 +122,13 @@ class _MeasuringThread(threading.Thread):
         finally:
             machine.close()
 
-    def _publish_metrics(self, metrics: dict[str, float]) -> None:
-        if self.given_up.is_set():
+    def _measure(self, machine: MachineReader) -> None:
+        metrics = machine.read()
+        if self.stopping.is_set():
             return
         step = self._run_context.loop_statistics().step
         try:
-            self._run_context.publish(MachineMeasured(step=step, source=self.source, metrics=metrics))
+            self._publish(MachineMeasured(step=step, source=self.source, metrics=metrics))
         except QueueFull:  # not repeated: the next one is newer
             self._left_out += 1
             log = logger.warning if self._left_out == 1 else logger.debug

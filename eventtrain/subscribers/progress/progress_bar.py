@@ -96,7 +96,7 @@ class ProgressBar(Subscriber):
         self._run = run
         self._limiter = anyio.CapacityLimiter(
             1
-        )  # one line at a time, and not anyio's threads, which others may block
+        )  # one line at a time, independent of threads that others block
         self._summary, self._newest, self._checkpoint, self._behind = Summary(), {}, "", ""
         console = self._console or Console(stderr=True)
         live = can_redraw(console, given=self._console is not None)

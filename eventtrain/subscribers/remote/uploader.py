@@ -323,9 +323,8 @@ class _UploadWorker(WorkerThread):
                 files.append(self._open(path, name, stack))
             else:
                 files.append(_LocalFile(path, name, path.stat().st_size, None, self.stopping))
-        if (
-            folder.stat().st_ino != inode
-        ):  # it is renamed before its files are deleted, so some might be missing
+        # It is renamed before its files are deleted, so some might be missing.
+        if folder.stat().st_ino != inode:
             raise FileNotFoundError(f"{folder} was replaced while it was read")
         return files
 

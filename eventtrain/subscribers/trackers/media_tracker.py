@@ -98,15 +98,7 @@ class MediaTarget(Protocol):
 class MediaTracker(Tracker):
     """Abstract. A subclass calls ``_begin`` in ``start``, and logs steps and points in ``_log``.
 
-    Args:
-        every: only steps that are a multiple of it are logged.
-        histogram_every, histogram_every_epochs, arrays: as of ``HistogramSnapshots``.
-        record: event class -> function that returns what to record of such an event.
-        program: whether to log the compiled step.
-        finish_timeout_s: as of ``Tracker``.
-
-    Raises:
-        ConfigurationError: an argument is invalid.
+    Arguments are as of ``TensorBoardLogger``.
     """
 
     def __init__(
@@ -170,11 +162,7 @@ class MediaTracker(Tracker):
             self._add(event, lambda: target.log_recorded(event, values()))
 
     async def stop(self) -> None:
-        """Waits for rows that are not written, and releases snapshots.
-
-        Raises:
-            SubscriberError: that took longer than ``finish_timeout_s``.
-        """
+        """Waits for rows that are not written, and releases snapshots; raises as ``Tracker.stop``."""
         try:
             await super().stop()
         finally:

@@ -177,7 +177,7 @@ class MLflowLogger(Tracker):
         """
         saved = MLflowLoggerState.parse(self._owner, state)
         self._run_id, self._token = saved.run_id, saved.token
-        self._curves.restore(saved.curve, saved.evaluated_at)
+        self._curves.state, self._curves.evaluated_at = saved.curve, saved.evaluated_at
 
     def _collect(self, points: list[Points]) -> None:
         time_ms = _ms(self._newest)

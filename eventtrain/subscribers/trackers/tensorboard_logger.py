@@ -193,5 +193,5 @@ class TensorBoardLogger(MediaTracker):
             StateError: the state is of another version, or broken.
         """
         self._saved = saved = TensorBoardLoggerState.parse(self._owner, state)
-        self._curves.restore(saved.curve, saved.evaluated_at)
+        self._curves.state, self._curves.evaluated_at = saved.curve, saved.evaluated_at
         self._hparams_written, self._program_written = saved.hparams_written, saved.program_written

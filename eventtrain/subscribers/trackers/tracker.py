@@ -32,17 +32,13 @@ RETRIES_AT_END = 2
 
 @dataclass(frozen=True)
 class TrackerStatistics:
-    """Counts of a tracker's rows.
-
-    Attributes:
-        written, waiting, lost: rows.
-        outages: how often the target failed, or fell behind by the row limit, after it had worked.
-    """
+    """Counts of a tracker's rows."""
 
     written: int = 0
     waiting: int = 0
     lost: int = 0
     outages: int = 0
+    """How often the target failed, or fell behind by the row limit, after it had worked."""
 
 
 @dataclass(frozen=True)
@@ -65,12 +61,10 @@ class TrackerThread(WorkerThread):
     many.
 
     Args:
-        owner: name of the subscriber.
-        publish: ``EventBus.publish``.
+        owner, publish: as of ``WorkerThread``.
         target: the tracker in messages, such as "the tracking server"; without secrets.
         flush: makes durable what the jobs wrote; called in the thread, at most ``flush_interval_s`` after a job.
             May raise as jobs do.
-        flush_interval_s: seconds.
         row_limit: rows that may wait.
         retry_delay_s, max_retry_delay_s: seconds before a job is repeated; doubled each time, up to the second.
     """
@@ -96,7 +90,8 @@ class TrackerThread(WorkerThread):
         self._retry_delay_s = retry_delay_s
         self._max_retry_delay_s = max_retry_delay_s
         self._lock = threading.RLock()
-        self._statistics = TrackerStatistics()
+        self.statistics = TrackerStatistics()
+        """Counts up to now. Any thread."""
         self._lost_before: int | None = None
         """Rows lost before the current outage; None while there is none."""
         self._unpublished: list[Event] = []
@@ -106,14 +101,7 @@ class TrackerThread(WorkerThread):
 
     # --- any thread; never blocks -----------------------------------------------------------------------------
 
-    def add(
-        self,
-        work: Callable[[], None],
-        *,
-        step: int,
-        event_kind: str,
-        rows: int = 1,
-    ) -> bool:
+    def add(self, work: Callable[[], None], *, step: int, event_kind: str, rows: int = 1) -> bool:
         """Queues ``work``, unless too many rows wait; returns whether it was queued.
 
         Args:
@@ -123,7 +111,7 @@ class TrackerThread(WorkerThread):
         """
         job = self._last = _Job(work, step, event_kind, rows)
         with self._lock:
-            waiting = self._statistics.waiting
+            waiting = self.statistics.waiting
             taken = waiting + rows <= self._row_limit
             if taken:
                 self._count(waiting=rows)
@@ -134,11 +122,6 @@ class TrackerThread(WorkerThread):
         self._begin_outage(job, text)
         self._count(lost=rows)
         return False
-
-    @property
-    def statistics(self) -> TrackerStatistics:
-        """Counts up to now."""
-        return self._statistics
 
     # --- on the event loop ------------------------------------------------------------------------------------
 
@@ -175,7 +158,7 @@ class TrackerThread(WorkerThread):
             )
 
     def finish(self, timeout_s: float) -> bool:
-        """Ends the thread after the jobs so far; returns whether it ended within ``timeout_s``. Blocks."""
+        """As of ``WorkerThread``."""
         self._ending.set()  # a job that waits is repeated at once
         return super().finish(timeout_s)
 
@@ -236,7 +219,7 @@ class TrackerThread(WorkerThread):
         self._count(waiting=-job.rows, written=job.rows)
         if self._unpublished:
             self.publish(self._unpublished.pop(0))
-        if self._lost_before is not None and self._statistics.waiting <= self._row_limit // 2:
+        if self._lost_before is not None and self.statistics.waiting <= self._row_limit // 2:
             self._end_outage()
 
     # --- reports ----------------------------------------------------------------------------------------------
@@ -245,10 +228,10 @@ class TrackerThread(WorkerThread):
         with self._lock:
             if self._lost_before is not None:
                 return
-            self._lost_before = self._statistics.lost
+            self._lost_before = self.statistics.lost
             self._count(outages=1)
         logger.error("%s", text)
-        event = SubscriberFailed(step=job.step, subscriber=self._owner, event_kind=job.event_kind, error=text)
+        event = self._failure(job, text)
         try:  # also called on the event loop, which must not wait
             self._publish(event)
         except QueueFull:
@@ -260,28 +243,27 @@ class TrackerThread(WorkerThread):
 
     def _end_outage(self) -> None:
         with self._lock:
-            lost = self._statistics.lost - (self._lost_before or 0)
+            lost = self.statistics.lost - (self._lost_before or 0)
             self._lost_before = None
         if not lost:
             logger.info("%s works again; no row was lost", self._target)
             return
         text = f"{self._target}: {lost} rows were lost"
         logger.error("%s", text)
-        last = self._last
-        event = SubscriberFailed(
-            step=last.step, subscriber=self._owner, event_kind=last.event_kind, error=text
-        )
-        self.publish(event)
+        self.publish(self._failure(self._last, text))
+
+    def _failure(self, job: _Job, text: str) -> SubscriberFailed:
+        return SubscriberFailed(step=job.step, subscriber=self._owner, event_kind=job.event_kind, error=text)
 
     @property
     def _left(self) -> str:
-        now = self._statistics
+        now = self.statistics
         return f"{now.waiting + now.lost} rows" if now.waiting or now.lost else "the end of the run"
 
     def _count(self, *, written: int = 0, waiting: int = 0, lost: int = 0, outages: int = 0) -> None:
         with self._lock:
-            now = self._statistics
-            self._statistics = TrackerStatistics(
+            now = self.statistics
+            self.statistics = TrackerStatistics(
                 now.written + written, now.waiting + waiting, now.lost + lost, now.outages + outages
             )
 

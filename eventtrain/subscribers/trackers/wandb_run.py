@@ -9,9 +9,8 @@ import html
 import inspect
 import io
 import struct
-from collections.abc import Callable, Generator, Iterator, Mapping
+from collections.abc import Generator, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -56,11 +55,13 @@ IDENTIFIER_BYTES = 7
 Record: Any = wandb_internal_pb2.Record  # pyright: ignore[reportAttributeAccessIssue]
 
 
-@dataclass(frozen=True)
-class WandbOptions:
-    """How a run begins at W&B.
+class WandbRun:
+    """Logs rows; a step that an earlier attempt wrote is not written again. ``open`` it first.
 
-    Attributes:
+    W&B takes nothing for a step before the newest one that it was given. So the values of a step wait here until
+    ``complete`` says that no earlier step will follow. All methods but ``unwritten_rows`` raise StorageError.
+
+    Args:
         run_id: W&B's.
         folder: in which W&B creates its folder.
         resumes: the run exists.
@@ -68,24 +69,24 @@ class WandbOptions:
         api_key, base_url, init_timeout_s: of ``wandb.Settings``.
     """
 
-    run_id: str
-    folder: Path
-    resumes: bool
-    arguments: Mapping[str, Any]
-    api_key: SecretStr | None
-    base_url: str | None
-    init_timeout_s: float
-
-
-class WandbRun:
-    """Logs rows; a step that an earlier attempt wrote is not written again. ``open`` it first.
-
-    W&B takes nothing for a step before the newest one that it was given. So the values of a step wait here until
-    ``complete`` says that no earlier step will follow. All methods but ``unwritten_rows`` raise StorageError.
-    """
-
-    def __init__(self, options: WandbOptions) -> None:
-        self._options = options
+    def __init__(
+        self,
+        run_id: str,
+        folder: Path,
+        *,
+        resumes: bool,
+        arguments: Mapping[str, Any],
+        api_key: SecretStr | None,
+        base_url: str | None,
+        init_timeout_s: float,
+    ) -> None:
+        self._id = run_id
+        self._folder = folder
+        self._resumes = resumes
+        self._arguments = arguments
+        self._api_key = api_key
+        self._base_url = base_url
+        self._init_timeout_s = init_timeout_s
         self._run: Any = None
         self._log: TransactionLog | None = None
         self._present_step = -1
@@ -99,24 +100,42 @@ class WandbRun:
 
     def open(self) -> None:
         """Begins the run at W&B, or continues it."""
-        options = self._options
         with _without_text():
-            options.folder.mkdir(parents=True, exist_ok=True)
-            if options.resumes:
-                self._present_step = last_step(options.folder, options.run_id)
-            is_online = options.arguments["mode"] == "online"
+            self._folder.mkdir(parents=True, exist_ok=True)
+            if self._resumes:
+                self._present_step = last_step(self._folder, self._id)
+            is_online = self._arguments["mode"] == "online"
             self._run = wandb.init(
-                **options.arguments,
-                id=options.run_id,
-                dir=str(options.folder),
+                **self._arguments,
+                id=self._id,
+                dir=str(self._folder),
                 resume="allow" if is_online else None,
                 reinit="create_new",  # the program may have a run of its own
-                settings=_settings(options),
+                settings=self._settings(),
             )
-            if options.resumes and is_online:
+            if self._resumes and is_online:
                 self._present_step = max(self._present_step, int(self._run.step) - 1)
-            self._log = TransactionLog(Path(self._run.dir).parent / f"run-{options.run_id}.wandb")
+            self._log = TransactionLog(Path(self._run.dir).parent / f"run-{self._id}.wandb")
             self._run.define_metric("histograms/*", step_metric=HISTOGRAM_STEP)
+
+    def _settings(self) -> wandb.Settings:
+        given: dict[str, Any] = {
+            "console": "off",  # what the program prints is the program's
+            "silent": True,
+            "disable_git": True,
+            "disable_code": True,
+            "disable_job_creation": True,
+            "x_disable_stats": True,
+            "x_save_requirements": False,
+            "x_transaction_log_flush_interval": 1.0,
+            "init_timeout": self._init_timeout_s,
+            "api_key": self._api_key.get_secret_value() if self._api_key is not None else None,
+            "base_url": self._base_url,
+        }
+        known = wandb.Settings.model_fields
+        return wandb.Settings(
+            **{key: value for key, value in given.items() if key in known and value is not None}
+        )
 
     def log(self, rows: Mapping[int, Mapping[str, Any]]) -> None:
         """Logs rows by step; the values of one step become one row."""
@@ -169,17 +188,20 @@ class WandbRun:
         with _without_text(self._run):
             if event.step <= self._present_step:
                 return
-            row: Row = dict(values.numbers)
-            row |= {
-                name: wandb.Html(f"<pre>{html.escape(text)}</pre>") for name, text in values.texts.items()
-            }
-            row |= {name: _image(image) for name, image in values.images.items()}
-            self._add(row | _histograms(values.arrays), event.step)
+            row: Row = {**values.numbers, **_histograms(values.arrays)}
+            for name, text in values.texts.items():
+                row[name] = wandb.Html(f"<pre>{html.escape(text)}</pre>")
+            for name, image in values.images.items():
+                row[name] = _image(image)
+            self._add(row, event.step)
 
     def log_program(self, event: StepsCompleted, program: StepProgram) -> None:
         """Saves the jaxpr and the HLO of the compiled step as files of the run."""
-        self._save_text("program-jaxpr.txt", lambda: program.jaxpr)
-        self._save_text("program-hlo.txt", lambda: program.hlo)
+        with _without_text(self._run):
+            for name, text in (("program-jaxpr.txt", program.jaxpr), ("program-hlo.txt", program.hlo)):
+                path = Path(self._run.dir) / name
+                path.write_text(text, encoding="utf-8")
+                self._run.save(str(path), base_path=self._run.dir, policy="now")
 
     def configure(self, values: Mapping[str, Any]) -> None:
         """Adds to the run's config."""
@@ -195,12 +217,6 @@ class WandbRun:
             finally:
                 with _without_text(self._run):
                     self._run.finish(exit_code=exit_code)
-
-    def _save_text(self, name: str, make: Callable[[], str]) -> None:
-        with _without_text(self._run):
-            path = Path(self._run.dir) / name
-            path.write_text(make(), encoding="utf-8")
-            self._run.save(str(path), base_path=self._run.dir, policy="now")
 
     def _add(self, values: Mapping[str, Any], step: int) -> None:
         row = {_key(name): value for name, value in values.items()}
@@ -238,26 +254,6 @@ def require_key(base_url: str | None) -> None:
             "WandbLogger has no API key. Give api_key=..., set WANDB_API_KEY, run `wandb login`, or use "
             'mode="offline".'
         )
-
-
-def _settings(options: WandbOptions) -> wandb.Settings:
-    given: dict[str, Any] = {
-        "console": "off",  # what the program prints is the program's
-        "silent": True,
-        "disable_git": True,
-        "disable_code": True,
-        "disable_job_creation": True,
-        "x_disable_stats": True,
-        "x_save_requirements": False,
-        "x_transaction_log_flush_interval": 1.0,
-        "init_timeout": options.init_timeout_s,
-    }
-    if options.api_key is not None:
-        given["api_key"] = options.api_key.get_secret_value()
-    if options.base_url is not None:
-        given["base_url"] = options.base_url
-    known = wandb.Settings.model_fields
-    return wandb.Settings(**{name: value for name, value in given.items() if name in known})
 
 
 def _histograms(arrays: Mapping[str, Array]) -> Row:

@@ -14,6 +14,7 @@ from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import anyio
@@ -268,8 +269,8 @@ class Fake:
         self.hold = threading.Event()
         self.hold.set()
 
-    def __call__(self, options: Any) -> Fake:
-        self.options.append(options)
+    def __call__(self, run_id: str, folder: Path, **options: Any) -> Fake:
+        self.options.append(SimpleNamespace(run_id=run_id, folder=folder, **options))
         return self
 
     def _do(self, name: str, what: Any = None) -> None:
