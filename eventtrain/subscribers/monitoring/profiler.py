@@ -9,7 +9,7 @@ from pathlib import Path
 
 from eventtrain.errors import ConfigurationError
 from eventtrain.events import ProfileCaptured
-from eventtrain.subscribers._shared.paths import file_path, inside_run_dir
+from eventtrain.subscribers._shared.paths import file_path
 from eventtrain.subscribers._shared.validation import require_count
 from eventtrain.subscribers.base import RunContext, Subscriber
 
@@ -62,7 +62,7 @@ class Profiler(Subscriber):
 
     async def start(self, run: RunContext) -> None:
         """Schedules the traces."""
-        folder = inside_run_dir(run.run_dir, self._directory, "Profiler")
+        folder = run.run_dir / self._directory
         run.schedule_traces(self.name or "Profiler", folder, self._steps, python=self._python)
 
     async def on_profile_captured(self, event: ProfileCaptured) -> None:

@@ -84,15 +84,12 @@ class MediaTarget(Protocol):
 
     def log_histograms(self, event: Event, step: int, arrays: Mapping[str, Array]) -> None:
         """Logs the arrays of the state after ``step``, by name."""
-        ...
 
     def log_recorded(self, event: Event, values: RecordedValues) -> None:
         """Logs the values that the user's functions returned for ``event``."""
-        ...
 
     def log_program(self, event: StepsCompleted, program: StepProgram) -> None:
         """Logs the compiled step."""
-        ...
 
 
 class MediaTracker(Tracker):

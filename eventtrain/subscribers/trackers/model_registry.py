@@ -104,18 +104,15 @@ class ModelRegistry(Subscriber):
         self._finish_timeout_s = finish_timeout_s
         self._epochs: deque[EpochCompleted] = deque(maxlen=REMEMBERED_EPOCHS)
         self._status = "FINISHED"
-        self._run: RunContext | None = None
-        self._registry: MLflowRegistry | None = None
-        self._thread: WorkerThread | None = None
+        self._active: tuple[RunContext, WorkerThread, MLflowRegistry] | None = None
         self._waiting: list[str] = []
         """Sources that are neither registered nor failed yet."""
 
     async def start(self, run: RunContext) -> None:
         """Starts the thread that uses MLflow."""
-        self._run = run
-        self._registry = self._connect(run_name=run.run_id)
-        self._thread = WorkerThread(self._owner, run.publish)
-        self._thread.start()
+        thread = WorkerThread(self._owner, run.publish)
+        self._active = run, thread, self._connect(run_name=run.run_id)
+        thread.start()
 
     async def handle(self, event: Event) -> None:
         """Has the checkpoint registered, or remembers metrics and the end of the run; returns at once."""
@@ -141,10 +138,10 @@ class ModelRegistry(Subscriber):
         Raises:
             SubscriberError: that took longer than ``finish_timeout_s``.
         """
-        thread, self._thread = self._thread, None
-        registry = self._registry
-        if thread is None or registry is None:
+        active, self._active = self._active, None
+        if active is None:
             return
+        _, thread, registry = active
         thread.put(partial(self._end, thread, registry, self._status))
 
         def unfinished() -> str:
@@ -164,13 +161,14 @@ class ModelRegistry(Subscriber):
         return self.name or "ModelRegistry"
 
     def _register(self, event: CheckpointCommitted | CheckpointUploaded | RunResumed, source: str) -> None:
-        run, thread, registry = self._run, self._thread, self._registry
-        if run is None or thread is None or registry is None:
+        if self._active is None:
             return
-        if self._directory is not None:
-            directory = (run.run_dir / self._directory).absolute()
-            if Path(event.path).parent != directory:
-                return
+        run, thread, registry = self._active
+        if (
+            self._directory is not None
+            and Path(event.path).parent != (run.run_dir / self._directory).absolute()
+        ):
+            return
         tags = {"step": str(event.step), "run_id": run.run_id}
         if not isinstance(event, RunResumed) and event.tag is not None:
             tags["tag"] = event.tag
