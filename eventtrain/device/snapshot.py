@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import threading
-from collections.abc import Collection, Sequence
+from collections.abc import Container, Sequence
 from typing import Any
 
 import jax
@@ -130,7 +130,7 @@ class Snapshot:
         leaves, _ = self._references()
         return self._structure.join([_copied(leaf) for leaf in self._fetch(leaves)])
 
-    def host_leaves(self, only: Collection[str] | None = None) -> dict[str, Any]:
+    def host_leaves(self, only: Container[str] | None = None) -> dict[str, Any]:
         """Returns the arrays of the state by path, or those of the paths `only`, read-only; as `host_state`.
 
         Where the device's memory is the host's (CPU) they are views, which keep that memory alive: a copy of 120 MB

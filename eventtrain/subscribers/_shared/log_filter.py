@@ -24,9 +24,8 @@ class _QuietThreadFilter(logging.Filter):
         return not getattr(self.here, "quiet", False)
 
 
-_FILTER = (
-    _QuietThreadFilter()
-)  # one for the process, as the loggers are; adding it to a logger again does nothing
+_FILTER = _QuietThreadFilter()
+"""One for the process, as the loggers are; adding it to a logger again does nothing."""
 
 
 @contextmanager

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -27,7 +26,6 @@ from eventtrain.subscribers._shared.state import SavedState
 from eventtrain.subscribers._shared.validation import require_choice, require_count, require_number
 from eventtrain.subscribers._shared.worker_thread import in_own_thread
 from eventtrain.subscribers.base import RunContext, Subscriber
-from eventtrain.subscribers.checkpointing.best_metric import BestMetric, BestMetricState
 from eventtrain.subscribers.checkpointing.naming import (
     DEFAULT_TEMPLATE,
     check_template,
@@ -45,19 +43,25 @@ logger = logging.getLogger("eventtrain")
 restore_state = load_state
 
 
-class CheckpointerState(SavedState):
-    """State saved with checkpoints.
+class BestMetricState(SavedState):
+    """The best value on disk; ``step`` is that of the value, None if it was given as a threshold."""
 
-    Attributes:
-        best: of a Checkpointer that writes only improvements.
-        runs: ids of the run and of those that it resumed; their checkpoints count as its own.
-        measured_at: step of the metrics ``measured``; -1 before the first.
-    """
+    version: Literal[1] = 1
+    value: float | None = None
+    step: int | None = None
+    before: float | None = None
+
+
+class CheckpointerState(SavedState):
+    """State saved with checkpoints."""
 
     version: Literal[1] = 1
     best: BestMetricState | None = None
+    """Of a Checkpointer that writes only improvements."""
     runs: tuple[str, ...] = ()
+    """Ids of the run and of those that it resumed; their checkpoints count as its own."""
     measured_at: int = -1
+    """Step of the metrics ``measured``; -1 before the first."""
     measured: dict[str, float] = Field(default_factory=dict)
 
 
@@ -136,15 +140,11 @@ class Checkpointer(Subscriber):
         on_failure: Literal["continue", "stop"] = "continue",
         stage: Literal["device", "host"] = "device",
     ) -> None:
-        counts = {
-            "every": every,
-            "every_epochs": every_epochs,
-            "max_to_keep": max_to_keep,
-            "keep_best": keep_best,
-            "keep_every": keep_every,
-        }
-        for argument, count in counts.items():
-            require_count("Checkpointer", argument, count, at_least=1, optional=True)
+        require_count("Checkpointer", "every", every, at_least=1, optional=True)
+        require_count("Checkpointer", "every_epochs", every_epochs, at_least=1, optional=True)
+        require_count("Checkpointer", "max_to_keep", max_to_keep, at_least=1, optional=True)
+        require_count("Checkpointer", "keep_best", keep_best, at_least=1, optional=True)
+        require_count("Checkpointer", "keep_every", keep_every, at_least=1, optional=True)
         require_count("Checkpointer", "max_in_flight", max_in_flight, at_least=1)
         require_count("Checkpointer", "retries", retries)
         require_number("Checkpointer", "retry_delay_s", retry_delay_s, at_least=0)
@@ -155,7 +155,13 @@ class Checkpointer(Subscriber):
         require_choice("Checkpointer", "when_full", when_full, ("wait", "skip", "fail"))
         require_choice("Checkpointer", "on_failure", on_failure, ("continue", "stop"))
         require_choice("Checkpointer", "stage", stage, ("device", "host"))
-        goal = _goal(monitor, mode) if save_best_only or keep_best is not None else None
+        self._goal: Goal | None = None
+        if save_best_only or keep_best is not None:
+            if monitor is None:
+                raise ConfigurationError(
+                    'Checkpointer(save_best_only=..., keep_best=...): requires a metric, such as monitor="val_loss".'
+                )
+            self._goal = make_goal("Checkpointer", monitor, mode, 0.0)
         if save_best_only and not (every is None and every_s is None):
             raise ConfigurationError(
                 f"Checkpointer(save_best_only=True, every={every!r}, every_s={every_s!r}): every and every_s must be "
@@ -166,9 +172,7 @@ class Checkpointer(Subscriber):
             raise ConfigurationError(
                 f"Checkpointer(initial_value_threshold={initial_value_threshold!r}): requires save_best_only=True."
             )
-        self._best = (
-            BestMetric(goal, initial_value_threshold) if goal is not None and save_best_only else None
-        )
+        self._best = BestMetricState(value=initial_value_threshold) if save_best_only else None
         self._best_every = every_epochs or 1
         self._directory = Path(directory)
         self._template = template
@@ -187,7 +191,7 @@ class Checkpointer(Subscriber):
             "max_in_flight": max_in_flight,
             "when_full": when_full,
         }
-        direction = goal.mode if goal is not None else "min"
+        direction = self._goal.mode if self._goal is not None else "min"
         self._retention = Retention(max_to_keep, keep_best, keep_every, direction, monitor)
         self._options = WriteOptions(
             marker_timeout_s=marker_timeout_s,
@@ -257,12 +261,17 @@ class Checkpointer(Subscriber):
     def _lacks_the_best(self, step: int, there: frozenset[int]) -> bool:
         """Returns whether the run resumes at the best step so far, and was killed before that was on disk."""
         best = self._best
-        if best is None or best.state.step is None or best.state.step in there:
+        if best is None or best.step is None or best.step in there:
             return False
-        if best.state.step == step:
+        if best.step == step:
             return True
-        best.lost(best.state.step)
+        self._lost_best(best.step)
         return False
+
+    def _lost_best(self, step: int) -> None:
+        """Restores the best value before that of ``step``, whose checkpoint was not written."""
+        if self._best is not None and self._best.step == step:
+            self._best = BestMetricState(value=self._best.before)
 
     async def finish(self) -> None:
         """Waits until the checkpoints taken so far are written. If cancelled, it logs the others and gives them up."""
@@ -296,11 +305,15 @@ class Checkpointer(Subscriber):
                 self._take(event)
             case EpochCompleted() | EvalCompleted():
                 value = self._measure(event)
-                if value is not None:
-                    self._decide(event, value, control)
+                best, goal = self._best, self._goal
+                is_due = isinstance(event, EvalCompleted) or (event.epoch + 1) % self._best_every == 0
+                if value is None or best is None or goal is None or not is_due:
+                    return
+                if goal.improves(value, best.value):
+                    self._best = BestMetricState(value=value, step=event.step, before=best.value)
+                    control.checkpoint(reason=f"the best value so far: {value:.6g}")
             case CheckpointFailed() | CheckpointSkipped() if event.requested_by in (None, self._name):
-                if self._best is not None:
-                    self._best.lost(event.step)
+                self._lost_best(event.step)
                 if self._stops_on_failure and isinstance(event, CheckpointFailed):
                     control.stop(reason=f"the checkpoint of step {event.step} failed", final=False)
             case _:
@@ -328,13 +341,6 @@ class Checkpointer(Subscriber):
         self._measured = (event.step, known)
         return value
 
-    def _decide(self, event: EpochCompleted | EvalCompleted, value: float, control: Control) -> None:
-        """Requests a checkpoint if the value is the best."""
-        if isinstance(event, EpochCompleted) and (event.epoch + 1) % self._best_every:
-            return
-        if self._best is not None and self._best.improves(value, event.step):
-            control.checkpoint(reason=f"the best value so far: {value:.6g}")
-
     def _take(self, event: SnapshotTaken) -> None:
         """Has the snapshot written, if it is for this Checkpointer."""
         run, writer = self._run, self._writer
@@ -342,7 +348,12 @@ class Checkpointer(Subscriber):
             return
         measured_at, values = self._measured
         metrics = values if measured_at == event.step else {}
-        name = self._folder_name(event, metrics)
+        try:
+            name = fill_template(self._template, event.step, event.epoch, metrics)
+        except (KeyError, ConfigurationError):  # not measured here, or of more digits than a name may have
+            name = fill_template(DEFAULT_TEMPLATE, event.step, event.epoch, {})
+        if event.tag != scheduled_tag(event.step):
+            name = f"{name}-{event.tag}"
         if run is None or writer is None or (claimed := run.claim(self._name, event)) is None:
             return
         if claimed.snapshot.device.released:  # the device had no room for it, which the loop has reported
@@ -350,22 +361,15 @@ class Checkpointer(Subscriber):
             return
         writer.submit(PendingCheckpoint(claimed, event, name, metrics))
 
-    def _folder_name(self, event: SnapshotTaken, metrics: Mapping[str, float]) -> str:
-        try:
-            name = fill_template(self._template, event.step, event.epoch, metrics)
-        except (KeyError, ConfigurationError):  # not measured here, or of more digits than a name may have
-            name = fill_template(DEFAULT_TEMPLATE, event.step, event.epoch, {})
-        return name if event.tag == scheduled_tag(event.step) else f"{name}-{event.tag}"
-
     def saved_run(self, run_dir: Path, which: bool | str | int | Path) -> SavedRun | None:
         """Returns the checkpoint to resume from; see ``Subscriber``."""
         return find_checkpoint(run_dir / self._directory, which)
 
     def state_dict(self) -> dict[str, Any]:
         """Returns what decides on later checkpoints, as plain JSON data."""
-        best = self._best.state if self._best is not None else None
         step, metrics = self._measured
-        return CheckpointerState(best=best, runs=self._runs, measured_at=step, measured=metrics).to_json()
+        state = CheckpointerState(best=self._best, runs=self._runs, measured_at=step, measured=metrics)
+        return state.to_json()
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Takes over a saved state.
@@ -377,13 +381,4 @@ class Checkpointer(Subscriber):
         self._runs, self._measured = saved.runs, (saved.measured_at, dict(saved.measured))
         self._has_read = saved.measured_at >= 0
         if self._best is not None and saved.best is not None:
-            self._best.state = saved.best
-
-
-def _goal(monitor: str | None, mode: Mode) -> Goal:
-    """Returns which values of the monitor are better."""
-    if monitor is None:
-        raise ConfigurationError(
-            'Checkpointer(save_best_only=..., keep_best=...): requires a metric, such as monitor="val_loss".'
-        )
-    return make_goal("Checkpointer", monitor, mode, 0.0)
+            self._best = saved.best

@@ -188,9 +188,7 @@ def checksum(array: HostArray) -> int:
     """Returns the CRC-32 of the bytes in C order."""
     if not array.size:
         return 0
-    octets: Any = (
-        np.ascontiguousarray(array).reshape(-1).view(np.uint8)
-    )  # typed as a buffer from Python 3.12 on
+    octets: Any = np.ascontiguousarray(array).reshape(-1).view(np.uint8)  # a buffer, but only typed so later
     return zlib.crc32(octets)
 
 

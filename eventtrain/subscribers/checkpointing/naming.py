@@ -32,11 +32,6 @@ def check_template(template: str) -> frozenset[str]:
 def fill_template(template: str, step: int, epoch: int, metrics: Mapping[str, float]) -> str:
     """Returns the folder's name. The template is filled in, never evaluated: a field is a name with a format.
 
-    Args:
-        template: with fields ``{step}``, ``{epoch}`` and those of ``metrics``; a format follows a colon.
-        step, epoch: completed.
-        metrics: measured at that step.
-
     Raises:
         KeyError: a metric is missing. ConfigurationError: the result cannot be a folder's name.
     """

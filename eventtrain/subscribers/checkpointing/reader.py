@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 from collections.abc import Collection, Mapping, Set
 from concurrent.futures import ThreadPoolExecutor
-from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +12,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from eventtrain.control.run_state import RunRecord
 from eventtrain.errors import SnapshotError, StateError
 from eventtrain.subscribers.checkpointing.directory import Committed, committed_in
 from eventtrain.subscribers.checkpointing.manifest import (
@@ -24,7 +22,6 @@ from eventtrain.subscribers.checkpointing.manifest import (
     STATE,
     HostArray,
     Manifest,
-    SavedArray,
     checksum,
     is_array,
     is_checkpoint,
@@ -42,30 +39,12 @@ class SavedCheckpoint:
 
     def __init__(self, committed: Committed) -> None:
         self.path = committed.path
-        self.manifest = committed.manifest
+        self.manifest = manifest = committed.manifest
+        self.step, self.time, self.facts = manifest.step, manifest.time, manifest.facts
         self._arrays: dict[str, dict[str, HostArray]] = {}
 
-    @property
-    def step(self) -> int:
-        """Updates completed."""
-        return self.manifest.step
-
-    @property
-    def time(self) -> datetime:
-        """When it was committed."""
-        return self.manifest.time
-
-    @property
-    def facts(self) -> RunRecord | None:
-        """Everything that is not an array; None if a run cannot resume from it."""
-        return self.manifest.facts
-
     def read(self) -> None:
-        """Reads all arrays, so that the next call for each of them does not have to.
-
-        Raises:
-            SnapshotError: it is not complete.
-        """
+        """Reads all arrays ahead of the calls for them. Raises SnapshotError if the checkpoint is not complete."""
         self._arrays = _read(self.path, self.manifest)
 
     def part(self, name: str) -> dict[str, HostArray]:
@@ -143,9 +122,17 @@ def find_checkpoint(directory: Path, which: bool | str | int | Path) -> SavedChe
     Raises:
         SnapshotError: there is no such checkpoint.
     """
-    if which is True:
-        return _newest(directory)
     found = committed_in(directory)
+    if which is True:
+        for committed in reversed(found):
+            saved = SavedCheckpoint(committed)
+            if saved.facts is not None:
+                try:
+                    saved.read()
+                    return saved
+                except SnapshotError as error:
+                    logger.warning("The run does not resume from its newest checkpoint: %s", error)
+        return None
     if isinstance(which, int):
         matching = [one for one in found if one.manifest.step == which]
     else:
@@ -157,20 +144,6 @@ def find_checkpoint(directory: Path, which: bool | str | int | Path) -> SavedChe
         raise SnapshotError(f"There is no checkpoint {which!r} in {directory}; found: {names}.")
     resumable = [one for one in matching if one.manifest.facts is not None]
     return SavedCheckpoint((resumable or matching)[-1])
-
-
-def _newest(directory: Path) -> SavedCheckpoint | None:
-    for committed in reversed(committed_in(directory)):
-        if committed.manifest.facts is None:
-            continue
-        saved = SavedCheckpoint(committed)
-        try:
-            saved.read()
-        except SnapshotError as error:
-            logger.warning("The run does not resume from its newest checkpoint: %s", error)
-            continue
-        return saved
-    return None
 
 
 def load_state(path: str | Path, like: Any = None) -> Any:
@@ -210,23 +183,16 @@ def _read(path: Path, manifest: Manifest) -> dict[str, dict[str, HostArray]]:
         raise SnapshotError(f"{path} is not complete: Orbax cannot read its arrays ({error}).") from error
     parts: dict[str, dict[str, HostArray]] = {}
     for part, known in manifest.arrays.items():
-        arrays = part_of(tree, part)
-        parts[part] = {name: _restored(arrays.get(name), saved) for name, saved in known.items()}
-        wrong = next((name for name, array in parts[part].items() if not _is(array, known[name])), None)
-        if wrong is not None:
-            raise SnapshotError(f"{path} is not complete: {wrong} is not what was written.")
+        read, parts[part] = part_of(tree, part), {}
+        for name, saved in known.items():
+            dtype = jnp.dtype(saved.dtype)
+            # An array without elements is not stored.
+            empty = np.zeros(saved.shape if 0 in saved.shape else 0, dtype)
+            stored = read.get(name)
+            array = parts[part][name] = np.asarray(empty if stored is None else stored)
+            if (array.shape, array.dtype, checksum(array)) != (saved.shape, dtype, saved.crc32):
+                raise SnapshotError(f"{path} is not complete: {name} is not what was written.")
     return parts
-
-
-def _restored(array: Any, saved: SavedArray) -> HostArray:
-    """Returns what Orbax has read; an array without elements is made from the manifest."""
-    if array is not None:
-        return np.asarray(array)
-    return np.zeros(saved.shape if 0 in saved.shape else 0, jnp.dtype(saved.dtype))
-
-
-def _is(array: HostArray, saved: SavedArray) -> bool:
-    return (array.shape, array.dtype, checksum(array)) == (saved.shape, jnp.dtype(saved.dtype), saved.crc32)
 
 
 def _read_arrays(path: Path) -> dict[str, Any]:

@@ -11,36 +11,26 @@ from typing import Literal
 
 @dataclass(frozen=True)
 class OwnCheckpoint:
-    """A committed checkpoint of the run.
-
-    Attributes:
-        step: of its state.
-        value: of the monitored metric at that step; None if it was not measured there.
-        named: it was requested with a tag.
-        path: its folder.
-    """
+    """A committed checkpoint of the run."""
 
     step: int
     value: float | None = None
+    """Of the monitored metric at that step; None if it was not measured there."""
     named: bool = False
+    """It was requested with a tag."""
     path: Path = Path()
 
 
 @dataclass(frozen=True)
 class Retention:
-    """Rules; a checkpoint that meets any of them is retained, and so is one that is named.
-
-    Attributes:
-        newest: as many of those committed last; None retains all.
-        best: as many with the best values of ``monitor``.
-        every: those of steps that are a multiple of it.
-        mode: which direction is better.
-        monitor: a metric.
-    """
+    """Rules; a checkpoint that meets any of them is retained, and so is one that is named."""
 
     newest: int | None = None
+    """As many of those committed last; None retains all."""
     best: int | None = None
+    """As many with the best values of ``monitor``; ``mode`` is the direction that is better."""
     every: int | None = None
+    """Those of steps that are a multiple of it."""
     mode: Literal["min", "max"] = "min"
     monitor: str | None = None
 
@@ -49,12 +39,15 @@ class Retention:
         if self.newest is None:
             return []
         sign = 1.0 if self.mode == "min" else -1.0
-        values = {index: one.value for index, one in enumerate(committed) if one.value is not None}
         ranked = sorted(
-            (index for index, value in values.items() if not math.isnan(value)),
-            key=lambda index: sign * values[index],
+            (sign * one.value, index)
+            for index, one in enumerate(committed)
+            if one.value is not None and not math.isnan(one.value)
         )
-        retained = {*range(len(committed) - self.newest, len(committed)), *ranked[: self.best or 0]}
+        retained = {
+            *range(len(committed) - self.newest, len(committed)),
+            *(index for _, index in ranked[: self.best or 0]),
+        }
         return [
             one
             for index, one in enumerate(committed)

@@ -49,23 +49,22 @@ class CheckpointStore:
         self._orbax = ocp.Checkpointer(ocp.PyTreeCheckpointHandler())
 
     def write(self, name: str, parts: Mapping[str, Mapping[str, Any]], manifest: Manifest) -> Committed:
-        """Writes ``parts`` (part -> path -> NumPy array, or key with ``data`` and ``impl``) to a new checkpoint.
+        """Writes a new checkpoint; after any exception nothing that looks like a checkpoint is left.
 
         Args:
             name: of the folder; a number is appended if it exists.
-            parts: the arrays.
+            parts: part -> path -> NumPy array, or key with ``data`` and ``impl``.
             manifest: without ``number``, ``time``, ``files`` and ``arrays``.
-
-        Raises:
-            Exception: whatever failed; nothing that looks like a checkpoint is left.
         """
         self._leftovers = [folder for folder in self._leftovers if not try_to_remove(folder)]
         staging = temporary_path(self.directory, name)
         try:
             atomic_files.make_folder(staging)
             manifest = self._fill(staging, parts, manifest)
-            size_bytes = sum(file.stat().st_size for file in files_in(staging))
-            self._sync(staging)
+            files = files_in(staging)
+            size_bytes = sum(file.stat().st_size for file in files)
+            if self._fsync:
+                self._sync(staging, files)
             path = self._rename(staging, name)
         except BaseException:
             if not try_to_remove(staging):  # Orbax may still write other arrays into it
@@ -75,7 +74,12 @@ class CheckpointStore:
             if self._fsync:
                 atomic_files.sync(self.directory)
         except BaseException:
-            _withdraw(path)
+            try:
+                delete(path)  # it must not look durable
+            except OSError as error:
+                logger.error(
+                    "%s could not be removed; it is complete, but a power cut may lose it: %s", path, error
+                )
             raise
         self._number = manifest.number
         return Committed(path, manifest, size_bytes)
@@ -96,18 +100,20 @@ class CheckpointStore:
             else:
                 return path
 
+    def _sync(self, folder: Path, files: list[Path]) -> None:
+        for path in (*files, *(Path(parent) for parent, _, _ in os.walk(folder, topdown=False))):
+            atomic_files.sync(path)
+
     def _fill(self, folder: Path, parts: Mapping[str, Mapping[str, Any]], manifest: Manifest) -> Manifest:
-        stored = {
-            part: {path: SavedArray.of(leaf) for path, leaf in leaves.items()}
-            for part, leaves in parts.items()
-        }
-        tree = nested(
-            {
-                part: {path: array for path, (array, _) in arrays.items() if array.size}
-                for part, arrays in stored.items()
-            }
-        )
-        if tree:
+        arrays: dict[str, dict[str, Any]] = {}
+        described: dict[str, dict[str, SavedArray]] = {}
+        for part, leaves in parts.items():
+            arrays[part], described[part] = {}, {}
+            for path, leaf in leaves.items():
+                array, described[part][path] = SavedArray.of(leaf)
+                if array.size:
+                    arrays[part][path] = array
+        if tree := nested(arrays):
             self._orbax.save(folder / ARRAYS, tree)
         manifest = manifest.model_copy(
             update={
@@ -116,27 +122,8 @@ class CheckpointStore:
                 "files": {
                     file.relative_to(folder).as_posix(): file.stat().st_size for file in files_in(folder)
                 },
-                "arrays": {
-                    part: {path: saved for path, (_, saved) in arrays.items()}
-                    for part, arrays in stored.items()
-                },
+                "arrays": described,
             }
         )
         atomic_files.write_text(folder / MANIFEST, manifest.to_text())
         return manifest
-
-    def _sync(self, folder: Path) -> None:
-        if not self._fsync:
-            return
-        for file in files_in(folder):
-            atomic_files.sync(file)
-        for parent, _, _ in os.walk(folder, topdown=False):
-            atomic_files.sync(Path(parent))
-
-
-def _withdraw(path: Path) -> None:
-    """Deletes a checkpoint whose name could not be synced: it must not look durable."""
-    try:
-        delete(path)
-    except OSError as error:
-        logger.error("%s could not be removed; it is complete, but a power cut may lose it: %s", path, error)

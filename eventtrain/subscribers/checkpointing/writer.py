@@ -39,15 +39,7 @@ logger = logging.getLogger("eventtrain")
 
 @dataclass(frozen=True)
 class WriteOptions:
-    """How checkpoints are written.
-
-    Attributes:
-        marker_timeout_s: how long to wait for the states of the subscribers.
-        fsync: a checkpoint gets its name only when everything is on the disk.
-        retries, retry_delay_s: after a failure on disk; the delay doubles each time.
-        weights_only: store the params and nothing else.
-        stage: where a state waits until it is written.
-    """
+    """How checkpoints are written; see ``Checkpointer``. ``weights_only``: store the params and nothing else."""
 
     marker_timeout_s: float = 60.0
     fsync: bool = True
@@ -59,19 +51,15 @@ class WriteOptions:
 
 @dataclass(frozen=True)
 class PendingCheckpoint:
-    """A checkpoint to be written.
-
-    Attributes:
-        claimed: the state; the writer finishes it in any case.
-        event: that announced it.
-        name: of its folder, if that is free.
-        metrics: measured at its step.
-    """
+    """A checkpoint to be written."""
 
     claimed: ClaimedSnapshot
+    """The state; the writer finishes it in any case."""
     event: SnapshotTaken
     name: str
+    """Of its folder, if that is free."""
     metrics: Mapping[str, float]
+    """Measured at its step."""
     began_s: float = field(default_factory=monotonic)
 
 
@@ -84,8 +72,7 @@ class CheckpointWriter:
         owner: name of the Checkpointer.
         runs: ids of the runs whose checkpoints in ``directory`` count as the run's own.
         params: path in the params -> path in the state.
-        retention: which checkpoints are deleted after each commit.
-        options: how they are written.
+        retention, options: see there.
     """
 
     def __init__(
@@ -147,7 +134,7 @@ class CheckpointWriter:
         """Ends Orbax after what was submitted. The future raises failures in Orbax that were not raised before."""
         if self._stager is not None:
             self._stager.shutdown(wait=False)
-        closed = self._executor.submit(self._close)
+        closed = self._executor.submit(lambda: self._store.close() if self._store is not None else None)
         self._executor.shutdown(wait=False)
         return closed
 
@@ -158,10 +145,6 @@ class CheckpointWriter:
         for committed in self._store.found:
             if committed.manifest.run_id in self._runs and committed.manifest.owner == self._owner:
                 self._add(committed)
-
-    def _close(self) -> None:
-        if self._store is not None:
-            self._store.close()
 
     def _move_to_host(self, pending: PendingCheckpoint) -> None:
         """On the staging thread: frees the device's memory of the states that wait while one is written."""
@@ -215,7 +198,14 @@ class CheckpointWriter:
         facts = None
         if not self._options.weights_only:
             facts = pending.claimed.record(self._options.marker_timeout_s)
-            _require_json(facts)
+            for name, share in facts.shares.items():
+                try:
+                    json.dumps(share.state)
+                except (TypeError, ValueError) as error:
+                    raise SnapshotError(
+                        f"state_dict() of {name} must return plain JSON data: dicts with text as keys, lists, text, "
+                        f"numbers, booleans and None ({error})."
+                    ) from error
         manifest = self._manifest(pending, facts)
         parse_manifest(path, manifest.to_text())  # a checkpoint that is committed can be read
         return self._store_parts(pending.name, parts, manifest)
@@ -286,15 +276,3 @@ class CheckpointWriter:
 def _short(error: Exception) -> str:
     """Returns the text of an error without the specification of the file that TensorStore adds, a page long."""
     return f"{type(error).__name__}: {error}".split(" [tensorstore_spec=")[0]
-
-
-def _require_json(facts: RunRecord) -> None:
-    """Raises SnapshotError unless the states of the subscribers are plain JSON data, to come back as they were."""
-    for name, share in facts.shares.items():
-        try:
-            json.dumps(share.state)
-        except (TypeError, ValueError) as error:
-            raise SnapshotError(
-                f"state_dict() of {name} must return plain JSON data: dicts with text as keys, lists, text, numbers, "
-                f"booleans and None ({error})."
-            ) from error

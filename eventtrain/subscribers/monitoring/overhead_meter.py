@@ -1,4 +1,4 @@
-"""``OverheadMeter``: what watching a run costs it, with a warning where that is too much."""
+"""``OverheadMeter``: the share of time that observing a run takes, with a warning if that is too much."""
 
 from __future__ import annotations
 
@@ -24,32 +24,34 @@ from eventtrain.subscribers.base import RunContext, Subscriber
 logger = logging.getLogger("eventtrain")
 
 NAMED = 3
-"""So many subscribers stand in a warning: those whose handlers took most time."""
+"""Number of subscribers that a warning names: those whose handlers took most time."""
 
 
 class OverheadState(SavedState):
-    """What survives a restart."""
+    """State saved with checkpoints."""
 
     version: Literal[1] = 1
     alarmed: bool
 
 
 class OverheadMeter(Subscriber):
-    """Publishes what share of the training thread's time went to subscribers, and warns where it exceeds ``budget``.
+    """Publishes what share of the training thread's time went to subscribers, and warns if it exceeds ``budget``.
 
-    The share is the time of handing metrics over and of waiting for subscribers (``LoopStatistics``), as a part of all
+    The share is the time of transferring metrics and of waiting for subscribers (``LoopStatistics``), as a part of all
     time. The warning is a line in the log and an ``AlertRaised`` named "overhead"; ``AlertResolved`` follows when it is
     within the budget again. Each measurement is a ``MachineMeasured`` with ``overhead_share``, ``observing_s``,
     ``observer_wait_s``, ``duration_s`` and, for each subscriber, ``handler_cpu_s/NAME`` and ``handler_wall_s/NAME``, of
-    the time since the one before. Handlers run beside training: their time is no overhead, unless training waits.
+    the time since the one before. Handlers run beside training: their time is not overhead unless training waits.
 
     Args:
-        budget: the share that is not worth a warning.
+        budget: the share up to which there is no warning.
         every_s: seconds between two measurements, at least; the last one is at the end of the run.
 
     Raises:
-        ConfigurationError: an argument cannot work.
+        ConfigurationError: an argument is invalid.
     """
+
+    events = (StepsCompleted, EpochCompleted, RunCompleted)
 
     def __init__(self, budget: float = 0.05, *, every_s: float = 10.0) -> None:
         require_number("OverheadMeter", "budget", budget, at_least=0)
@@ -63,32 +65,22 @@ class OverheadMeter(Subscriber):
         self._loaded: OverheadState | None = None
 
     async def start(self, run: RunContext) -> None:
-        """Begin to count."""
+        """Begins to count."""
         self._run, loaded, self._loaded = run, self._loaded, None
         self._alarmed = loaded is not None and loaded.alarmed
         self._loop, self._subscribers = LoopStatistics(), run.statistics()
 
-    async def on_steps_completed(self, event: StepsCompleted) -> None:
-        """Measure, if it is time."""
-        await self._measure(event.step, self._interval_s)
-
-    async def on_epoch_completed(self, event: EpochCompleted) -> None:
-        """Measure, if it is time."""
-        await self._measure(event.step, self._interval_s)
-
-    async def on_run_completed(self, event: RunCompleted) -> None:
-        """Measure once more."""
-        await self._measure(event.step, 0.0)
-
     def state_dict(self) -> dict[str, Any]:
-        """Whether the alert is raised, as plain JSON data."""
+        """Returns whether the alert is raised, as plain JSON data."""
         return OverheadState(alarmed=self._alarmed).to_json()
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Resolve the alert that the run raised before, in time. Raises StateError for another version."""
+        """Takes over a saved state, so that an alert that the run raised before is resolved. Raises StateError."""
         self._loaded = OverheadState.parse(self.name or "OverheadMeter", state)
 
-    async def _measure(self, step: int, at_least_s: float) -> None:
+    async def handle(self, event: StepsCompleted | EpochCompleted | RunCompleted) -> None:
+        """Measures if it is time, and at the end of the run."""
+        step, at_least_s = event.step, 0.0 if isinstance(event, RunCompleted) else self._interval_s
         run = self._run
         if run is None:
             return
@@ -116,22 +108,17 @@ class OverheadMeter(Subscriber):
         self._loop, self._subscribers = loop, subscribers
         source = self.name or "OverheadMeter"
         await run.publish_async(MachineMeasured(step=step, source=source, metrics=metrics))
-        if first or duration_s >= self._interval_s / 2:  # the last moments of a run say little
-            await self._judge(run, step, share, waited_s, duration_s, wall_s)
+        if first or duration_s >= self._interval_s / 2:  # the last moments of a run mean little
+            text = f"{share:.1%} of the last {duration_s:.3g} s went to subscribers"
+            text += f", {waited_s:.3g} s to waiting for them"
+            await self._judge(run, step, share, text, wall_s)
 
     async def _judge(
-        self,
-        run: RunContext,
-        step: int,
-        share: float,
-        waited_s: float,
-        duration_s: float,
-        wall_s: Mapping[str, float],
+        self, run: RunContext, step: int, share: float, text: str, wall_s: Mapping[str, float]
     ) -> None:
         if (share > self._budget) == self._alarmed:
             return
         self._alarmed = not self._alarmed
-        text = f"{share:.1%} of the last {duration_s:.3g} s went to subscribers, {waited_s:.3g} s to waiting for them"
         if not self._alarmed:
             logger.info("Overhead is within its budget again: %s", text)
             await run.publish_async(AlertResolved(step=step, name="overhead", message=text))

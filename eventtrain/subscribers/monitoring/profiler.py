@@ -9,7 +9,7 @@ from pathlib import Path
 
 from eventtrain.errors import ConfigurationError
 from eventtrain.events import ProfileCaptured
-from eventtrain.subscribers._shared.paths import file_path, inside_run_dir
+from eventtrain.subscribers._shared.paths import file_path
 from eventtrain.subscribers._shared.validation import require_count
 from eventtrain.subscribers.base import RunContext, Subscriber
 
@@ -17,22 +17,22 @@ logger = logging.getLogger("eventtrain")
 
 
 class Profiler(Subscriber):
-    """Has JAX's profiler trace exactly the steps that are named here, or asked for by ``control.profile(steps)``.
+    """Has JAX's profiler trace exactly the steps that are named here, or requested by ``control.profile(steps)``.
 
-    Each range goes to a folder of its own, ``profile/steps-100-110``; ``tensorboard --logdir profile`` shows it where
-    the package xprof is installed. ``ProfileCaptured`` says that it is written. A trace that fails is said by
-    SubscriberFailed, and a run that ends within a range has the steps until then.
+    Each range is written to a folder of its own, ``profile/steps-100-110``, and ``ProfileCaptured`` reports it;
+    ``tensorboard --logdir profile`` shows it if the package xprof is installed. SubscriberFailed reports a trace that
+    fails. A run that ends within a range has the steps until then.
 
-    Training is held while the device finishes the steps before a trace, and while the trace is written: some seconds
+    Training waits while the device finishes the steps before a trace, and while the trace is written: some seconds
     for many steps. Trace few of them, and not the first one.
 
     Args:
         steps: first and last step of each range; both are traced.
-        directory: where traces go; relative to ``run_dir``.
+        directory: of the traces, relative to ``run_dir``.
         python: also trace the calls of Python functions, which makes the steps slower and the trace larger.
 
     Raises:
-        ConfigurationError: ranges that are empty or overlap, or a directory outside of ``run_dir``.
+        ConfigurationError: ranges are empty or overlap, or the directory is outside of ``run_dir``.
     """
 
     def __init__(
@@ -45,7 +45,7 @@ class Profiler(Subscriber):
         for pair in steps:
             if not isinstance(pair, Sequence) or len(pair) != 2:  # pyright: ignore[reportUnnecessaryIsInstance]
                 raise ConfigurationError(
-                    f"Profiler(steps={steps!r}): needs pairs of a first and a last step, such as ((20, 22),)."
+                    f"Profiler(steps={steps!r}): steps must be pairs of a first and a last step, such as ((20, 22),)."
                 )
             first, last = pair
             require_count("Profiler", "steps", first, at_least=1)
@@ -53,19 +53,19 @@ class Profiler(Subscriber):
         for (_, last), (first, end) in pairwise(sorted(steps)):
             if first <= last:
                 raise ConfigurationError(
-                    f"Profiler(steps=...): ({first}, {end}) begins before step {last} is over, where another range "
-                    "ends. One trace is taken at a time: join the two."
+                    f"Profiler(steps=...): ({first}, {end}) begins before step {last} is over, the end of another "
+                    "range. One trace is taken at a time: join the two."
                 )
         self._steps = tuple(steps)
         self._directory = file_path(directory, "Profiler")
         self._python = python
 
     async def start(self, run: RunContext) -> None:
-        """Plan the traces."""
-        folder = inside_run_dir(run.run_dir, self._directory, "Profiler")
+        """Schedules the traces."""
+        folder = run.run_dir / self._directory
         run.schedule_traces(self.name or "Profiler", folder, self._steps, python=self._python)
 
     async def on_profile_captured(self, event: ProfileCaptured) -> None:
-        """Say where it lies."""
+        """Logs the path of the trace."""
         first, last = event.first_step, event.last_step
-        logger.info("Steps %d to %d were traced; the trace lies in %s", first, last, event.path)
+        logger.info("Steps %d to %d were traced; the trace is in %s", first, last, event.path)

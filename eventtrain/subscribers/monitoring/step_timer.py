@@ -1,4 +1,4 @@
-"""``StepTimer``: how long steps take and where the time goes, in examples and in floating-point operations a second."""
+"""``StepTimer``: time of steps and of their parts, in examples and in floating-point operations a second."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from eventtrain.events import (
     EpochCompleted,
     EpochStarted,
     EvalCompleted,
+    Event,
     MachineMeasured,
     RunResumed,
     RunStarted,
@@ -25,7 +26,7 @@ from eventtrain.subscribers._shared.worker_thread import in_own_thread
 from eventtrain.subscribers.base import RunContext, Subscriber
 
 WINDOWS_KEPT = 10_000
-"""Quantiles are of so many of the newest windows at most."""
+"""Quantiles are of this many of the newest windows at most."""
 
 
 class StepTimer(Subscriber):
@@ -34,22 +35,24 @@ class StepTimer(Subscriber):
     Its ``metrics``:
 
     - ``step_s``, ``step_s_p50``, ``step_s_p90``, ``step_s_p99``, ``steps_per_s``: the time from one step's completion
-      to the next one's. It is taken from windows of metrics, so that steps shorter than the trainer's
-      ``flush_interval_s`` count with the mean of their window. Evaluations are left out;
+      to the next one's. It is taken from windows of metrics, so steps shorter than the trainer's ``flush_interval_s``
+      count with the mean of their window. Evaluations are left out;
     - ``data_wait_s``, ``dispatch_s``, ``device_wait_s``, ``observer_wait_s``, ``observing_s``: of the training thread,
-      for each step (``LoopStatistics``). Where ``device_wait_s`` is above 0, ``step_s`` is the time of the device;
-    - ``examples_per_s``, where ``examples`` is given;
-    - ``flops_per_step`` and ``flops_per_s`` of one device, where XLA estimates them; ``mfu``, their share of
-      ``peak_flops``, where that is given. XLA counts the body of a loop once where it cannot tell how often it runs.
+      for each step (``LoopStatistics``). If ``device_wait_s`` is above 0, ``step_s`` is the time of the device;
+    - ``examples_per_s``, if ``examples`` is given;
+    - ``flops_per_step`` and ``flops_per_s`` of one device, if XLA estimates them; ``mfu``, their share of
+      ``peak_flops``, if that is given. XLA counts the body of a loop once if it cannot tell how often it runs.
 
     Args:
-        examples: how many there are in a batch; or the name of the metric that says so.
+        examples: number of examples in a batch, or name of the metric that has it.
         peak_flops: floating-point operations that one device can do in a second, in the precision of the model.
-        every_steps: publish after so many steps as well.
+        every_steps: publish after this many steps as well.
 
     Raises:
-        ConfigurationError: an argument cannot work.
+        ConfigurationError: an argument is invalid.
     """
+
+    events = (RunStarted, RunResumed, EpochStarted, EvalCompleted, StepsCompleted, EpochCompleted)
 
     def __init__(
         self,
@@ -58,22 +61,22 @@ class StepTimer(Subscriber):
         peak_flops: float | None = None,
         every_steps: int | None = None,
     ) -> None:
-        if isinstance(examples, str):
-            if not examples:
-                raise ConfigurationError("StepTimer(examples=''): needs the name of a metric, or a number.")
-        elif examples is not None:
-            require_count("StepTimer", "examples", examples, at_least=1)
-        if peak_flops is not None:
-            require_number("StepTimer", "peak_flops", peak_flops, above=0)
-        if every_steps is not None:
-            require_count("StepTimer", "every_steps", every_steps, at_least=1)
+        if not isinstance(examples, str):
+            require_count("StepTimer", "examples", examples, at_least=1, optional=True)
+        elif not examples:
+            raise ConfigurationError(
+                "StepTimer(examples=''): examples must be the name of a metric, or a number."
+            )
+        require_number("StepTimer", "peak_flops", peak_flops, above=0, optional=True)
+        require_count("StepTimer", "every_steps", every_steps, at_least=1, optional=True)
         self._examples_from = examples
         self._peak_flops = peak_flops
         self._every_steps = every_steps
         self._run: RunContext | None = None
         self._flops: float | None = None
-        self._asked_for_flops = False
+        self._has_flops = False
         self._last: datetime | None = None
+        """When the next step began; None if unknown."""
         self._before = LoopStatistics()
         self._forget()
 
@@ -84,29 +87,26 @@ class StepTimer(Subscriber):
         self._examples = 0.0
 
     async def start(self, run: RunContext) -> None:
-        """Begin anew."""
+        """Begins from scratch."""
         self._run, self._last, self._before = run, None, LoopStatistics()
-        self._asked_for_flops, self._flops = False, None
+        self._has_flops, self._flops = False, None
         self._forget()
 
-    async def on_run_started(self, event: RunStarted) -> None:
-        """Nothing is measured yet."""
-        self._last = None
+    async def handle(self, event: Event) -> None:
+        """Adds the time of a window; publishes at the end of an epoch."""
+        match event:
+            case StepsCompleted():
+                self._add(event)
+                if self._every_steps is not None and self._steps >= self._every_steps:
+                    await self._publish(event.step)
+            case EpochCompleted():
+                await self._publish(event.step)
+            case EpochStarted() | EvalCompleted():
+                self._last = event.time
+            case _:  # the time before the first window is not one of steps
+                self._last = None
 
-    async def on_run_resumed(self, event: RunResumed) -> None:
-        """The time before the first window is not one of steps."""
-        self._last = None
-
-    async def on_epoch_started(self, event: EpochStarted) -> None:
-        """The next step's time begins here."""
-        self._last = event.time
-
-    async def on_eval_completed(self, event: EvalCompleted) -> None:
-        """The next step's time begins here."""
-        self._last = event.time
-
-    async def on_steps_completed(self, event: StepsCompleted) -> None:
-        """Take the time of a window."""
+    def _add(self, event: StepsCompleted) -> None:
         last, self._last = self._last, event.time
         if last is None:
             return
@@ -118,30 +118,24 @@ class StepTimer(Subscriber):
             self._examples += self._examples_from * steps
         elif self._examples_from in event.metrics:
             self._examples += float(event.metrics[self._examples_from].sum())
-        if self._every_steps is not None and self._steps >= self._every_steps:
-            await self._publish(event.step)
-
-    async def on_epoch_completed(self, event: EpochCompleted) -> None:
-        """Publish what the epoch has shown."""
-        await self._publish(event.step)
 
     async def _publish(self, step: int) -> None:
         run = self._run
         if run is None or not self._steps or not self._seconds:
             return
-        if not self._asked_for_flops:
-            self._asked_for_flops = True
+        if not self._has_flops:
+            self._has_flops = True
             self._flops = await in_own_thread(partial(_flops, run))
-        metrics = self._figures(run.loop_statistics())
+        metrics = self._metrics(run.loop_statistics())
         self._forget()
         source = self.name or "StepTimer"
         await run.publish_async(MachineMeasured(step=step, source=source, metrics=metrics))
 
-    def _figures(self, now: LoopStatistics) -> dict[str, Number]:
+    def _metrics(self, now: LoopStatistics) -> dict[str, Number]:
         step_s, steps = zip(*self._windows, strict=True)
         p50, p90, p99 = np.quantile(step_s, (0.5, 0.9, 0.99), weights=steps, method="inverted_cdf").tolist()
         steps_per_s = self._steps / self._seconds
-        figures: dict[str, Number] = {
+        metrics: dict[str, Number] = {
             "step_s": self._seconds / self._steps,
             "step_s_p50": p50,
             "step_s_p90": p90,
@@ -152,19 +146,19 @@ class StepTimer(Subscriber):
         dispatched = now.steps - before.steps
         if dispatched:
             for part in ("data_wait_s", "dispatch_s", "device_wait_s", "observer_wait_s", "observing_s"):
-                figures[part] = (getattr(now, part) - getattr(before, part)) / dispatched
+                metrics[part] = (getattr(now, part) - getattr(before, part)) / dispatched
         if self._examples:
-            figures["examples_per_s"] = self._examples / self._seconds
+            metrics["examples_per_s"] = self._examples / self._seconds
         if self._flops is not None:
-            figures["flops_per_step"] = self._flops
-            figures["flops_per_s"] = self._flops * steps_per_s
+            metrics["flops_per_step"] = self._flops
+            metrics["flops_per_s"] = self._flops * steps_per_s
             if self._peak_flops is not None:
-                figures["mfu"] = self._flops * steps_per_s / self._peak_flops
-        return figures
+                metrics["mfu"] = self._flops * steps_per_s / self._peak_flops
+        return metrics
 
 
 def _flops(run: RunContext) -> float | None:
-    """XLA's estimate for one step; None where there is none. Blocks."""
+    """Returns XLA's estimate for one step; None if there is none. Blocks."""
     program = run.program()
     flops = program.cost.get("flops", 0.0) if program is not None else 0.0
     return flops if flops > 0 else None

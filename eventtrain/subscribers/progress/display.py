@@ -1,4 +1,4 @@
-"""What a progress bar draws: the bar, and below it what fits into the width of the console."""
+"""``RunDisplay``: the bar of a run, and below it the lines that fit into the width of the console."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import os
 import sys
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 from rich.cells import cell_len, set_cell_size
@@ -33,23 +34,21 @@ NARROW = 80
 
 
 def shows_progress() -> bool:
-    """Whether somebody is likely to look: standard error is a terminal, or this is a notebook."""
+    """Returns whether a user is likely to look: standard error is a terminal, or this is a notebook."""
     return _is_terminal() or "ipykernel" in sys.modules
 
 
 def can_redraw(console: Console, *, given: bool) -> bool:
-    """Whether lines on ``console`` can be drawn over; where not, a bar would be a line after each refresh.
+    """Returns whether lines on ``console`` can be redrawn; if not, a bar would be a new line at each refresh.
 
     Args:
-        given: the user made it, and knows what it writes to. Else it is on standard error.
+        console: on standard error, unless it is ``given``: made by the user, who knows what it writes to.
     """
     if console.is_jupyter:
-        return (
-            importlib.util.find_spec("ipywidgets") is not None
-        )  # without them rich warns, and draws nothing
+        return importlib.util.find_spec("ipywidgets") is not None  # else rich warns, and draws nothing
     if given:
         return console.is_interactive
-    # FORCE_COLOR makes rich take a pipe for a terminal, and many a CI has one that nobody redraws.
+    # FORCE_COLOR makes rich take a pipe for a terminal, and many CI systems have a terminal that keeps every line.
     return _is_terminal() and console.is_interactive and os.environ.get("CI", "").lower() not in ("1", "true")
 
 
@@ -59,26 +58,26 @@ def _is_terminal() -> bool:
 
 @dataclass(frozen=True)
 class Shown:
-    """What stands below the bar. Replaced as a whole, since it is drawn by a thread of its own."""
+    """The lines below the bar. Replaced as a whole, since a thread of its own draws them."""
 
     metrics: Mapping[str, Number] = field(default_factory=dict[str, Number])
     state: tuple[str, ...] = ()
-    """Hyperparameters, the newest checkpoint, who is behind."""
+    """Hyperparameters, the newest checkpoint, the subscribers that are behind."""
 
 
 def texts(numbers: Mapping[str, Number], names: Iterable[str] | None = None) -> list[str]:
-    """``name=value`` of each, or of those of ``names`` that are there; without characters that move a cursor."""
+    """Returns ``name=value`` of each, or of those of ``names`` that exist; without characters that move a cursor."""
     shown = numbers if names is None else [name for name in names if name in numbers]
     return [f"{printable(name)}={numbers[name]:.4g}" for name in shown]
 
 
 def printable(text: str) -> str:
-    """``text`` on one line, and harmless to a terminal."""
+    """Returns ``text`` on one line, without control characters."""
     return "".join(character if character.isprintable() else "?" for character in text)
 
 
 def fitted(parts: Sequence[str], width: int, gap: str = "  ") -> str:
-    """As many whole ``parts`` as fit into ``width`` cells, and how many more there are."""
+    """Returns as many whole ``parts`` as fit into ``width`` cells, and the number of the others."""
     line = ""
     for index, part in enumerate(parts):
         longer = f"{line}{gap}{part}" if line else part
@@ -95,59 +94,60 @@ class RunDisplay(Progress):
     """A bar over the whole run, with one line of metrics and one of everything else below it.
 
     Args:
-        console: where to draw.
-        total: steps of the run; None where that is not known.
+        console: to draw on.
+        total: steps of the run; None if unknown.
         live: whether anything is drawn at all.
     """
 
     def __init__(self, console: Console, total: int | None, *, live: bool) -> None:
         self.shown = Shown()
         self._drawn_on = console
+        column = partial(Column, no_wrap=True)
         columns: list[ProgressColumn] = [
-            TextColumn("{task.description}", markup=False, table_column=_column())
+            TextColumn("{task.description}", markup=False, table_column=column())
         ]
         if console.width >= NARROW // 2:
             columns.append(BarColumn(bar_width=None, table_column=Column(ratio=1)))
-        columns += [MofNCompleteColumn(table_column=_column()), _Rate(table_column=_column())]
+        columns += [MofNCompleteColumn(table_column=column()), _Rate(table_column=column())]
         if console.width >= NARROW:
-            columns.append(TimeElapsedColumn(table_column=_column()))
-        columns.append(_Left(compact=True, table_column=_column()))
+            columns.append(TimeElapsedColumn(table_column=column()))
+        columns.append(_Left(compact=True, table_column=column()))
         super().__init__(*columns, console=console, transient=True, expand=True, disable=not live)
         self._run = self.add_task("starting", total=total)
         self._proxies: list[FileProxy] = []
 
     def start(self) -> None:
-        """Draw, and have what is printed or logged meanwhile stand above the bar."""
+        """Draws; what is printed or logged meanwhile appears above the bar."""
         real = (sys.stdout, sys.stderr)
         super().start()  # puts a proxy before each of the two, which prints above the bar
         proxies = (stream for stream in (sys.stdout, sys.stderr) if isinstance(stream, FileProxy))
         self._proxies = [proxy for proxy in proxies if proxy.rich_proxied_file in real]
-        # Who has the stream itself would write into the bar, and the bar would be drawn over it.
+        # A handler that has the stream itself would write into the bar, and the bar would be drawn over it.
         for proxy in self._proxies:
             _hand_over(proxy.rich_proxied_file, proxy)
 
     def stop(self) -> None:
-        """Take the bar away, and give the streams back."""
+        """Removes the bar, and restores the streams."""
         super().stop()
         for proxy in self._proxies:
             _hand_over(proxy, proxy.rich_proxied_file)
         self._proxies = []
 
     def epoch(self, number: int, of: int | None) -> None:
-        """The ``number``-th epoch is in progress."""
+        """Shows the number of the epoch in progress."""
         self.update(self._run, description=f"epoch {number}/{of}" if of else f"epoch {number}")
 
     def advance_to(self, steps: int) -> None:
-        """So many steps of this run are complete."""
+        """Shows how many steps of this run are complete."""
         self.update(self._run, completed=steps)
 
     def expect(self, steps: int) -> None:
-        """The whole run has so many steps, where nobody knew."""
+        """Sets the number of steps of the run, if it was unknown."""
         if self.tasks[0].total is None:
             self.update(self._run, total=steps)
 
     def get_renderables(self) -> Iterable[RenderableType]:
-        """The bar and the lines below it, each no wider than the console is now."""
+        """Yields the bar and the lines below it, each no wider than the console is now."""
         yield self.make_tasks_table(self.tasks)
         width, shown = self._drawn_on.width - 2, self.shown
         for parts, style in ((texts(shown.metrics), "none"), (shown.state, "dim")):
@@ -156,7 +156,7 @@ class RunDisplay(Progress):
 
 
 class _Left(TimeRemainingColumn):
-    """The time left, where it is known."""
+    """The time left, if it is known."""
 
     def render(self, task: Task) -> Text:
         if task.total is None or task.speed is None or task.finished:
@@ -173,7 +173,7 @@ class _Rate(ProgressColumn):
 
 
 def _hand_over(old: object, new: Any) -> None:  # Any: a FileProxy is a stream in all but its type
-    """Have the log handlers that write to ``old`` write to ``new``."""
+    """Makes the log handlers that write to ``old`` write to ``new``."""
     for logger in [logging.root, *logging.Logger.manager.loggerDict.values()]:
         for handler in logger.handlers if isinstance(logger, logging.Logger) else ():
             if isinstance(handler, logging.StreamHandler) and handler.stream is old:
@@ -181,12 +181,8 @@ def _hand_over(old: object, new: Any) -> None:  # Any: a FileProxy is a stream i
 
 
 def compact(value: float) -> str:
-    """Three digits, with k or M for large numbers."""
+    """Returns three digits, with k or M for large numbers."""
     for limit, unit in ((1e6, "M"), (1e3, "k")):
         if value >= limit:
             return f"{value / limit:.3g}{unit}"
     return f"{value:.3g}"
-
-
-def _column() -> Column:
-    return Column(no_wrap=True)

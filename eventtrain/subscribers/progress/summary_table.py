@@ -1,4 +1,4 @@
-"""The table at the end of a run: how it ended, how fast it was, what came of it and what went wrong."""
+"""``Summary``: the table at the end of a run, with its end, speed, metrics and failures."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from eventtrain.subscribers.progress.display import compact, printable
 MOST_METRICS = 20
 """Rows of the table of metrics; more are counted."""
 NARROW = 60
-"""Consoles with fewer columns are not told in which epoch a value was the lowest or highest."""
+"""Consoles with fewer columns do not show in which epoch a value was the lowest or highest."""
 
 
 @dataclass
@@ -32,7 +32,7 @@ class _Metric:
 
 @dataclass
 class Summary:
-    """What a run has shown so far. On the bus' event loop."""
+    """Facts of a run so far. On the bus' event loop."""
 
     epochs: int = 0
     committed: int = 0
@@ -44,7 +44,7 @@ class Summary:
     _metrics: dict[str, _Metric] = field(default_factory=dict[str, _Metric])
 
     def note_epoch(self, event: EpochCompleted) -> None:
-        """Its means are the newest, and perhaps the lowest or highest."""
+        """Adds the means of an epoch."""
         self.epochs += 1
         number = event.epoch + 1
         for name, value in event.metrics.items():
@@ -56,7 +56,7 @@ class Summary:
                 known.highest = (value, number)
 
     def note_checkpoint(self, event: CheckpointCommitted | CheckpointFailed) -> None:
-        """One more on disk, or not."""
+        """Counts a checkpoint."""
         if isinstance(event, CheckpointFailed):
             self.failed_checkpoints += 1
         else:
@@ -71,7 +71,7 @@ class Summary:
         *,
         width: int,
     ) -> RenderableType:
-        """The whole of it, with the metrics ``names`` or all, for a console of so many columns."""
+        """Returns the table, with the metrics ``names`` or all, for a console of ``width`` columns."""
         facts = Table(box=None, show_header=False, padding=(0, 2, 0, 0))
         facts.add_column(style="dim", no_wrap=True)
         facts.add_column(overflow="fold")
@@ -80,18 +80,16 @@ class Summary:
             if loop.steps and loop.duration_s
             else ""
         )
+        now = f" ({loop.steps} of them now)" if loop.steps < loop.step else ""
         facts.add_row("ended", Text(printable(self.ended), style="red" if self.failed else "green"))
-        facts.add_row(
-            "steps", f"{loop.step}" + (f" ({loop.steps} of them now)" if loop.steps < loop.step else "")
-        )
+        facts.add_row("steps", f"{loop.step}{now}")
         facts.add_row("epochs", str(self.epochs))
         facts.add_row("duration", f"{_duration(loop.duration_s)}{rate}")
         if self.committed or self.failed_checkpoints:
             facts.add_row("checkpoints", self._checkpoints())
-        for figures in subscribers:
-            trouble = _trouble(figures)
-            if trouble:
-                facts.add_row("subscriber", Text(f"{printable(figures.name)}: {trouble}", style="yellow"))
+        for one in subscribers:
+            if faults := _faults(one):
+                facts.add_row("subscriber", Text(f"{printable(one.name)}: {faults}", style="yellow"))
         shown = [name for name in (self._metrics if names is None else names) if name in self._metrics]
         return Group(facts, self._metrics_table(shown, epochs=width >= NARROW)) if shown else facts
 
@@ -130,10 +128,10 @@ def _duration(seconds: float) -> str:
     return f"{hours}:{minutes:02}:{seconds:02}"
 
 
-def _trouble(figures: SubscriptionStatistics) -> str:
+def _faults(subscriber: SubscriptionStatistics) -> str:
     parts = [
-        *([f"{figures.errors} failures"] if figures.errors else []),
-        *([f"{figures.dropped} events dropped"] if figures.dropped and figures.errors else []),
-        *(["disabled"] if figures.state == "disabled" else []),
+        f"{subscriber.errors} failures" if subscriber.errors else "",
+        f"{subscriber.dropped} events dropped" if subscriber.dropped and subscriber.errors else "",
+        "disabled" if subscriber.state == "disabled" else "",
     ]
-    return ", ".join(parts)
+    return ", ".join(filter(None, parts))

@@ -14,8 +14,7 @@ from eventtrain.errors import SnapshotError, StorageError
 from eventtrain.subscribers._shared import atomic_files
 from eventtrain.subscribers._shared.retry import retry
 from eventtrain.subscribers.checkpointing.directory import temporary_path, try_to_remove
-from eventtrain.subscribers.remote.object_store import ObjectStore, Options
-from eventtrain.subscribers.remote.parallel import in_parallel
+from eventtrain.subscribers.remote.object_store import ObjectStore, Options, in_parallel
 from eventtrain.subscribers.remote.upload_manifest import (
     UPLOAD_MANIFEST,
     UploadedFile,
@@ -71,8 +70,12 @@ def download_checkpoint(
         for_each(lambda file: again(lambda: _fetch(store, base, file, folder)), files)
 
     store.open(make=False)
-    places = again(lambda: _places(store))
-    found = for_each(lambda place: again(lambda: _manifest(store, place)), places)
+    paths = [
+        path
+        for path in again(store.names)
+        if path.rpartition("/")[2] == UPLOAD_MANIFEST and leads_below(path)
+    ]
+    found = for_each(lambda path: again(lambda: _manifest(store, path)), paths)
     place, manifest = _chosen([one for one in found if one is not None], which, store.url)
     path = Path(directory).absolute() / (place or store.url).rpartition("/")[2]
     if not _is_at(path, manifest.files):
@@ -95,18 +98,11 @@ def download_checkpoint(
     return path
 
 
-def _places(store: ObjectStore) -> list[str]:
-    """Returns the paths of the folders with manifests."""
-    paths = [
-        path for path in store.names() if path.rpartition("/")[2] == UPLOAD_MANIFEST and leads_below(path)
-    ]
-    return [path.rpartition("/")[0] for path in paths]
-
-
-def _manifest(store: ObjectStore, place: str) -> tuple[str, UploadManifest] | None:
-    """Returns the manifest with its place; None if it is something else, or not valid, which is logged."""
+def _manifest(store: ObjectStore, path: str) -> tuple[str, UploadManifest] | None:
+    """Returns the manifest with its folder; None if it is something else, or not valid, which is logged."""
+    place = path.rpartition("/")[0]
     try:
-        manifest = UploadManifest.parse(store.read(_join(place, UPLOAD_MANIFEST)) or b"")
+        manifest = UploadManifest.parse(store.read(path) or b"")
     except SnapshotError as error:
         logger.warning("%s/%s is left out: %s", store.url, place, error)
         return None
@@ -132,7 +128,7 @@ def _fetch(store: ObjectStore, base: str, file: UploadedFile, folder: Path) -> N
     """Writes and syncs one file; removes it again if it is not the one that was uploaded."""
     digest = hashlib.sha256()
     target = folder / file.path
-    path = _join(base, file.path)
+    path = f"{base}/{file.path}".lstrip("/")
     target.parent.mkdir(parents=True, exist_ok=True)
     try:
         with target.open("wb") as out:
@@ -158,17 +154,11 @@ def _is_at(path: Path, files: Sequence[UploadedFile]) -> bool:
         return False
     for file in files:
         one = path / file.path if path.is_dir() else path
-        if not one.is_file() or one.stat().st_size != file.size_bytes or _sha256(one) != file.sha256:
-            raise SnapshotError(
-                f"{path} exists and differs from the one in the store. Choose another directory, or delete it."
-            )
+        if one.is_file() and one.stat().st_size == file.size_bytes:
+            with one.open("rb") as opened:
+                if hashlib.file_digest(opened, "sha256").hexdigest() == file.sha256:
+                    continue
+        raise SnapshotError(
+            f"{path} exists and differs from the one in the store. Choose another directory, or delete it."
+        )
     return True
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _join(place: str, path: str) -> str:
-    return f"{place}/{path}".lstrip("/")

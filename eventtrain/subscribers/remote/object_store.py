@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Callable, Generator, Iterator, Mapping
+import threading
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, TypeVar
 from urllib.parse import SplitResult, urlsplit
 from urllib.request import url2pathname
 
@@ -20,6 +21,9 @@ from pydantic import AfterValidator, SecretStr
 
 from eventtrain.errors import ConfigurationError, StorageError
 from eventtrain.subscribers._shared.optional_imports import import_optional, require_installed
+
+T = TypeVar("T")
+R = TypeVar("R")
 
 USED_BY = "Copying checkpoints to or from a store or folder"
 obstore = import_optional("obstore", extra="upload", used_by=USED_BY)
@@ -78,17 +82,8 @@ Options = Annotated[Mapping[str, str | bool | SecretStr], AfterValidator(keep_se
 class ObjectStore:
     """Everything below one URL; ``open`` it first. Paths are relative, with slashes.
 
-    Args:
-        owner: name in errors.
-        url: ``s3://bucket/prefix``, ``gs://bucket/prefix``, ``az://container/prefix``, or an absolute folder, also as
-            ``file://``. It is shown, so nothing in it may be secret.
-        options: of obstore's S3Store, GCSStore or AzureStore, and of its HTTP client.
-        timeout_s: of one request, which carries one part at most.
-
-    The store is not contacted yet. All other methods raise StorageError.
-
-    Raises:
-        ConfigurationError: obstore is not installed, or ``url`` or ``options`` are invalid; no value is quoted.
+    Arguments are as of ``Uploader``; ``owner`` is the name in errors. The constructor does not contact the store, and
+    raises ConfigurationError without quoting a value. All other methods raise StorageError.
     """
 
     def __init__(self, owner: str, url: str, options: Options | None, *, timeout_s: float) -> None:
@@ -134,7 +129,7 @@ class ObjectStore:
         Args:
             path: in the store.
             size_bytes: of the file, which does not change.
-            read: returns so many bytes (second argument) from an offset on; raises StorageError if it cannot.
+            read: offset, size -> that many bytes; raises StorageError if it cannot.
         """
         part_bytes = max(PART_BYTES, -(-size_bytes // PART_LIMIT))
         sha256, md5s = hashlib.sha256(), list[bytes]()
@@ -209,6 +204,41 @@ class ObjectStore:
         """Returns the paths of all objects."""
         with _without_text(self.url):
             return [one["path"] for some in obstore.list(self._store) for one in some]
+
+
+def in_parallel(action: Callable[[T], R], items: Iterable[T], *, threads: int, name: str) -> list[R]:
+    """Returns ``action`` of each item, in order, computed by several threads; the first that raises ends them all.
+
+    The threads are daemons, unlike an executor's: one that hangs on a dead server does not keep the program alive.
+    """
+    todo = list(enumerate(items))[::-1]
+    results: dict[int, R] = {}
+    failures: list[BaseException] = []
+
+    def work() -> None:
+        while not failures:
+            try:
+                index, item = todo.pop()
+            except IndexError:
+                return
+            try:
+                results[index] = action(item)
+            except BaseException as error:
+                failures.append(error)
+
+    count = min(threads, len(todo))
+    workers = [threading.Thread(target=work, name=f"eventtrain {name}", daemon=True) for _ in range(count)]
+    try:
+        for worker in workers:
+            worker.start()
+        for worker in workers:
+            worker.join()
+    except BaseException as error:
+        failures.append(error)
+        raise
+    if failures:
+        raise failures[0]
+    return [results[index] for index in sorted(results)]
 
 
 def _folder(owner: str, url: str) -> Path | None:

@@ -96,15 +96,6 @@ class UploadManifest(BaseModel):
             place = ".".join(map(str, wrong["loc"]))
             raise SnapshotError(f"its {UPLOAD_MANIFEST} is not valid: {place}: {wrong['msg']}") from None
 
-    def to_bytes(self) -> bytes:
-        """Returns it for ``parse``."""
-        return self.model_dump_json(indent=1).encode()
-
-    @property
-    def size_bytes(self) -> int:
-        """Size of all files."""
-        return sum(file.size_bytes for file in self.files)
-
     @property
     def identity(self) -> str:
         """SHA-256 of ``eventtrain.json``, which has a checksum of each array: equal only for the same checkpoint."""

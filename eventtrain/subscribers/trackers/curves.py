@@ -54,8 +54,7 @@ class TrackedCurves:
     events = (RunStarted, EpochStarted, StepsCompleted, EvalCompleted, HyperparamChanged, EpochCompleted)
 
     def __init__(self) -> None:
-        self._last: dict[str, tuple[int, float]] = {}
-        self._waiting: dict[str, tuple[int, float]] = {}
+        self.state = HyperparamCurveState()
         self.evaluated_at = -1
         """Step of the last evaluation that has points; a restart needs it and ``state``."""
 
@@ -69,18 +68,19 @@ class TrackedCurves:
             case EpochCompleted():
                 values = [*self.due(event.step), *self._at_the_end_of(event)]
                 return [*values, *_of_metrics(event.step, "epoch", event.metrics)]
-            case EvalCompleted() if (
-                event.step > self.evaluated_at
-            ):  # a command may evaluate the same boundary again
+            case EvalCompleted() if event.step > self.evaluated_at:  # a command may evaluate a boundary again
                 self.evaluated_at = event.step
                 return _of_metrics(event.step, "eval", event.metrics)
             case EpochStarted():
                 for name, value in event.hyperparams.items():
-                    if name not in self._last and name not in self._waiting:
-                        self._waiting[name] = (event.step + 1, float(value))
+                    if not self._knows(name):
+                        self.state.waiting[name] = (event.step + 1, float(value))
             case RunStarted(step=step):  # perhaps of another trainer, from the first step on
-                self._last = {name: point for name, point in self._last.items() if point[0] <= step}
-                self._waiting = {name: point for name, point in self._waiting.items() if point[0] <= step + 1}
+                last, waiting = self.state.last.items(), self.state.waiting.items()
+                self.state = HyperparamCurveState(
+                    last={name: point for name, point in last if point[0] <= step},
+                    waiting={name: point for name, point in waiting if point[0] <= step + 1},
+                )
                 self.evaluated_at = min(self.evaluated_at, step)
             case _:
                 pass
@@ -88,39 +88,31 @@ class TrackedCurves:
 
     def due(self, step: int) -> list[Points]:
         """Returns the points of hyperparameters that waited for ``step`` or an earlier one, in order."""
-        due = {name: point for name, point in self._waiting.items() if point[0] <= step}
-        self._last.update(due)
+        due = {name: point for name, point in self.state.waiting.items() if point[0] <= step}
+        self.state.last.update(due)
         for name in due:
-            del self._waiting[name]
+            del self.state.waiting[name]
         return [
             _of_hyperparam(*point) for point in sorted((at, name, value) for name, (at, value) in due.items())
         ]
 
-    @property
-    def state(self) -> HyperparamCurveState:
-        """State for ``restore``."""
-        return HyperparamCurveState(last=dict(self._last), waiting=dict(self._waiting))
-
-    def restore(self, state: HyperparamCurveState, evaluated_at: int) -> None:
-        """Continues from a saved state."""
-        self._last, self._waiting = dict(state.last), dict(state.waiting)
-        self.evaluated_at = evaluated_at
+    def _knows(self, name: str) -> bool:
+        return name in self.state.last or name in self.state.waiting
 
     def _changed(self, event: HyperparamChanged) -> list[Points]:
         due = self.due(event.step)
-        known = event.name in self._last or event.name in self._waiting
-        self._waiting[event.name if known else event.path] = (event.step + 1, float(event.new))
+        name = event.name if self._knows(event.name) else event.path
+        self.state.waiting[name] = (event.step + 1, float(event.new))
         return due
 
     def _at_the_end_of(self, event: EpochCompleted) -> Iterator[Points]:
         for name, shown in event.hyperparams.items():
-            at, value = self._last.get(name, (-1, float(shown)))
-            if (
-                name not in self._waiting
-            ):  # else it changed at this boundary, and the last step had the old value
+            at, value = self.state.last.get(name, (-1, float(shown)))
+            # A value that waits changed at this boundary, and the last step had the old one.
+            if name not in self.state.waiting:
                 value = float(shown)
             if at < event.step:
-                self._last[name] = (event.step, value)
+                self.state.last[name] = (event.step, value)
                 yield _of_hyperparam(event.step, name, value)
 
 

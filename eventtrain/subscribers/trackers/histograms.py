@@ -9,7 +9,7 @@ from __future__ import annotations
 import fnmatch
 import logging
 import re
-from collections.abc import Collection, Iterator
+from collections.abc import Container
 from typing import Any
 
 import numpy as np
@@ -27,9 +27,10 @@ from eventtrain.events import (
 )
 from eventtrain.subscribers._shared.validation import require_count
 from eventtrain.subscribers.base import RunContext
-from eventtrain.subscribers.trackers.recorded_values import Array
 
 logger = logging.getLogger("eventtrain")
+
+Array = np.ndarray[Any, Any]
 
 BINS = 64
 PATH_PART = re.compile(r"\[['\"]([^]]*)['\"]\]|\[([^]]*)\]|\.(\w+)")
@@ -42,11 +43,6 @@ class HistogramSnapshots:
         owner: name of the subscriber's class, for errors.
         every, every_epochs: steps and epochs between two snapshots; None: none.
         arrays: patterns (as of ``fnmatch``) of the arrays' names, such as ``params/dense/*``; None: the params.
-
-    A name is the array's path in the state with slashes: ``['params']['w']`` is ``params/w``.
-
-    Raises:
-        ConfigurationError: an argument is invalid.
     """
 
     events = (RunStarted, RunResumed, StepsCompleted, EpochCompleted, SnapshotTaken, CommandRejected)
@@ -84,16 +80,14 @@ class HistogramSnapshots:
                 if self._every is not None and event.is_multiple_of(self._every):
                     self._request()
             case EpochCompleted():
-                epochs = run.epochs if run is not None else None
                 # Not of the last epoch: the run would end before it was taken.
                 is_last = (
-                    run is not None and epochs is not None and event.epoch + 1 >= run.start_epoch + epochs
+                    run is not None
+                    and run.epochs is not None
+                    and event.epoch + 1 >= run.start_epoch + run.epochs
                 )
-                if (
-                    self._every_epochs is not None
-                    and event.is_multiple_of(self._every_epochs)
-                    and not is_last
-                ):
+                is_due = self._every_epochs is not None and event.is_multiple_of(self._every_epochs)
+                if is_due and not is_last:
                     self._request()
             case RunStarted() | RunResumed():
                 self.release()  # of an earlier attempt
@@ -116,12 +110,26 @@ class HistogramSnapshots:
         Raises:
             StorageError: no array has such a name, or the snapshot was released before.
         """
+        assert self._run is not None
+        params = {path for path in self._run.params.values() if path is not None}
+        wanted = _WantedPaths(params, self._patterns)
         try:
-            return self._read(snapshot)
+            found = snapshot.device.host_leaves(wanted)
+            arrays = {  # copied: on a CPU they are views, which would keep the device's memory
+                array_name(path): np.array(array)
+                for path, array in found.items()
+                if isinstance(array, np.ndarray)
+            }
         except SnapshotError as error:
             raise StorageError(str(error)) from None
         finally:
             self.release(snapshot)
+        if not arrays:
+            raise StorageError(
+                f"no array of the state is called {' or '.join(self._patterns or ('params',))}; there are "
+                f"{', '.join(sorted(wanted.asked)) or 'none'}"
+            )
+        return arrays
 
     def release(self, snapshot: KeptSnapshot | None = None) -> None:
         """Releases a snapshot that is not read, or any that an earlier attempt left. Any thread."""
@@ -136,44 +144,21 @@ class HistogramSnapshots:
             self._in_flight = True
             self._run.control.snapshot(self._tag, reason="histograms")
 
-    def _read(self, snapshot: KeptSnapshot) -> dict[str, Array]:
-        assert self._run is not None
-        params = {path for path in self._run.params.values() if path is not None}
-        wanted = _WantedPaths(params if self._patterns is None else None, self._patterns or ())
-        found = snapshot.device.host_leaves(wanted)
-        arrays = {
-            array_name(path): np.array(array)  # on a CPU it is a view, which would keep the device's memory
-            for path, array in found.items()
-            if isinstance(array, np.ndarray)
-        }
-        if not arrays:
-            raise StorageError(
-                f"no array of the state is called {' or '.join(self._patterns or ('params',))}; there are "
-                f"{', '.join(sorted(map(array_name, wanted.asked))) or 'none'}"
-            )
-        return arrays
 
-
-class _WantedPaths(Collection[str]):
+class _WantedPaths(Container[str]):
     """Paths of the arrays to be read; no other is transferred."""
 
-    def __init__(self, paths: set[str] | None, patterns: tuple[str, ...]) -> None:
+    def __init__(self, params: set[str], patterns: tuple[str, ...] | None) -> None:
         self.asked: list[str] = []
-        self._paths = paths
+        self._params = params
         self._patterns = patterns
 
     def __contains__(self, path: object) -> bool:
-        self.asked.append(str(path))
-        if self._paths is not None:
-            return path in self._paths
         name = array_name(str(path))
+        self.asked.append(name)
+        if self._patterns is None:
+            return path in self._params
         return any(fnmatch.fnmatchcase(name, pattern) for pattern in self._patterns)
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._paths or ())
-
-    def __len__(self) -> int:
-        return len(self._paths or ())
 
 
 def array_name(path: str) -> str:

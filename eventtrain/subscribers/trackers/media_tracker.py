@@ -2,29 +2,81 @@
 
 from __future__ import annotations
 
+import io
 from abc import abstractmethod
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from functools import cache, partial
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
+
+import numpy as np
 
 from eventtrain.control.run_context import StepProgram
-from eventtrain.events import (
-    Event,
-    RunFailed,
-    StepsCompleted,
-)
+from eventtrain.errors import ConfigurationError, StorageError
+from eventtrain.events import Event, RunFailed, StepsCompleted
 from eventtrain.subscribers._shared.validation import require_count
 from eventtrain.subscribers.base import RunContext
 from eventtrain.subscribers.trackers.curves import Points, TrackedCurves
-from eventtrain.subscribers.trackers.histograms import HistogramSnapshots
-from eventtrain.subscribers.trackers.recorded_values import (
-    Array,
-    Record,
-    RecordedValues,
-    check_record,
-    recorded_values,
-)
+from eventtrain.subscribers.trackers.histograms import Array, HistogramSnapshots
 from eventtrain.subscribers.trackers.tracker import Tracker
+
+Record = Mapping[type[Event], Callable[[Any], Mapping[str, Any]]]
+"""Event class -> function that returns what to record of such an event, by name."""
+
+
+@dataclass
+class RecordedValues:
+    """Values by name. Images are uint8[height, width, 1, 3 or 4], or PNG files; arrays become histograms."""
+
+    numbers: dict[str, float] = field(default_factory=dict[str, float])
+    texts: dict[str, str] = field(default_factory=dict[str, str])
+    images: dict[str, Array | bytes] = field(default_factory=dict[str, "Array | bytes"])
+    arrays: dict[str, Array] = field(default_factory=dict[str, Array])
+
+    @classmethod
+    def of(cls, values: Mapping[str, Any]) -> RecordedValues:
+        """Sorts values by what they are.
+
+        A str is text; a number is a point of a curve; a vector is a histogram; a matrix, or an array of 3 dimensions
+        whose last has 1, 3 or 4 entries, is an image (floats from 0 to 1); bytes are a PNG file; a figure of
+        matplotlib is an image.
+
+        Raises:
+            StorageError: a value is none of these; the message names it.
+        """
+        found = cls()
+        for name, value in values.items():
+            if isinstance(value, str):
+                found.texts[name] = value
+            elif isinstance(value, bytes):
+                found.images[name] = value
+            elif hasattr(value, "savefig"):
+                buffer = io.BytesIO()
+                value.savefig(buffer, format="png")
+                found.images[name] = buffer.getvalue()
+            else:
+                found._add_array(name, np.asarray(value))
+        return found
+
+    def _add_array(self, name: str, array: Array) -> None:
+        if array.dtype.kind not in "biuf":
+            raise StorageError(
+                f"{name!r} cannot be recorded: expected a number, text, image or vector, got "
+                f"{array.dtype.name}{list(array.shape)}"
+            )
+        if array.ndim == 0:
+            self.numbers[name] = float(array)
+        elif array.ndim == 1:
+            self.arrays[name] = array
+        elif array.ndim == 2:
+            self.images[name] = _pixels(array[:, :, None])
+        elif array.ndim == 3 and array.shape[2] in (1, 3, 4):
+            self.images[name] = _pixels(array)
+        else:
+            raise StorageError(
+                f"{name!r} cannot be recorded: an image is [height, width] or [height, width, 1, 3 or 4], not "
+                f"{list(array.shape)}"
+            )
 
 
 class MediaTarget(Protocol):
@@ -32,29 +84,18 @@ class MediaTarget(Protocol):
 
     def log_histograms(self, event: Event, step: int, arrays: Mapping[str, Array]) -> None:
         """Logs the arrays of the state after ``step``, by name."""
-        ...
 
     def log_recorded(self, event: Event, values: RecordedValues) -> None:
         """Logs the values that the user's functions returned for ``event``."""
-        ...
 
     def log_program(self, event: StepsCompleted, program: StepProgram) -> None:
         """Logs the compiled step."""
-        ...
 
 
 class MediaTracker(Tracker):
     """Abstract. A subclass calls ``_begin`` in ``start``, and logs steps and points in ``_log``.
 
-    Args:
-        every: only steps that are a multiple of it are logged.
-        histogram_every, histogram_every_epochs, arrays: as of ``HistogramSnapshots``.
-        record: event class -> function that returns what to record of such an event.
-        program: whether to log the compiled step.
-        finish_timeout_s: as of ``Tracker``.
-
-    Raises:
-        ConfigurationError: an argument is invalid.
+    Arguments are as of ``TensorBoardLogger``.
     """
 
     def __init__(
@@ -73,10 +114,15 @@ class MediaTracker(Tracker):
         require_count(owner, "every", every, at_least=1)
         self._every = every
         self._histograms = HistogramSnapshots(owner, histogram_every, histogram_every_epochs, arrays)
-        self._record = check_record(owner, record)
-        self._recorded_types = tuple(self._record)
+        self._record = dict(record or {})
+        for kind, function in self._record.items():
+            if not (isinstance(kind, type) and issubclass(kind, Event)) or not callable(function):  # pyright: ignore[reportUnnecessaryIsInstance]
+                raise ConfigurationError(
+                    f"{owner}(record={{{kind!r}: {function!r}}}): record must map event classes to functions that take "
+                    "such an event and return a dict of values by name."
+                )
         self._curves = TrackedCurves()
-        self.events = (*TrackedCurves.events, *HistogramSnapshots.events, RunFailed, *self._recorded_types)
+        self.events = (*TrackedCurves.events, *HistogramSnapshots.events, RunFailed, *self._record)
         self._program = program
         self._program_written = False
         self._run: RunContext | None = None
@@ -94,17 +140,12 @@ class MediaTracker(Tracker):
 
     async def handle(self, event: Event) -> None:
         """Has the event logged; returns at once."""
-        target = self._target
-        if target is None:
+        run, target = self._run, self._target
+        if run is None or target is None:
             return
         self._log(event, self._curves.points(event))
-        if (
-            isinstance(event, StepsCompleted)
-            and self._program
-            and not self._program_written
-            and self._run is not None
-        ):
-            program = self._run.program()
+        if isinstance(event, StepsCompleted) and self._program and not self._program_written:
+            program = run.program()
             if program is not None:
                 self._program_written = True
                 self._add(event, partial(target.log_program, event, program))
@@ -113,19 +154,33 @@ class MediaTracker(Tracker):
             arrays = cache(partial(self._histograms.read, snapshot))
             if not self._add(event, lambda: target.log_histograms(event, snapshot.step, arrays())):
                 self._histograms.release(snapshot)
-        if isinstance(event, self._recorded_types):
-            values = cache(
-                partial(recorded_values, self._record, event)
-            )  # called once, however often it is written
+        if isinstance(event, tuple(self._record)):
+            values = cache(partial(self._recorded, event))  # called once, however often it is written
             self._add(event, lambda: target.log_recorded(event, values()))
 
     async def stop(self) -> None:
-        """Waits for rows that are not written, and releases snapshots.
-
-        Raises:
-            SubscriberError: that took longer than ``finish_timeout_s``.
-        """
+        """Waits for rows that are not written, and releases snapshots; raises as ``Tracker.stop``."""
         try:
             await super().stop()
         finally:
             self._histograms.release()
+
+    def _recorded(self, event: Event) -> RecordedValues:
+        values: dict[str, Any] = {}
+        for kind, function in self._record.items():
+            if isinstance(event, kind):
+                try:
+                    values.update(function(event))
+                except Exception as error:
+                    raise StorageError(
+                        f"record[{kind.__name__}] raised {type(error).__name__}: {error}"
+                    ) from error
+        return RecordedValues.of(values)
+
+
+def _pixels(array: Array) -> Array:
+    if array.dtype == np.uint8:
+        return array
+    if array.dtype.kind == "f":
+        return cast("Array", (np.clip(np.nan_to_num(array), 0.0, 1.0) * 255 + 0.5).astype(np.uint8))
+    return np.clip(array, 0, 255).astype(np.uint8)

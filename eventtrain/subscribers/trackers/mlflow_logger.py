@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import uuid
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from time import monotonic
@@ -30,10 +30,10 @@ from eventtrain.subscribers.trackers.curves import HyperparamCurveState, Points,
 from eventtrain.subscribers.trackers.tracker import Tracker
 
 if TYPE_CHECKING:
-    from eventtrain.subscribers.trackers.mlflow_run import MLflowRun, Value
+    from eventtrain.subscribers.trackers.mlflow_store import MLflowRun, Value
 
-mlflow_run = import_optional(
-    "eventtrain.subscribers.trackers.mlflow_run", extra="mlflow", used_by="MLflowLogger"
+mlflow_store = import_optional(
+    "eventtrain.subscribers.trackers.mlflow_store", extra="mlflow", used_by="MLflowLogger"
 )
 
 logger = logging.getLogger("eventtrain")
@@ -57,23 +57,12 @@ class MLflowLoggerState(SavedState):
 
 @dataclass
 class _Batch:
-    """Rows for one request, as windows of steps and lists of values."""
+    """Rows for one request, as functions that return their values."""
 
     send_at_s: float = 0.0
-    parts: list[StepsCompleted | list[Value]] = field(default_factory=list["StepsCompleted | list[Value]"])
+    parts: list[Callable[[], list[Value]]] = field(default_factory=list["Callable[[], list[Value]]"])
     rows: int = 0
     values: int = 0
-
-    def add(self, part: StepsCompleted | list[Value], rows: int, values: int) -> None:
-        if not self.parts:
-            self.send_at_s = monotonic() + SEND_INTERVAL_S
-        self.parts.append(part)
-        self.rows += rows
-        self.values += values
-
-    @property
-    def is_due(self) -> bool:
-        return self.values >= SEND_VALUES or monotonic() >= self.send_at_s
 
 
 class MLflowLogger(Tracker):
@@ -115,11 +104,11 @@ class MLflowLogger(Tracker):
         every: int = 10,
         finish_timeout_s: float = 30.0,
     ) -> None:
-        require_installed(mlflow_run)
+        require_installed(mlflow_store)
         super().__init__(finish_timeout_s)
         require_count("MLflowLogger", "every", every)
         uri = tracking_uri if isinstance(tracking_uri, SecretStr) else SecretStr(tracking_uri)
-        self._connect = partial(mlflow_run.MLflowRun, uri, experiment=experiment)
+        self._connect = partial(mlflow_store.MLflowRun, uri, experiment=experiment)
         self._run_name = run_name
         self._params = dict(params or {})
         self._tags = dict(tags or {})
@@ -151,14 +140,15 @@ class MLflowLogger(Tracker):
         match event:
             case StepsCompleted() if self._every:
                 if rows := len(due_steps(event, self._every)):
-                    self._batch.add(event, rows, rows * len(event.metrics))
+                    self._put(partial(_step_values, event, self._every), rows, rows * len(event.metrics))
             case RunCompleted():
                 self._end("KILLED" if event.reason in TO_BE_CONTINUED else "FINISHED", event.reason)
             case RunFailed():
                 self._end("FAILED", "failed")
             case _:
                 pass
-        if self._batch.is_due or isinstance(event, EpochCompleted):
+        batch = self._batch
+        if batch.values >= SEND_VALUES or monotonic() >= batch.send_at_s or isinstance(event, EpochCompleted):
             self._send()
 
     async def flush(self) -> None:
@@ -187,9 +177,7 @@ class MLflowLogger(Tracker):
         """
         saved = MLflowLoggerState.parse(self._owner, state)
         self._run_id, self._token = saved.run_id, saved.token
-        self._curves.restore(saved.curve, saved.evaluated_at)
-
-    # --- on the event loop ------------------------------------------------------------------------------------
+        self._curves.state, self._curves.evaluated_at = saved.curve, saved.evaluated_at
 
     def _collect(self, points: list[Points]) -> None:
         time_ms = _ms(self._newest)
@@ -199,12 +187,21 @@ class MLflowLogger(Tracker):
             for name, value in point.named().items()
         ]
         if values:  # the hyperparameters are one row together
-            self._batch.add(values, len({point.group for point in points}), len(values))
+            self._put(lambda: values, len({point.group for point in points}), len(values))
+
+    def _put(self, part: Callable[[], list[Value]], rows: int, values: int) -> None:
+        batch = self._batch
+        if not batch.parts:
+            batch.send_at_s = monotonic() + SEND_INTERVAL_S
+        batch.parts.append(part)
+        batch.rows += rows
+        batch.values += values
 
     def _send(self) -> None:
         batch, self._batch = self._batch, _Batch()
-        if batch.parts and self._mlflow is not None:
-            self._add(self._newest, partial(self._log, self._mlflow, batch), rows=batch.rows)
+        run = self._mlflow
+        if batch.parts and run is not None:
+            self._add(self._newest, partial(_log, run, batch), rows=batch.rows)
 
     def _end(self, status: str, reason: str) -> None:
         self._collect(self._curves.due(self._newest.step))
@@ -213,23 +210,23 @@ class MLflowLogger(Tracker):
             close = partial(self._mlflow.close, status, {"eventtrain.stop_reason": reason})
             self._add(self._newest, close, rows=0)
 
-    # --- on the thread ----------------------------------------------------------------------------------------
-
     def _open(self, run: MLflowRun, tags: Mapping[str, str]) -> None:
-        self._run_id = run.open()
+        run.open()
+        self._run_id = run.run_id
         run.describe(self._params, tags)
 
-    def _log(self, run: MLflowRun, batch: _Batch) -> None:
-        run.log(value for part in batch.parts for value in self._values(part))
 
-    def _values(self, part: StepsCompleted | list[Value]) -> Iterator[Value]:
-        if isinstance(part, list):
-            yield from part
-            return
-        time_ms = _ms(part)
-        for step, metrics in step_rows(part, self._every):
-            for name, value in metrics.items():
-                yield f"step/{name}", float(value), step, time_ms
+def _log(run: MLflowRun, batch: _Batch) -> None:
+    run.log(value for part in batch.parts for value in part())
+
+
+def _step_values(window: StepsCompleted, every: int) -> list[Value]:
+    time_ms = _ms(window)
+    return [
+        (f"step/{name}", float(value), step, time_ms)
+        for step, metrics in step_rows(window, every)
+        for name, value in metrics.items()
+    ]
 
 
 def _ms(event: Event) -> int:

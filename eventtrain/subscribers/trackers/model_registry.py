@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
@@ -30,10 +30,10 @@ from eventtrain.subscribers._shared.worker_thread import WorkerThread
 from eventtrain.subscribers.base import RunContext, Subscriber
 
 if TYPE_CHECKING:
-    from eventtrain.subscribers.trackers.mlflow_registry import MLflowRegistry, Version
+    from eventtrain.subscribers.trackers.mlflow_store import MLflowRegistry
 
-mlflow_registry = import_optional(
-    "eventtrain.subscribers.trackers.mlflow_registry", extra="mlflow", used_by="ModelRegistry"
+mlflow_store = import_optional(
+    "eventtrain.subscribers.trackers.mlflow_store", extra="mlflow", used_by="ModelRegistry"
 )
 
 logger = logging.getLogger("eventtrain")
@@ -84,7 +84,7 @@ class ModelRegistry(Subscriber):
         retry_delay_s: float = 1.0,
         finish_timeout_s: float = 60.0,
     ) -> None:
-        require_installed(mlflow_registry)
+        require_installed(mlflow_store)
         if not name or set("/:'") & set(name):
             raise ConfigurationError(
                 f"ModelRegistry(name={name!r}): name must be a model name without / : and '."
@@ -98,24 +98,21 @@ class ModelRegistry(Subscriber):
         self._tags = dict(tags or {})
         self._metrics = metrics
         uri = tracking_uri if isinstance(tracking_uri, SecretStr) else SecretStr(tracking_uri)
-        self._connect = partial(mlflow_registry.MLflowRegistry, name, uri, experiment=experiment)
+        self._connect = partial(mlflow_store.MLflowRegistry, name, uri, experiment=experiment)
         self._retries = retries
         self._retry_delay_s = retry_delay_s
         self._finish_timeout_s = finish_timeout_s
         self._epochs: deque[EpochCompleted] = deque(maxlen=REMEMBERED_EPOCHS)
         self._status = "FINISHED"
-        self._run: RunContext | None = None
-        self._registry: MLflowRegistry | None = None
-        self._thread: WorkerThread | None = None
+        self._active: tuple[RunContext, WorkerThread, MLflowRegistry] | None = None
         self._waiting: list[str] = []
         """Sources that are neither registered nor failed yet."""
 
     async def start(self, run: RunContext) -> None:
         """Starts the thread that uses MLflow."""
-        self._run = run
-        self._registry = self._connect(run_name=run.run_id)
-        self._thread = WorkerThread(self._owner, run.publish)
-        self._thread.start()
+        thread = WorkerThread(self._owner, run.publish)
+        self._active = run, thread, self._connect(run_name=run.run_id)
+        thread.start()
 
     async def handle(self, event: Event) -> None:
         """Has the checkpoint registered, or remembers metrics and the end of the run; returns at once."""
@@ -141,10 +138,10 @@ class ModelRegistry(Subscriber):
         Raises:
             SubscriberError: that took longer than ``finish_timeout_s``.
         """
-        thread, self._thread = self._thread, None
-        registry = self._registry
-        if thread is None or registry is None:
+        active, self._active = self._active, None
+        if active is None:
             return
+        _, thread, registry = active
         thread.put(partial(self._end, thread, registry, self._status))
 
         def unfinished() -> str:
@@ -164,13 +161,14 @@ class ModelRegistry(Subscriber):
         return self.name or "ModelRegistry"
 
     def _register(self, event: CheckpointCommitted | CheckpointUploaded | RunResumed, source: str) -> None:
-        run, thread, registry = self._run, self._thread, self._registry
-        if run is None or thread is None or registry is None:
+        if self._active is None:
             return
-        if self._directory is not None:
-            directory = (run.run_dir / self._directory).absolute()
-            if Path(event.path).parent != directory:
-                return
+        run, thread, registry = self._active
+        if (
+            self._directory is not None
+            and Path(event.path).parent != (run.run_dir / self._directory).absolute()
+        ):
+            return
         tags = {"step": str(event.step), "run_id": run.run_id}
         if not isinstance(event, RunResumed) and event.tag is not None:
             tags["tag"] = event.tag
@@ -180,20 +178,26 @@ class ModelRegistry(Subscriber):
             tags["epoch"] = str(epoch.epoch)
             names = epoch.metrics.keys() if self._metrics is None else self._metrics
             metrics = {name: float(epoch.metrics[name]) for name in names if name in epoch.metrics}
-        version = mlflow_registry.Version(source, event.step, metrics, {**tags, **self._tags})
+        add = partial(registry.add, source, step=event.step, metrics=metrics, tags={**tags, **self._tags})
         self._waiting.append(source)
-        thread.put(partial(self._add, thread, registry, event, version))
+        thread.put(partial(self._add, thread, registry, event, source, add))
 
     # --- on the thread ----------------------------------------------------------------------------------------
 
-    def _add(self, thread: WorkerThread, registry: MLflowRegistry, event: Event, version: Version) -> None:
-        source = version.source
+    def _add(
+        self,
+        thread: WorkerThread,
+        registry: MLflowRegistry,
+        event: Event,
+        source: str,
+        add: Callable[[], str],
+    ) -> None:
         attempt = partial(retry, retries=self._retries, delay_s=self._retry_delay_s, stopping=thread.stopping)
         try:
-            if isinstance(event, RunResumed) and attempt(lambda: registry.has(source)):
+            if isinstance(event, RunResumed) and attempt(partial(registry.has, source)):
                 logger.info("%s is registered already", source)
             else:
-                logger.info("%s is version %s of the model", source, attempt(lambda: registry.add(version)))
+                logger.info("%s is version %s of the model", source, attempt(add))
         except StorageError as error:
             if thread.stopping.is_set():
                 return  # ``stop`` reports what is left

@@ -7,7 +7,7 @@ from datetime import UTC, datetime, timedelta
 from functools import partial
 from math import isfinite
 from time import monotonic
-from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Any
 
 from eventtrain.errors import ConfigurationError
 from eventtrain.events import (
@@ -45,6 +45,8 @@ MEASURE_INTERVAL_S = 1.0
 ENDS = (EpochCompleted, RunCompleted, RunFailed)
 """After these, a value that is not recorded yet may never be exported."""
 Attributes = Mapping[str, str | bool | int | float]
+EpochEvent = RunResumed | EpochStarted | EpochCompleted | EvalStarted | EvalCompleted
+CheckpointEvent = CheckpointStarted | CheckpointCommitted | CheckpointFailed
 INSTRUMENTS = {
     "steps": ("counter", "{step}", "Optimiser updates completed"),
     "metric": ("gauge", "", "Of the newest step"),
@@ -61,32 +63,12 @@ INSTRUMENTS = {
 """Name -> kind, unit, description."""
 
 
-@runtime_checkable
-class GivesTracers(Protocol):
-    """A ``TracerProvider`` of OpenTelemetry."""
-
-    @property
-    def get_tracer(self) -> Any:
-        """Method that returns a tracer."""
-        ...
-
-
-@runtime_checkable
-class GivesMeters(Protocol):
-    """A ``MeterProvider`` of OpenTelemetry."""
-
-    @property
-    def get_meter(self) -> Any:
-        """Method that returns a meter."""
-        ...
-
-
 class OpenTelemetry(Tracker):
     """Records a span for the run and for each epoch, evaluation and checkpoint, and measures their values.
 
     Args:
-        tracer_provider, meter_provider: OpenTelemetry's; None: the global ones. They are neither flushed nor shut
-            down.
+        tracer_provider, meter_provider: OpenTelemetry's TracerProvider and MeterProvider; None: the global ones. They
+            are neither flushed nor shut down.
         attributes: of every span and measurement.
         finish_timeout_s: how long ``stop`` waits for what is not recorded, within the trainer's ``drain_timeout_s``.
 
@@ -118,16 +100,23 @@ class OpenTelemetry(Tracker):
 
     def __init__(
         self,
-        tracer_provider: GivesTracers | None = None,
-        meter_provider: GivesMeters | None = None,
+        tracer_provider: Any = None,  # Any: OpenTelemetry may not be installed
+        meter_provider: Any = None,
         *,
         attributes: Mapping[str, str] | None = None,
         finish_timeout_s: float = 10.0,
     ) -> None:
         require_installed(otel_trace)
         super().__init__(finish_timeout_s)
-        _require_method("tracer_provider", tracer_provider, "get_tracer")
-        _require_method("meter_provider", meter_provider, "get_meter")
+        for argument, provider, method in (
+            ("tracer_provider", tracer_provider, "get_tracer"),
+            ("meter_provider", meter_provider, "get_meter"),
+        ):
+            if provider is not None and not callable(getattr(provider, method, None)):
+                kind = type(provider).__name__  # not its value, which may be an endpoint with a token in it
+                raise ConfigurationError(
+                    f"OpenTelemetry({argument}=...): it must have a method {method}(), got {kind}."
+                )
         self._new_recorder = partial(
             Recorder, tracer_provider, meter_provider, attributes=dict(attributes or {})
         )
@@ -171,31 +160,17 @@ class OpenTelemetry(Tracker):
         self._add(window, partial(recorder.measure, window, dict(self._run.control.hyperparams)))
 
 
-def _require_method(argument: str, provider: Any, method: str) -> None:
-    """Raises ConfigurationError unless ``provider`` has the method, or is None."""
-    if provider is not None and not callable(getattr(provider, method, None)):
-        kind = type(provider).__name__  # the value is not quoted: it may be an endpoint with a token in it
-        raise ConfigurationError(
-            f"OpenTelemetry({argument}=...): it must have a method {method}(), got {kind}."
-        )
-
-
 class Recorder:
     """Records the events of one run; one thread at a time. Nothing is done before ``open``.
 
-    A span may be exported where it ends, which may block.
-
-    Args:
-        tracer_provider, meter_provider: None: the global ones.
-        attributes: of every span and every measurement.
-        context: of the span of the run, as OpenTelemetry has it where the run begins.
-        run_id, step, time: of the beginning.
+    A span may be exported where it ends, which may block. ``context`` is that of the span of the run; ``run_id``,
+    ``step`` and ``time`` are of the beginning.
     """
 
     def __init__(
         self,
-        tracer_provider: Any,
-        meter_provider: Any,
+        tracer_provider: TracerProvider | None,
+        meter_provider: MeterProvider | None,
         *,
         attributes: Attributes,
         context: Context,
@@ -203,7 +178,7 @@ class Recorder:
         step: int,
         time: datetime,
     ) -> None:
-        self._providers: tuple[TracerProvider | None, MeterProvider | None] = tracer_provider, meter_provider
+        self._providers = tracer_provider, meter_provider
         self._attributes = attributes
         self._context = context
         self._run_id = run_id
@@ -215,10 +190,15 @@ class Recorder:
 
     def open(self) -> None:
         """Begins the span of the run."""
-        self._tracer = otel_trace.get_tracer(SCOPE, tracer_provider=self._providers[0])
-        self._instruments = _Instruments(self._providers[1], self._attributes)
+        tracer_provider, meter_provider = self._providers
+        self._tracer = otel_trace.get_tracer(SCOPE, tracer_provider=tracer_provider)
+        meter = otel_metrics.get_meter(SCOPE, meter_provider=meter_provider)
+        self._instruments: dict[str, Any] = {
+            name: getattr(meter, f"create_{kind}")(f"eventtrain.{name}", unit, description)
+            for name, (kind, unit, description) in INSTRUMENTS.items()
+        }
         attributes = {"run_id": self._run_id, "start_step": self._counted_step}
-        self._run = self._begin("run", self._last_ns, self._context, attributes)
+        self._run = self._span("run", self._last_ns, self._context, attributes)
 
     def record(self, event: Event) -> None:
         """Records one event; call it in the order of the events."""
@@ -227,43 +207,58 @@ class Recorder:
         match event:
             case EpochStarted():
                 self._end_epoch_and_evaluation(None)
-                self._epoch = self._begin_epoch(event.epoch, now_ns)
+                self._epoch = self._begin(event, now_ns)
             case EpochCompleted():
-                self._end_measured(
-                    "epoch", self._epoch or self._begin_epoch(event.epoch, _began_ns(event)), event
-                )
+                self._end_measured("epoch", self._epoch or self._begin(event, _began_ns(event)), event)
                 self._epoch = None
             case EvalStarted():
-                self._evaluation = self._begin_evaluation(event.epoch, now_ns)
+                self._evaluation = self._begin(event, now_ns)
             case EvalCompleted():
-                span = self._evaluation or self._begin_evaluation(event.epoch, _began_ns(event))
+                span = self._evaluation or self._begin(event, _began_ns(event))
                 self._end_measured("evaluation", span, event)
                 self._evaluation = None
             case CheckpointStarted():
-                self._checkpoints[event.path] = self._begin_checkpoint(event, now_ns)
+                self._checkpoints[event.path] = self._begin(event, now_ns)
             case CheckpointCommitted():
-                span = self._checkpoints.pop(event.path, None) or self._begin_checkpoint(
-                    event, _began_ns(event)
-                )
+                span = self._checkpoints.pop(event.path, None) or self._begin(event, _began_ns(event))
                 span.set_attributes(_prefixed({"size_bytes": event.size_bytes}))
                 self._end(span, now_ns)
-                self._instruments.record("checkpoint.duration", event.duration_s)
-                self._instruments.record("checkpoint.size", event.size_bytes)
+                self._instruments["checkpoint.duration"].record(event.duration_s, self._attributes)
+                self._instruments["checkpoint.size"].record(event.size_bytes, self._attributes)
             case CheckpointFailed():
-                span = self._checkpoints.pop(event.path, None) or self._begin_checkpoint(event, now_ns)
+                span = self._checkpoints.pop(event.path, None) or self._begin(event, now_ns)
                 self._end(span, now_ns, event.error)
-                self._instruments.add("checkpoint.failures", 1)
-            case RunResumed() | RunCompleted() | RunFailed():
-                self._record_run(event, now_ns)
+                self._instruments["checkpoint.failures"].add(1, self._attributes)
+            case RunResumed():
+                self._counted_step = event.step
+                self._run.set_attributes(_prefixed({"resumed": True, "start_step": event.step}))
+                if event.batch > 0:  # its EpochStarted was published in the earlier attempt
+                    self._epoch = self._begin(event, now_ns)
+            case RunCompleted():
+                self._end_epoch_and_evaluation(None)
+                ending = {
+                    "step": event.step,
+                    "stop_reason": event.reason,
+                    "deterministic": event.deterministic,
+                }
+                self._run.set_attributes(_prefixed(ending))
+            case RunFailed():
+                self._end_epoch_and_evaluation("the run failed")
+                self._run.set_attributes(_prefixed({"step": event.step}))
+                error = escape_surrogates(event.error)
+                kind, _, message = error.partition(": ")
+                exception = {"exception.type": kind, "exception.message": message}
+                self._run.add_event("exception", exception, now_ns)
+                self._run.set_status(otel_trace.Status(otel_trace.StatusCode.ERROR, error))
             case _:
                 pass
 
     def measure(self, window: StepsCompleted, hyperparams: Mapping[str, Number]) -> None:
         """Records the values of the newest step, and the number of steps since the last call."""
-        self._instruments.add("steps", window.last_step - self._counted_step)
+        self._instruments["steps"].add(window.last_step - self._counted_step, self._attributes)
         self._counted_step = window.last_step
-        self._instruments.set("metric", {name: column[-1].item() for name, column in window.metrics.items()})
-        self._instruments.set("hyperparam", hyperparams)
+        self._set("metric", {name: column[-1].item() for name, column in window.metrics.items()})
+        self._set("hyperparam", hyperparams)
 
     def close(self) -> None:
         """Ends the spans that are open, and that of the run."""
@@ -272,26 +267,6 @@ class Recorder:
             self._end(self._checkpoints.pop(path), self._last_ns)
         self._end(self._run, self._last_ns)
 
-    def _record_run(self, event: RunResumed | RunCompleted | RunFailed, now_ns: int) -> None:
-        if isinstance(event, RunResumed):
-            self._counted_step = event.step
-            self._run.set_attributes(_prefixed({"resumed": True, "start_step": event.step}))
-            if event.batch > 0:  # its EpochStarted was published in the earlier attempt
-                self._epoch = self._begin_epoch(event.epoch, now_ns)
-        elif isinstance(event, RunCompleted):
-            self._end_epoch_and_evaluation(None)
-            ending = {"step": event.step, "stop_reason": event.reason, "deterministic": event.deterministic}
-            self._run.set_attributes(_prefixed(ending))
-        else:
-            self._end_epoch_and_evaluation("the run failed")
-            self._run.set_attributes(_prefixed({"step": event.step}))
-            kind, _, message = escape_surrogates(event.error).partition(": ")
-            exception = {"exception.type": kind, "exception.message": message}
-            self._run.add_event("exception", exception, now_ns)
-            self._run.set_status(
-                otel_trace.Status(otel_trace.StatusCode.ERROR, escape_surrogates(event.error))
-            )
-
     def _end_epoch_and_evaluation(self, error: str | None) -> None:
         for span in (self._evaluation, self._epoch):
             if span is not None:
@@ -299,9 +274,20 @@ class Recorder:
                 self._end(span, self._last_ns, error)
         self._evaluation = self._epoch = None
 
-    # --- spans ------------------------------------------------------------------------------------------------
+    def _begin(self, event: EpochEvent | CheckpointEvent, start_ns: int) -> Span:
+        """Begins the span of the epoch, evaluation or checkpoint that ``event`` belongs to."""
+        name, parent = "epoch", self._run
+        if isinstance(event, CheckpointEvent):
+            named = {"tag": event.tag} if event.tag is not None else {}
+            # Of the run and not of an epoch, which it may outlast.
+            name, attributes = "checkpoint", {"step": event.step, "path": event.path, **named}
+        else:
+            attributes = {"epoch": event.epoch}
+            if isinstance(event, (EvalStarted, EvalCompleted)):
+                name, parent = "evaluation", self._epoch if self._epoch is not None else self._run
+        return self._span(name, start_ns, otel_trace.set_span_in_context(parent), attributes)
 
-    def _begin(self, name: str, start_ns: int, context: Context, attributes: Attributes) -> Span:
+    def _span(self, name: str, start_ns: int, context: Context, attributes: Attributes) -> Span:
         return self._tracer.start_span(
             f"eventtrain.{name}",
             context=context,
@@ -309,52 +295,19 @@ class Recorder:
             start_time=start_ns,
         )
 
-    def _begin_epoch(self, epoch: int, start_ns: int) -> Span:
-        return self._begin("epoch", start_ns, otel_trace.set_span_in_context(self._run), {"epoch": epoch})
-
-    def _begin_evaluation(self, epoch: int, start_ns: int) -> Span:
-        parent = otel_trace.set_span_in_context(self._epoch if self._epoch is not None else self._run)
-        return self._begin("evaluation", start_ns, parent, {"epoch": epoch})
-
-    def _begin_checkpoint(
-        self, event: CheckpointStarted | CheckpointCommitted | CheckpointFailed, start_ns: int
-    ) -> Span:
-        named = {"tag": event.tag} if event.tag is not None else {}
-        # Of the run and not of an epoch, which it may outlast.
-        parent = otel_trace.set_span_in_context(self._run)
-        return self._begin("checkpoint", start_ns, parent, {"step": event.step, "path": event.path, **named})
-
     def _end_measured(self, name: str, span: Span, event: EpochCompleted | EvalCompleted) -> None:
         values = {f"metric.{metric}": float(value) for metric, value in event.metrics.items()}
         span.set_attributes(_prefixed({"step": event.step, "steps": event.steps, **values}))
         self._end(span, _ns(event.time))
-        self._instruments.record(f"{name}.duration", event.duration_s)
-        self._instruments.set(f"{name}.metric", event.metrics)
+        self._instruments[f"{name}.duration"].record(event.duration_s, self._attributes)
+        self._set(f"{name}.metric", event.metrics)
 
     def _end(self, span: Span, end_ns: int, error: str | None = None) -> None:
         if error is not None:
             span.set_status(otel_trace.Status(otel_trace.StatusCode.ERROR, escape_surrogates(error)))
         span.end(end_ns)
 
-
-class _Instruments:
-    """Instruments of a meter; each measurement has ``attributes``."""
-
-    def __init__(self, provider: MeterProvider | None, attributes: Attributes) -> None:
-        meter = otel_metrics.get_meter(SCOPE, meter_provider=provider)
-        self._attributes = attributes
-        self._instruments: dict[str, Any] = {
-            name: getattr(meter, f"create_{kind}")(f"eventtrain.{name}", unit, description)
-            for name, (kind, unit, description) in INSTRUMENTS.items()
-        }
-
-    def add(self, counter: str, amount: int) -> None:
-        self._instruments[counter].add(amount, self._attributes)
-
-    def record(self, histogram: str, value: float) -> None:
-        self._instruments[histogram].record(value, self._attributes)
-
-    def set(self, gauge: str, values: Mapping[str, Number]) -> None:
+    def _set(self, gauge: str, values: Mapping[str, Number]) -> None:
         """Sets a gauge for each name; counts NaN and infinities instead, which the SDK refuses."""
         for name, value in values.items():
             attributes = {**self._attributes, "name": escape_surrogates(name)}

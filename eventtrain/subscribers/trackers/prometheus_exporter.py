@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping
+from collections.abc import Awaitable, Callable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field, fields
 from functools import partial
@@ -53,8 +53,6 @@ CLIENT_TIMEOUT_S = 10.0
 """A connection on which the client sends nothing for this long is closed."""
 
 ASGIApp = Callable[[Any, Any, Any], Awaitable[None]]
-LabelledValues = Iterable[tuple[tuple[str, ...], float]]
-"""Values of the labels, and the value."""
 Kind = Literal["Gauge", "Counter"]
 
 SUBSCRIBER_METRICS: Mapping[str, tuple[Kind, Callable[[SubscriptionStatistics], float], str]] = {
@@ -182,13 +180,11 @@ class PrometheusExporter(Subscriber):
                 latest.epoch = event
             case EvalCompleted():
                 latest.evaluation = event
-            case CheckpointCommitted():
-                latest.committed = event
-                self._count("committed")
-            case CheckpointFailed():
-                self._count("failed")
-            case CheckpointSkipped():
-                self._count("skipped")
+            case CheckpointCommitted() | CheckpointFailed() | CheckpointSkipped():
+                result = event.kind.removeprefix("checkpoint_")
+                latest.checkpoints = {**latest.checkpoints, result: latest.checkpoints[result] + 1}
+                if isinstance(event, CheckpointCommitted):
+                    latest.committed = event
             case AlertRaised():
                 latest.alerts = {**latest.alerts, (event.name, event.severity): 1}
             case AlertResolved():  # at each severity
@@ -220,10 +216,6 @@ class PrometheusExporter(Subscriber):
             StateError: the state is of another version, or broken.
         """
         self._loaded = PrometheusExporterState.parse(self.name or "PrometheusExporter", state)
-
-    def _count(self, result: str) -> None:
-        latest = self._collector.latest
-        latest.checkpoints = {**latest.checkpoints, result: latest.checkpoints[result] + 1}
 
 
 @dataclass(frozen=True)
@@ -264,11 +256,7 @@ class LatestEvents:
 
 
 class RunCollector:
-    """The only collector of ``registry``. Collecting never blocks; any thread.
-
-    Args:
-        labels: added to each sample.
-    """
+    """The only collector of ``registry``; adds ``labels`` to each sample. Collecting never blocks; any thread."""
 
     def __init__(self, labels: Mapping[str, str]) -> None:
         self.latest = LatestEvents()
@@ -291,46 +279,51 @@ class RunCollector:
 
     def _events(self, latest: LatestEvents, is_running: bool) -> Iterator[Metric]:
         gauge, counter = partial(self._metric, "Gauge"), partial(self._metric, "Counter")
-        yield gauge("running", "1 while a run is under way.", _single(is_running))
-        yield counter("steps", "Optimiser updates completed.", _single(latest.step))
+        yield gauge("running", "1 while a run is under way.", is_running)
+        yield counter("steps", "Optimiser updates completed.", latest.step)
         if (window := latest.window) is not None:
-            heard_s = _single(window.time.timestamp())
-            yield gauge("last_window_timestamp_seconds", "Time of the newest step.", heard_s)
+            yield gauge("last_window_timestamp_seconds", "Time of the newest step.", window.time.timestamp())
             last = {name: column[-1].item() for name, column in window.metrics.items()}
-            yield gauge("metric", "Of the newest step.", _named(last), "name")
+            yield gauge("metric", "Of the newest step.", last, "name")
         if (epoch := latest.epoch) is not None:
-            yield counter("epochs", "Epochs completed.", _single(epoch.epoch + 1))
-            yield gauge("epoch_duration_seconds", "Of the last epoch completed.", _single(epoch.duration_s))
-            yield gauge("epoch_metric", "Mean over the last epoch completed.", _named(epoch.metrics), "name")
+            yield counter("epochs", "Epochs completed.", epoch.epoch + 1)
+            yield gauge("epoch_duration_seconds", "Of the last epoch completed.", epoch.duration_s)
+            yield gauge("epoch_metric", "Mean over the last epoch completed.", epoch.metrics, "name")
         if (evaluation := latest.evaluation) is not None:
-            means = _named(evaluation.metrics)
-            yield gauge("evaluation_metric", "Mean over the last evaluation.", means, "name")
-        yield counter("checkpoints", "Checkpoints by result.", _named(latest.checkpoints), "result")
+            yield gauge("evaluation_metric", "Mean over the last evaluation.", evaluation.metrics, "name")
+        yield counter("checkpoints", "Checkpoints by result.", latest.checkpoints, "result")
         if (committed := latest.committed) is not None:
-            yield gauge("checkpoint_step", "Of the newest checkpoint.", _single(committed.step))
-            yield gauge("checkpoint_size_bytes", "Of the newest checkpoint.", _single(committed.size_bytes))
-            duration_s = _single(committed.duration_s)
-            yield gauge("checkpoint_duration_seconds", "Of writing the newest checkpoint.", duration_s)
-        yield gauge("alert", "1 while it is raised.", latest.alerts.items(), "name", "severity")
+            yield gauge("checkpoint_step", "Of the newest checkpoint.", committed.step)
+            yield gauge("checkpoint_size_bytes", "Of the newest checkpoint.", committed.size_bytes)
+            yield gauge(
+                "checkpoint_duration_seconds", "Of writing the newest checkpoint.", committed.duration_s
+            )
+        yield gauge("alert", "1 while it is raised.", latest.alerts, "name", "severity")
 
     def _statistics(self, statistics: RunStatistics) -> Iterator[Metric]:
-        gauge, counter = partial(self._metric, "Gauge"), partial(self._metric, "Counter")
-        yield gauge("hyperparam", "The value in effect.", _named(statistics.hyperparams), "name")
+        yield self._metric("Gauge", "hyperparam", "The value in effect.", statistics.hyperparams, "name")
         loop = statistics.loop
-        yield counter("run_seconds", "Duration of the run.", _single(loop.duration_s))
+        yield self._metric("Counter", "run_seconds", "Duration of the run.", loop.duration_s)
         parts = [one.name for one in fields(loop) if one.name.endswith("_s") and one.name != "duration_s"]
-        seconds = _named({name.removesuffix("_s"): getattr(loop, name) for name in parts})
-        yield counter("loop_seconds", "Time of the training thread by part.", seconds, "part")
+        seconds = {name.removesuffix("_s"): getattr(loop, name) for name in parts}
+        yield self._metric("Counter", "loop_seconds", "Time of the training thread by part.", seconds, "part")
         for name, (kind, value_of, documentation) in SUBSCRIBER_METRICS.items():
             values = {owner: value_of(one) for owner, one in statistics.subscriptions.items()}
-            yield self._metric(kind, f"subscriber_{name}", documentation, _named(values), "subscriber")
+            yield self._metric(kind, f"subscriber_{name}", documentation, values, "subscriber")
 
     def _metric(
-        self, kind: Kind, name: str, documentation: str, values: LabelledValues, *labels: str
+        self,
+        kind: Kind,
+        name: str,
+        documentation: str,
+        values: Number | Mapping[str, Number] | Mapping[tuple[str, ...], Number],
+        *labels: str,
     ) -> Metric:
+        """Returns a metric with one value, or with a value by that of its label, or those of its labels."""
         new_family = getattr(prometheus_core, f"{kind}MetricFamily")
         family = new_family(f"eventtrain_{name}", documentation, labels=[*self._labels, *labels])
-        for given, value in values:
+        for key, value in (values if isinstance(values, Mapping) else {(): values}).items():
+            given = (key,) if isinstance(key, str) else key
             family.add_metric([*self._labels.values(), *map(escape_surrogates, given)], float(value))
         return family
 
@@ -347,14 +340,7 @@ class ASGIExposition:
 
 
 class MetricsServer:
-    """prometheus_client's HTTP server: a daemon thread for each connection; listens until ``close``.
-
-    Args:
-        registry: collected for each request, on the thread of that request.
-        host: a name or an address of this machine.
-        port: 0 takes a free one.
-
-    Creating and closing it block; any thread.
+    """prometheus_client's HTTP server: a daemon thread for each connection. Creating and closing it block.
 
     Raises:
         OSError: the address cannot be listened on.
@@ -367,7 +353,6 @@ class MetricsServer:
         server.RequestHandlerClass = type("Handler", (handler,), {"timeout": CLIENT_TIMEOUT_S})
         self._server = server
         self.port: int = server.server_port
-        """The port that it listens on."""
 
     def close(self) -> None:
         """Frees the port. Does not wait for requests that are being answered."""
@@ -394,11 +379,3 @@ def _require_labels(labels: Any) -> None:
                 f"PrometheusExporter(labels=...): a name must consist of letters, digits and _, must not begin with a "
                 f"digit or __, and must not be one of {', '.join(sorted(OWN_LABELS))}; got {name!r}."
             )
-
-
-def _single(value: float) -> LabelledValues:
-    return [((), float(value))]
-
-
-def _named(values: Mapping[str, Number]) -> LabelledValues:
-    return [((name,), float(value)) for name, value in values.items()]

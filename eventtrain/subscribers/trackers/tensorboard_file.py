@@ -22,14 +22,7 @@ OWN_NAME = re.compile(r"events\.out\.tfevents\.(\d{10})\.(\d{6})\.eventtrain")
 
 
 class EventFile:
-    """Appends records to one new file.
-
-    Args:
-        path: of the file; created at once.
-
-    Raises:
-        OSError: it exists, or cannot be created.
-    """
+    """Appends records to one new file, created at once. Raises OSError if it exists, or cannot be created."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -38,25 +31,22 @@ class EventFile:
         self._file = AppendedFile(path)
 
     def append(self, records: Iterable[bytes]) -> None:
-        """Writes all of ``records``, or none: the file then ends where it ended before.
-
-        Raises:
-            StorageError: it failed; another attempt may succeed.
-        """
+        """Writes all of ``records``, or none and raises StorageError: the file then ends where it ended before."""
         try:
             self.size_bytes = self._file.append(b"".join(map(framed, records)))
         except OSError as error:
-            raise self._failed(error) from None
+            raise _failed(self.path, error) from None
 
     def sync(self) -> None:
         """Waits until the file is on the disk. Raises StorageError."""
         try:
             sync(self.path)
         except OSError as error:
-            raise self._failed(error) from None
+            raise _failed(self.path, error) from None
 
-    def _failed(self, error: OSError) -> StorageError:
-        return StorageError(f"cannot write {self.path}: {error.strerror or error}", may_pass=True)
+
+def _failed(path: Path, error: OSError) -> StorageError:
+    return StorageError(f"cannot write {path}: {error.strerror or error}", may_pass=True)
 
 
 def new_event_file(folder: Path) -> EventFile:

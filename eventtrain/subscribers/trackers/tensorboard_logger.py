@@ -20,8 +20,7 @@ from eventtrain.subscribers._shared.step_table import due_steps
 from eventtrain.subscribers._shared.validation import require_number
 from eventtrain.subscribers.base import RunContext
 from eventtrain.subscribers.trackers.curves import HyperparamCurveState, Points
-from eventtrain.subscribers.trackers.media_tracker import MediaTracker
-from eventtrain.subscribers.trackers.recorded_values import Record
+from eventtrain.subscribers.trackers.media_tracker import MediaTracker, Record
 from eventtrain.subscribers.trackers.tensorboard_file import OWN_NAME, EventFile, cut, new_event_file
 
 if TYPE_CHECKING:
@@ -194,5 +193,5 @@ class TensorBoardLogger(MediaTracker):
             StateError: the state is of another version, or broken.
         """
         self._saved = saved = TensorBoardLoggerState.parse(self._owner, state)
-        self._curves.restore(saved.curve, saved.evaluated_at)
+        self._curves.state, self._curves.evaluated_at = saved.curve, saved.evaluated_at
         self._hparams_written, self._program_written = saved.hparams_written, saved.program_written

@@ -20,8 +20,8 @@ from eventtrain.errors import StorageError
 from eventtrain.events import EpochCompleted, Event, RunResumed, RunStarted, StepsCompleted
 from eventtrain.events.models import escape_surrogates
 from eventtrain.subscribers._shared.step_table import step_rows
-from eventtrain.subscribers.trackers.histograms import bin_edges, finite_values
-from eventtrain.subscribers.trackers.recorded_values import Array, RecordedValues
+from eventtrain.subscribers.trackers.histograms import Array, bin_edges, finite_values
+from eventtrain.subscribers.trackers.media_tracker import RecordedValues
 from eventtrain.subscribers.trackers.tensorboard_file import EventFile
 
 # Protobuf makes its classes when it is imported, so no type checker knows them.

@@ -23,8 +23,7 @@ from eventtrain.subscribers._shared.step_table import due_steps
 from eventtrain.subscribers._shared.validation import require_choice, require_number
 from eventtrain.subscribers.base import RunContext
 from eventtrain.subscribers.trackers.curves import HyperparamCurveState, Points
-from eventtrain.subscribers.trackers.media_tracker import MediaTracker
-from eventtrain.subscribers.trackers.recorded_values import Record
+from eventtrain.subscribers.trackers.media_tracker import MediaTracker, Record
 
 if TYPE_CHECKING:
     from eventtrain.subscribers.trackers.wandb_run import WandbRun
@@ -117,8 +116,8 @@ class WandbLogger(MediaTracker):
         )
         self._directory = file_path(directory, "WandbLogger") if directory is not None else Path()
         secret = SecretStr(api_key) if isinstance(api_key, str) else api_key
-        self._options = partial(
-            wandb_run.WandbOptions, api_key=secret, base_url=base_url, init_timeout_s=init_timeout_s
+        self._new_run = partial(
+            wandb_run.WandbRun, api_key=secret, base_url=base_url, init_timeout_s=init_timeout_s
         )
         self._arguments = {
             "mode": mode,
@@ -162,8 +161,7 @@ class WandbLogger(MediaTracker):
         self._newest_step = self._complete_step = -1
         arguments = {**self._arguments, "name": run.run_id}
         folder = run.run_dir / self._directory
-        options = self._options(run_id=self._id, folder=folder, resumes=continues, arguments=arguments)
-        self._wandb = wandb = wandb_run.WandbRun(options)
+        self._wandb = wandb = self._new_run(self._id, folder, resumes=continues, arguments=arguments)
         self._begin(run, wandb, self._description, first_job=wandb.open)
         rows, self._saved_rows = self._saved_rows, {}
         if continues and rows and self._thread is not None:
@@ -228,7 +226,7 @@ class WandbLogger(MediaTracker):
         """
         saved = WandbLoggerState.parse(self._owner, state)
         self._id = saved.wandb_id
-        self._curves.restore(saved.curve, saved.evaluated_at)
+        self._curves.state, self._curves.evaluated_at = saved.curve, saved.evaluated_at
         self._configured, self._program_written = saved.configured, saved.program_written
         self._saved_rows = saved.volatile
 

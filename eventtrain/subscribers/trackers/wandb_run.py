@@ -8,15 +8,16 @@ from __future__ import annotations
 import html
 import inspect
 import io
-from collections.abc import Callable, Generator, Mapping
+import struct
+from collections.abc import Generator, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import wandb
 from pydantic import SecretStr
+from wandb.proto import wandb_internal_pb2
 
 from eventtrain.control.run_context import StepProgram
 from eventtrain.errors import ConfigurationError, StorageError
@@ -25,9 +26,8 @@ from eventtrain.events.models import Number, escape_surrogates
 from eventtrain.subscribers._shared.optional_imports import import_optional
 from eventtrain.subscribers._shared.step_table import step_rows
 from eventtrain.subscribers.trackers.curves import Points
-from eventtrain.subscribers.trackers.histograms import bin_edges, finite_values
-from eventtrain.subscribers.trackers.recorded_values import Array, RecordedValues
-from eventtrain.subscribers.trackers.wandb_transaction_log import TransactionLog, last_step
+from eventtrain.subscribers.trackers.histograms import Array, bin_edges, finite_values
+from eventtrain.subscribers.trackers.media_tracker import RecordedValues
 
 Image = import_optional("PIL.Image", extra="wandb", used_by="WandbLogger, to log images,")
 
@@ -47,26 +47,12 @@ TEMPORARY_ERRORS = (
 )
 """Types of failures after which another attempt may succeed."""
 
-
-@dataclass(frozen=True)
-class WandbOptions:
-    """How a run begins at W&B.
-
-    Attributes:
-        run_id: W&B's.
-        folder: in which W&B creates its folder.
-        resumes: the run exists.
-        arguments: others of ``wandb.init``.
-        api_key, base_url, init_timeout_s: of ``wandb.Settings``.
-    """
-
-    run_id: str
-    folder: Path
-    resumes: bool
-    arguments: Mapping[str, Any]
-    api_key: SecretStr | None
-    base_url: str | None
-    init_timeout_s: float
+BLOCK_BYTES = 32 * 1024
+HEADER = struct.Struct("<IHB")
+"""Checksum, length, kind of a fragment: 1 whole, 2 first, 3 middle, 4 last."""
+IDENTIFIER_BYTES = 7
+# Protobuf makes its classes when it is imported, so no type checker knows them.
+Record: Any = wandb_internal_pb2.Record  # pyright: ignore[reportAttributeAccessIssue]
 
 
 class WandbRun:
@@ -74,10 +60,33 @@ class WandbRun:
 
     W&B takes nothing for a step before the newest one that it was given. So the values of a step wait here until
     ``complete`` says that no earlier step will follow. All methods but ``unwritten_rows`` raise StorageError.
+
+    Args:
+        run_id: W&B's.
+        folder: in which W&B creates its folder.
+        resumes: the run exists.
+        arguments: others of ``wandb.init``.
+        api_key, base_url, init_timeout_s: of ``wandb.Settings``.
     """
 
-    def __init__(self, options: WandbOptions) -> None:
-        self._options = options
+    def __init__(
+        self,
+        run_id: str,
+        folder: Path,
+        *,
+        resumes: bool,
+        arguments: Mapping[str, Any],
+        api_key: SecretStr | None,
+        base_url: str | None,
+        init_timeout_s: float,
+    ) -> None:
+        self._id = run_id
+        self._folder = folder
+        self._resumes = resumes
+        self._arguments = arguments
+        self._api_key = api_key
+        self._base_url = base_url
+        self._init_timeout_s = init_timeout_s
         self._run: Any = None
         self._log: TransactionLog | None = None
         self._present_step = -1
@@ -91,24 +100,42 @@ class WandbRun:
 
     def open(self) -> None:
         """Begins the run at W&B, or continues it."""
-        options = self._options
         with _without_text():
-            options.folder.mkdir(parents=True, exist_ok=True)
-            if options.resumes:
-                self._present_step = last_step(options.folder, options.run_id)
-            is_online = options.arguments["mode"] == "online"
+            self._folder.mkdir(parents=True, exist_ok=True)
+            if self._resumes:
+                self._present_step = last_step(self._folder, self._id)
+            is_online = self._arguments["mode"] == "online"
             self._run = wandb.init(
-                **options.arguments,
-                id=options.run_id,
-                dir=str(options.folder),
+                **self._arguments,
+                id=self._id,
+                dir=str(self._folder),
                 resume="allow" if is_online else None,
                 reinit="create_new",  # the program may have a run of its own
-                settings=_settings(options),
+                settings=self._settings(),
             )
-            if options.resumes and is_online:
+            if self._resumes and is_online:
                 self._present_step = max(self._present_step, int(self._run.step) - 1)
-            self._log = TransactionLog(Path(self._run.dir).parent / f"run-{options.run_id}.wandb")
+            self._log = TransactionLog(Path(self._run.dir).parent / f"run-{self._id}.wandb")
             self._run.define_metric("histograms/*", step_metric=HISTOGRAM_STEP)
+
+    def _settings(self) -> wandb.Settings:
+        given: dict[str, Any] = {
+            "console": "off",  # what the program prints is the program's
+            "silent": True,
+            "disable_git": True,
+            "disable_code": True,
+            "disable_job_creation": True,
+            "x_disable_stats": True,
+            "x_save_requirements": False,
+            "x_transaction_log_flush_interval": 1.0,
+            "init_timeout": self._init_timeout_s,
+            "api_key": self._api_key.get_secret_value() if self._api_key is not None else None,
+            "base_url": self._base_url,
+        }
+        known = wandb.Settings.model_fields
+        return wandb.Settings(
+            **{key: value for key, value in given.items() if key in known and value is not None}
+        )
 
     def log(self, rows: Mapping[int, Mapping[str, Any]]) -> None:
         """Logs rows by step; the values of one step become one row."""
@@ -161,17 +188,20 @@ class WandbRun:
         with _without_text(self._run):
             if event.step <= self._present_step:
                 return
-            row: Row = dict(values.numbers)
-            row |= {
-                name: wandb.Html(f"<pre>{html.escape(text)}</pre>") for name, text in values.texts.items()
-            }
-            row |= {name: _image(image) for name, image in values.images.items()}
-            self._add(row | _histograms(values.arrays), event.step)
+            row: Row = {**values.numbers, **_histograms(values.arrays)}
+            for name, text in values.texts.items():
+                row[name] = wandb.Html(f"<pre>{html.escape(text)}</pre>")
+            for name, image in values.images.items():
+                row[name] = _image(image)
+            self._add(row, event.step)
 
     def log_program(self, event: StepsCompleted, program: StepProgram) -> None:
         """Saves the jaxpr and the HLO of the compiled step as files of the run."""
-        self._save_text("program-jaxpr.txt", lambda: program.jaxpr)
-        self._save_text("program-hlo.txt", lambda: program.hlo)
+        with _without_text(self._run):
+            for name, text in (("program-jaxpr.txt", program.jaxpr), ("program-hlo.txt", program.hlo)):
+                path = Path(self._run.dir) / name
+                path.write_text(text, encoding="utf-8")
+                self._run.save(str(path), base_path=self._run.dir, policy="now")
 
     def configure(self, values: Mapping[str, Any]) -> None:
         """Adds to the run's config."""
@@ -187,12 +217,6 @@ class WandbRun:
             finally:
                 with _without_text(self._run):
                     self._run.finish(exit_code=exit_code)
-
-    def _save_text(self, name: str, make: Callable[[], str]) -> None:
-        with _without_text(self._run):
-            path = Path(self._run.dir) / name
-            path.write_text(make(), encoding="utf-8")
-            self._run.save(str(path), base_path=self._run.dir, policy="now")
 
     def _add(self, values: Mapping[str, Any], step: int) -> None:
         row = {_key(name): value for name, value in values.items()}
@@ -230,26 +254,6 @@ def require_key(base_url: str | None) -> None:
             "WandbLogger has no API key. Give api_key=..., set WANDB_API_KEY, run `wandb login`, or use "
             'mode="offline".'
         )
-
-
-def _settings(options: WandbOptions) -> wandb.Settings:
-    given: dict[str, Any] = {
-        "console": "off",  # what the program prints is the program's
-        "silent": True,
-        "disable_git": True,
-        "disable_code": True,
-        "disable_job_creation": True,
-        "x_disable_stats": True,
-        "x_save_requirements": False,
-        "x_transaction_log_flush_interval": 1.0,
-        "init_timeout": options.init_timeout_s,
-    }
-    if options.api_key is not None:
-        given["api_key"] = options.api_key.get_secret_value()
-    if options.base_url is not None:
-        given["base_url"] = options.base_url
-    known = wandb.Settings.model_fields
-    return wandb.Settings(**{name: value for name, value in given.items() if name in known})
 
 
 def _histograms(arrays: Mapping[str, Array]) -> Row:
@@ -297,3 +301,59 @@ def _without_text(run: Any = True) -> Generator[None]:
     except Exception as error:
         kind = type(error).__name__
         raise StorageError(f"W&B failed: {kind}", may_pass=kind in TEMPORARY_ERRORS) from None
+
+
+class TransactionLog:
+    """W&B's file ``.wandb`` of a run, which may still be written or not exist yet; each call reads what is new.
+
+    W&B's public API does not report which steps its process has written, and resumes nothing offline, but a resumed
+    run must log each step exactly once. The file is a log in LevelDB's format (blocks of 32 KiB, records in one or
+    several fragments) of Protobuf messages. Only the steps are read.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._offset = IDENTIFIER_BYTES
+        self._last_step = -1
+
+    def last_step(self) -> int:
+        """Returns the last step in the file; -1 if there is none."""
+        if self._path.exists():
+            for end, record in records(self._path, self._offset):
+                self._offset = end
+                if record.WhichOneof("record_type") == "history":
+                    self._last_step = max(self._last_step, record.history.step.num)
+        return self._last_step
+
+
+def last_step(folder: Path, run_id: str) -> int:
+    """Returns the last step in the files of all attempts of a run below ``folder``; -1 if there is none."""
+    paths = folder.glob(f"wandb/*run-*-{run_id}*/run-{run_id}.wandb")
+    return max((TransactionLog(path).last_step() for path in paths), default=-1)
+
+
+def records(path: Path, start: int = IDENTIFIER_BYTES) -> Iterator[tuple[int, Any]]:
+    """Yields the complete records from byte ``start`` on, each after the offset where it ends; omits a torn tail."""
+    with path.open("rb") as file:
+        file.seek(start)
+        data = file.read()
+    at, end = start, start + len(data)
+    message = b""
+    while at + HEADER.size <= end:
+        if BLOCK_BYTES - at % BLOCK_BYTES < HEADER.size:
+            at += BLOCK_BYTES - at % BLOCK_BYTES  # the rest of a block is too small for a header
+            continue
+        _, length, kind = HEADER.unpack_from(data, at - start)
+        at += HEADER.size
+        if at + length > end or not kind:
+            return
+        fragment = data[at - start : at - start + length]
+        message = fragment if kind in (1, 2) else message + fragment
+        at += length
+        if kind in (1, 4):
+            record = Record()
+            try:
+                record.ParseFromString(message)
+            except Exception:  # torn in a place that only Protobuf notices
+                return
+            yield at, record

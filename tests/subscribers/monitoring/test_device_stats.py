@@ -18,8 +18,6 @@ import pytest
 import eventtrain as et
 from eventtrain import subscribers as subs
 from eventtrain.subscribers.monitoring import device_stats
-from eventtrain.subscribers.monitoring import gpu_metrics as gpu_readings
-from eventtrain.subscribers.monitoring import host_metrics as host_readings
 from tests.conftest import python_path
 from tests.support.models import batches, make_trainer, record
 
@@ -85,8 +83,8 @@ def test_what_jax_tells_of_a_device_is_read_and_what_it_does_not_is_left_out(
         SimpleNamespace(id=1, memory_stats=lambda: None),
         SimpleNamespace(id=2, memory_stats=lambda: {"bytes_in_use": 5}),
     ]
-    monkeypatch.setattr(host_readings.jax, "local_devices", lambda: devices)
-    assert host_readings.device_memory() == {
+    monkeypatch.setattr(device_stats.jax, "local_devices", lambda: devices)
+    assert device_stats.device_memory() == {
         "device0_memory_used_bytes": 10,
         "device0_memory_peak_bytes": 20,
         "device0_memory_limit_bytes": 100,
@@ -142,13 +140,13 @@ def test_gpus_are_read_through_nvml_and_what_one_does_not_tell_is_left_out(
 
 def test_it_measures_on_a_thread_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     threads: set[str] = set()
-    read = host_readings.HostReadings.read
+    read = device_stats.MachineReader.read
 
     def noting(self: Any) -> Any:
         threads.add(threading.current_thread().name)
         return read(self)
 
-    monkeypatch.setattr(host_readings.HostReadings, "read", noting)
+    monkeypatch.setattr(device_stats.MachineReader, "read", noting)
     trainer, _ = with_stats(tmp_path)
     trainer.fit(batches(2), epochs=1)
     assert threads == {"eventtrain DeviceStats"}
@@ -158,7 +156,7 @@ async def test_a_driver_that_hangs_delays_the_end_by_a_second_at_most(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     hanging = threading.Event()
-    monkeypatch.setattr(gpu_readings.GpuReadings, "read", lambda self: hanging.wait(60) and {})
+    monkeypatch.setattr(device_stats.MachineReader, "gpus", lambda self: hanging.wait(60) and {})
     trainer, seen = with_stats(tmp_path)
     try:
         with anyio.fail_after(20):
@@ -196,7 +194,7 @@ def test_a_disk_that_cannot_be_read_costs_its_own_figure_only(
         raise OSError("the disk is gone")
 
     monkeypatch.setattr(psutil, "disk_usage", broken)
-    found = host_readings.HostReadings(tmp_path).read()
+    found = device_stats.MachineReader(tmp_path).read()
     assert "disk_free_bytes" not in found
     assert found["process_rss_bytes"] > 0
 

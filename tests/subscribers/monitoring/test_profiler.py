@@ -179,8 +179,8 @@ def test_a_resumed_run_traces_what_is_ahead_and_says_what_it_missed(tmp_path: Pa
         (((5, 4),), "an integer >= 5, got 4"),
         (((1, 5), (5, 9)), "begins before step 5 is over"),
         (((1.5, 3),), "an integer >= 1, got 1.5"),
-        ((20, 22), "needs pairs"),
-        (((20, 21, 22),), "needs pairs"),
+        ((20, 22), "must be pairs"),
+        (((20, 21, 22),), "must be pairs"),
     ],
 )
 def test_ranges_that_cannot_work_are_refused_by_name(steps: Any, match: str) -> None:

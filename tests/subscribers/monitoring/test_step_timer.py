@@ -141,7 +141,7 @@ def test_a_window_counts_in_the_quantiles_once_for_each_of_its_steps(
     timer = subs.StepTimer()
     timer._windows.extend(windows)
     timer._steps, timer._seconds = 1, 1.0
-    measured = timer._figures(LoopStatistics())
+    measured = timer._metrics(LoopStatistics())
     repeated = np.repeat([seconds for seconds, _ in windows], [steps for _, steps in windows])
     expected = np.quantile(repeated, (0.5, 0.9, 0.99), method="inverted_cdf")
     assert [measured[f"step_s_p{percent}"] for percent in (50, 90, 99)] == expected.tolist()
@@ -185,11 +185,11 @@ async def test_what_is_raised_is_resolved_by_the_run_that_resumes(tmp_path: Path
 
     first, second, other = (subs.OverheadMeter(every_s=0.5) for _ in range(3))
     await first.start(run(loops[2]))
-    await first.on_run_completed(et.RunCompleted(step=2, reason="x"))
+    await first.handle(et.RunCompleted(step=2, reason="x"))
     second.load_state_dict(json.loads(json.dumps(first.state_dict())))
     for meter in (second, other):
         await meter.start(run(loops[1]))
-        await meter.on_run_completed(et.RunCompleted(step=1, reason="x"))
+        await meter.handle(et.RunCompleted(step=1, reason="x"))
     assert [event.kind for event in said if event.kind != "machine_measured"] == [
         "alert_raised",
         "alert_resolved",

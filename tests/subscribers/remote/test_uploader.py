@@ -30,7 +30,8 @@ import eventtrain as et
 from eventtrain import subscribers as subs
 from eventtrain.cli import main as cli
 from eventtrain.subscribers._shared.optional_imports import MissingModule
-from eventtrain.subscribers.remote import object_store, upload_worker
+from eventtrain.subscribers.remote import object_store
+from eventtrain.subscribers.remote import uploader as uploading
 from eventtrain.subscribers.remote.object_store import ObjectStore
 from eventtrain.subscribers.remote.upload_manifest import UploadedFile, UploadManifest
 from tests.conftest import python_path
@@ -523,7 +524,7 @@ async def test_half_a_checkpoint_is_never_copied_as_a_whole_one(
 ) -> None:
     """It is deleted between the listing of its files and their opening; another one of its name takes its place."""
     folder = trained / "checkpoints" / "step-00000004"
-    listing = upload_worker.files_in
+    listing = uploading.files_in
 
     def deleted_meanwhile(path: Path) -> list[Path]:
         found = listing(path)
@@ -532,7 +533,7 @@ async def test_half_a_checkpoint_is_never_copied_as_a_whole_one(
         shutil.copytree(kept, path)
         return found[1:]
 
-    monkeypatch.setattr(upload_worker, "files_in", deleted_meanwhile)
+    monkeypatch.setattr(uploading, "files_in", deleted_meanwhile)
     said = await uploaded(Place(str(tmp_path / "store")).uploader(), trained, folder.name)
     assert [event.kind for event in said] == ["checkpoint_upload_failed"]
 

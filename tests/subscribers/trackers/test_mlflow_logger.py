@@ -24,14 +24,13 @@ import eventtrain as et
 from eventtrain import subscribers as subs
 from eventtrain.subscribers._shared.optional_imports import MissingModule
 from eventtrain.subscribers.trackers import mlflow_logger, tracker
-from eventtrain.subscribers.trackers.tracker_thread import TrackerThread
+from eventtrain.subscribers.trackers.tracker import TrackerThread
 from eventtrain.testing import ScriptedStep
 from tests.conftest import python_path
 from tests.support.saved_in_memory import MemoryCheckpointer
 
 mlflow = pytest.importorskip("mlflow", reason="MLflow is not installed: pip install 'eventtrain[mlflow]'")
-from eventtrain.subscribers.trackers.mlflow_client import KEY_LIMIT, Keys, key_for  # noqa: E402
-from eventtrain.subscribers.trackers.mlflow_run import MLflowRun  # noqa: E402
+from eventtrain.subscribers.trackers.mlflow_store import KEY_LIMIT, Keys, MLflowRun, key_for  # noqa: E402
 
 # MLflow itself, when it first maps its tables.
 pytestmark = pytest.mark.filterwarnings("ignore:The ``noload`` loader strategy:DeprecationWarning")
@@ -336,9 +335,9 @@ class Fake:
     def __call__(self, *args: Any, **options: Any) -> Fake:
         return self
 
-    def open(self) -> str:
+    def open(self) -> None:
         self._answer()
-        return "id"
+        self.run_id = "id"
 
     def describe(self, params: Any, tags: Any) -> None:
         self._answer()
@@ -360,7 +359,7 @@ class Fake:
 @pytest.fixture
 def fake(monkeypatch: pytest.MonkeyPatch) -> Iterator[Fake]:
     fake = Fake()
-    monkeypatch.setattr(mlflow_logger.mlflow_run, "MLflowRun", fake)
+    monkeypatch.setattr(mlflow_logger.mlflow_store, "MLflowRun", fake)
     yield fake
     fake.hold.set()
 
@@ -538,6 +537,6 @@ def test_arguments_that_cannot_work_are_refused(wrong: dict[str, Any]) -> None:
 
 def test_without_mlflow_the_remedy_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     missing = MissingModule(ModuleNotFoundError("No module named 'mlflow'"), "mlflow", "MLflowLogger")
-    monkeypatch.setattr(mlflow_logger, "mlflow_run", missing)
+    monkeypatch.setattr(mlflow_logger, "mlflow_store", missing)
     with pytest.raises(et.ConfigurationError, match=r"No module named 'mlflow'.*'eventtrain\[mlflow\]'"):
         subs.MLflowLogger("sqlite://")

@@ -9,6 +9,7 @@ import threading
 from collections.abc import Iterator
 from itertools import count
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import anyio
@@ -23,7 +24,7 @@ from eventtrain.subscribers._shared.optional_imports import MissingModule
 from eventtrain.subscribers.trackers import model_registry
 
 mlflow = pytest.importorskip("mlflow", reason="MLflow is not installed: pip install 'eventtrain[mlflow]'")
-from eventtrain.subscribers.trackers.mlflow_registry import MLflowRegistry, Version  # noqa: E402
+from eventtrain.subscribers.trackers.mlflow_store import MLflowRegistry  # noqa: E402
 
 # MLflow itself, when it first maps its tables.
 pytestmark = pytest.mark.filterwarnings("ignore:The ``noload`` loader strategy:DeprecationWarning")
@@ -153,11 +154,11 @@ class Fake:
         self.hold = threading.Event()
         self.hold.set()
 
-    def add(self, version: Any) -> str:
+    def add(self, source: str, **details: Any) -> str:
         self.hold.wait(20)
         if self.errors:
             raise self.errors.pop(0)
-        self.added.append(version)
+        self.added.append(SimpleNamespace(source=source, **details))
         return str(len(self.added))
 
     def has(self, source: str) -> bool:
@@ -170,7 +171,7 @@ class Fake:
 @pytest.fixture
 def fake(monkeypatch: pytest.MonkeyPatch) -> Iterator[Fake]:
     fake = Fake()
-    monkeypatch.setattr(model_registry.mlflow_registry, "MLflowRegistry", lambda *args, **options: fake)
+    monkeypatch.setattr(model_registry.mlflow_store, "MLflowRegistry", lambda *args, **options: fake)
     yield fake
     fake.hold.set()
 
@@ -248,7 +249,7 @@ def test_what_is_there_is_found_on_any_page(uri: str, name: str, monkeypatch: py
     registry = MLflowRegistry(name, model_registry.SecretStr(uri), experiment="x", run_name="y")
     for source in ("a", "b", "c"):
         assert not registry.has(source)
-        registry.add(Version(source, 1))
+        registry.add(source, step=1, metrics={}, tags={})
     assert [registry.has(source) for source in ("a", "b", "c", "d")] == [True, True, True, False]
 
 
@@ -355,7 +356,7 @@ def test_arguments_that_cannot_work_are_refused(named: str, wrong: dict[str, Any
 
 def test_without_mlflow_the_remedy_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     missing = MissingModule(ModuleNotFoundError("No module named 'mlflow'"), "mlflow", "ModelRegistry")
-    monkeypatch.setattr(model_registry, "mlflow_registry", missing)
+    monkeypatch.setattr(model_registry, "mlflow_store", missing)
     with pytest.raises(et.ConfigurationError, match=r"No module named 'mlflow'.*'eventtrain\[mlflow\]'"):
         subs.ModelRegistry("model", "sqlite://")
 

@@ -11,7 +11,7 @@ import anyio
 import pytest
 
 import eventtrain as et
-from eventtrain.subscribers.trackers.tracker_thread import RETRIES_AT_END, TrackerStatistics, TrackerThread
+from eventtrain.subscribers.trackers.tracker import RETRIES_AT_END, TrackerStatistics, TrackerThread
 
 SECRET = "s3cr3t-passw0rd"
 

@@ -14,6 +14,7 @@ from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import anyio
@@ -39,7 +40,7 @@ from tests.subscribers.trackers.tracked_runs import (
 os.environ.setdefault("WANDB_ERROR_REPORTING", "false")
 pytest.importorskip("wandb", reason="not installed: pip install 'eventtrain[wandb]'")
 
-from eventtrain.subscribers.trackers import wandb_logger, wandb_run, wandb_transaction_log
+from eventtrain.subscribers.trackers import wandb_logger, wandb_run
 
 KEY = "5ec7e75ec7e75ec7e75ec7e75ec7e75ec7e75ec7"
 """An API key as W&B has them."""
@@ -77,7 +78,7 @@ def read(folder: Path, finished: int = 1) -> Written:
 def read_now(folder: Path) -> Written:
     written = Written()
     for path in sorted(folder.glob("wandb/offline-run-*/*.wandb")):
-        for record in wandb_transaction_log.records(path):
+        for _, record in wandb_run.records(path):
             kind = record.WhichOneof("record_type")
             if kind == "history":
                 row: dict[str, Any] = {}
@@ -268,8 +269,8 @@ class Fake:
         self.hold = threading.Event()
         self.hold.set()
 
-    def __call__(self, options: Any) -> Fake:
-        self.options.append(options)
+    def __call__(self, run_id: str, folder: Path, **options: Any) -> Fake:
+        self.options.append(SimpleNamespace(run_id=run_id, folder=folder, **options))
         return self
 
     def _do(self, name: str, what: Any = None) -> None:
@@ -483,9 +484,9 @@ def test_a_file_that_is_torn_is_read_up_to_there(rich: Any, tmp_path: Path) -> N
         torn.parent.mkdir(parents=True)
         torn.write_bytes(whole[:size])
         rows[size] = sum(
-            record.WhichOneof("record_type") == "history" for record in wandb_transaction_log.records(torn)
+            record.WhichOneof("record_type") == "history" for _, record in wandb_run.records(torn)
         )
     assert rows[0] == rows[7] == rows[10] == 0
     assert rows[len(whole)] == 15
-    assert wandb_transaction_log.last_step(tmp_path, tracker.wandb_id) == 15
-    assert wandb_transaction_log.last_step(tmp_path, "another") == -1
+    assert wandb_run.last_step(tmp_path, tracker.wandb_id) == 15
+    assert wandb_run.last_step(tmp_path, "another") == -1
