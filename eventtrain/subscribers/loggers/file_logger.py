@@ -67,11 +67,7 @@ class GroupCommit(threading.Thread):
         return self._stopping or self.error is not None or self._is_full
 
     async def attend(self) -> None:
-        """Waits while too many rows wait; after ``stop``, writes.
-
-        Raises:
-            OSError: the thread could not write; raised once for each failure.
-        """
+        """Waits while too many rows wait; after ``stop``, writes. Raises OSError once for each failure."""
         while self._is_full and not self._stopping:  # noqa: ASYNC110  # it is a thread that makes room
             await anyio.sleep(LOOK_AGAIN_S)
         if self._stopping:
@@ -128,7 +124,7 @@ F = TypeVar("F", bound=LogFile[Any])
 class FileLogger(Subscriber, ABC, Generic[F]):
     """Opens a file when the run starts, has a thread write its rows, and cuts it when a run resumes."""
 
-    disable_after = None  # a full disk is no reason to stop logging once there is room again
+    disable_after = None  # it writes again when a full disk has room
     _state_type: type[FileLoggerState]
     _urgent: ClassVar[frozenset[type[Event]]] = frozenset()
     """Events whose handler returns only when their rows are in the file."""
@@ -157,11 +153,7 @@ class FileLogger(Subscriber, ABC, Generic[F]):
         """Puts the rows of an event into ``_waiting``."""
 
     async def start(self, run: RunContext) -> None:
-        """Opens the file, moves a torn last row and the rows that the run repeats aside, starts the writing thread.
-
-        Raises:
-            ConfigurationError: the file cannot be written.
-        """
+        """Opens the file and sets repeated rows aside. Raises ConfigurationError if it cannot be written."""
         path = run.run_dir / self._path
         file = self._make_file(path) if self._file is None or self._file.path != path else self._file
         saved, self._saved = self._saved, None
@@ -213,11 +205,7 @@ class FileLogger(Subscriber, ABC, Generic[F]):
         return self._state_type.model_validate({"path": str(self._path), **position}).to_json()
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Makes the next ``start`` move the rows that were written later aside.
-
-        Raises:
-            StateError: another version, or invalid data.
-        """
+        """Makes the next ``start`` set later rows aside. Raises StateError for another version or invalid data."""
         self._saved = self._state_type.parse(self.name or type(self).__name__, state)
 
     def _put_table(self, table: StepTable, item: Any = None) -> None:

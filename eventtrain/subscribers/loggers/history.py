@@ -233,11 +233,7 @@ class History(Subscriber):
         return HistoryState(epochs=self._epochs.saved, steps=self._steps.saved).model_dump(mode="json")
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continues with the rows of a checkpoint.
-
-        Raises:
-            StateError: another version, or invalid data.
-        """
+        """Continues with the rows of a checkpoint. Raises StateError for another version or invalid data."""
         saved = HistoryState.parse(self.name or "History", state)
         self._epochs.load(saved.epochs)
         self._steps.load(saved.steps)
