@@ -19,7 +19,7 @@ from eventtrain.errors import SnapshotError
 
 @dataclass(frozen=True)
 class ClaimedSnapshot:
-    """What one Checkpointer writes. Call ``finish`` in any case.
+    """Snapshot and records that one Checkpointer writes. Call ``finish`` in any case.
 
     Attributes:
         snapshot: the device state.

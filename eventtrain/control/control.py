@@ -216,7 +216,7 @@ class Transaction:
 
     @property
     def control(self) -> Control:
-        """What the handler is given."""
+        """Control that the handler receives."""
         return Control(self._queue, self._view, self)
 
     def send(self, command: Any, reply: CrossLoopFuture[CommandApplied]) -> None:

@@ -13,7 +13,7 @@ from eventtrain.events import Event
 
 
 class ControlPlane:
-    """What a trainer's handlers, subscribers and training thread share, over all of its runs.
+    """State shared by a trainer's handlers, subscribers and training thread, over all of its runs.
 
     Attributes:
         view: what ``Control`` shows.

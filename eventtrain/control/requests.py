@@ -1,4 +1,4 @@
-"""What the subscribers of a run requested of its training loop when they started."""
+"""Requests of the subscribers of a run to its training loop, made when they start."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from time import monotonic
 from typing import Literal
 
 WhenFull = Literal["skip", "wait", "fail"]
-"""What happens to a checkpoint while ``max_in_flight`` of them are being written."""
+"""Effect on a checkpoint that is due while ``max_in_flight`` of them are being written."""
 
 
 @dataclass

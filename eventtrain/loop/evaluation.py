@@ -32,7 +32,7 @@ from eventtrain.loop.waiting import WaitingPlace
 
 @dataclass
 class EvaluationSource:
-    """What a run evaluates.
+    """Model and data of the evaluations of a run.
 
     Attributes:
         model: has the eval_fn.

@@ -94,7 +94,7 @@ class Backup:
 
 
 def _state_of(subscriber: Subscriber) -> dict[str, Any] | None:
-    """What it would save; None if it saves nothing, or cannot before its first run."""
+    """Returns the state that it would save; None if it saves nothing, or cannot before its first run."""
     if type(subscriber).state_dict is Subscriber.state_dict:
         return None
     try:

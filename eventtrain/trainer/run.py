@@ -127,7 +127,7 @@ class Run:
 
     @property
     def sharding(self) -> jax.sharding.Sharding:
-        """Where batches of NumPy arrays are put."""
+        """Sharding to which batches of NumPy arrays are transferred."""
         return replicated_sharding(self.loop.carry.leaves if self.loop is not None else self._model.leaves)
 
     # --- steps and epochs -------------------------------------------------------------------------------------
