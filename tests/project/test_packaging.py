@@ -56,8 +56,8 @@ import eventtrain
 from eventtrain import cli, subscribers
 for name in subscribers.__all__:
     getattr(subscribers, name)
-from eventtrain.subscribers.reports.environment import environment
-assert environment()["eventtrain"] == eventtrain.__version__
+from eventtrain.subscribers.reports.sections import _environment
+assert dict(_environment())["eventtrain"] == eventtrain.__version__
 print(eventtrain.__version__)
 """
     done = subprocess.run(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import reprlib
 from collections.abc import Mapping
 from typing import Any, TypeVar
 
@@ -41,7 +42,8 @@ class SavedState(BaseModel):
         except ValidationError as error:
             first = error.errors()[0]
             key = ".".join(map(str, first["loc"])) or "state"
+            given = reprlib.repr(first["input"])  # arrays are long
             raise StateError(
-                f"{owner} cannot load its state: {key}: {first['msg']} (got {first['input']!r}). The state is damaged "
+                f"{owner} cannot load its state: {key}: {first['msg']} (got {given}). The state is damaged "
                 "or belongs to another subscriber; start without it."
             ) from error

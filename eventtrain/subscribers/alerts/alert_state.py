@@ -8,7 +8,7 @@ from typing import Any, Generic, Literal, TypeVar
 from pydantic import BaseModel, ConfigDict
 
 from eventtrain.events import AlertRaised, AlertResolved
-from eventtrain.events.models import Number, escape_surrogates
+from eventtrain.events.models import escape_surrogates
 from eventtrain.subscribers.alerts.message import AlertEvent
 from eventtrain.subscribers.alerts.metric_rules import MetricRule, SavedMemory, StepWindow
 from eventtrain.subscribers.alerts.rule import AlertRule, Findings
@@ -55,14 +55,9 @@ class AlertState:
         self._bad_since: tuple[int, float] | None = None
         self._quiet_until_s = float("-inf")
 
-    @property
-    def idle(self) -> bool:
-        """Whether ``judge(False, ...)`` would change nothing."""
-        return not self._raised and self._bad_since is None
-
     def is_as_new(self, now_s: float) -> bool:
         """Whether a new instance with the same options would do the same."""
-        return self.idle and now_s >= self._quiet_until_s
+        return not self._raised and self._bad_since is None and now_s >= self._quiet_until_s
 
     def judge(self, bad: bool, step: int, now_s: float) -> Change | None:
         """Adds an observation, in the order of time; returns the change that it causes, if any."""
@@ -172,36 +167,23 @@ class MetricRuleAlerts(RuleAlerts[MetricRule[Any]]):
         """Names of the metrics of the last event, if no event has had the rule's metric yet."""
         self._seen = False
 
-    def judge(self, metrics: Mapping[str, Number], step: int, now_s: float) -> list[AlertEvent]:
-        """Returns the changes that the metrics of one event cause."""
-        return self._judge(step, metrics[self.rule.metric], now_s) if self._is_in(metrics) else []
-
-    def judge_window(self, steps: StepWindow, now_s: float) -> list[AlertEvent]:
+    def judge(self, window: StepWindow, now_s: float) -> list[AlertEvent]:
         """Returns the changes that a window of steps causes, each step judged in its turn."""
-        if not self._is_in(steps.metrics):
-            return []
-        values, alert = steps.values(self.rule.metric), self._alert()
+        metric, alert = self.rule.metric, self._alert()
         events: list[AlertEvent] = []
-        place = 0
-        while place < len(values):
-            if alert.idle:
-                place = self.rule.skip(self._memory, steps, place)
-                if place == len(values):
-                    break
-            events += self._judge(steps.first_step + place, values[place], now_s)
-            place += 1
+        if not self._is_in(window.metrics):
+            return events
+        for place, verdict in self.rule.judge(self._memory, window):
+            step = window.first_step + place
+            change = alert.judge(bool(verdict), step, now_s)
+            if change is not None:
+                value = window.values(metric)[place]
+                name = escape_surrogates(metric)
+                message = f"{name} = {value:.6g} at step {step}" + (
+                    f" {verdict}" if verdict else f": {RESOLVED}"
+                )
+                events.append(self._event(change, "", message, step, metric=name, value=value))
         return events
-
-    def _judge(self, step: int, value: Number, now_s: float) -> list[AlertEvent]:
-        verdict = self.rule.judge(self._memory, step, value)
-        if verdict is None:
-            return []
-        change = self._alert().judge(bool(verdict), step, now_s)
-        if change is None:
-            return []
-        metric = escape_surrogates(self.rule.metric)
-        message = f"{metric} = {value:.6g} at step {step}" + (f" {verdict}" if verdict else f": {RESOLVED}")
-        return [self._event(change, "", message, step, metric=metric, value=value)]
 
     def _is_in(self, metrics: Mapping[str, Any]) -> bool:
         if self.rule.metric in metrics:

@@ -25,10 +25,8 @@ from eventtrain.subscribers.alerts.event_rules import EventRule, RunEndRule
 from eventtrain.subscribers.alerts.message import AlertEvent
 from eventtrain.subscribers.alerts.metric_rules import MetricRule, StepWindow
 from eventtrain.subscribers.alerts.rules import AnyRule
-from eventtrain.subscribers.alerts.sender import SendOptions
 from eventtrain.subscribers.alerts.target import AlertTarget
-from eventtrain.subscribers.alerts.timed_rules import TimedRule
-from eventtrain.subscribers.alerts.watcher import RuleWatcher
+from eventtrain.subscribers.alerts.timed_rules import RuleWatcher, TimedRule
 from eventtrain.subscribers.base import RunContext, Subscriber
 
 logger = logging.getLogger("eventtrain")
@@ -102,7 +100,9 @@ class Alerts(Subscriber):
         _require_unique_names(rules, targets)
         self._delivery_options = DeliveryOptions(
             [(target.label, target.connect(timeout_s)) for target in targets],
-            SendOptions(retries, retry_delay_s, group_s),
+            retries=retries,
+            retry_delay_s=retry_delay_s,
+            group_s=group_s,
             attach=[file_path(name, "Alerts") for name in attach],
             dead_letters=file_path(dead_letters, "Alerts"),
             finish_timeout_s=finish_timeout_s,
@@ -165,15 +165,16 @@ class Alerts(Subscriber):
 
     def _judge(self, event: Event) -> list[AlertEvent]:
         now_s, found = self._clock(), list[AlertEvent]()
-        steps = StepWindow(event.first_step, event.metrics) if isinstance(event, StepsCompleted) else None
+        window = StepWindow(event.step, {})
+        if isinstance(event, StepsCompleted):
+            window = StepWindow(event.first_step, event.metrics)
+        elif isinstance(event, (EpochCompleted, EvalCompleted)):
+            window = StepWindow.of_one(event.step, event.metrics)
         for alerts in self._by_event.get(type(event), ()):
-            if not isinstance(alerts, MetricRuleAlerts):
-                if isinstance(alerts.rule, EventRule):
-                    found += alerts.update(alerts.rule.judge(event), event.step, now_s)
-            elif steps is not None:
-                found += alerts.judge_window(steps, now_s)
-            elif isinstance(event, (EpochCompleted, EvalCompleted)):
-                found += alerts.judge(event.metrics, event.step, now_s)
+            if isinstance(alerts, MetricRuleAlerts):
+                found += alerts.judge(window, now_s)
+            elif isinstance(alerts.rule, EventRule):
+                found += alerts.update(alerts.rule.judge(event), event.step, now_s)
         return found
 
     async def finish(self) -> None:
@@ -201,11 +202,7 @@ class Alerts(Subscriber):
         return AlertsState(rules=rules, began_s=self._began_s).to_json()
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Restores the state of the rules of the same names, so that a resumed run does not raise alerts again.
-
-        Raises:
-            StateError: another version, or invalid data.
-        """
+        """Restores the state of rules by their names. Raises StateError for another version or invalid data."""
         saved, now_s = AlertsState.parse(self.name or "Alerts", state), self._clock()
         for label, rule in saved.rules.items():
             if label in self._alerts:

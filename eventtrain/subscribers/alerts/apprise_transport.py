@@ -25,14 +25,8 @@ class AppriseTransport:
     """A URL of Apprise.
 
     Its plugin is called directly and not through ``Apprise.notify``, which would use threads of its own, whose log
-    lines could not be suppressed. Redirects are not followed.
-
-    Args:
-        url: of Apprise. It is in no message, log or repr.
-        timeout_s: for connecting, and for each wait for an answer.
-
-    Raises:
-        ConfigurationError: Apprise does not know the service, or the URL is incomplete; no part of it is quoted.
+    lines could not be suppressed. Redirects are not followed. The URL is in no message, log or repr; neither is it in
+    the ConfigurationError for an incomplete URL or an unknown service.
     """
 
     def __init__(self, url: SecretStr, *, timeout_s: float = 5.0) -> None:

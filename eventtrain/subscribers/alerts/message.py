@@ -87,11 +87,7 @@ class Transport(Protocol):
     """Sends messages to one target."""
 
     def send(self, message: Message) -> None:
-        """Delivers ``message`` on the calling thread. Blocks; one thread at a time.
-
-        Raises:
-            NotDelivered: with the reason.
-        """
+        """Delivers ``message`` on the calling thread. Blocks; one thread at a time. Raises NotDelivered."""
         ...
 
 

@@ -17,7 +17,7 @@ SEVERITIES: tuple[Severity, ...] = ("info", "warning", "critical")
 """Mild to severe."""
 
 Findings = Mapping[str, str]
-"""What is wrong: subject -> message. Empty if nothing is; the subject is "" for a rule that has only one."""
+"""Subject -> message of what is wrong. Empty if nothing is; the subject is "" for a rule that has only one."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -6,9 +6,12 @@ import base64
 import hashlib
 import hmac
 import json
+import socket
 import time
+from collections.abc import Callable, Sequence
+from ipaddress import IPv4Address, IPv6Address, IPv6Network, ip_address
 from ssl import SSLContext
-from urllib.parse import SplitResult, unquote, urlsplit
+from urllib.parse import urlsplit
 
 import httpcore  # noqa: F401  # pyright: ignore[reportUnusedImport]  # httpx does when it first sends; see quiet_libraries
 import httpx
@@ -17,14 +20,6 @@ from pydantic import SecretStr
 from eventtrain.errors import ConfigurationError
 from eventtrain.subscribers._shared.log_filter import quiet_libraries
 from eventtrain.subscribers.alerts.message import Message, NotDelivered
-from eventtrain.subscribers.alerts.public_address import (
-    AddressRefused,
-    Resolve,
-    checked_addresses,
-    is_public,
-    parse_address,
-    resolve,
-)
 
 RETRYABLE = frozenset({408, 425, 429, 500, 502, 503, 504})
 """HTTP statuses after which another attempt may succeed."""
@@ -39,6 +34,75 @@ REASONS: dict[type[Exception], str] = {
 }
 
 
+Resolve = Callable[[str, int], Sequence[str]]
+"""A host's name and a port -> its addresses. Raises OSError."""
+Address = IPv4Address | IPv6Address
+
+NAT64 = IPv6Network("64:ff9b::/96")
+
+
+class AddressRefused(Exception):
+    """A name resolves to an address that is not public. The text quotes neither."""
+
+
+def resolve(host: str, port: int) -> Sequence[str]:
+    """Resolves ``host`` with the system's resolver. Blocks."""
+    found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
+    return [str(place[0]) for _, _, _, _, place in found]
+
+
+def parse_address(text: str) -> Address | None:
+    """Returns the address that ``text`` is, without its scope; None if it is a name."""
+    try:
+        return ip_address(text.partition("%")[0])
+    except ValueError:
+        return None
+
+
+def is_public(address: str) -> bool:
+    """Returns whether ``address`` is reachable over the internet: not loopback, private, link-local, multicast or
+    reserved, nor an IPv6 form of such an IPv4 address.
+    """
+    parsed = parse_address(address)
+    if parsed is None:
+        return False
+    found = _embedded_ipv4(parsed)
+    site_local = isinstance(found, IPv6Address) and found.is_site_local
+    return found.is_global and not (found.is_multicast or found.is_reserved or site_local)
+
+
+def checked_addresses(host: str, port: int, *, allow_private: bool, resolve: Resolve = resolve) -> list[str]:
+    """Returns the addresses of ``host``, each once, in the order given. Connect to these; do not resolve again.
+
+    Raises:
+        AddressRefused: there is no address, or one of them is not public and ``allow_private`` is False.
+        OSError: the name is not known.
+    """
+    found = list(dict.fromkeys(resolve(host, port)))
+    if not found:
+        raise AddressRefused("its host has no address")
+    if not allow_private and not all(map(is_public, found)):
+        raise AddressRefused(
+            "its host resolves to a private, loopback or link-local address; allow_private=True permits that"
+        )
+    return found
+
+
+def _embedded_ipv4(address: Address) -> Address:
+    """Returns the IPv4 address that an IPv6 address stands for, or ``address`` itself."""
+    if isinstance(address, IPv4Address):
+        return address
+    if address.ipv4_mapped is not None:
+        return address.ipv4_mapped
+    if address.sixtofour is not None:
+        return address.sixtofour
+    if address.teredo is not None:
+        return address.teredo[1]
+    if address in NAT64:
+        return IPv4Address(int(address) & 0xFFFF_FFFF)
+    return address
+
+
 class Webhook:
     """A URL that is sent a JSON body for each message.
 
@@ -47,15 +111,8 @@ class Webhook:
     is used. Each attempt resolves the host's name once and checks every address, and connects to one of these
     addresses, with the name in TLS and in ``Host``.
 
-    Args:
-        url: http or https; ``user:password@`` becomes basic authentication. It is in no message, log or repr.
-        key: signs the requests.
-        allow_private: the host may be in a private network.
-        timeout_s: for connecting, and for each wait for the answer.
-        resolve: resolves names.
-
-    Raises:
-        ConfigurationError: the URL is invalid, or its host is an address that is not allowed; it is not quoted.
+    ``user:password@`` becomes basic authentication. The URL is in no message, log or repr, also not in that of the
+    ConfigurationError for an invalid URL, or an address that is not allowed as its host.
     """
 
     def __init__(
@@ -67,7 +124,7 @@ class Webhook:
         timeout_s: float = 5.0,
         resolve: Resolve = resolve,
     ) -> None:
-        host, _ = _host_and_port(_split(url.get_secret_value()))
+        host, _ = _host_and_port(_parse(url.get_secret_value()))
         self._url = url  # and no part of it beside it, which would be shown in a list of attributes
         self._key, self._allow_private, self._timeout_s = key, allow_private, timeout_s
         self._resolve = resolve
@@ -81,7 +138,7 @@ class Webhook:
     def send(self, message: Message) -> None:
         """Posts ``message``. Blocks; one thread at a time. Raises NotDelivered."""
         body = json.dumps(message.to_json()).encode()
-        host, port = _host_and_port(_split(self._url.get_secret_value()))
+        host, port = _host_and_port(_parse(self._url.get_secret_value()))
         try:
             addresses = checked_addresses(
                 host, port, allow_private=self._allow_private, resolve=self._resolve
@@ -110,25 +167,23 @@ class Webhook:
 
     def _post(self, address: str, body: bytes) -> int:
         """Returns the status of the answer, whose body is not read."""
-        parts = _split(self._url.get_secret_value())
-        userinfo, _, netloc = parts.netloc.rpartition("@")
-        host, port = _host_and_port(parts)
-        if not netloc.isascii():
-            netloc = f"{host}:{parts.port}" if parts.port else host
+        url = _parse(self._url.get_secret_value())
+        host, port = _host_and_port(url)
         headers = {
-            "Host": netloc,
+            "Host": url.netloc.decode("ascii"),
             "Content-Type": "application/json",
             "User-Agent": "eventtrain",
             "Connection": "close",
         }
-        if userinfo:
-            headers["Authorization"] = "Basic " + base64.b64encode(unquote(userinfo).encode()).decode()
+        if url.userinfo:
+            userinfo = f"{url.username}:{url.password}".encode()
+            headers["Authorization"] = "Basic " + base64.b64encode(userinfo).decode()
         if self._key is not None:
             now = str(int(time.time()))
             headers |= {TIMESTAMP: now, SIGNATURE: _signature(self._key, now, body)}
         request = httpx.Request(
             "POST",
-            httpx.URL(parts._replace(netloc=netloc, fragment="").geturl()).copy_with(host=address, port=port),
+            url.copy_with(host=address, port=port),
             headers=headers,
             content=body,
             extensions={"timeout": httpx.Timeout(self._timeout_s).as_dict()}
@@ -148,14 +203,12 @@ def _signature(key: SecretStr, timestamp: str, body: bytes) -> str:
     return f"sha256={digest.hexdigest()}"
 
 
-def _split(url: str) -> SplitResult:
+def _parse(url: str) -> httpx.URL:
     try:
-        parts = urlsplit(url)
-        valid = parts.scheme in ("http", "https") and parts.hostname and parts.port != 0 and url.isprintable()
-        if valid:
-            httpx.URL(url)
-            _host_and_port(parts)
-            return parts
+        urlsplit(url)  # refuses brackets that are not closed
+        parsed = httpx.URL(url)
+        if parsed.scheme in ("http", "https") and parsed.host and parsed.port != 0 and url.isprintable():
+            return parsed
     except (ValueError, httpx.InvalidURL):
         pass
     raise ConfigurationError(
@@ -163,9 +216,6 @@ def _split(url: str) -> SplitResult:
     )
 
 
-def _host_and_port(parts: SplitResult) -> tuple[str, int]:
+def _host_and_port(url: httpx.URL) -> tuple[str, int]:
     """Returns the host, in the ASCII form of an internationalised name, and the port."""
-    host = parts.hostname or ""
-    if not host.isascii():
-        host = httpx.URL(f"http://{host}").raw_host.decode("ascii")
-    return host, parts.port or {"http": 80, "https": 443}[parts.scheme]
+    return url.raw_host.decode("ascii"), url.port or {"http": 80, "https": 443}[url.scheme]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -31,6 +32,14 @@ WRITTEN = tuple(kind for kind in TRAINING_SEQUENCE if kind is not StepStarted)
 class JSONLFile(RowFile[bytes | StepTable]):
     """A file of JSON lines, of single rows and of windows."""
 
+    @property
+    def position(self) -> dict[str, int]:
+        """The size in bytes."""
+        return {"offset": self.size_bytes}
+
+    def _cut(self, position: Mapping[str, int]) -> None:
+        self._cut_at(position["offset"])
+
     def _render(self, items: list[bytes | StepTable]) -> bytes:
         lines = [item if isinstance(item, bytes) else json_lines(item) for item in items]
         return b"\n".join([*lines, b""])
@@ -39,10 +48,10 @@ class JSONLFile(RowFile[bytes | StepTable]):
 class JSONLLoggerState(FileLoggerState):
     """State of a ``JSONLLogger``; ``offset`` is the size of the file in bytes."""
 
-    offset: int
+    offset: int = 0
 
 
-class JSONLLogger(FileLogger[JSONLFile, JSONLLoggerState]):
+class JSONLLogger(FileLogger[JSONLFile]):
     """Appends one row for each event to a file; a row is ``event.model_dump_json()``.
 
     Args:
@@ -101,12 +110,6 @@ class JSONLLogger(FileLogger[JSONLFile, JSONLLoggerState]):
         # model_dump_json() decodes to a str, which would be encoded again here: 1.9 us instead of 2.7.
         row = event.__pydantic_serializer__.to_json(event)
         self._waiting.put(row, 1, len(row))
-
-    def _state_of(self, file: JSONLFile | None) -> JSONLLoggerState:
-        return JSONLLoggerState(path=str(self._path), offset=0 if file is None else file.size_bytes)
-
-    def _cut(self, file: JSONLFile, saved: JSONLLoggerState) -> None:
-        file.cut_at(saved.offset)
 
 
 def _by_window(events: Any) -> tuple[type[Event], ...]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import os
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import groupby
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -32,13 +32,7 @@ LARGE_BYTES = 64 << 20
 
 
 class ParquetFiles(LogFile[StepTable]):
-    """The files ``<path>/part-00001.parquet`` and so on.
-
-    Args:
-        path: of the folder.
-        waiting: the rows to write; another thread puts them.
-        rows_per_part: a part with this many rows is not written again.
-    """
+    """The files ``<path>/part-00001.parquet`` and so on; a part with ``rows_per_part`` rows is not written again."""
 
     def __init__(self, path: Path, waiting: RowBuffer[StepTable], rows_per_part: int) -> None:
         super().__init__(path, waiting)
@@ -62,16 +56,13 @@ class ParquetFiles(LogFile[StepTable]):
                 logger.error("%s is not a Parquet file, and is left alone: %s", self._file(self.part), error)
                 self.part += 1
 
-    def cut(self, part: int, rows: int) -> None:
-        """Moves the rows after row ``rows`` of part ``part`` to a folder ``<path>.cut-1`` (or -2 ...)."""
-        if (self.part, self.rows_in_part) < (part, rows):
-            logger.error(
-                "%s ends with row %d of part %d, but ended with row %d of part %d when the checkpoint was written: "
-                "it lacks rows.",
-                self.path, self.rows_in_part, self.part, rows, part,
-            )  # fmt: skip
-        if (self.part, self.rows_in_part) <= (part, rows):
-            return
+    @property
+    def position(self) -> dict[str, int]:
+        """The number of the last part, and of its rows."""
+        return {"part": self.part, "rows": self.rows_in_part}
+
+    def _cut(self, position: Mapping[str, int]) -> None:
+        part, rows = position["part"], position["rows"]
         beside = free_name(self.path, "cut")
         beside.mkdir()
         for number in range(self.part, part, -1):

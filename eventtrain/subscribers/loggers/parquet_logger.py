@@ -27,11 +27,11 @@ HURRY_S = 1.0
 class ParquetLoggerState(FileLoggerState):
     """State of a ``ParquetLogger``: the number of the last part, 0 if there is none, and its rows."""
 
-    part: int
-    rows: int
+    part: int = 0
+    rows: int = 0
 
 
-class ParquetLogger(FileLogger["ParquetFiles", ParquetLoggerState]):
+class ParquetLogger(FileLogger["ParquetFiles"]):
     """Appends one row for each step to a folder of Parquet files, ``part-00001.parquet`` and so on.
 
     Args:
@@ -48,10 +48,7 @@ class ParquetLogger(FileLogger["ParquetFiles", ParquetLoggerState]):
     also done soon after the end of an epoch, before a checkpoint is committed and in ``stop``. Metrics that change, by
     name or type, begin another part.
 
-    A run that resumes from a checkpoint moves rows that were written later to a folder beside (``<path>.cut-1`` ...),
-    and writes them again, so that each step has one row; so does a run that was to resume and found nothing saved, with
-    all that the folder contains. A failed write is raised in the handler, and so published as SubscriberFailed; the
-    rows are kept and written when that works again. While 32 MiB of rows wait, training waits too.
+    A resumed run and a failed write are as of ``JSONLLogger``.
 
     Raises:
         ConfigurationError: pyarrow is missing, the path leaves ``run_dir`` by ``..``, or another argument is invalid;
@@ -80,10 +77,3 @@ class ParquetLogger(FileLogger["ParquetFiles", ParquetLoggerState]):
         elif self._commits is not None and monotonic() - self._hurried_s >= HURRY_S:
             self._hurried_s = monotonic()
             self._commits.hurry()
-
-    def _state_of(self, file: ParquetFiles | None) -> ParquetLoggerState:
-        part, rows = (0, 0) if file is None else (file.part, file.rows_in_part)
-        return ParquetLoggerState(path=str(self._path), part=part, rows=rows)
-
-    def _cut(self, file: ParquetFiles, saved: ParquetLoggerState) -> None:
-        file.cut(saved.part, saved.rows)

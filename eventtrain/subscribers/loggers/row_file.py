@@ -7,7 +7,7 @@ import os
 import threading
 from abc import ABC, abstractmethod
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import count
 from pathlib import Path
 from typing import Generic, NamedTuple, TypeVar
@@ -68,11 +68,9 @@ class RowBuffer(Generic[Item]):
 
 
 class LogFile(ABC, Generic[Item]):
-    """A file, or a folder of files. The methods block; any thread but the event loop's.
+    """A file, or a folder of files, into which the rows of ``waiting``, put by another thread, are written.
 
-    Args:
-        path: of the file or folder.
-        waiting: the rows to write; another thread puts them.
+    The methods block; any thread but the event loop's.
     """
 
     def __init__(self, path: Path, waiting: RowBuffer[Item]) -> None:
@@ -83,6 +81,29 @@ class LogFile(ABC, Generic[Item]):
     @abstractmethod
     def prepare(self) -> None:
         """Creates the folder, and repairs what a killed run left."""
+
+    @property
+    @abstractmethod
+    def position(self) -> dict[str, int]:
+        """How much is written, for a checkpoint."""
+
+    def cut(self, position: Mapping[str, int]) -> None:
+        """Moves what was written after ``position`` aside, to ``<path>.cut-1`` (or -2 ...)."""
+        here, there = self.position, dict(position)
+        if [*here.values()] < [*there.values()]:
+            now, then = (", ".join(f"{name}={n}" for name, n in one.items()) for one in (here, there))
+            logger.error(
+                "%s lacks rows: it ends at %s, but ended at %s when the checkpoint was written.",
+                self.path,
+                now,
+                then,
+            )
+        elif here != there:
+            self._cut(position)
+
+    @abstractmethod
+    def _cut(self, position: Mapping[str, int]) -> None:
+        """Does what ``cut`` promises; ``position`` is before the end."""
 
     @abstractmethod
     def sync(self) -> None:
@@ -109,13 +130,7 @@ class LogFile(ABC, Generic[Item]):
 
 
 class RowFile(LogFile[Item]):
-    """A file of rows, each a line.
-
-    Args:
-        path: of the file.
-        waiting: the rows to write; another thread puts them.
-        fsync: a group counts as written only when it is on the disk.
-    """
+    """A file of rows, each a line. With ``fsync`` a group counts as written only when it is on the disk."""
 
     def __init__(self, path: Path, waiting: RowBuffer[Item], *, fsync: bool = False) -> None:
         super().__init__(path, waiting)
@@ -148,15 +163,8 @@ class RowFile(LogFile[Item]):
             "%s ended in a torn row of %d bytes, which was moved to %s", self.path, len(tail), torn
         )
 
-    def cut_at(self, offset: int, heading: bytes = b"") -> None:
-        """Moves the bytes from ``offset`` on to ``<path>.cut-1`` (or -2 ...), which begins with ``heading``."""
-        if self.size_bytes < offset:
-            logger.error(
-                "%s has %d bytes, but had %d when the checkpoint was written: it lacks rows.",
-                self.path, self.size_bytes, offset,
-            )  # fmt: skip
-        if self.size_bytes <= offset:
-            return
+    def _cut_at(self, offset: int, heading: bytes = b"") -> None:
+        """Moves the bytes from ``offset`` on to a file beside, which begins with ``heading``."""
         cut_tail(self.path, offset, free_name(self.path, "cut"), heading)
         self.size_bytes = offset
 

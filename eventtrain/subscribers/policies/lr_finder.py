@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 import numpy as np
-from pydantic import FiniteFloat
+from pydantic import ConfigDict, Field, FiniteFloat
 
 from eventtrain.control.control import Control
 from eventtrain.errors import ConfigurationError, SnapshotError, StateError
@@ -22,22 +22,39 @@ from eventtrain.subscribers.policies.policy import STEP_LAG, Policy
 logger = logging.getLogger("eventtrain")
 
 
-@dataclass
-class RangeTest:
-    """Arithmetic of the test, pure; the arguments are those of ``LRFinder``.
+class LRFinderState(SavedState):
+    """State of an ``LRFinder``; the observations have one entry for each finite loss.
 
     Attributes:
-        learning_rates, losses, smoothed: the observations so far, one entry for each finite loss.
+        first_step: steps completed when the test began; None before.
+        back_at: the boundary at which the state before the test is restored; None while the test runs.
     """
+
+    model_config = ConfigDict(frozen=False)
+
+    version: Literal[1] = 1
+    first_step: int | None = None
+    back_at: int | None = None
+    learning_rates: list[FiniteFloat] = Field(default_factory=list[float])
+    losses: list[FiniteFloat] = Field(default_factory=list[float])
+    smoothed: list[FiniteFloat] = Field(default_factory=list[float])
+
+    @property
+    def is_under_way(self) -> bool:
+        """Whether the test has begun and is not over."""
+        return self.first_step is not None and self.back_at is None
+
+
+@dataclass
+class RangeTest:
+    """Arithmetic of the test, pure; the arguments are those of ``LRFinder``."""
 
     min_lr: float
     max_lr: float
     num_steps: int
     smoothing: float = 0.98
     divergence: float | None = 4.0
-    learning_rates: list[float] = field(default_factory=list)
-    losses: list[float] = field(default_factory=list)
-    smoothed: list[float] = field(default_factory=list)
+    state: LRFinderState = field(default_factory=LRFinderState)
 
     def rate(self, index: int) -> float:
         """Returns the learning rate of the step with this 0-based index."""
@@ -49,11 +66,12 @@ class RangeTest:
         if not math.isfinite(loss):
             return f"was {loss!r} at {rate:.3g}"
         # The bias-corrected exponential average, in the form that keeps a constant constant.
-        before = self.smoothed[-1] if self.smoothed else loss
-        weight = (1 - self.smoothing) / (1 - self.smoothing ** (len(self.losses) + 1))
-        self.learning_rates.append(rate)
-        self.losses.append(loss)
-        self.smoothed.append(before + weight * (loss - before))
+        seen = self.state
+        before = seen.smoothed[-1] if seen.smoothed else loss
+        weight = (1 - self.smoothing) / (1 - self.smoothing ** (len(seen.losses) + 1))
+        seen.learning_rates.append(rate)
+        seen.losses.append(loss)
+        seen.smoothed.append(before + weight * (loss - before))
         if self._has_diverged():
             return f"diverged at {rate:.3g}"
         return f"was observed for all {self.num_steps} steps" if index + 1 == self.num_steps else ""
@@ -61,9 +79,9 @@ class RangeTest:
     def _has_diverged(self) -> bool:
         if self.divergence is None:
             return False
-        best = min(self.smoothed)
+        last, best = self.state.smoothed[-1], min(self.state.smoothed)
         # A positive loss: more than ``divergence`` times the best. A negative one may grow by as much.
-        return self.smoothed[-1] - best > (self.divergence - 1) * abs(best)
+        return last - best > (self.divergence - 1) * abs(best)
 
     @property
     def suggestion(self) -> float | None:
@@ -72,29 +90,13 @@ class RangeTest:
         The first tenth, where the average is of few losses, and the last point, where it may have diverged, do not
         count.
         """
-        first, last = len(self.losses) // 10, len(self.losses) - 1
+        seen = self.state
+        first, last = len(seen.losses) // 10, len(seen.losses) - 1
         if last - first < 2:
             return None
-        slope = np.gradient(np.asarray(self.smoothed[first:last]))  # the logarithms are evenly spaced
+        slope = np.gradient(np.asarray(seen.smoothed[first:last]))  # the logarithms are evenly spaced
         steepest = int(slope.argmin())
-        return self.learning_rates[first + steepest] if slope[steepest] < 0 else None
-
-
-class LRFinderState(SavedState):
-    """State of an ``LRFinder``.
-
-    Attributes:
-        first_step: steps completed when the test began; None before.
-        back_at: the boundary at which the state before the test is restored; None while the test runs.
-        learning_rates, losses, smoothed: the observations so far.
-    """
-
-    version: Literal[1] = 1
-    first_step: int | None = None
-    back_at: int | None = None
-    learning_rates: tuple[FiniteFloat, ...] = ()
-    losses: tuple[FiniteFloat, ...] = ()
-    smoothed: tuple[FiniteFloat, ...] = ()
+        return seen.learning_rates[first + steepest] if slope[steepest] < 0 else None
 
 
 class LRFinder(Policy[LRFinderState]):
@@ -170,8 +172,6 @@ class LRFinder(Policy[LRFinderState]):
         self._then = then
         self._lag = lag
         self._reader = MetricReader("LRFinder", monitor, strict=True)
-        self._first_step: int | None = None
-        self._back_at: int | None = None
 
     @property
     def suggestion(self) -> float | None:
@@ -181,17 +181,17 @@ class LRFinder(Policy[LRFinderState]):
     @property
     def learning_rates(self) -> list[float]:
         """Learning rate of each step of the test with a finite loss."""
-        return list(self._test.learning_rates)
+        return list(self._test.state.learning_rates)
 
     @property
     def losses(self) -> list[float]:
         """Losses of the same steps, for a plot over ``learning_rates``."""
-        return list(self._test.losses)
+        return list(self._test.state.losses)
 
     @property
     def smoothed(self) -> list[float]:
         """Averages of ``losses``."""
-        return list(self._test.smoothed)
+        return list(self._test.state.smoothed)
 
     async def start(self, run: RunContext) -> None:
         """Starts from scratch, unless a state was loaded.
@@ -212,7 +212,7 @@ class LRFinder(Policy[LRFinderState]):
         await super().start(run)
         if not self._loaded:
             self._check_length(run)
-        elif self._is_under_way and self._tag not in run.control.snapshots:
+        elif self._test.state.is_under_way and self._tag not in run.control.snapshots:
             raise StateError(
                 f"{self._name} cannot continue a test that was cut short: the state before it is lost, and the current "
                 "one was trained with the rates of the test. Start again, or resume from an earlier checkpoint."
@@ -222,7 +222,7 @@ class LRFinder(Policy[LRFinderState]):
     async def stop(self) -> None:
         """Logs the suggestion, if the run ended before the test was over."""
         await super().stop()
-        if self._is_under_way:
+        if self._test.state.is_under_way:
             logger.warning(
                 "The run ended after %d of the %d steps of the test of %s.",
                 len(self.losses), self._num_steps, self._name,
@@ -231,12 +231,13 @@ class LRFinder(Policy[LRFinderState]):
 
     async def handle(self, event: RunStarted | StepCompleted, control: Control) -> None:
         """Begins the test, or adds one step's loss."""
+        back_at = self._test.state.back_at
         if isinstance(event, RunStarted):
-            if self._back_at is None:
+            if back_at is None:
                 self._begin(event, control)
-        elif self._back_at is None:
+        elif back_at is None:
             self._observe(event, control)
-        elif event.step > self._back_at and self._tag in control.snapshots:
+        elif event.step > back_at and self._tag in control.snapshots:
             control.snapshots[self._tag].release()
 
     def _begin(self, event: RunStarted, control: Control) -> None:
@@ -246,10 +247,11 @@ class LRFinder(Policy[LRFinderState]):
         else:
             control.snapshot(self._tag, reason="state before the test")
         for index in range(min(self._num_steps, self._lag + 1)):
-            self._set_rate(index, control)
+            self._set_rate(event.step, index, control)
 
     def _observe(self, event: StepCompleted, control: Control) -> None:
-        assert self._first_step is not None
+        first_step = self._test.state.first_step
+        assert first_step is not None
         if self._tag not in control.snapshots:
             raise SnapshotError(
                 f"{self._name} cannot restore the state: the device had no room to keep it. Use "
@@ -257,15 +259,15 @@ class LRFinder(Policy[LRFinderState]):
             )
         loss = self._reader.read(event.metrics)
         assert loss is not None
-        index = event.step - self._first_step - 1
+        index = event.step - first_step - 1
         why = self._test.observe(index, loss)
         if why:
             self._end(event.step, control, f"{self._metric} {why}")
         elif index + 1 + self._lag < self._num_steps:
-            self._set_rate(index + 1 + self._lag, control)
+            self._set_rate(first_step, index + 1 + self._lag, control)
 
     def _end(self, step: int, control: Control, why: str) -> None:
-        self._back_at = step + self._lag
+        self._test.state.back_at = step + self._lag
         self._log_suggestion()
         if self._then == "stop":
             control.stop(reason=f"lr finder: {why}")  # the state is restored when the run has ended
@@ -293,35 +295,21 @@ class LRFinder(Policy[LRFinderState]):
                 f"least {needed} steps, and this one has {steps}. Train longer, or test with fewer steps."
             )
 
-    def _set_rate(self, index: int, control: Control) -> None:
-        assert self._first_step is not None
+    def _set_rate(self, first_step: int, index: int, control: Control) -> None:
         control.set_hyperparam(
             self._hyperparam,
             self._test.rate(index),
             path=self._path,
-            at_step=self._first_step + index,
+            at_step=first_step + index,
             reason=f"lr finder: {index + 1} of {self._num_steps}",
         )
-
-    @property
-    def _is_under_way(self) -> bool:
-        return self._first_step is not None and self._back_at is None
 
     @property
     def _tag(self) -> str:
         return f"{self._name}/start"
 
     def _get_state(self) -> LRFinderState:
-        return LRFinderState(
-            first_step=self._first_step,
-            back_at=self._back_at,
-            learning_rates=tuple(self._test.learning_rates),
-            losses=tuple(self._test.losses),
-            smoothed=tuple(self._test.smoothed),
-        )
+        return self._test.state
 
     def _set_state(self, state: LRFinderState) -> None:
-        self._first_step, self._back_at = state.first_step, state.back_at
-        self._test.learning_rates = list(state.learning_rates)
-        self._test.losses = list(state.losses)
-        self._test.smoothed = list(state.smoothed)
+        self._test.state = state.model_copy(deep=True)

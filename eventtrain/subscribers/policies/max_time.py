@@ -7,7 +7,7 @@ import threading
 from collections.abc import Callable
 from datetime import timedelta
 from time import monotonic
-from typing import Annotated, Literal, Protocol
+from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
@@ -19,20 +19,6 @@ from eventtrain.subscribers._shared.state import SavedState
 from eventtrain.subscribers._shared.validation import require_number
 from eventtrain.subscribers.base import RunContext
 from eventtrain.subscribers.policies.policy import Policy
-
-
-class Timer(Protocol):
-    """The part of ``threading.Timer`` that MaxTime uses."""
-
-    daemon: bool
-
-    def start(self) -> None:
-        """Starts the time."""
-        ...
-
-    def cancel(self) -> None:
-        """Prevents the call."""
-        ...
 
 
 class MaxTimeState(SavedState):
@@ -69,13 +55,13 @@ class MaxTime(Policy[MaxTimeState]):
         max_time: float | str | timedelta,
         *,
         clock: Callable[[], float] = monotonic,
-        timer: Callable[[float, Callable[[], None]], Timer] = threading.Timer,
+        timer: Callable[[float, Callable[[], None]], Any] = threading.Timer,  # Any: or a fake of it
     ) -> None:
         self._max_s = _seconds(max_time)
         self._reason = f"max time: {self._max_s:g} s are used up"
         self._clock = clock
         self._make_timer = timer
-        self._timer: Timer | None = None
+        self._timer: Any = None
         self._run: RunContext | None = None
         self._before_s = 0.0
         self._began_s: float | None = None

@@ -132,14 +132,16 @@ class MetricMonitor:
             return "improved"
         return "exhausted" if state.cooldown_left == 0 and state.wait >= self.patience else ""
 
-    def lengthen_cooldown(self, at_least: float) -> None:
-        """Makes later cooldowns at least this long."""
-        self.cooldown = max(self.cooldown, at_least)
-
     def begin_cooldown(self) -> None:
         """Restarts the count after a decision took effect, when the cooldown is over."""
         self.state.cooldown_left = self.cooldown
         self.state.wait = 0
+
+    def _elapsed(self, step: int, passed_s: float) -> float:
+        last_step, self.state.last_step = self.state.last_step, step
+        if self.unit == "seconds":
+            return passed_s
+        return step - last_step if self.unit == "steps" and last_step is not None else 1
 
     def _passed_s(self, time_s: float) -> float:
         if self.unit != "seconds":
@@ -148,14 +150,6 @@ class MetricMonitor:
         self._last_s = time_s
         self.state.elapsed_s += passed_s
         return passed_s
-
-    def _elapsed(self, step: int, passed_s: float) -> float:
-        last_step, self.state.last_step = self.state.last_step, step
-        if self.unit == "seconds":
-            return passed_s
-        if self.unit == "steps":
-            return 1 if last_step is None else step - last_step
-        return 1
 
 
 class MonitorPolicyState(SavedState):
@@ -168,13 +162,7 @@ class MonitorPolicyState(SavedState):
 class MonitorPolicy(Policy[MonitorPolicyState]):
     """Decides when a metric no longer improves.
 
-    Args:
-        metric: its name.
-        monitor: with the user's patience, unit and effect of NaN, which are checked here.
-        strict: fail the run if the metric is missing.
-
-    Raises:
-        ConfigurationError: an argument is invalid.
+    The arguments of ``monitor`` that all these policies have are checked here; each raises ConfigurationError.
     """
 
     _initial = MonitorPolicyState(monitor=MonitorState())

@@ -48,10 +48,6 @@ class Policy(Subscriber, Generic[S]):
         return self._get_state().to_json()
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Loads what ``state_dict`` returned; the next run continues from it.
-
-        Raises:
-            StateError: another version, or invalid data.
-        """
+        """Loads a state for the next run. Raises StateError for another version or invalid data."""
         self._set_state(type(self._initial).parse(self._name, state))
         self._loaded = True

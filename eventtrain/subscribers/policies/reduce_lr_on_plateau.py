@@ -35,12 +35,8 @@ class ReduceLROnPlateau(MonitorPolicy):
         min_lr: the value is never cut below it.
         hyperparam: its name in ``optax.inject_hyperparams``.
         path: of the hyperparameter, if several have this name.
-        patience_unit: of patience and cooldown: "epochs"; "evaluations" (EvalCompleted, also in the middle of an epoch;
-            ``lag=0``); "steps" (StepCompleted; ``lag=64``); "seconds" (EpochCompleted, by the clock: no lag, so not
-            reproducible).
-        min_delta_relative: ``min_delta`` is a fraction of the value to beat.
-        nan: a NaN is never the best. "count": no improvement; "ignore": skipped; "stop": stop the run.
-        strict: fail the run if the metric is missing, instead of warning once.
+        patience_unit: of patience and cooldown; the units are those of ``EarlyStopping``.
+        min_delta_relative, nan, strict: as of ``EarlyStopping``.
 
     The count starts from scratch with every ``fit``, unless a saved state was loaded. A run whose optimiser has no such
     hyperparameter fails when it starts.
@@ -91,7 +87,7 @@ class ReduceLROnPlateau(MonitorPolicy):
         self._label = run.require_hyperparam(self._hyperparam, self._path)
         lag = self.lag.get(StepCompleted) if isinstance(self.lag, Mapping) else self.lag
         if self._monitor.unit == "steps" and lag is not None:
-            self._monitor.lengthen_cooldown(lag + 1)
+            self._monitor.cooldown = max(self._monitor.cooldown, lag + 1)
         await super().start(run)
 
     def _decide(self, event: Monitored, value: float, verdict: Verdict, control: Control) -> None:

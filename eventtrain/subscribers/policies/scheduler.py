@@ -122,9 +122,7 @@ class HyperparamScheduler(Policy[ScheduleState]):
             first = step + self._lag
             await self._set_for_steps(step, range(first, first + self._block), control)
         elif isinstance(event, CheckpointRestored) and event.part == "all":
-            self._state = (
-                ScheduleState()
-            )  # an older value was restored: the next one is sent even if it is the same
+            self._state = ScheduleState()  # the next value is sent even if it is the same
 
     async def _set_for_epoch(self, event: EpochStarted, control: Control) -> None:
         assert self._checked is not None

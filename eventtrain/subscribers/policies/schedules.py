@@ -129,19 +129,11 @@ class CheckedSchedule:
     device, and for one-cycle schedules with ``steps_per_call`` above 1 or optax before 0.2.8, the last bit may differ.
     No accelerator is used: only the training thread may do that.
 
-    Args:
-        owner: the subscriber's name for messages.
-        hyperparam: the name of the hyperparameter.
-        schedule: takes the index, and the value in effect if ``at`` is given one.
-
-    Raises:
-        ConfigurationError: JAX has no CPU backend here.
+    Raises ConfigurationError if JAX has no CPU backend here.
     """
 
     def __init__(self, owner: str, hyperparam: str, schedule: Callable[..., Any]) -> None:
-        self._owner = owner
-        self._hyperparam = hyperparam
-        self._schedule = schedule
+        self._owner, self._hyperparam, self._schedule = owner, hyperparam, schedule
         self._compiled: Callable[[np.int32], jax.Array] | None = None
         self._called = False
         try:
@@ -185,9 +177,7 @@ class CheckedSchedule:
 
     def _compile(self, index: int, uncompiled: Number | None) -> Number | None:
         schedule = self._schedule
-        compiled = jax.jit(
-            lambda count: schedule(count)
-        )  # a new function, since an object may not be hashable
+        compiled = jax.jit(lambda count: schedule(count))  # schedule itself may not be hashable
         try:
             number = _number(compiled(np.int32(index)))
         except (jax.errors.JAXTypeError, jax.errors.JAXIndexError):

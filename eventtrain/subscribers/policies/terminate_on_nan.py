@@ -163,8 +163,6 @@ class TerminateOnNaN(Policy[TerminateOnNaNState]):
         else:
             self._roll_back(event.step, what, control)
 
-    # --- after a bad value --------------------------------------------------------------------------------------
-
     def _give_up(self, reason: str, control: Control) -> None:
         self._change(over=True)
         control.stop(reason=f"{self._name}: {reason}")
@@ -192,8 +190,6 @@ class TerminateOnNaN(Policy[TerminateOnNaNState]):
 
     def _is_wanted_at_end(self, place: int) -> bool:
         return self._state.unrepaired and place == self._state.good
-
-    # --- snapshots ----------------------------------------------------------------------------------------------
 
     def _take_first(self, step: int, control: Control) -> None:
         state = self._state

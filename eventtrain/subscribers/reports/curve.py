@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import base64
 from dataclasses import dataclass
-from typing import Literal
+from typing import Annotated, Any, Literal
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, PlainSerializer, PlainValidator
 
 BUCKETS = 1024
 """Most buckets of one curve; between 512 and 1024 once it has more points than that."""
@@ -169,6 +169,14 @@ class Curve:
 
 
 _EMPTY = np.array([[np.inf], [-np.inf], [0], [0], [0], [np.inf], [-np.inf]])
+
+
+def _validated(given: Any) -> Curve:
+    return given if isinstance(given, Curve) else Curve.load(SavedCurve.model_validate(given))
+
+
+StateCurve = Annotated[Curve, PlainValidator(_validated), PlainSerializer(Curve.save, SavedCurve)]
+"""A curve as a field of a saved state."""
 
 
 def _buckets(steps: Floats, values: Floats, count: int) -> Floats:

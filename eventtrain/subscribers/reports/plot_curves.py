@@ -7,15 +7,17 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
+import anyio
+
 from eventtrain.errors import ConfigurationError, SubscriberError
 from eventtrain.events import EpochCompleted, Event, RunCompleted, RunFailed, StepsCompleted, SubscriberFailed
 from eventtrain.subscribers._shared.atomic_files import write_atomically
 from eventtrain.subscribers._shared.optional_imports import import_optional, require_installed
 from eventtrain.subscribers._shared.paths import file_path, inside_run_dir
 from eventtrain.subscribers._shared.validation import require_choice, require_count, require_number
-from eventtrain.subscribers._shared.worker_thread import WorkerThread
+from eventtrain.subscribers._shared.worker_thread import WorkerThread, in_own_thread
 from eventtrain.subscribers.base import RunContext, Subscriber
-from eventtrain.subscribers.reports.run_series import COLLECTED, MOST_PANELS, RunSeries, RunSeriesState
+from eventtrain.subscribers.reports.run_series import COLLECTED, MOST_PANELS, RunSeries
 
 plotting = import_optional("eventtrain.subscribers.reports.plotting", extra="plots", used_by="PlotCurves")
 
@@ -88,7 +90,7 @@ class PlotCurves(Subscriber):
             scale=scale,
         )
         self._metrics = None if metrics is None else tuple(metrics)
-        self._series = RunSeries(self._metrics)
+        self._series = RunSeries(metrics=self._metrics)
         self._run: RunContext | None = None
         self._thread: WorkerThread | None = None
         self._due: deque[tuple[RunSeries, str, Event]] = deque(maxlen=1)
@@ -97,7 +99,7 @@ class PlotCurves(Subscriber):
     async def start(self, run: RunContext) -> None:
         """Starts the thread that draws."""
         if run.restarts:
-            self._series = RunSeries(self._metrics)
+            self._series = RunSeries(metrics=self._metrics)
         self._run = run
         self._end = None
         self._thread = WorkerThread(self.name or "PlotCurves", run.publish)
@@ -116,7 +118,7 @@ class PlotCurves(Subscriber):
             and isinstance(event, EpochCompleted)
             and event.is_multiple_of(self._every_epochs)
         ):
-            self._due.append((self._series.copy(), f"so far, at step {event.step:,}", event))
+            self._due.append((self._series.copied(), f"so far, at step {event.step:,}", event))
             self._thread.put(self._draw_newest)
 
     async def stop(self) -> None:
@@ -125,28 +127,20 @@ class PlotCurves(Subscriber):
         if thread is None:
             return
         self._due.clear()
-        failures: list[Exception] = []
-        thread.put(partial(self._draw_last, self._series.copy(), failures))
-        in_time = await thread.finish_within(self._finish_timeout_s)
-        if failures:
-            raise failures[0]
-        if not in_time:
+        with anyio.move_on_after(self._finish_timeout_s) as scope:
+            await thread.finish_within(self._finish_timeout_s)
+            await in_own_thread(partial(self._draw_last, self._series.copied()))
+        if scope.cancelled_caught:
             raise SubscriberError(f"{self._path} was not drawn within {self._finish_timeout_s:g} s.")
 
     def state_dict(self) -> dict[str, Any]:
         """Returns the curves so far, as plain JSON data."""
-        return self._series.save().to_json()
+        return self._series.to_json()
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Restores the curves of a checkpoint.
-
-        Raises:
-            StateError: another version, or invalid data.
-        """
-        owner = self.name or "PlotCurves"
-        series = RunSeries(self._metrics)
-        series.load(owner, RunSeriesState.parse(owner, state))
-        self._series = series
+        """Restores the curves of a checkpoint. Raises StateError for another version or invalid data."""
+        self._series = RunSeries.parse(self.name or "PlotCurves", state)
+        self._series.metrics = self._metrics
 
     def _draw_newest(self) -> None:
         try:
@@ -168,7 +162,7 @@ class PlotCurves(Subscriber):
                 )
             )
 
-    def _draw_last(self, series: RunSeries, failures: list[Exception]) -> None:
+    def _draw_last(self, series: RunSeries) -> None:
         match self._end:
             case RunCompleted(reason=reason, step=step):
                 note = f"step {step:,}: {reason}"
@@ -176,10 +170,7 @@ class PlotCurves(Subscriber):
                 note = f"step {step:,}: failed, {error}"
             case _:
                 note = "the run ended without an event"
-        try:
-            self._write(series, note)
-        except Exception as error:
-            failures.append(error)
+        self._write(series, note)
 
     def _write(self, series: RunSeries, note: str) -> None:
         run = self._run

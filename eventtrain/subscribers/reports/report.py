@@ -8,6 +8,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
+import anyio
+
 from eventtrain._version import __version__
 from eventtrain.bus.subscription import SubscriptionStatistics
 from eventtrain.errors import ConfigurationError, SubscriberError
@@ -17,11 +19,11 @@ from eventtrain.subscribers._shared.optional_imports import import_optional, req
 from eventtrain.subscribers._shared.paths import file_path, inside_run_dir
 from eventtrain.subscribers._shared.state import SavedState
 from eventtrain.subscribers._shared.validation import require_number
-from eventtrain.subscribers._shared.worker_thread import WorkerThread
+from eventtrain.subscribers._shared.worker_thread import in_own_thread
 from eventtrain.subscribers.base import RunContext, Subscriber
 from eventtrain.subscribers.reports.html import to_html
 from eventtrain.subscribers.reports.markdown import to_markdown
-from eventtrain.subscribers.reports.run_series import COLLECTED, MOST_PANELS, RunSeries, RunSeriesState
+from eventtrain.subscribers.reports.run_series import COLLECTED, MOST_PANELS, RunSeries
 from eventtrain.subscribers.reports.run_summary import REPORTED, RunSummary
 from eventtrain.subscribers.reports.sections import Content, Drawing, Markup, bars, figures, mapped, sections
 
@@ -33,7 +35,7 @@ class ReportState(SavedState):
 
     version: Literal[1] = 1
     facts: RunSummary
-    series: RunSeriesState
+    series: RunSeries
 
 
 class Report(Subscriber):
@@ -88,13 +90,13 @@ class Report(Subscriber):
         self._title = title
         self._finish_timeout_s = finish_timeout_s
         self._summary = RunSummary()
-        self._series = RunSeries(self._metrics)
+        self._series = RunSeries(metrics=self._metrics)
         self._run: RunContext | None = None
 
     async def start(self, run: RunContext) -> None:
         """Starts a new report, unless the run resumes."""
         if not run.resumed:
-            self._summary, self._series = RunSummary(), RunSeries(self._metrics)
+            self._summary, self._series = RunSummary(), RunSeries(metrics=self._metrics)
         self._run = run
 
     async def handle(self, event: Event) -> None:
@@ -109,41 +111,26 @@ class Report(Subscriber):
         run, self._run = self._run, None
         if run is None:
             return
-        thread = WorkerThread(self.name or "Report", run.publish)
-        failures: list[Exception] = []
-        thread.put(partial(self._write, run, list(run.statistics().values()), failures))
-        thread.start()
-        in_time = await thread.finish_within(self._finish_timeout_s)
-        if failures:
-            raise failures[0]
-        if not in_time:
+        write = partial(self._write, run, list(run.statistics().values()))
+        with anyio.move_on_after(self._finish_timeout_s) as scope:
+            await in_own_thread(write)
+        if scope.cancelled_caught:
             raise SubscriberError(f"The report was not written within {self._finish_timeout_s:g} s.")
 
     def state_dict(self) -> dict[str, Any]:
         """Returns the report so far, as plain JSON data."""
-        return ReportState(facts=self._summary, series=self._series.save()).to_json()
+        return ReportState(facts=self._summary, series=self._series).to_json()
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Restores the report of a checkpoint.
-
-        Raises:
-            StateError: another version, or invalid data.
-        """
-        owner = self.name or "Report"
-        saved = ReportState.parse(owner, state)
-        series = RunSeries(self._metrics)
-        series.load(owner, saved.series)
+        """Restores the report of a checkpoint. Raises StateError for another version or invalid data."""
+        saved = ReportState.parse(self.name or "Report", state)
         saved.facts.resume()
-        self._summary, self._series = saved.facts, series
+        saved.series.metrics = self._metrics
+        self._summary, self._series = saved.facts, saved.series
 
-    def _write(
-        self, run: RunContext, statistics: Sequence[SubscriptionStatistics], failures: list[Exception]
-    ) -> None:
-        try:
-            content = mapped(self._content(run, statistics), partial(without_folders, run_dir=run.run_dir))
-        except Exception as error:
-            failures.append(error)
-            return
+    def _write(self, run: RunContext, statistics: Sequence[SubscriptionStatistics]) -> None:
+        content = mapped(self._content(run, statistics), partial(without_folders, run_dir=run.run_dir))
+        failure: Exception | None = None
         for path, render in (
             (self._html, partial(to_html, content, plotting.LIGHT, plotting.DARK)),
             (self._markdown, partial(to_markdown, content)),
@@ -152,7 +139,9 @@ class Report(Subscriber):
                 if path is not None:
                     write_atomically(inside_run_dir(run.run_dir, path, "Report"), render().encode())
             except Exception as error:  # of one file; the other may still work
-                failures.append(error)
+                failure = failure or error
+        if failure is not None:
+            raise failure
 
     def _content(self, run: RunContext, statistics: Sequence[SubscriptionStatistics]) -> Content:
         summary, series = self._summary, self._series

@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, Field
 
-from eventtrain.errors import StateError
 from eventtrain.events import EpochCompleted, EpochStarted, EvalCompleted, HyperparamChanged, StepsCompleted
 from eventtrain.events.models import Number
 from eventtrain.subscribers._shared.state import SavedState
-from eventtrain.subscribers.reports.curve import Curve, SavedCurve
+from eventtrain.subscribers.reports.curve import Curve, StateCurve
 
 logger = logging.getLogger("eventtrain")
 
@@ -42,18 +41,6 @@ class Change(BaseModel):
     reason: str
 
 
-class RunSeriesState(SavedState):
-    """State in a checkpoint."""
-
-    version: Literal[1] = 1
-    steps: dict[str, SavedCurve]
-    epochs: dict[str, SavedCurve]
-    evaluations: dict[str, SavedCurve]
-    hyperparams: dict[str, SavedCurve]
-    changes: tuple[Change, ...]
-    changed: int
-
-
 @dataclass(frozen=True)
 class Panel:
     """Curves that are drawn in the same axes.
@@ -78,28 +65,30 @@ class Panel:
         return [curve for curve in found if curve is not None]
 
 
-@dataclass
-class RunSeries:
-    """The curves of one run so far. One thread at a time.
+class RunSeries(SavedState):
+    """The curves of one run so far; also the state in a checkpoint. One thread at a time.
 
     Attributes:
-        metrics: names of those to collect, each together with its ``val_`` metric; None: all.
+        metrics: names of those to collect, each together with its ``val_`` metric; None: all. Not saved.
         steps, epochs, evaluations: metric -> its values at steps, its means over epochs, and its values in
             evaluations, under names that begin with ``val_``.
         hyperparams: name -> its values; at a change there are two points of one step.
         changes: of hyperparameters, the first ``MOST_CHANGES``.
         changed: number of all changes.
-        left_out: names of metrics that are not collected because there are too many.
+        left_out: names of metrics that are not collected because there are too many. Not saved.
     """
 
-    metrics: tuple[str, ...] | None = None
-    steps: dict[str, Curve] = field(default_factory=dict[str, Curve])
-    epochs: dict[str, Curve] = field(default_factory=dict[str, Curve])
-    evaluations: dict[str, Curve] = field(default_factory=dict[str, Curve])
-    hyperparams: dict[str, Curve] = field(default_factory=dict[str, Curve])
-    changes: list[Change] = field(default_factory=list[Change])
+    model_config = ConfigDict(extra="forbid", frozen=False, ser_json_inf_nan="strings")
+
+    version: Literal[1] = 1
+    metrics: tuple[str, ...] | None = Field(default=None, exclude=True)
+    steps: dict[str, StateCurve] = Field(default_factory=dict[str, Curve])
+    epochs: dict[str, StateCurve] = Field(default_factory=dict[str, Curve])
+    evaluations: dict[str, StateCurve] = Field(default_factory=dict[str, Curve])
+    hyperparams: dict[str, StateCurve] = Field(default_factory=dict[str, Curve])
+    changes: list[Change] = Field(default_factory=list[Change])
     changed: int = 0
-    left_out: set[str] = field(default_factory=set[str])
+    left_out: set[str] = Field(default_factory=set[str], exclude=True)
 
     def add(self, event: object) -> None:
         """Adds the values of an event to the curves."""
@@ -162,31 +151,12 @@ class RunSeries:
         """The changes to mark: all, or none if there were more than are kept."""
         return self.changes if self.changed == len(self.changes) else []
 
-    def copy(self) -> RunSeries:
+    def copied(self) -> RunSeries:
         """Returns a copy, for another thread to draw."""
         curves: dict[str, Any] = {
             kind: {name: curve.copy() for name, curve in getattr(self, kind).items()} for kind in KINDS
         }
-        return replace(self, **curves, changes=list(self.changes), left_out=set(self.left_out))
-
-    def save(self) -> RunSeriesState:
-        """Returns the state for a checkpoint."""
-        curves: dict[str, Any] = {
-            kind: {name: curve.save() for name, curve in getattr(self, kind).items()} for kind in KINDS
-        }
-        return RunSeriesState(**curves, changes=tuple(self.changes), changed=self.changed)
-
-    def load(self, owner: str, saved: RunSeriesState) -> None:
-        """Restores the state from ``save``. Raises StateError, which names ``owner``, if it does not hold curves."""
-        try:
-            for kind in KINDS:
-                curves = {name: Curve.load(one) for name, one in getattr(saved, kind).items()}
-                setattr(self, kind, curves)
-        except ValueError as error:
-            raise StateError(
-                f"{owner} cannot load its state: {error}. The state is damaged; start without it."
-            ) from error
-        self.changes, self.changed = list(saved.changes), saved.changed
+        return self.model_copy(update={**curves, "changes": list(self.changes)})
 
     def _note_change(self, name: str, event: HyperparamChanged) -> None:
         self.changed += 1

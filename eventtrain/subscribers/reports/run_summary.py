@@ -33,6 +33,7 @@ from eventtrain.events import (
     SubscriberFailed,
     SubscriberLagged,
 )
+from eventtrain.events.base import LifecycleEvent
 from eventtrain.events.commands import Command
 from eventtrain.events.models import Number
 from eventtrain.subscribers._shared.state import SavedState
@@ -43,22 +44,10 @@ MOST_NAMES = 200
 MOST_TEXT = 500
 
 REPORTED = (
-    RunStarted,
-    RunResumed,
-    RunCompleted,
-    RunFailed,
-    EpochCompleted,
+    LifecycleEvent,
     EvalCompleted,
     CommandApplied,
     CommandRejected,
-    CheckpointCommitted,
-    CheckpointFailed,
-    CheckpointSkipped,
-    CheckpointRestored,
-    CheckpointUploaded,
-    CheckpointUploadFailed,
-    AlertRaised,
-    AlertResolved,
     SubscriberFailed,
     SubscriberLagged,
     SubscriberDisabled,

@@ -36,7 +36,8 @@ rules = pytest.mark.parametrize("rule", RULES, ids=lambda rule: f"{type(rule).__
 
 def verdicts(rule: MetricRule[Any], values: list[float]) -> list[str | None]:
     memory = rule.recall(SavedMemory())
-    return [rule.judge(memory, step, value) for step, value in enumerate(values, start=1)]
+    windows = (StepWindow.of_one(step, {rule.metric: value}) for step, value in enumerate(values, start=1))
+    return [dict(rule.judge(memory, window)).get(0) for window in windows]
 
 
 @rules
@@ -49,13 +50,13 @@ def test_a_run_judged_by_windows_says_what_one_judged_by_steps_says(
     expected = [
         event
         for step, value in enumerate(values, start=1)
-        for event in by_step.judge({"x": value}, step, 0.0)
+        for event in by_step.judge(StepWindow.of_one(step, {"x": value}), 0.0)
     ]
     found: list[et.Event] = []
     begin = 0
     while begin < len(values):
         rows = values[begin : begin + cuts[begin % len(cuts)]]
-        found += by_window.judge_window(StepWindow(begin + 1, {"x": np.array(rows)}), 0.0)
+        found += by_window.judge(StepWindow(begin + 1, {"x": np.array(rows)}), 0.0)
         begin += len(rows)
     assert found == expected
     assert by_window.save(0.0).condition == by_step.save(0.0).condition
@@ -68,11 +69,16 @@ def test_saved_and_loaded_in_between_it_says_the_same(
     rule: MetricRule[Any], values: list[float], cut: int
 ) -> None:
     whole, first, second = MetricRuleAlerts(rule), MetricRuleAlerts(rule), MetricRuleAlerts(rule)
-    expected = [whole.judge({"x": value}, step, 0.0) for step, value in enumerate(values, start=1)]
-    found = [first.judge({"x": value}, step, 0.0) for step, value in enumerate(values[:cut], start=1)]
+    expected = [
+        whole.judge(StepWindow.of_one(step, {"x": value}), 0.0) for step, value in enumerate(values, start=1)
+    ]
+    found = [
+        first.judge(StepWindow.of_one(step, {"x": value}), 0.0)
+        for step, value in enumerate(values[:cut], start=1)
+    ]
     second.load(SavedRule.model_validate_json(first.save(0.0).model_dump_json()), 0.0)
     found += [
-        second.judge({"x": value}, step, 0.0)
+        second.judge(StepWindow.of_one(step, {"x": value}), 0.0)
         for step, value in enumerate(values[cut:], start=min(cut, len(values)) + 1)
     ]
     assert found == expected
@@ -127,12 +133,12 @@ def test_the_best_and_the_streak_are_named() -> None:
 def test_columns_of_any_kind_are_judged_and_values_keep_their_type(dtype: Any) -> None:
     column = np.array([0, 1, 0], dtype)
     alerts = MetricRuleAlerts(subs.Rule("x", above=0.5, event=et.StepCompleted))
-    raised, resolved = alerts.judge_window(StepWindow(4, {"x": column}), 0.0)
+    raised, resolved = alerts.judge(StepWindow(4, {"x": column}), 0.0)
     assert (raised.step, resolved.step) == (5, 6)
     assert isinstance(raised, et.AlertRaised)
     assert type(raised.value) is type(column.tolist()[1])
     finite = MetricRuleAlerts(subs.Rule("x", non_finite=True, event=et.StepCompleted))
-    assert finite.judge_window(StepWindow(1, {"x": column}), 0.0) == []
+    assert finite.judge(StepWindow(1, {"x": column}), 0.0) == []
 
 
 @pytest.mark.parametrize("dtype", [np.float16, np.float32])
@@ -142,5 +148,5 @@ def test_a_limit_is_not_rounded_to_the_type_of_a_column(dtype: Any, limit: float
     by_step, by_window = (
         MetricRuleAlerts(subs.Rule("x", above=limit, event=et.StepCompleted)) for _ in range(2)
     )
-    expected = by_step.judge({"x": column.tolist()[0]}, 1, 0.0)
-    assert by_window.judge_window(StepWindow(1, {"x": column}), 0.0) == expected
+    expected = by_step.judge(StepWindow.of_one(1, {"x": column.tolist()[0]}), 0.0)
+    assert by_window.judge(StepWindow(1, {"x": column}), 0.0) == expected

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from eventtrain.subscribers.alerts.public_address import AddressRefused, checked_addresses, is_public
+from eventtrain.subscribers.alerts.webhook import AddressRefused, checked_addresses, is_public
 
 PRIVATE = [
     "127.0.0.1", "127.255.0.1", "0.0.0.0", "10.1.2.3", "172.16.0.1", "192.168.1.1", "169.254.169.254", "100.64.0.1",

@@ -14,10 +14,9 @@ import pytest
 
 import eventtrain as et
 from eventtrain.subscribers._shared import atomic_files
-from eventtrain.subscribers.alerts import sender as alert_sender
+from eventtrain.subscribers.alerts import delivery as alert_delivery
+from eventtrain.subscribers.alerts.delivery import DeliveryOptions, Sender, UndeliveredAlerts
 from eventtrain.subscribers.alerts.message import Message, NotDelivered
-from eventtrain.subscribers.alerts.sender import Sender, SendOptions
-from eventtrain.subscribers.alerts.undelivered import UndeliveredAlerts
 
 SECRET = "s3cr3t-t0ken"
 
@@ -56,7 +55,7 @@ class Made:
         self.path = folder / "dead.jsonl"
         settings = {"retries": 2, "retry_delay_s": 0.0, "group_s": 0.0, **options}
         undelivered = UndeliveredAlerts(self.path, "Alerts", self.publish)
-        self.sender = Sender("ops", target, SendOptions(**settings), undelivered=undelivered)
+        self.sender = Sender("ops", target, DeliveryOptions(**settings), undelivered=undelivered)
 
     def publish(self, event: et.Event) -> None:
         assert isinstance(event, et.SubscriberFailed)
@@ -137,7 +136,7 @@ def test_the_pauses_double_up_to_a_minute_and_shrink_when_the_run_ends(
     made.sender._hurry.set()
     made.sender._given_up = Noting()
     assert made.sender._deliver(Message((alert(1),))) is not None
-    assert waited == [alert_sender.HURRIED_DELAY_S] * 3
+    assert waited == [alert_delivery.HURRIED_DELAY_S] * 3
 
 
 def test_a_target_that_hangs_is_left_after_the_time_given_and_what_it_lacks_is_kept(
@@ -153,8 +152,8 @@ def test_a_target_that_hangs_is_left_after_the_time_given_and_what_it_lacks_is_k
     assert made.sender.is_alive()
     assert made.sender.give_up() == 2
     assert [(letter["event"]["name"], letter["reason"]) for letter in made.letters] == [
-        ("1", alert_sender.ENDED),
-        ("2", alert_sender.ENDED),
+        ("1", alert_delivery.ENDED),
+        ("2", alert_delivery.ENDED),
     ]
     held.set()
     made.sender.join(60)
@@ -166,7 +165,7 @@ def test_a_target_that_hangs_is_left_after_the_time_given_and_what_it_lacks_is_k
 def test_so_many_may_wait_and_what_is_lost_is_counted_and_said(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, held: threading.Event
 ) -> None:
-    monkeypatch.setattr(alert_sender, "MOST_WAITING", 3)
+    monkeypatch.setattr(alert_delivery, "MOST_WAITING", 3)
     target = Fake(held)
     made = Made(tmp_path, target)
     made.sender.start()
@@ -186,7 +185,7 @@ def test_so_many_may_wait_and_what_is_lost_is_counted_and_said(
 def test_what_was_lost_is_said_also_where_the_target_hangs_to_the_end(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, held: threading.Event
 ) -> None:
-    monkeypatch.setattr(alert_sender, "MOST_WAITING", 1)
+    monkeypatch.setattr(alert_delivery, "MOST_WAITING", 1)
     target = Fake(held)
     made = Made(tmp_path, target)
     made.sender.start()
@@ -197,7 +196,7 @@ def test_what_was_lost_is_said_also_where_the_target_hangs_to_the_end(
     made.finish(0.01)
     assert made.sender.give_up() == 2
     assert [letter["reason"] for letter in made.letters] == [
-        *[alert_sender.ENDED] * 2,
+        *[alert_delivery.ENDED] * 2,
         "2 alerts were lost, since 1 were waiting",
     ]
     held.set()

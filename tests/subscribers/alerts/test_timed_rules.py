@@ -23,9 +23,7 @@ from eventtrain import subscribers as subs
 from eventtrain.control.loop_statistics import LoopStatistics
 from eventtrain.subscribers.alerts.alert_state import RuleAlerts
 from eventtrain.subscribers.alerts.delivery import Delivery, DeliveryOptions
-from eventtrain.subscribers.alerts.sender import SendOptions
-from eventtrain.subscribers.alerts.timed_rules import TimedRule
-from eventtrain.subscribers.alerts.watcher import RuleWatcher
+from eventtrain.subscribers.alerts.timed_rules import RuleWatcher, TimedRule
 from eventtrain.subscribers.base import RunContext
 from tests.subscribers.alerts.alert_servers import Target, serving
 
@@ -48,8 +46,8 @@ class Run:
             run_dir=run_dir,
             control=None,  # type: ignore[arg-type]
             publish=self.published.append,
-            _loop_statistics=lambda: LoopStatistics(step=self.step),
-            _statistics=lambda: self.figures,
+            _bus=SimpleNamespace(statistics=lambda: self.figures),  # type: ignore[arg-type]
+            _figures=SimpleNamespace(statistics=lambda: LoopStatistics(step=self.step)),  # type: ignore[arg-type]
             **options,
         )
 
@@ -157,7 +155,7 @@ def test_a_judge_that_raises_does_not_end_the_thread(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     run, rule = Run(tmp_path).context, BrokenRule()
-    options = DeliveryOptions([], SendOptions(), [], tmp_path / "dead.jsonl", 1.0)
+    options = DeliveryOptions(dead_letters=tmp_path / "dead.jsonl", finish_timeout_s=1.0)
     watcher = RuleWatcher(
         [RuleAlerts(rule)], run, Delivery(options, run, "test"), owner="test", clock=monotonic, began_s=0.0
     )

@@ -24,8 +24,8 @@ import pytest
 
 import eventtrain as et
 from eventtrain import subscribers as subs
-from eventtrain.subscribers.loggers import csv_file
-from eventtrain.subscribers.loggers.csv_file import CSVFile, CSVRows
+from eventtrain.subscribers.loggers import csv_logger
+from eventtrain.subscribers.loggers.csv_logger import CSVFile, CSVRows
 from eventtrain.subscribers.loggers.row_file import RowBuffer
 from tests.conftest import python_path
 from tests.subscribers._shared.test_step_table import EXTREMES, NAMES, make_window
@@ -191,7 +191,7 @@ def test_a_process_killed_while_it_widens_leaves_every_row(tmp_path: Path) -> No
 import os, signal, sys
 from pathlib import Path
 import numpy as np
-from eventtrain.subscribers.loggers.csv_file import CSVFile, CSVRows
+from eventtrain.subscribers.loggers.csv_logger import CSVFile, CSVRows
 from eventtrain.subscribers.loggers.row_file import RowBuffer
 file = CSVFile(Path(sys.argv[1]), RowBuffer(), separator=",", own=("step",), fsync=False)
 file.prepare()
@@ -246,7 +246,7 @@ def test_a_full_disk_in_the_middle_of_a_row_tears_and_doubles_nothing(tmp_path: 
 def test_a_cut_takes_rows_off_the_end_and_keeps_them_with_their_header(
     tmp_path: Path, rows: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(csv_file, "CHUNK_BYTES", 1000)
+    monkeypatch.setattr(csv_logger, "CHUNK_BYTES", 1000)
     path, name = tmp_path / "a.csv", 'a "name"\nof two lines'
     file = make_file(path)
     file.prepare()
@@ -258,7 +258,7 @@ def test_a_cut_takes_rows_off_the_end_and_keeps_them_with_their_header(
     again = make_file(path)
     again.prepare()
     assert again.row_count == 600
-    again.cut_rows(rows)
+    again.cut({"rows": rows})
     assert again.row_count == rows
     assert read(path) == whole[:rows]
     beside = tmp_path / "a.csv.cut-1"
@@ -282,8 +282,11 @@ def test_a_torn_last_row_is_moved_aside(tmp_path: Path) -> None:
 def test_a_file_that_lost_rows_is_said(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     file = make_file(tmp_path / "a.csv")
     file.prepare()
-    file.cut_rows(7)
-    assert "has 0 rows, but had 7 when the checkpoint was written" in caplog.text
+    file.cut({"rows": 7})
+    assert (
+        "a.csv lacks rows: it ends at rows=0, but ended at rows=7 when the checkpoint was written"
+        in caplog.text
+    )
 
 
 def test_a_file_that_somebody_takes_away_begins_anew_with_its_header(tmp_path: Path) -> None:

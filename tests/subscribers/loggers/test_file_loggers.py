@@ -23,7 +23,7 @@ from pyarrow import parquet
 import eventtrain as et
 from eventtrain import subscribers as subs
 from eventtrain.subscribers._shared import atomic_files
-from eventtrain.subscribers.loggers import group_commit, parquet_files, row_file
+from eventtrain.subscribers.loggers import file_logger, parquet_files, row_file
 from tests.subscribers._shared.test_step_table import make_window
 from tests.support.saved_in_memory import MemoryCheckpointer
 
@@ -152,7 +152,7 @@ def test_a_state_that_does_not_fit_is_refused_by_name(kind: Kind) -> None:
 def test_a_full_disk_is_said_and_the_run_goes_on_without_losing_a_row(
     tmp_path: Path, kind: Kind, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(group_commit, "RETRY_S", 0.01)
+    monkeypatch.setattr(file_logger, "RETRY_S", 0.01)
     full = threading.Event()
     failures: list[str] = []
     write, replace = os.write, os.replace
@@ -198,9 +198,9 @@ def test_a_full_disk_is_said_and_the_run_goes_on_without_losing_a_row(
 async def test_a_disk_that_stays_full_makes_training_wait_instead_of_filling_memory(
     tmp_path: Path, kind: Kind, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(group_commit, "WAITING_LIMIT_BYTES", 5_000)
-    monkeypatch.setattr(group_commit, "LOOK_AGAIN_S", 0.001)
-    monkeypatch.setattr(group_commit, "RETRY_S", 0.001)
+    monkeypatch.setattr(file_logger, "WAITING_LIMIT_BYTES", 5_000)
+    monkeypatch.setattr(file_logger, "LOOK_AGAIN_S", 0.001)
+    monkeypatch.setattr(file_logger, "RETRY_S", 0.001)
     full = threading.Event()
     full.set()
     commits = {cls: cls.commit for cls in (row_file.RowFile, parquet_files.ParquetFiles)}

@@ -13,7 +13,7 @@ import pytest
 
 import eventtrain as et
 from eventtrain import subscribers as subs
-from eventtrain.subscribers.loggers.column_store import ColumnStore
+from eventtrain.subscribers.loggers.history import ColumnStore
 from eventtrain.testing import RecordingSubscriber, ScriptedStep
 from tests.support.models import batches, new_state, step_fn
 from tests.support.saved_in_memory import MemoryCheckpointer

@@ -22,7 +22,7 @@ import pytest
 import eventtrain as et
 from eventtrain import subscribers as subs
 from eventtrain.subscribers._shared import atomic_files
-from eventtrain.subscribers.loggers import group_commit
+from eventtrain.subscribers.loggers import file_logger
 from eventtrain.subscribers.loggers.jsonl_logger import JSONLFile
 from eventtrain.subscribers.loggers.row_file import RowBuffer, RowFile
 
@@ -227,9 +227,9 @@ async def test_a_disk_that_stays_full_makes_training_wait_instead_of_filling_mem
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     size_bytes = len(step_event(1).model_dump_json())
-    monkeypatch.setattr(group_commit, "WAITING_LIMIT_BYTES", 10 * size_bytes - 5)
-    monkeypatch.setattr(group_commit, "LOOK_AGAIN_S", 0.01)
-    monkeypatch.setattr(group_commit, "RETRY_S", 0.01)
+    monkeypatch.setattr(file_logger, "WAITING_LIMIT_BYTES", 10 * size_bytes - 5)
+    monkeypatch.setattr(file_logger, "LOOK_AGAIN_S", 0.01)
+    monkeypatch.setattr(file_logger, "RETRY_S", 0.01)
     full = threading.Event()
     full.set()
     commit = RowFile.commit
@@ -308,7 +308,7 @@ async def test_a_file_that_lost_rows_is_said(tmp_path: Path, caplog: pytest.LogC
     logger.load_state_dict({"version": 1, "path": "run.jsonl", "offset": 1000})
     await logger.start(context(tmp_path))
     await logger.stop()
-    assert "has 0 bytes, but had 1000 when the checkpoint was written" in caplog.text
+    assert "it ends at offset=0, but ended at offset=1000 when the checkpoint was written" in caplog.text
 
 
 async def test_a_run_that_finds_nothing_to_resume_from_sets_the_earlier_attempt_aside(tmp_path: Path) -> None:

@@ -197,14 +197,14 @@ def test_what_fails_in_the_middle_is_not_written_twice(
 @pytest.mark.parametrize("keep", [0, 1, 99, 100, 101, 250, 300])
 def test_a_cut_takes_rows_off_the_end_and_keeps_them_beside(tmp_path: Path, keep: int) -> None:
     path = tmp_path / "m"
-    parts, states = make_parts(path, 100), {0: (0, 0)}
+    parts, states = make_parts(path, 100), {0: {"part": 0, "rows": 0}}
     for step in range(1, 301):
         put(parts, step, 1)
         if step in (1, 99, 100, 101, 250, 300):
             parts.commit()
-            states[step] = (parts.part, parts.rows_in_part)
+            states[step] = parts.position
     again = make_parts(path, 100)
-    again.cut(*states[keep])
+    again.cut(states[keep])
     left = steps_in(path) if names_in(path) else []
     assert left == list(range(1, keep + 1))
     beside = tmp_path / "m.cut-1"
@@ -242,8 +242,8 @@ def test_a_part_that_is_none_stays_as_it_is_and_is_said(
 
 
 def test_a_folder_that_lost_rows_is_said(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    make_parts(tmp_path / "m").cut(2, 7)
-    assert "but ended with row 7 of part 2 when the checkpoint was written" in caplog.text
+    make_parts(tmp_path / "m").cut({"part": 2, "rows": 7})
+    assert "but ended at part=2, rows=7 when the checkpoint was written" in caplog.text
 
 
 async def test_what_was_written_after_the_checkpoint_is_set_aside_at_resume(tmp_path: Path) -> None:

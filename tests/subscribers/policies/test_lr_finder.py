@@ -375,7 +375,7 @@ def test_the_average_is_the_bias_corrected_one(losses: list[float], smoothing: f
     average = 0.0
     for count, loss in enumerate(losses, 1):  # as Lightning writes it
         average = smoothing * average + (1 - smoothing) * loss
-        assert test.smoothed[count - 1] == pytest.approx(average / (1 - smoothing**count), abs=1e-9)
+        assert test.state.smoothed[count - 1] == pytest.approx(average / (1 - smoothing**count), abs=1e-9)
 
 
 @given(st.lists(st.floats(0.1, 10.0), min_size=1, max_size=60), st.floats(1.1, 5.0))
@@ -396,7 +396,7 @@ def test_a_loss_that_is_no_number_ends_the_test_and_is_not_kept(loss: float) -> 
     test = RangeTest(1e-3, 1e-1, 3)
     assert test.observe(0, 1.0) == ""
     assert test.observe(1, loss) == f"was {loss!r} at 0.01"
-    assert (test.learning_rates, test.losses, test.smoothed) == ([1e-3], [1.0], [1.0])
+    assert (test.state.learning_rates, test.state.losses, test.state.smoothed) == ([1e-3], [1.0], [1.0])
 
 
 @given(st.lists(st.floats(-4.0, 4.0).map(lambda x: round(x, 1)), max_size=50), st.sampled_from([0.0, 0.9]))
@@ -405,7 +405,7 @@ def test_the_suggestion_is_where_the_average_falls_fastest(losses: list[float], 
     for index, loss in enumerate(losses):
         test.observe(index, loss)
     first, last = len(losses) // 10, len(losses) - 1
-    curve = test.smoothed[first:last]
+    curve = test.state.smoothed[first:last]
     falls = [curve[min(i + 1, len(curve) - 1)] - curve[max(i - 1, 0)] for i in range(len(curve))]
     if len(curve) > 1:
         falls = [f if 0 < i < len(curve) - 1 else 2 * f for i, f in enumerate(falls)]
@@ -413,7 +413,7 @@ def test_the_suggestion_is_where_the_average_falls_fastest(losses: list[float], 
         assert test.suggestion is None
     else:
         assert test.suggestion is not None
-        chosen = test.learning_rates.index(test.suggestion) - first
+        chosen = test.state.learning_rates.index(test.suggestion) - first
         assert falls[chosen] == pytest.approx(min(falls), abs=1e-12)
 
 

@@ -107,7 +107,9 @@ def test_each_metric_is_drawn_with_its_twin_and_only_those_that_are_wanted() -> 
         (("val_bleu",), ["val_bleu"]),
         (("no such",), []),
     ):
-        chosen = RunSeries(wanted, series.steps, series.epochs, series.evaluations)
+        chosen = RunSeries(
+            metrics=wanted, steps=series.steps, epochs=series.epochs, evaluations=series.evaluations
+        )
         assert [panel.name for panel in chosen.panels(())] == shown
 
 
