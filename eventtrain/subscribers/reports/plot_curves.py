@@ -7,15 +7,13 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
-import anyio
-
 from eventtrain.errors import ConfigurationError, SubscriberError
 from eventtrain.events import EpochCompleted, Event, RunCompleted, RunFailed, StepsCompleted, SubscriberFailed
 from eventtrain.subscribers._shared.atomic_files import write_atomically
 from eventtrain.subscribers._shared.optional_imports import import_optional, require_installed
 from eventtrain.subscribers._shared.paths import file_path, inside_run_dir
 from eventtrain.subscribers._shared.validation import require_choice, require_count, require_number
-from eventtrain.subscribers._shared.worker_thread import WorkerThread, in_own_thread
+from eventtrain.subscribers._shared.worker_thread import WorkerThread
 from eventtrain.subscribers.base import RunContext, Subscriber
 from eventtrain.subscribers.reports.run_series import COLLECTED, MOST_PANELS, RunSeries
 
@@ -127,10 +125,12 @@ class PlotCurves(Subscriber):
         if thread is None:
             return
         self._due.clear()
-        with anyio.move_on_after(self._finish_timeout_s) as scope:
-            await thread.finish_within(self._finish_timeout_s)
-            await in_own_thread(partial(self._draw_last, self._series.copied()))
-        if scope.cancelled_caught:
+        failures: list[Exception] = []
+        thread.put(partial(self._draw_last, self._series.copied(), failures))
+        in_time = await thread.finish_within(self._finish_timeout_s)
+        if failures:
+            raise failures[0]
+        if not in_time:
             raise SubscriberError(f"{self._path} was not drawn within {self._finish_timeout_s:g} s.")
 
     def state_dict(self) -> dict[str, Any]:
@@ -162,7 +162,7 @@ class PlotCurves(Subscriber):
                 )
             )
 
-    def _draw_last(self, series: RunSeries) -> None:
+    def _draw_last(self, series: RunSeries, failures: list[Exception]) -> None:
         match self._end:
             case RunCompleted(reason=reason, step=step):
                 note = f"step {step:,}: {reason}"
@@ -170,7 +170,10 @@ class PlotCurves(Subscriber):
                 note = f"step {step:,}: failed, {error}"
             case _:
                 note = "the run ended without an event"
-        self._write(series, note)
+        try:
+            self._write(series, note)
+        except Exception as error:
+            failures.append(error)
 
     def _write(self, series: RunSeries, note: str) -> None:
         run = self._run

@@ -8,8 +8,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
-import anyio
-
 from eventtrain._version import __version__
 from eventtrain.bus.subscription import SubscriptionStatistics
 from eventtrain.errors import ConfigurationError, SubscriberError
@@ -19,7 +17,7 @@ from eventtrain.subscribers._shared.optional_imports import import_optional, req
 from eventtrain.subscribers._shared.paths import file_path, inside_run_dir
 from eventtrain.subscribers._shared.state import SavedState
 from eventtrain.subscribers._shared.validation import require_number
-from eventtrain.subscribers._shared.worker_thread import in_own_thread
+from eventtrain.subscribers._shared.worker_thread import WorkerThread
 from eventtrain.subscribers.base import RunContext, Subscriber
 from eventtrain.subscribers.reports.html import to_html
 from eventtrain.subscribers.reports.markdown import to_markdown
@@ -111,10 +109,14 @@ class Report(Subscriber):
         run, self._run = self._run, None
         if run is None:
             return
-        write = partial(self._write, run, list(run.statistics().values()))
-        with anyio.move_on_after(self._finish_timeout_s) as scope:
-            await in_own_thread(write)
-        if scope.cancelled_caught:
+        thread = WorkerThread(self.name or "Report", run.publish)
+        failures: list[Exception] = []
+        thread.put(partial(self._write, run, list(run.statistics().values()), failures))
+        thread.start()
+        in_time = await thread.finish_within(self._finish_timeout_s)
+        if failures:
+            raise failures[0]
+        if not in_time:
             raise SubscriberError(f"The report was not written within {self._finish_timeout_s:g} s.")
 
     def state_dict(self) -> dict[str, Any]:
@@ -128,9 +130,14 @@ class Report(Subscriber):
         saved.series.metrics = self._metrics
         self._summary, self._series = saved.facts, saved.series
 
-    def _write(self, run: RunContext, statistics: Sequence[SubscriptionStatistics]) -> None:
-        content = mapped(self._content(run, statistics), partial(without_folders, run_dir=run.run_dir))
-        failure: Exception | None = None
+    def _write(
+        self, run: RunContext, statistics: Sequence[SubscriptionStatistics], failures: list[Exception]
+    ) -> None:
+        try:
+            content = mapped(self._content(run, statistics), partial(without_folders, run_dir=run.run_dir))
+        except Exception as error:
+            failures.append(error)
+            return
         for path, render in (
             (self._html, partial(to_html, content, plotting.LIGHT, plotting.DARK)),
             (self._markdown, partial(to_markdown, content)),
@@ -139,9 +146,7 @@ class Report(Subscriber):
                 if path is not None:
                     write_atomically(inside_run_dir(run.run_dir, path, "Report"), render().encode())
             except Exception as error:  # of one file; the other may still work
-                failure = failure or error
-        if failure is not None:
-            raise failure
+                failures.append(error)
 
     def _content(self, run: RunContext, statistics: Sequence[SubscriptionStatistics]) -> Content:
         summary, series = self._summary, self._series
