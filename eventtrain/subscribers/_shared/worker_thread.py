@@ -1,4 +1,8 @@
-"""``WorkerThread`` and ``in_own_thread``: blocking work of subscribers, in threads that never keep a program alive."""
+"""``WorkerThread`` and ``in_own_thread``: blocking work of subscribers, off the event loop.
+
+A ``WorkerThread`` never keeps a program alive. A call of ``in_own_thread`` does until it returns, if asyncio runs on
+the main thread. So work that may hang belongs in a ``WorkerThread``.
+"""
 
 from __future__ import annotations
 
