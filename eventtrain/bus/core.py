@@ -112,6 +112,7 @@ class BusCore:
         await checkpoint_if_cancelled()
         while not self._published(event):
             await self.progress.wait_until(lambda: self._has_room(event))
+            await checkpoint_if_cancelled()
         await cancel_shielded_checkpoint()
 
     def publish_blocking(self, event: Event, *, give_up: Callable[[], object] = lambda: False) -> bool:
@@ -300,14 +301,16 @@ class BusCore:
                 raise ConfigurationError("Cannot start this bus: it is already running. Use it as it is.")
             self._is_served = True
         watchdog = Watchdog(lambda: self.table.active, **self._watchdog_limits)
-        failure: Exception | None = None
+        failure: BaseException | None = None
         try:
             async with anyio.create_task_group() as tasks:
                 runner: BusRunner = await tasks.start(self._run)
                 watchdog.start()
                 try:
                     yield
-                except Exception as error:  # raised outside of the task group, which would wrap it
+                except anyio.get_cancelled_exc_class():
+                    raise
+                except BaseException as error:  # raised outside of the task group, which would wrap it
                     failure = error
                 finally:
                     runner.stop()

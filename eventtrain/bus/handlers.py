@@ -14,7 +14,7 @@ import anyio.to_thread
 from anyio import CapacityLimiter
 
 from eventtrain.bus.clock import Clock
-from eventtrain.bus.failures import HandlerTimeout
+from eventtrain.bus.failures import HandlerTimeout, own_failure
 from eventtrain.bus.handler_cost import HandlerCost
 from eventtrain.bus.wakeup import CrossLoopCondition
 from eventtrain.errors import ConfigurationError
@@ -215,9 +215,10 @@ def with_retries(
             try:
                 await call(event)
                 return
-            except Exception as error:
+            except BaseException as raised:
+                error = own_failure(raised)
                 if not active():
-                    raise
+                    raise error from error.__cause__
                 failed(event, error, attempt)
             await clock.sleep(delay_s)
             delay_s *= 2

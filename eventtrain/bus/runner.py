@@ -8,6 +8,7 @@ from collections.abc import Callable, Coroutine
 from concurrent.futures import Future
 from typing import Any, TypeVar
 
+import anyio
 from anyio import CapacityLimiter
 from anyio.abc import TaskGroup
 
@@ -53,11 +54,11 @@ class BusRunner:
         async def run() -> None:
             try:
                 result = await function(*args)
-            except Exception as error:
-                future.set_exception(error)
-            except BaseException:
+            except anyio.get_cancelled_exc_class():
                 future.set_exception(_not_running())
                 raise
+            except BaseException as error:  # SystemExit too: it must end the caller, not the event loop
+                future.set_exception(error)
             else:
                 future.set_result(result)
             finally:

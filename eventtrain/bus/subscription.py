@@ -20,7 +20,7 @@ from anyio import CapacityLimiter
 
 from eventtrain.bus.barrier import Barrier, SubscriptionCheckpoint
 from eventtrain.bus.clock import Clock
-from eventtrain.bus.failures import DeadLetter, Failures
+from eventtrain.bus.failures import DeadLetter, Failures, failure_of, own_failure
 from eventtrain.bus.filters import EventFilter
 from eventtrain.bus.handler_cost import HandlerCost
 from eventtrain.bus.handlers import (
@@ -37,7 +37,7 @@ from eventtrain.bus.handlers import (
 from eventtrain.bus.options import Options
 from eventtrain.bus.queues import Lossless
 from eventtrain.bus.wakeup import CrossLoopCondition
-from eventtrain.bus.worker import CountedEvent, Worker, own_failure
+from eventtrain.bus.worker import CountedEvent, Worker
 from eventtrain.errors import ConfigurationError
 from eventtrain.events import BUILT_IN, Event, SubscriberDisabled, SubscriberLagged
 
@@ -251,8 +251,8 @@ class SubscriptionCore:
     def _passes(self, event: Event) -> bool:
         try:
             return self.filter.passes(event)
-        except Exception as error:  # of the user's `where`
-            self._give_up(event, error, attempt=1)
+        except BaseException as error:  # of the user's `where`
+            self._give_up(event, failure_of(error), attempt=1)
             return False
 
     def choose(self, steps: range) -> range:

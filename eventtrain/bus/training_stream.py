@@ -135,6 +135,7 @@ class TrainingStream:
                     self._publish_queue.measure_headroom()
             items.popleft()
             self._progress.notify_all()
+            await checkpoint()
 
     def _pass_marker(self, marker: Marker) -> None:
         barrier, table = marker.barrier, self._table
@@ -167,7 +168,7 @@ class TrainingStream:
                     self._deliver_chosen(series, chunk, choices)
                     self._publish_queue.measure_headroom()
             self.rows_routed += len(chunk)
-            if choices:
+            if choices and steps:
                 await checkpoint()
 
     def _deliver_chosen(

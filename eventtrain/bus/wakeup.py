@@ -18,7 +18,7 @@ from contextlib import contextmanager
 from typing import Any, Generic, TypeVar
 
 import anyio
-from anyio.lowlevel import current_token
+from anyio.lowlevel import checkpoint_if_cancelled, current_token
 
 T = TypeVar("T")
 
@@ -68,7 +68,8 @@ class Wakeup:
         """Sleeps until woken with ``ready()`` true; returns immediately if it is. One task at a time.
 
         A producer may read ``armed`` and then be suspended, and wake a later sleep for something consumed long ago.
-        Such a wake-up finds ``ready()`` false and the task sleeps on.
+        Such a wake-up finds ``ready()`` false and the task sleeps on. Each wake-up looks for a cancellation: on asyncio
+        none is delivered to a task whose next wake-up has always come already.
         """
         try:
             while True:
@@ -77,6 +78,7 @@ class Wakeup:
                 if ready():
                     return
                 await self._event.wait()
+                await checkpoint_if_cancelled()
         finally:
             self.armed = False
 
@@ -100,13 +102,17 @@ class CrossLoopCondition:
         self._waiters: list[Callable[[], object]] = []
 
     async def wait_until(self, ready: Callable[[], object]) -> None:
-        """Waits until ``ready()`` is true. It is evaluated on the caller's event loop, after each notification."""
+        """Waits until ``ready()`` is true. It is evaluated on the caller's event loop, after each notification.
+
+        Each of them looks for a cancellation, as in ``Wakeup.sleep_until``.
+        """
         while not ready():
             loop, event = LoopThread(), anyio.Event()
             with self._waiter(lambda loop=loop, event=event: loop.run_soon(event.set)):
                 if ready():
                     return
                 await event.wait()
+            await checkpoint_if_cancelled()
 
     def block_until(self, ready: Callable[[], object], *, poll_s: float) -> None:
         """Like ``wait_until``, but blocks the calling thread, and evaluates ``ready()`` every ``poll_s`` seconds."""

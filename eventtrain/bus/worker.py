@@ -6,7 +6,6 @@ counters: ``delivered``, ``in_flight``, ``passed`` and ``drops_when_taken`` are 
 
 from __future__ import annotations
 
-import math
 from collections.abc import Awaitable, Callable
 from time import perf_counter
 from typing import Any, NamedTuple, Protocol
@@ -14,7 +13,7 @@ from typing import Any, NamedTuple, Protocol
 import anyio
 from anyio.lowlevel import checkpoint
 
-from eventtrain.bus.failures import Failures
+from eventtrain.bus.failures import Failures, own_failure
 from eventtrain.bus.handler_cost import HandlerCost, measured
 from eventtrain.bus.queues import EventQueue
 from eventtrain.bus.wakeup import CrossLoopCondition, LoopThread, Wakeup
@@ -210,16 +209,3 @@ class Worker:
             self._host.progress.notify_all()
             if self._host.spent and self.wakeup is not None:
                 self.wakeup.wake()
-
-
-def own_failure(error: BaseException) -> Exception:
-    """Returns the failure of a handler; raises ``error`` again if it is the end of the worker itself."""
-    if isinstance(error, Exception):
-        return error
-    being_cancelled = anyio.current_effective_deadline() == -math.inf
-    if isinstance(error, anyio.get_cancelled_exc_class()) and not being_cancelled:
-        # The handler awaited something that was cancelled elsewhere. Raised again, it would end the worker silently.
-        failure = RuntimeError("the handler awaited something that was cancelled")
-        failure.__cause__ = error
-        return failure
-    raise error
