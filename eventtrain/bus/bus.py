@@ -91,6 +91,9 @@ class EventBus:
         """Like ``publish``, but waits while a Lossless queue is at its limit. Any event loop.
 
         If it is cancelled while it waits, the event was not published.
+
+        Raises:
+            WaitsForItself: the queue at its limit is that of the calling handler.
         """
         await self._core.publish_async(event)
 
@@ -187,8 +190,9 @@ class EventBus:
         Raises:
             TimeoutError: none came within ``timeout_s``.
             BusClosed: the bus was closed before one came.
-            WaitsForItself: a handler whose subscription takes part in checkpoints waits for CheckpointCommitted or
-                CheckpointFailed. A checkpoint needs its state at the end of the handler, so that both would wait.
+            WaitsForItself: a handler waits for an event that waits for the end of the handler: CheckpointCommitted or
+                CheckpointFailed, if its subscription takes part in checkpoints; any event of the training loop, if
+                its lag is 0.
         """
         core, types = self._core, event_classes((event_type, *more))
         wanted = " or ".join(kind.__name__ for kind in types)
@@ -227,6 +231,7 @@ class EventBus:
 
         Raises:
             SubscriberError: a subscription with ``on_error="fail"`` failed.
+            WaitsForItself: it was called in a handler.
         """
         left = await self._core.wait_until_quiet(timeout_s)
         if self._core.failure is not None:
@@ -274,7 +279,7 @@ class EventBus:
 
     @property
     def subscriptions(self) -> tuple[Subscription, ...]:
-        """The subscriptions that are active, then those disabled after failures."""
+        """The active subscriptions, those disabled after failures, and those of trainers that do not run now."""
         return tuple(Subscription(core) for core in self._core.subscriptions)
 
 

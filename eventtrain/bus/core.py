@@ -14,6 +14,7 @@ from __future__ import annotations
 from collections.abc import AsyncGenerator, Callable, Coroutine, Iterable, Mapping
 from concurrent.futures import Future
 from contextlib import asynccontextmanager
+from functools import partial
 from typing import Any, Protocol, TypeVar
 
 import anyio
@@ -22,8 +23,9 @@ from anyio import CapacityLimiter
 from anyio.abc import TaskStatus
 from anyio.lowlevel import cancel_shielded_checkpoint, checkpoint_if_cancelled
 
+from eventtrain.bus.cancellation import persist
 from eventtrain.bus.clock import Clock
-from eventtrain.bus.event_stream import EventStream, require_no_wait_for_itself
+from eventtrain.bus.event_stream import EventStream, handler_of_this_task, require_no_wait_for_itself
 from eventtrain.bus.handlers import CommandTransaction, Handler, describe, require_annotation, takes_control
 from eventtrain.bus.options import Options, event_classes
 from eventtrain.bus.publish_queue import PublishQueue
@@ -33,7 +35,14 @@ from eventtrain.bus.subscription import Save, SubscriptionCore, SubscriptionStat
 from eventtrain.bus.training_stream import StreamItem, TrainingStream
 from eventtrain.bus.wakeup import CrossLoopCondition
 from eventtrain.bus.watchdog import Watchdog
-from eventtrain.errors import BusClosed, ConfigurationError, QueueFull, SubscriberError
+from eventtrain.errors import (
+    AlreadyRunning,
+    BusClosed,
+    ConfigurationError,
+    QueueFull,
+    SubscriberError,
+    WaitsForItself,
+)
 from eventtrain.events import Event
 
 T = TypeVar("T")
@@ -42,6 +51,8 @@ DROP_REPORT_S = 1.0
 """Interval at which dropped events are reported."""
 GIVE_UP_POLL_S = 0.05
 """Interval at which a thread that waits for room evaluates ``give_up``."""
+LOCK_TIMEOUT_S = 1.0
+"""How long the end of a run waits for the delivery lock."""
 
 
 class ControlSource(Protocol):
@@ -80,7 +91,12 @@ class BusCore:
         self.publish_queue = PublishQueue(self.table, self.progress, buffer_limit)
         self.publish_queue.run_id = run_id
         self.stream = TrainingStream(
-            self.table, self.publish_queue, self.progress, clock=clock, most_rows=buffer_limit
+            self.table,
+            self.publish_queue,
+            self.progress,
+            clock=clock,
+            blocked_s=lambda: self.blocked_s,
+            most_rows=buffer_limit,
         )
         self._drain_timeout_s = drain_timeout_s
         self._watchdog_limits = {"block_warning_s": block_warning_s, "cpu_budget": cpu_budget}
@@ -111,6 +127,12 @@ class BusCore:
         """See ``EventBus.publish_async``."""
         await checkpoint_if_cancelled()
         while not self._published(event):
+            handler = handler_of_this_task(self.table.route(type(event)))
+            if handler is not None and handler.queue.room() == 0 and handler.options.concurrency == 1:
+                raise WaitsForItself(
+                    f"{handler.name} publishes {event.kind} in its handler and waits for room in its own queue, which "
+                    "only the end of that handler makes. Use publish(), or publish from another task."
+                )
             await self.progress.wait_until(lambda: self._has_room(event))
             await checkpoint_if_cancelled()
         await cancel_shielded_checkpoint()
@@ -155,6 +177,7 @@ class BusCore:
         options: Mapping[str, Any],
         *,
         save: Save | None = None,
+        attach: bool = True,
     ) -> SubscriptionCore:
         """See ``EventBus.subscribe``.
 
@@ -163,11 +186,12 @@ class BusCore:
             handler: of ``(event)`` or ``(event, control)``.
             options: ``SubscriptionOptions``.
             save: gives the state that belongs to a checkpoint, if the handler has one.
+            attach: False: it receives nothing before ``attach``.
         """
         types, name = event_classes(event_types), describe(handler)
         takes_control(handler)
         require_annotation(handler, types, name)
-        return self._add(types, handler, options, name, save)
+        return self._add(types, handler, options, name, save, attach=attach)
 
     def _add(
         self,
@@ -176,18 +200,49 @@ class BusCore:
         given: Mapping[str, Any],
         default_name: str,
         save: Save | None = None,
+        *,
+        attach: bool = True,
     ) -> SubscriptionCore:
         if self.publish_queue.closed:
             raise BusClosed("Cannot subscribe: the bus is closed and delivers nothing more.")
         name = given.get("name") or default_name
         options = Options(given, name, types)
-        name, index = self.table.reserve(name)
-        subscription = SubscriptionCore(
-            self, types, options, name=name, index=index, handler=handler, save=save
+        subscription = self.table.create(
+            name,
+            lambda name, index: SubscriptionCore(
+                self, types, options, name=name, index=index, handler=handler, save=save
+            ),
         )
-        with self.table.delivery_lock:
-            self.publish_queue.join(subscription)
+        if attach:
+            with self.table.delivery_lock:
+                self.publish_queue.join(subscription)
         return subscription
+
+    def attach(self, subscription: SubscriptionCore) -> None:
+        """Routes events to a detached subscription from now on; ``start_worker`` has them handled."""
+        with self.table.delivery_lock:
+            self.table.join(subscription)
+            self.publish_queue.measure_headroom()
+
+    def start_worker(self, subscription: SubscriptionCore) -> None:
+        """Has the events of an attached subscription handled, if the bus is served now; ``serve`` does it for all."""
+        with self.table.delivery_lock:
+            if self._runner is not None and subscription.served:
+                self._runner.start_worker(subscription.worker, subscription.name)
+
+    def detach(self, subscription: SubscriptionCore) -> None:
+        """Routes nothing more to a subscription until ``attach``, and forgets the events that wait for it."""
+        lock = self.table.delivery_lock
+        if not lock.acquire(timeout=LOCK_TIMEOUT_S):
+            return  # a ``where`` that blocks the event loop holds it
+        try:
+            self.table.remove(subscription)
+            subscription.queue.clear()
+            self.publish_queue.measure_headroom()
+        finally:
+            lock.release()
+        subscription.wake()
+        self.progress.notify_all()
 
     @asynccontextmanager
     async def open_stream(
@@ -207,6 +262,14 @@ class BusCore:
 
     # --- the training loop's side ---------------------------------------------------------------------------
 
+    def require_no_run(self) -> None:
+        """Raises AlreadyRunning if a trainer's run uses this bus."""
+        if self.progress.listener is not None:
+            raise AlreadyRunning(
+                "Another trainer's run uses this bus. One bus serves one run at a time: wait for it, or give each "
+                "trainer a bus of its own."
+            )
+
     def feed(self, items: Iterable[StreamItem]) -> None:
         """Appends to the training stream. One caller at a time, any thread; never blocks."""
         self.stream.append(items)
@@ -221,8 +284,8 @@ class BusCore:
 
     @property
     def subscriptions(self) -> tuple[SubscriptionCore, ...]:
-        """The active subscriptions, then those disabled after failures."""
-        return (*self.table.active, *self.table.disabled)
+        """The active subscriptions, those disabled after failures, and those of trainers that do not run now."""
+        return (*self.table.active, *self.table.disabled, *self.table.detached)
 
     def statistics(self) -> dict[str, SubscriptionStatistics]:
         """See ``EventBus.statistics``."""
@@ -280,6 +343,23 @@ class BusCore:
         runner = self._runner
         return runner is not None and runner.loop.here
 
+    @property
+    def blocked_s(self) -> float:
+        """For how long the event loop was blocked while it served this bus, in seconds. Any thread."""
+        runner = self._runner
+        return runner.blocked_s if runner is not None else 0.0
+
+    @property
+    def blocked_now_s(self) -> float:
+        """For how long the event loop has not answered now; 0.0 if it answers. Any thread."""
+        runner = self._runner
+        return runner.blocked_now_s if runner is not None else 0.0
+
+    def blocked_by(self) -> str:
+        """Returns which handler holds the event loop now, for messages. Any thread."""
+        holding = [s for s in self.table.active if s.cost.slice_began is not None]
+        return f"the handler of {holding[0].name}" if holding else "code other than a handler"
+
     def submit(self, function: Callable[..., Coroutine[Any, Any, T]], *args: Any) -> Future[T]:
         """Runs a coroutine function on the bus' event loop, from any other thread.
 
@@ -300,11 +380,11 @@ class BusCore:
             if self._is_served:
                 raise ConfigurationError("Cannot start this bus: it is already running. Use it as it is.")
             self._is_served = True
-        watchdog = Watchdog(lambda: self.table.active, **self._watchdog_limits)
         failure: BaseException | None = None
         try:
             async with anyio.create_task_group() as tasks:
                 runner: BusRunner = await tasks.start(self._run)
+                watchdog = Watchdog(lambda: self.table.active, runner.ping, **self._watchdog_limits)
                 watchdog.start()
                 try:
                     yield
@@ -333,11 +413,12 @@ class BusCore:
                     for subscription in self.table.active:
                         if subscription.handler is not None:
                             runner.start_worker(subscription.worker, subscription.name)
-                tasks.start_soon(self.publish_queue.route, runner.publish_wakeup)
-                tasks.start_soon(self.stream.route, runner.stream_wakeup)
-                tasks.start_soon(runner.start_tasks)
-                tasks.start_soon(self._report_drops)
+                runner.start_task(partial(self.publish_queue.route, runner.publish_wakeup), "publish queue")
+                runner.start_task(partial(self.stream.route, runner.stream_wakeup), "training stream")
+                runner.start_task(runner.start_tasks, "start")
+                runner.start_task(self._report_drops, "drops")
                 task_status.started(runner)
+                await persist(anyio.sleep_forever)  # inside: a task group that is cancelled ends its tasks
         finally:
             with self.table.delivery_lock:
                 self._runner = None
@@ -357,6 +438,12 @@ class BusCore:
 
     async def wait_until_quiet(self, timeout_s: float | None = None) -> dict[str, int]:
         """See ``EventBus.drain``, but raises nothing if a subscription has failed."""
+        handler = handler_of_this_task(self.table.active)
+        if handler is not None:
+            raise WaitsForItself(
+                f"{handler.name} waits in its handler until all handlers have finished, itself among them. Drain the "
+                "bus in a task that the handler does not wait for."
+            )
         with self.clock.timeout(timeout_s):
             await self.progress.wait_until(self._is_quiet)
             for subscription in self.table.active:

@@ -11,7 +11,7 @@ from anyio.lowlevel import cancel_shielded_checkpoint, checkpoint_if_cancelled
 from eventtrain.bus.subscription import SubscriptionCore
 from eventtrain.bus.wakeup import LoopThread, Wakeup
 from eventtrain.errors import WaitsForItself
-from eventtrain.events import CheckpointCommitted, CheckpointFailed, Event
+from eventtrain.events import LOOP_EVENTS, CheckpointCommitted, CheckpointFailed, Event
 
 
 class EventStream:
@@ -53,17 +53,34 @@ class EventStream:
         return self._is_closed() or not self._subscription.active
 
 
+def handler_of_this_task(active: Iterable[SubscriptionCore]) -> SubscriptionCore | None:
+    """Returns the subscription, of those in ``active``, whose async handler is the calling task; None if none is."""
+    task_id = anyio.get_current_task().id
+    return next((s for s in active if task_id in s.worker.task_ids), None)
+
+
 def require_no_wait_for_itself(
     event_types: tuple[type[Event], ...], active: Iterable[SubscriptionCore]
 ) -> None:
-    """Raises WaitsForItself if this task is a handler, of one of ``active``, whose end a checkpoint waits for."""
-    if not all(issubclass(kind, (CheckpointCommitted, CheckpointFailed)) for kind in event_types):
-        return  # an event of another class may come first
-    task_id = anyio.get_current_task().id
-    for subscription in active:
-        if subscription.in_checkpoints and subscription.worker.task_id == task_id:
-            raise WaitsForItself(
-                f"{subscription.name} waits in its handler for the outcome of a checkpoint, and checkpoints wait "
-                "for the end of that handler, because it has state or a finite lag. Handle CheckpointCommitted in a "
-                "method or subscription of its own, or wait in a task that the handler does not wait for."
-            )
+    """Raises WaitsForItself if this task is a handler for whose end the next event of these classes waits."""
+    handler = handler_of_this_task(active)
+    if handler is None:
+        return
+    if handler.in_checkpoints and _all_of(event_types, (CheckpointCommitted, CheckpointFailed)):
+        raise WaitsForItself(
+            f"{handler.name} waits in its handler for the outcome of a checkpoint, and checkpoints wait for the end of "
+            "that handler, because it has state or a finite lag. Handle CheckpointCommitted in a method or "
+            "subscription of its own, or wait in a task that the handler does not wait for."
+        )
+    if handler.filter.holds_the_loop and _all_of(event_types, LOOP_EVENTS):
+        names = " or ".join(kind.__name__ for kind in event_types)
+        raise WaitsForItself(
+            f"{handler.name} waits in its handler for {names}, and training waits for the end of that handler, because "
+            "its lag is 0. Subscribe to it, or use a larger lag or lag=None."
+        )
+
+
+def _all_of(event_types: tuple[type[Event], ...], kinds: tuple[type[Event], ...]) -> bool:
+    return all(
+        issubclass(event_type, kinds) for event_type in event_types
+    )  # else another event may come first

@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 import logging
-import math
 from collections import deque
 from collections.abc import Callable
 from typing import NamedTuple
-
-import anyio
 
 from eventtrain.events import Event, SubscriberFailed, SubscriberLagged
 
@@ -18,10 +15,6 @@ DEAD_LETTERS = 100
 """Number of failed events that a subscription keeps for inspection."""
 NOTICES = (SubscriberFailed, SubscriberLagged)
 """Failures of their handlers are only counted and logged: an event about them would lead to the next failure."""
-
-
-class HandlerExit(RuntimeError):
-    """A handler raised something that would end a thread or an event loop, such as SystemExit. It is the cause."""
 
 
 class HandlerTimeout(TimeoutError):
@@ -87,33 +80,3 @@ class Failures:
         while self.dead_letters:
             letters.append(self.dead_letters.popleft())
         return letters
-
-
-def failure_of(error: BaseException) -> Exception:
-    """Returns what a handler raised as an Exception, so that it ends neither a thread nor the event loop."""
-    if isinstance(error, Exception):
-        return error
-    text = str(error)
-    failure = HandlerExit(f"the handler raised {type(error).__name__}{f': {text}' if text else ''}")
-    failure.__cause__ = error
-    return failure
-
-
-def own_failure(error: BaseException) -> Exception:
-    """Returns the failure of a handler, whatever it raised; raises ``error`` again if it is the end of the task itself."""
-    if isinstance(error, Exception):
-        return error
-    cancelled = anyio.get_cancelled_exc_class()
-    being_cancelled = anyio.current_effective_deadline() == -math.inf
-    if isinstance(error, GeneratorExit):  # the coroutine is being closed
-        raise error
-    if isinstance(error, cancelled):
-        if being_cancelled:
-            raise error
-        # Raised again, it would end the worker silently.
-        failure = RuntimeError("the handler awaited something that was cancelled")
-        failure.__cause__ = error
-        return failure
-    if being_cancelled and isinstance(error, BaseExceptionGroup) and error.split(cancelled)[1] is None:
-        raise error
-    return failure_of(error)

@@ -41,6 +41,8 @@ class EventFilter:
         lagged_types = lag if isinstance(lag, Mapping) else types
         self.decides = any(self.lag_for(event_type) is not None for event_type in lagged_types)
         """Whether the lag is finite for at least one class of events."""
+        self.holds_the_loop = bool(lagged_types) and all(self.lag_for(t) == 0 for t in lagged_types)
+        """Whether the lag is 0 for all of them, so that training waits for each event."""
 
     def lag_for(self, event_type: type[Event]) -> int | None:
         """Returns the lag for events of this class: None, or a number of steps. A mapping is searched by the MRO."""

@@ -13,8 +13,9 @@ from typing import Any, Protocol, TypeVar, Union, get_args, get_origin, get_type
 import anyio.to_thread
 from anyio import CapacityLimiter
 
+from eventtrain.bus.cancellation import own_failure
 from eventtrain.bus.clock import Clock
-from eventtrain.bus.failures import HandlerTimeout, own_failure
+from eventtrain.bus.failures import HandlerTimeout
 from eventtrain.bus.handler_cost import HandlerCost
 from eventtrain.bus.wakeup import CrossLoopCondition
 from eventtrain.errors import ConfigurationError

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Callable
+from weakref import WeakValueDictionary
 
 from eventtrain.bus.subscription import SubscriptionCore
 from eventtrain.events import Event
@@ -31,39 +33,60 @@ class RoutingTable:
         self._routes: dict[type[Event], tuple[SubscriptionCore, ...]] = {}
         self._bounded_routes: dict[type[Event], tuple[SubscriptionCore, ...]] = {}
         self._last_index = 0
-        self._names: set[str] = set()
+        # Weak, so that the subscriptions of a trainer that is gone are gone too.
+        self._named: WeakValueDictionary[str, SubscriptionCore] = WeakValueDictionary()
         self._ended: set[str] = set()
 
-    def reserve(self, name: str) -> tuple[str, int]:
-        """Returns a unique name (``report``, ``report-2`` ...) and the next index, for a new subscription."""
+    def create(self, name: str, make: Callable[[str, int], SubscriptionCore]) -> SubscriptionCore:
+        """Makes a subscription with a unique name (``report``, ``report-2`` ...) and the next index."""
         with self._lock:
             unique, number = name, 1
-            while unique in self._names:
+            while unique in self._named:
                 number += 1
                 unique = f"{name}-{number}"
-            self._names.add(unique)
             self.finished.discard(unique)
             self._ended.discard(unique)
             self._last_index += 1
-            return unique, self._last_index
+            subscription = self._named[unique] = make(unique, self._last_index)
+            return subscription
+
+    @property
+    def detached(self) -> tuple[SubscriptionCore, ...]:
+        """Those of trainers that do not run now, in the order in which they were made."""
+        with self._lock:
+            waiting = [s for s in self._named.values() if not s.attached and s.state != "cancelled"]
+        return tuple(sorted(waiting, key=lambda s: s.index))
 
     def has_ended(self, name: str) -> bool:
         """Returns whether a subscription of this name has ended and no newer one has its name."""
         return name in self._ended
 
     def join(self, subscription: SubscriptionCore) -> None:
-        """Adds a subscription, unless it has ended already. It receives events from now on."""
+        """Adds a subscription. It receives events from now on, unless it has ended already."""
         with self._lock:
+            subscription.attached = True
             if subscription.state == "active":
                 self._replace((*self.active, subscription))
+            elif subscription.state == "disabled":
+                self.disabled = (*self.disabled, subscription)
+            elif subscription.state == "finished":
+                self.finished.add(subscription.name)
+
+    def remove(self, subscription: SubscriptionCore) -> None:
+        """Removes a subscription that may join again."""
+        with self._lock:
+            subscription.attached = False
+            self.disabled = tuple(other for other in self.disabled if other is not subscription)
+            self.finished.discard(subscription.name)
+            self._replace(tuple(other for other in self.active if other is not subscription))
 
     def leave(self, subscription: SubscriptionCore) -> None:
         """Removes a subscription that has ended."""
         with self._lock:
             if subscription.state == "disabled":
                 self.disabled = (*self.disabled, subscription)
-            else:
-                self._names.discard(subscription.name)
+            elif self._named.get(subscription.name) is subscription:
+                del self._named[subscription.name]
             self._ended.add(subscription.name)
             if subscription.state == "finished":
                 self.finished.add(subscription.name)

@@ -6,18 +6,23 @@ import threading
 from collections import deque
 from collections.abc import Callable, Coroutine
 from concurrent.futures import Future
+from functools import partial
+from time import perf_counter
 from typing import Any, TypeVar
 
 import anyio
 from anyio import CapacityLimiter
 from anyio.abc import TaskGroup
 
+from eventtrain.bus.cancellation import persist
 from eventtrain.bus.wakeup import LoopThread, Wakeup
 from eventtrain.bus.worker import Worker
 from eventtrain.errors import BusClosed
 
 T = TypeVar("T")
 
+BLOCKED_S = 0.1
+"""The event loop counts as blocked while it has not answered for this long."""
 PLAIN_HANDLER_THREADS = 40
 """Worker threads for plain handlers. They have a limiter of their own, so that a service's own threads are not
 delayed."""
@@ -37,15 +42,23 @@ class BusRunner:
         self._submitted: set[Future[Any]] = set()
         self._lock = threading.Lock()
         self._ended = False
+        self._pinged_s: float | None = None
+        self._blocked_s = 0.0
 
     def start_worker(self, worker: Worker, name: str) -> None:
         """Starts the worker of the subscription ``name``. Any thread."""
 
         def start() -> None:
+            if worker.running_on is self.loop:
+                return
             worker.attach(self.loop)
-            self.tasks.start_soon(worker.work, name=f"eventtrain {name}")
+            self.start_task(worker.work, name)
 
         self._start_soon(start)
+
+    def start_task(self, work: Callable[[], Coroutine[Any, Any, None]], name: str) -> None:
+        """Starts a task that goes on until the bus stops. On the event loop's thread."""
+        self.tasks.start_soon(partial(persist, work), name=f"eventtrain {name}")
 
     def submit(self, function: Callable[..., Coroutine[Any, Any, T]], *args: Any) -> Future[T]:
         """Runs a coroutine function as a task of its own. Any other thread."""
@@ -87,6 +100,30 @@ class BusRunner:
             await self._start_wakeup.sleep_until(lambda: len(self._starts))
             while self._starts:
                 self._starts.popleft()()
+
+    # --- is the event loop blocked? -----------------------------------------------------------------------------
+
+    def ping(self) -> None:
+        """Asks the event loop for a sign of life, unless an answer is due already. The watchdog's thread."""
+        if self._pinged_s is None:
+            self._pinged_s = perf_counter()
+            self.loop.run_soon(self._answer)
+
+    def _answer(self) -> None:
+        self._blocked_s += self.blocked_now_s
+        self._pinged_s = None
+
+    @property
+    def blocked_now_s(self) -> float:
+        """For how long the event loop has not answered; 0.0 if it answers."""
+        pinged_s = self._pinged_s
+        silent_s = perf_counter() - pinged_s if pinged_s is not None else 0.0
+        return silent_s if silent_s > BLOCKED_S else 0.0
+
+    @property
+    def blocked_s(self) -> float:
+        """For how long it was blocked in total, in seconds."""
+        return self._blocked_s + self.blocked_now_s
 
     def stop(self) -> None:
         """Cancels all tasks. Any thread; never blocks."""

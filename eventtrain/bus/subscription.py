@@ -19,8 +19,9 @@ from typing import Any, Literal, Protocol
 from anyio import CapacityLimiter
 
 from eventtrain.bus.barrier import Barrier, SubscriptionCheckpoint
+from eventtrain.bus.cancellation import failure_of, own_failure
 from eventtrain.bus.clock import Clock
-from eventtrain.bus.failures import DeadLetter, Failures, failure_of, own_failure
+from eventtrain.bus.failures import DeadLetter, Failures
 from eventtrain.bus.filters import EventFilter
 from eventtrain.bus.handler_cost import HandlerCost
 from eventtrain.bus.handlers import (
@@ -196,6 +197,8 @@ class SubscriptionCore:
         self.failures = Failures(name, host.notify)
         self.progress = host.progress
         self.state: State = "active"
+        self.attached = False
+        """Whether events are routed to it now. Those of a trainer are detached between its runs."""
         self.run = 0
         """The run that counts the events with a finite lag; 0 before the first."""
         self._save = save
@@ -395,8 +398,13 @@ class SubscriptionCore:
 
     @property
     def active(self) -> bool:
-        """Whether it still receives events."""
+        """Whether it has not ended."""
         return self.state == "active"
+
+    @property
+    def served(self) -> bool:
+        """Whether its worker has to go on."""
+        return self.attached and self.state == "active"
 
     @property
     def spent(self) -> bool:

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from typing import Any
 
@@ -57,6 +57,7 @@ class TrainingStream:
         publish_queue: told when events were put into queues past it.
         progress: notified by the queues' workers, and by the stream when an item was delivered.
         clock: measures how long the stream waits for a subscription.
+        blocked_s: returns for how long the event loop was blocked so far. A subscription is not blamed for that time.
         most_rows: how many steps the training loop may be ahead if no Lossless queue limits it.
     """
 
@@ -67,12 +68,14 @@ class TrainingStream:
         progress: CrossLoopCondition,
         *,
         clock: Clock,
+        blocked_s: Callable[[], float],
         most_rows: int,
     ) -> None:
         self._table = table
         self._publish_queue = publish_queue
         self._progress = progress
         self._clock = clock
+        self._blocked_s = blocked_s
         self._most_rows = most_rows
         self._items: deque[StreamItem] = deque()
         self._seq = 0
@@ -161,6 +164,7 @@ class TrainingStream:
         while steps:
             room = min(await self._wait_for_room(series.event_type), BUILD_BATCH)
             chunk, steps = steps[:room], steps[room:]
+            self._items[0] = replace(series, steps=steps)
             with self._table.delivery_lock:
                 choices = [(s, s.choose(chunk)) for s in self._table.route(series.event_type)]
                 choices = [(s, chosen) for s, chosen in choices if chosen]
@@ -209,9 +213,12 @@ class TrainingStream:
 
             # The training loop watches over its own rows. This timeout is for events that it does not count, such as
             # those of epochs: there it may be waiting for another subscription, behind this very event.
-            with self._clock.timeout(fullest.stall_timeout_s) as scope:
-                await self._progress.wait_until(has_moved)
-            if scope.cancelled_caught and not has_moved():
+            blocked_s, left_s = self._blocked_s(), fullest.stall_timeout_s
+            while left_s > 0 and not has_moved():
+                with self._clock.timeout(left_s):
+                    await self._progress.wait_until(has_moved)
+                left_s, blocked_s = self._blocked_s() - blocked_s, self._blocked_s()
+            if not has_moved():
                 fullest.disable_stalled(fullest.stall_timeout_s)
         return self._most_rows
 

@@ -17,17 +17,23 @@ class Watchdog:
     """Logs each handler that blocks the event loop, or uses more CPU than its budget, with the figure.
 
     A handler is logged again only when its figure has doubled.
+
+    Args:
+        subscriptions: returns those to look at.
+        ping: asks the event loop for a sign of life.
     """
 
     def __init__(
         self,
         subscriptions: Callable[[], Iterable[SubscriptionCore]],
+        ping: Callable[[], object],
         *,
         block_warning_s: float,
         cpu_budget: float,
         interval_s: float = 0.25,
     ) -> None:
         self._subscriptions = subscriptions
+        self._ping = ping
         self._block_warning_s = block_warning_s
         self._cpu_budget = cpu_budget
         self._interval_s = interval_s
@@ -50,6 +56,7 @@ class Watchdog:
 
     def _run(self) -> None:
         while not self._stop.wait(self._interval_s):
+            self._ping()
             self.look(perf_counter())
 
     def look(self, now_s: float) -> None:

@@ -7,13 +7,16 @@ counters: ``delivered``, ``in_flight``, ``passed`` and ``drops_when_taken`` are 
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable
+from functools import partial
 from time import perf_counter
 from typing import Any, NamedTuple, Protocol
 
 import anyio
+from anyio.abc import TaskGroup
 from anyio.lowlevel import checkpoint
 
-from eventtrain.bus.failures import Failures, own_failure
+from eventtrain.bus.cancellation import own_failure, persist
+from eventtrain.bus.failures import Failures
 from eventtrain.bus.handler_cost import HandlerCost, measured
 from eventtrain.bus.queues import EventQueue
 from eventtrain.bus.wakeup import CrossLoopCondition, LoopThread, Wakeup
@@ -45,8 +48,8 @@ class WorkerHost(Protocol):
     run: int
 
     @property
-    def active(self) -> bool:
-        """Whether it still receives events."""
+    def served(self) -> bool:
+        """Whether the worker has to go on."""
         ...
 
     @property
@@ -70,10 +73,12 @@ class Worker:
         self._host = host
         self._call = call
         self._concurrency = concurrency
-        self.task_id: int | None = None
-        """The task in which the handler is called, if it is called for one event at a time."""
+        self.task_ids: set[int] = set()
+        """The tasks in which the handler is called."""
         self.wakeup: Wakeup | None = None
         """Woken when there is something to do; None while no event loop serves the bus."""
+        self.running_on: LoopThread | None = None
+        """Where a task works. It may still be busy when the subscription is attached again: then it goes on."""
         self.delivered = 0
         self.in_flight = 0
         self.passed = 0
@@ -86,31 +91,35 @@ class Worker:
     def attach(self, loop: LoopThread) -> None:
         """Binds the worker to the event loop that will run it, on that loop's thread."""
         self.wakeup = Wakeup(loop)
+        self.running_on = loop
 
     async def work(self) -> None:
-        """Passes events to the handler until the subscription ends or the task is cancelled."""
-        if self._concurrency == 1:
-            self.task_id = anyio.get_current_task().id
-            await measured(self._work(), self._host.cost)
-        else:
-            await self._work_concurrently()
+        """Passes events to the handler until the subscription ends or is detached, or the task is cancelled."""
+        try:
+            if self._concurrency == 1:
+                self.task_ids = {anyio.get_current_task().id}
+                await measured(self._work(), self._host.cost)
+            else:
+                await self._work_concurrently()
+        finally:
+            self.running_on = None
 
     async def _wait_for_work(self) -> bool:
-        """Waits for an event; False once the subscription has ended."""
+        """Waits for an event; False once the subscription has ended, or is detached."""
         host, queue, wakeup = self._host, self._host.queue, self.wakeup
         assert wakeup is not None
 
         def is_finished() -> bool:
             return host.spent and not self.in_flight
 
-        while host.active and not queue and not self.at_boundary:
+        while host.served and not queue and not self.at_boundary:
             if is_finished():
                 host.finish()
             else:
                 await wakeup.sleep_until(
-                    lambda: len(queue) or self.at_boundary or not host.active or is_finished()
+                    lambda: len(queue) or self.at_boundary or not host.served or is_finished()
                 )
-        return host.active
+        return host.served
 
     # --- one event at a time ----------------------------------------------------------------------------------
 
@@ -183,26 +192,28 @@ class Worker:
     async def _work_concurrently(self) -> None:
         slots = anyio.Semaphore(self._concurrency)
         async with anyio.create_task_group() as handlers:  # waits for running handlers at its end
-            while True:
-                await slots.acquire()
-                if not await self._wait_for_work():
-                    return
-                self.in_flight += 1
-                try:
-                    event = self._host.queue.take()
-                except IndexError:
-                    self.in_flight -= 1
-                    slots.release()
-                    continue
-                self.drops_when_taken = self._host.queue.dropped
-                handlers.start_soon(self._handle_concurrently, event, slots)
+            await persist(partial(self._take_concurrently, handlers, slots))
+
+    async def _take_concurrently(self, handlers: TaskGroup, slots: anyio.Semaphore) -> None:
+        while await self._wait_for_work():
+            await slots.acquire()
+            try:
+                event = self._host.queue.take()
+            except IndexError:
+                slots.release()
+                continue
+            self.in_flight += 1
+            self.drops_when_taken = self._host.queue.dropped
+            handlers.start_soon(self._handle_concurrently, event, slots)
 
     async def _handle_concurrently(self, event: Event, slots: anyio.Semaphore) -> None:
-        began_s = perf_counter()
+        began_s, task_id = perf_counter(), anyio.get_current_task().id
+        self.task_ids.add(task_id)
         try:
             # Slices of one event loop never overlap, so the tasks can share one cost.
             await measured(self._handle(event), self._host.cost)
         finally:
+            self.task_ids.discard(task_id)
             self.in_flight -= 1
             self._host.cost.wall_s += perf_counter() - began_s
             slots.release()

@@ -11,7 +11,7 @@ from typing import Annotated, Any, Self, Union
 
 from pydantic import BaseModel, Discriminator, Field, create_model, model_validator
 
-from eventtrain.bus.bus import EventBus
+from eventtrain.bus.bus import EventBus, core_of
 from eventtrain.config.run_file import Table, read_run_file
 from eventtrain.config.subscriber_config import build, subscriber_config, subscriber_type, type_names
 from eventtrain.config.validation import TABLE, json_schema, validated
@@ -93,7 +93,7 @@ def _subscriber(table: Table) -> Subscriber:
             )
         cls = subscriber_type(name)
         subscriber = build(cls, validated(subscriber_config(cls, name), table))
-        subscribe(EventBus(), subscriber)  # raises now if its options do not fit together
+        subscribe(core_of(EventBus()), subscriber)  # raises now if its options do not fit together
         return subscriber
 
 

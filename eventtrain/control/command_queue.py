@@ -59,6 +59,8 @@ class PendingCommand:
     subscription: SubscriptionCore | None = None
     issue: int = 0
     """Which of its handler's commands this is, from 0."""
+    run: int | None = None
+    """The run that it is meant for, by ``CommandQueue.run``; None: the one in progress."""
 
     @property
     def rank(self) -> tuple[float, int, int, int]:
@@ -77,11 +79,13 @@ class CommandQueue:
         arrived: commands that nothing has looked at yet. The training loop tests its truth before every step;
             appending and popping are atomic.
         due: commands of a finite lag that wait for their boundary. Training thread only.
+        run: number of the run in progress, or of the last one.
     """
 
     def __init__(self, bus: BusCore, view: RunView) -> None:
         self.arrived: deque[PendingCommand] = deque()
         self.due: list[PendingCommand] = []
+        self.run = 0
         self._bus = bus
         self._view = view
         self._wakeup = threading.Event()
@@ -97,9 +101,10 @@ class CommandQueue:
         """Add commands, together and in order. Rejects them at once if no run is in progress. Never blocks."""
         with self._lock:
             reason = self._closed
-            if (
-                self._barriers
-            ):  # also when the run has ended: one that resumes from its last barrier applies them
+            if any(command.run not in (None, self.run) for command in commands):
+                reason = "it was issued in an earlier run of this trainer"
+            elif self._barriers:
+                # Also when the run has ended: one that resumes from its last barrier applies them.
                 self._add_to_barriers(commands)
             if reason is None:
                 self.arrived.extend(commands)
@@ -139,8 +144,13 @@ class CommandQueue:
 
     # --- training thread --------------------------------------------------------------------------------------
 
+    def begin(self) -> None:
+        """Count the next run, whose subscribers are about to start."""
+        with self._lock:
+            self.run += 1
+
     def open(self) -> None:
-        """Accept commands from now on: a run begins."""
+        """Accept commands from now on: the subscribers have started."""
         with self._lock:
             self._closed = None
 

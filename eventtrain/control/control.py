@@ -42,10 +42,20 @@ class Control:
     ``eventtrain.CommandRejectedError``. When it takes effect depends on the ``lag`` of the subscription.
     """
 
-    def __init__(self, queue: CommandQueue, view: RunView, transaction: Transaction | None = None) -> None:
+    def __init__(
+        self,
+        queue: CommandQueue,
+        view: RunView,
+        transaction: Transaction | None = None,
+        *,
+        run: int | None = None,
+    ) -> None:
         self._queue = queue
         self._view = view
         self._transaction = transaction
+        self._run = (
+            run  # the run that commands without a transaction are meant for; None: the one in progress
+        )
 
     # --- commands -------------------------------------------------------------------------------------------
 
@@ -187,7 +197,7 @@ class Control:
         reply: CrossLoopFuture[CommandApplied] = CrossLoopFuture()
         command._reply = reply if lag is None else _NoWaiting(command.kind)
         if transaction is None:
-            self._queue.post([PendingCommand(command, reply)])
+            self._queue.post([PendingCommand(command, reply, run=self._run)])
         else:
             transaction.send(command, reply)
         return command
@@ -201,7 +211,7 @@ class Transaction:
         lag: of the subscription, for this event.
     """
 
-    __slots__ = ("_held", "_issued", "_queue", "_view", "event", "lag", "subscription")
+    __slots__ = ("_held", "_issued", "_queue", "_run", "_view", "event", "lag", "subscription")
 
     def __init__(
         self, queue: CommandQueue, view: RunView, event: Event, subscription: SubscriptionCore
@@ -211,6 +221,7 @@ class Transaction:
         self.lag = subscription.filter.lag_for(type(event))
         self._queue = queue
         self._view = view
+        self._run = queue.run
         self._issued = 0
         self._held: list[PendingCommand] | None = [] if self.lag is not None else None
 
@@ -225,7 +236,7 @@ class Transaction:
         Raises:
             CommandRejectedError: the handler has returned, and its lag is finite.
         """
-        pending = PendingCommand(command, reply, self.event, self.subscription, self._issued)
+        pending = PendingCommand(command, reply, self.event, self.subscription, self._issued, self._run)
         if self.lag is None:
             self._queue.post([pending])
         elif self._held is not None:

@@ -30,6 +30,10 @@ class ControlPlane:
         self.handover = CheckpointHandover(bus, self.queue, self.requests)
         self.control = Control(self.queue, self.view)
 
+    def control_of_run(self) -> Control:
+        """Returns the control for the subscribers of the run that begins: later runs refuse its commands."""
+        return Control(self.queue, self.view, run=self.queue.run)
+
     def begin_transaction(self, subscription: SubscriptionCore, event: Event) -> Transaction:
         """Returns the control of one handler call."""
         return Transaction(self.queue, self.view, event, subscription)

@@ -7,6 +7,8 @@ that handler, and neither blocks the other for ever.
 
 from __future__ import annotations
 
+import logging
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from time import monotonic, perf_counter
@@ -14,6 +16,7 @@ from time import monotonic, perf_counter
 from eventtrain.bus.training_stream import Activation
 from eventtrain.control.command_queue import POLL_S
 from eventtrain.errors import BusClosed
+from eventtrain.events import LoopStalled
 from eventtrain.loop.checkpoints import Checkpoints
 from eventtrain.loop.command_executor import CommandExecutor
 from eventtrain.loop.evaluation import Evaluations
@@ -22,10 +25,19 @@ from eventtrain.loop.metric_windows import MetricWindows
 from eventtrain.loop.run_resources import RunResources
 from eventtrain.loop.run_status import RunStatus
 
+logger = logging.getLogger("eventtrain")
+
+GATE_REPORT_S = 10.0
+"""A wait for one decider is reported when it has taken this long, and whenever it has doubled."""
+
 
 @dataclass(eq=False, kw_only=True)
 class Boundary:
-    """Settles what is due between step ``status.step`` and the next one. Training thread only, except ``wake``."""
+    """Settles what is due between step ``status.step`` and the next one. Training thread only, except ``wake``.
+
+    Attributes:
+        deadline_s: when every wait has to end (``monotonic``), since the run does.
+    """
 
     status: RunStatus
     resources: RunResources
@@ -33,6 +45,7 @@ class Boundary:
     executor: CommandExecutor
     checkpoints: Checkpoints
     evaluations: Evaluations
+    deadline_s: float = math.inf
 
     def __post_init__(self) -> None:
         self._gates = self.resources.gates
@@ -73,11 +86,29 @@ class Boundary:
 
     def _pass_gate(self) -> bool:
         """Wait for every decider on which this boundary depends. Returns False if the run has to end first."""
-        step = self.status.step
-        if self._gates.blocking(step) is None:
+        gates, step = self._gates, self.status.step
+        if gates.blocking(step) is None:
             return True
         self.windows.flush()
-        return self.wait_for_observers(lambda: self._gates.blocking(step) is None)
+        began_s = monotonic()
+        report_s = began_s + GATE_REPORT_S
+
+        def is_open_or_late() -> bool:
+            return gates.blocking(step) is None or monotonic() >= report_s
+
+        while self.wait_for_observers(is_open_or_late):
+            decider = gates.blocking(step)
+            if decider is None:
+                return True
+            waited_s = monotonic() - began_s
+            logger.warning(
+                "Training has waited %.0f s at step %d for %s, whose lag is finite: it has not handled its event. Give "
+                "it a timeout_s, or a lag of None.",
+                waited_s, step, decider.name,
+            )  # fmt: skip
+            self.resources.bus.notify(LoopStalled(step=step, subscriber=decider.name, waited_s=waited_s))
+            report_s = began_s + 2 * waited_s
+        return False
 
     def _take_requested_checkpoints(self) -> None:
         if self.checkpoints.requested:
@@ -114,7 +145,7 @@ class Boundary:
         """
         windows = self.windows
         while not ready():
-            if self.status.stop_reason is not None:
+            if self.status.stop_reason is not None or monotonic() >= self.deadline_s:
                 return False
             if not self.resources.bus.running:
                 raise BusClosed(

@@ -7,10 +7,10 @@ from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
-from eventtrain.bus.bus import EventBus, core_of
+from eventtrain.bus.core import BusCore
 from eventtrain.bus.handlers import is_async, require_annotation, takes_control
 from eventtrain.bus.options import OPTION_NAMES, EventTypes, OptionDefaults
-from eventtrain.bus.subscription import Subscription
+from eventtrain.bus.subscription import SubscriptionCore
 from eventtrain.control.control import Control
 from eventtrain.control.run_context import RunContext
 from eventtrain.control.run_state import SavedRun
@@ -52,6 +52,12 @@ class Subscriber(OptionDefaults):
         """Returns the state that must survive a restart, as plain JSON data."""
         return {}
 
+    def rescue(self) -> None:
+        """Saves what would be lost: the event loop is blocked or gone, so that nothing else of this class can run.
+
+        Called at the end of such a run instead of ``finish`` and ``stop``, on the training thread. Blocks.
+        """
+
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restores what ``state_dict`` returned."""
 
@@ -67,8 +73,8 @@ class Subscriber(OptionDefaults):
         """
 
 
-def subscribe(bus: EventBus, subscriber: Subscriber) -> Subscription:
-    """Subscribes one ``Subscriber`` to ``bus``. Sets its ``name`` if another subscription has that name.
+def subscribe(bus: BusCore, subscriber: Subscriber) -> SubscriptionCore:
+    """Subscribes one ``Subscriber`` to ``bus``, detached. Sets its ``name`` if another subscription has that name.
 
     Raises:
         ConfigurationError: it handles nothing, an option or a method cannot work, or a name is misspelt.
@@ -95,10 +101,10 @@ def subscribe(bus: EventBus, subscriber: Subscriber) -> Subscription:
         return subscriber.state_dict()
 
     options = {**{option: getattr(subscriber, option) for option in OPTION_NAMES}, "name": name}
-    core = core_of(bus).subscribe(event_types, handler, options, save=save if has_state else None)
+    core = bus.subscribe(event_types, handler, options, save=save if has_state else None, attach=False)
     if core.name != name:
         subscriber.name = core.name
-    return Subscription(core)
+    return core
 
 
 def event_routes(subscriber: Subscriber, name: str) -> tuple[EventTypes, Callable[..., Any]]:

@@ -2,24 +2,82 @@
 
 from __future__ import annotations
 
+import logging
 import threading
 from collections.abc import Callable, Generator
+from concurrent.futures import Future
 from contextlib import contextmanager
+from contextvars import copy_context
+from functools import partial
 from typing import Any, TypeVar
 
 import anyio
-import anyio.from_thread
-import anyio.to_thread
-from anyio.from_thread import start_blocking_portal
 
+from eventtrain.bus.cancellation import persist
 from eventtrain.bus.core import BusCore
+from eventtrain.bus.subscription import SubscriptionCore
+from eventtrain.bus.wakeup import LoopThread
 from eventtrain.control.command_queue import CommandQueue
-from eventtrain.device.executable_cache import LowerOnCaller, lower_here
+from eventtrain.device.executable_cache import lower_here
 from eventtrain.device.model import Model
 from eventtrain.device.state import with_x64_of_caller
 from eventtrain.errors import AlreadyRunning, ConfigurationError
 
 T = TypeVar("T")
+
+logger = logging.getLogger("eventtrain")
+
+END_S = 1.0
+"""How long the end of ``serving`` waits for its event loop."""
+LEFT_END_S = 10.0
+"""How long the next ``serving`` waits for an event loop that was left behind."""
+
+
+class EventLoopThread:
+    """Serves a bus by an event loop in a thread of its own.
+
+    A daemon, and not anyio's blocking portal: a handler that blocks the loop must not hold the end of a run, nor keep
+    the program alive.
+    """
+
+    def __init__(self, bus: BusCore, backend: str, backend_options: dict[str, Any] | None) -> None:
+        self._bus = bus
+        self._backend = (backend, backend_options)
+        self._started = threading.Event()
+        self._stop: Callable[[], object] = lambda: None
+        self.failure: BaseException | None = None
+        """What ended the event loop."""
+        run_in_context = partial(copy_context().run, self._run)
+        self._thread = threading.Thread(target=run_in_context, name="eventtrain-loop", daemon=True)
+
+    def start(self) -> None:
+        """Blocks until the bus is served. Raises what keeps the event loop from it."""
+        self._thread.start()
+        self._started.wait()
+        if self.failure is not None:
+            raise self.failure
+
+    def _run(self) -> None:
+        backend, options = self._backend
+        try:
+            anyio.run(self._serve, backend=backend, backend_options=options)
+        except BaseException as error:
+            self.failure = error
+        finally:
+            self._started.set()
+
+    async def _serve(self) -> None:
+        loop, stopped = LoopThread(), anyio.Event()
+        self._stop = lambda: loop.run_soon(stopped.set)
+        async with self._bus.serve():
+            self._started.set()
+            await stopped.wait()
+
+    def end(self, timeout_s: float) -> bool:
+        """Ends the event loop. Returns whether it has ended within ``timeout_s`` seconds."""
+        self._stop()
+        self._thread.join(timeout_s)
+        return not self._thread.is_alive()
 
 
 class Execution:
@@ -33,6 +91,7 @@ class Execution:
 
     Attributes:
         name: of the method in progress, for messages; empty if there is none.
+        closed: the trainer was closed, so that nothing begins any more.
     """
 
     def __init__(
@@ -48,6 +107,9 @@ class Execution:
         self._bus = bus
         self._backend = (backend, backend_options)
         self._claimed = threading.Lock()
+        self._functions: list[SubscriptionCore] = []
+        self._left_behind: EventLoopThread | None = None
+        self.closed = False
         self.name = ""
 
     @property
@@ -55,23 +117,47 @@ class Execution:
         """Whether something is in progress. Any thread."""
         return self._claimed.locked()
 
+    def add(self, function: SubscriptionCore) -> None:
+        """Route events to this detached subscription while something is in progress."""
+        self._functions.append(function)
+        if self.busy:
+            self._attach(function)
+
+    def cancel_functions(self) -> None:
+        """End the subscriptions of all functions, for good."""
+        for function in self._functions:
+            function.cancel()
+
+    def _attach(self, function: SubscriptionCore) -> None:
+        self._bus.attach(function)
+        self._bus.start_worker(function)
+
     @contextmanager
     def claim(self, name: str) -> Generator[None]:
         """Keep others from beginning for the length of the block.
 
         Raises:
-            AlreadyRunning: something is in progress.
+            AlreadyRunning: something is in progress, or the run of another trainer uses the bus.
+            ConfigurationError: the trainer was closed.
         """
+        if self.closed:
+            raise ConfigurationError(f"{name}() cannot start: this trainer was closed. Make a new one.")
         if not self._claimed.acquire(blocking=False):
             raise AlreadyRunning(
                 f"{name} was called while {self.name} of the same trainer is in progress. Wait for it, "
                 "stop it with control.stop(), or use another Trainer."
             )
-        self.name = name
-        self._queue.arrived.clear()  # a stop that came too late for the last run is not for this one
         try:
+            self._bus.require_no_run()
+            self.name = name
+            self._queue.arrived.clear()  # a stop that came too late for the last run is not for this one
+            self._functions = [function for function in self._functions if function.state != "cancelled"]
+            for function in self._functions:
+                self._attach(function)
             yield
         finally:
+            for function in self._functions:
+                self._bus.detach(function)
             self.name = ""
             self._model.lower_on_caller = lower_here
             self._claimed.release()
@@ -82,38 +168,61 @@ class Execution:
 
         Raises:
             ConfigurationError: the caller would block the event loop that serves the bus.
+            AlreadyRunning: a handler still blocks the event loop of an earlier run.
         """
         if self._bus.served_here:
             raise ConfigurationError(
                 f"{self.name}() blocks and was called on the event loop that serves its bus, so it would wait for "
                 f"itself. Await fit_async, evaluate_async or predict_async there, or call {self.name} in a thread."
             )
+        if self._left_behind is not None and not self._left_behind.end(LEFT_END_S):
+            raise AlreadyRunning(
+                f"{self.name}() cannot start: {self._bus.blocked_by()} still blocks the event loop of the run before. "
+                "Give what it waits for a timeout, and use another Trainer."
+            )
+        self._left_behind = None
         if self._bus.running:
             yield
             return
-        backend, options = self._backend
-        with (
-            start_blocking_portal(backend, options) as portal,
-            portal.wrap_async_context_manager(self._bus.serve()),
-        ):
+        loop = EventLoopThread(self._bus, *self._backend)
+        loop.start()
+        try:
             yield
+        except BaseException as error:
+            if loop.failure is not None and error.__cause__ is None:
+                error.__cause__ = loop.failure
+            raise
+        finally:
+            if not loop.end(END_S):
+                self._left_behind = loop
+                logger.error(
+                    "The event loop of %s() was left behind in its thread: %s blocks it.",
+                    self.name, self._bus.blocked_by(),
+                )  # fmt: skip
 
     async def beside_loop(self, work: Callable[[], T]) -> T:
         """Run ``work`` in a thread while this event loop serves the bus. Cancellation stops it, and waits."""
-        outcome: list[T] = []
-        failure: list[BaseException] = []
-        finished = anyio.Event()
-        on_caller: LowerOnCaller = anyio.from_thread.run_sync
-        self._model.lower_on_caller = on_caller
+        outcome: Future[T] = Future()
+        failure: list[Exception] = []
+        loop, finished = LoopThread(), anyio.Event()
+        self._model.lower_on_caller = partial(_call_on, loop)
         work_in_thread = with_x64_of_caller(work)
 
-        async def run_thread() -> None:
+        def run() -> None:
             try:
-                outcome.append(
-                    await anyio.to_thread.run_sync(work_in_thread, limiter=anyio.CapacityLimiter(1))
-                )
+                outcome.set_result(work_in_thread())
             except BaseException as error:
-                failure.append(error)
+                outcome.set_exception(error)
+            finally:
+                loop.run_soon(finished.set)
+
+        async def run_thread() -> None:
+            # A thread of its own, which anyio would abandon if this task were cancelled by other code.
+            context = copy_context()
+            threading.Thread(
+                target=partial(context.run, run), name="eventtrain-training", daemon=True
+            ).start()
+            await persist(finished.wait)
 
         async def serve_and_run() -> None:
             try:
@@ -123,7 +232,7 @@ class Execution:
                     else:
                         async with self._bus.serve():
                             await run_thread()
-            except Exception as error:
+            except Exception as error:  # of serving
                 failure.append(error)
             finally:
                 finished.set()
@@ -138,4 +247,21 @@ class Execution:
                 raise
         if failure:
             raise failure[0]
-        return outcome[0]
+        return outcome.result()
+
+
+def _call_on(loop: LoopThread, function: Callable[[], Any]) -> Any:
+    """Returns what ``function`` returns on the thread of ``loop``. Blocks; not to be called on that thread."""
+    result: Future[Any] = Future()
+
+    def call() -> None:
+        try:
+            result.set_result(function())
+        except BaseException as error:
+            result.set_exception(error)
+
+    if not loop.run_soon(call):
+        raise ConfigurationError(
+            "The event loop that called fit_async has ended, so the step cannot be traced on it."
+        )
+    return result.result()

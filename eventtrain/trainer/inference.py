@@ -19,7 +19,7 @@ from eventtrain.data.prefetch import EpochIterator
 from eventtrain.device.fetcher import Fetcher
 from eventtrain.device.model import Model
 from eventtrain.device.state import PyTree, replicated_sharding
-from eventtrain.errors import AlreadyRunning, DataError
+from eventtrain.errors import DataError
 from eventtrain.events import PredictCompleted, PredictStarted, PredictStepCompleted
 from eventtrain.events.models import Number
 from eventtrain.loop.evaluation import dispatch_evaluation
@@ -39,7 +39,6 @@ class Inference:
 
     def evaluate(self, data: Any) -> dict[str, Number]:
         """Returns the means of eval_fn's metrics, in float64."""
-        self._require_free_bus()
         model = self._model
         builder = EventBuilder(self._bus, RunView(), weight=self._options.weight)
         fetcher = Fetcher(builder.take)
@@ -65,7 +64,6 @@ class Inference:
 
     def predict(self, data: Any) -> PyTree:
         """Returns the outputs of predict_fn as NumPy arrays, joined along the first axis."""
-        self._require_free_bus()
         model, step = self._model, self._model.step
         prediction = model.prediction()
         began_s, waiting, done = perf_counter(), deque[PyTree](), list[PyTree]()
@@ -92,13 +90,6 @@ class Inference:
         self._bus.feed([PredictCompleted(step=step, steps=len(done), duration_s=duration_s)])
         self._drain()
         return jax.tree.map(_join, *done)
-
-    def _require_free_bus(self) -> None:
-        if self._bus.progress.listener is not None:
-            raise AlreadyRunning(
-                "Another trainer's run uses this bus. One bus serves one run at a time: wait for it, or give each "
-                "trainer a bus of its own."
-            )
 
     @contextmanager
     def _open(self, data: Any) -> Generator[Iterator[Any]]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Generator, Sequence
+from concurrent.futures import Future
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,7 +24,7 @@ from eventtrain.device.compiled_step import StepProgram
 from eventtrain.device.fetcher import Fetcher
 from eventtrain.device.hyperparams import find_hyperparams, values_of
 from eventtrain.device.state import replicated_sharding
-from eventtrain.errors import AlreadyRunning, BusClosed, ConfigurationError, StepError
+from eventtrain.errors import BusClosed, ConfigurationError, StepError
 from eventtrain.events import RunCompleted, RunFailed, RunStarted
 from eventtrain.loop.evaluation import EvaluationSource
 from eventtrain.loop.event_builder import EventBuilder
@@ -32,9 +33,8 @@ from eventtrain.loop.run_recorder import RunRecorder
 from eventtrain.loop.run_resources import RunResources
 from eventtrain.loop.run_status import RunStatus
 from eventtrain.loop.train_loop import Pace, TrainingLoop
-from eventtrain.subscribers.base import Subscriber
 from eventtrain.trainer.resume import ResumePoint, resume_loop, resume_stream, take_over_extensions
-from eventtrain.trainer.subscriber_lifecycle import SubscriberLifecycle
+from eventtrain.trainer.subscriber_lifecycle import RunSubscriber, SubscriberLifecycle
 
 logger = logging.getLogger("eventtrain")
 
@@ -80,7 +80,7 @@ class Run:
         options: RunOptions,
         bus: BusCore,
         plane: ControlPlane,
-        subscribers: Sequence[Subscriber],
+        subscribers: Sequence[RunSubscriber],
         *,
         recorder: RunRecorder,
         resume_point: ResumePoint | None = None,
@@ -215,6 +215,10 @@ class Run:
             queue.wait(ready, POLL_S)
         return True
 
+    def _wait_for_future(self, future: Future[Any]) -> bool:
+        future.add_done_callback(lambda _: self.wake())
+        return self.wait(future.done)
+
     def wake(self) -> None:
         """Wake the training thread if it waits. Any thread."""
         self._plane.queue.wake()
@@ -237,11 +241,7 @@ class Run:
             SubscriberError, StepError, BusClosed: the run failed because of a subscriber with ``on_error="fail"``, on
                 the device, or because the bus was stopped. Not if the block raised.
         """
-        if self._bus.progress.listener is not None:
-            raise AlreadyRunning(
-                "Another trainer's run uses this bus. One bus serves one run at a time: wait for it, or give each "
-                "trainer a bus of its own."
-            )
+        self._bus.require_no_run()
         self._bus.progress.listener = self._on_progress
         try:
             try:
@@ -261,6 +261,7 @@ class Run:
         if self._subscribers:
             self.options.run_dir.mkdir(parents=True, exist_ok=True)
         plane.requests.clear()
+        plane.queue.begin()
         self._bus.control_source = plane
         self._bus.run_id = self.options.run_id
         hyperparams = tuple(find_hyperparams(model.structure.join(model.leaves)))
@@ -271,7 +272,7 @@ class Run:
         context = RunContext(
             run_id=self.options.run_id,
             run_dir=self.options.run_dir,
-            control=plane.control,
+            control=plane.control_of_run(),
             publish=self._bus.publish,
             start_step=self.recorder.start_step,
             epochs=aim.epochs,
@@ -288,7 +289,7 @@ class Run:
             _hyperparams=hyperparams,
             _plane=plane,
         )
-        self._lifecycle.start(context)
+        self._lifecycle.start(context, self._wait_for_future)
         fetcher.start()
         plane.queue.open()
         for newcomer in gates.refresh(model.step):
@@ -312,26 +313,29 @@ class Run:
         plane, builder, clock = self._plane, self.resources.builder, self.resources.clock
         status, error = self.status, raised
         if self.loop is not None:
-            try:
-                self._leave_loop(self.loop, deadline_s, raised)
-            except Exception as failed:  # in an evaluation or a snapshot, or the bus was stopped
-                error = error or failed
+            self.loop.boundary.deadline_s = deadline_s
+            for leave in (self._leave_loop, self._take_final):
+                try:
+                    leave(self.loop, deadline_s, raised)
+                except Exception as failed:  # in an evaluation or a snapshot, or the bus was stopped
+                    error = error or failed
         clock.stop()
         self._give_state_back()
-        reason = (status.stop_reason if self.loop is not None else self._early_stop()) or "completed"
-        self.ended_by = reason
-        never_due = f"the run ended ({reason}) before it was due"
-        left = plane.queue.close(never_due)
+        error = error or self._bus.failure or self._device_failure()
+        self.ended_by = reason = self._reason(error)
+        left = plane.queue.close(_never_due(reason, error))
         self.resources.fetcher.close()
         # The fetch thread has ended: from here on this thread feeds the stream.
         for pending in left:  # not a fault: a lag may reach beyond the last step
-            plane.queue.reject(pending, never_due, builder, logging.INFO)
+            plane.queue.reject(pending, _never_due(reason, error), builder, logging.INFO)
         try:
             # A handler that may fail the run has to be heard before the last event.
             self._lifecycle.drain(deadline_s)
         except BusClosed as closed:
             error = error or closed
         error = error or self._bus.failure or self._device_failure()
+        self.ended_by = reason = self._reason(error)
+        plane.queue.close(_never_due(reason, error))
         if error is None:
             deterministic = (
                 status.deterministic and not status.cut_short and not self.resources.gates.timed_out()
@@ -351,7 +355,7 @@ class Run:
             raise error
 
     def _leave_loop(self, loop: TrainingLoop, deadline_s: float, raised: BaseException | None) -> None:
-        """Settle the last boundary, send the last window, and take the final checkpoints."""
+        """Settle the last boundary, and send the last window."""
         loop.profiler.close()
         if raised is None and self._bus.failure is None and self.resources.fetcher.failure is None:
             loop.finish(deadline_s)
@@ -359,8 +363,15 @@ class Run:
             loop.windows.flush()
         if raised is None and not self.status.cut_short:
             loop.restore_at_end()
-        if self.resources.fetcher.failure is None and self._bus.running:
+
+    def _take_final(self, loop: TrainingLoop, deadline_s: float, raised: BaseException | None) -> None:
+        if self.resources.fetcher.failure is None:
             loop.checkpoints.take_final(loop.boundary)
+
+    def _reason(self, error: BaseException | None) -> str:
+        if error is not None:
+            return "failed"
+        return (self.status.stop_reason if self.loop is not None else self._early_stop()) or "completed"
 
     def _give_state_back(self) -> None:
         loop, model = self.loop, self._model
@@ -395,3 +406,9 @@ class Run:
         """The reason of a stop that arrived before the loop was made."""
         arrived = list(self._plane.queue.arrived)
         return next((p.command.reason for p in arrived if p.command.kind == "stop"), None)
+
+
+def _never_due(reason: str, error: BaseException | None) -> str:
+    if error is None:
+        return f"the run ended ({reason}) before it was due"
+    return f"the run failed ({type(error).__name__}: {error})"

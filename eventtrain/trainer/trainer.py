@@ -7,12 +7,12 @@ from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Generic, Literal, TypeVar, Unpack
+from typing import TYPE_CHECKING, Any, Generic, Literal, Self, TypeVar, Unpack
 
 from eventtrain.bus.bus import EventBus, core_of
-from eventtrain.bus.handlers import HandlerDecorator
-from eventtrain.bus.options import SubscriptionOptions
-from eventtrain.bus.subscription import Subscription
+from eventtrain.bus.handlers import Handler, HandlerDecorator
+from eventtrain.bus.options import SubscriptionOptions, event_classes
+from eventtrain.bus.subscription import Subscription, SubscriptionCore
 from eventtrain.control.control import Control
 from eventtrain.control.control_plane import ControlPlane
 from eventtrain.device.extensions import StepExtension
@@ -43,6 +43,7 @@ from eventtrain.trainer.resume import (
 from eventtrain.trainer.run import Run, RunOptions
 from eventtrain.trainer.session import Session
 from eventtrain.trainer.signals import SignalGuard
+from eventtrain.trainer.subscriber_lifecycle import RunSubscriber
 
 if TYPE_CHECKING:
     from eventtrain.bus.options import EventTypesOf
@@ -143,12 +144,36 @@ class Trainer(Generic[S]):
         self._plane = ControlPlane(self._core)
         if self._core.control_source is None:
             self._core.control_source = self._plane
-        self._subscribers: tuple[Subscriber, ...] = ()
+        self._members: tuple[RunSubscriber, ...] = ()
         for subscriber in subscribers:
             self._add(subscriber)
         self._inference = Inference(self._model, self._options, self._core)
         self._execution = Execution(self._model, self._plane.queue, self._core, backend, backend_options)
         self._run: Run | None = None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *raised: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """End the subscriptions of this trainer: its names are free again on a shared bus. Idempotent.
+
+        Its state can still be read. Between runs its subscriptions receive nothing anyway, and they end with the
+        trainer when nothing refers to that any more.
+
+        Raises:
+            AlreadyRunning: a run is in progress.
+        """
+        if self._execution.busy:
+            raise AlreadyRunning(f"Cannot close the trainer while {self._execution.name} is in progress.")
+        self._execution.closed = True
+        for member in self._members:
+            member.subscription.cancel()
+        self._execution.cancel_functions()
+        if self._core.control_source is self._plane:
+            self._core.control_source = None
 
     # --- reading ----------------------------------------------------------------------------------------------
 
@@ -185,13 +210,22 @@ class Trainer(Generic[S]):
     def on(
         self, event_type: EventTypesOf[E], **options: Unpack[SubscriptionOptions[E]]
     ) -> HandlerDecorator[E, Control]:
-        """Subscribe the decorated function, and return it unchanged. Options as in ``EventBus.subscribe``."""
-        return self.bus.on(event_type, **options)
+        """Subscribe the decorated function, and return it unchanged. Options as in ``EventBus.subscribe``.
+
+        It receives events while this trainer trains, evaluates or predicts. For those in between use ``bus.on``.
+        """
+        event_classes(event_type)  # @trainer.on without arguments would subscribe nothing: refuse it now
+
+        def subscribe_function(handler: Handler) -> Handler:
+            self._execution.add(self._core.subscribe(event_type, handler, options, attach=False))
+            return handler
+
+        return subscribe_function
 
     @property
     def subscribers(self) -> tuple[Subscriber, ...]:
         """The subscribers of the next runs, in the order in which they are started."""
-        return self._subscribers
+        return tuple(member.subscriber for member in self._members)
 
     def subscribe(self, subscriber: Subscriber) -> Subscription:
         """Add a ``Subscriber`` for the next runs, behind the others.
@@ -205,16 +239,16 @@ class Trainer(Generic[S]):
                 f"Cannot subscribe {type(subscriber).__name__} while {self._execution.name} is in progress: a "
                 "Subscriber starts with its run. Subscribe it before, or use trainer.on(...) for a function."
             )
-        return self._add(subscriber)
+        return Subscription(self._add(subscriber))
 
-    def _add(self, subscriber: Subscriber) -> Subscription:
-        if any(other is subscriber for other in self._subscribers):
+    def _add(self, subscriber: Subscriber) -> SubscriptionCore:
+        if subscriber in self.subscribers:
             raise ConfigurationError(
                 f"This {type(subscriber).__name__} is subscribed already and would get every event twice. Make a "
                 "second one if you want two."
             )
-        subscription = subscribe(self.bus, subscriber)
-        self._subscribers = (*self._subscribers, subscriber)
+        subscription = subscribe(self._core, subscriber)
+        self._members = (*self._members, RunSubscriber(subscriber, subscription))
         return subscription
 
     def extension_states(self) -> dict[str, PyTree]:
@@ -324,7 +358,7 @@ class Trainer(Generic[S]):
         self,
         aim: Aim,
         eval_data: Any,
-        extra: Sequence[Subscriber] = (),
+        extra: Sequence[RunSubscriber] = (),
         point: ResumePoint | None = None,
         *,
         restarts: bool = False,
@@ -335,7 +369,7 @@ class Trainer(Generic[S]):
             self._options,
             self._core,
             self._plane,
-            (*self._subscribers, *extra),
+            (*(member for member in self._members if member.subscription.state != "cancelled"), *extra),
             recorder=RunRecorder(
                 model.step,
                 model.epoch,
@@ -368,8 +402,8 @@ class Trainer(Generic[S]):
         model = self._model
         aim = Aim(epochs, steps, len(data) if hasattr(data, "__len__") else None)
         point, left = self._resume(resume, aim) if resume is not False else (None, aim)
-        run = self._new_run(aim, eval_data, extra, point, restarts=resume is not False and point is None)
-        temporary = [subscribe(self.bus, subscriber) for subscriber in extra]
+        temporary = [RunSubscriber(one, subscribe(self._core, one)) for one in extra]
+        run = self._new_run(aim, eval_data, temporary, point, restarts=resume is not False and point is None)
         first_epoch = model.epoch
         try:
             with self._running(run):
@@ -379,8 +413,8 @@ class Trainer(Generic[S]):
                 point.backup.restore()
             raise
         finally:
-            for subscription in temporary:
-                subscription.cancel()
+            for member in temporary:
+                member.subscription.cancel()
         return FitResult(
             state=model.structure.join(model.leaves_for("final", model.leaves, model.ext_leaves)),
             step=model.step,
@@ -393,14 +427,14 @@ class Trainer(Generic[S]):
     def _resume(self, resume: bool | str | int | Path, aim: Aim) -> tuple[ResumePoint | None, Aim]:
         """Take over the checkpoint that ``resume`` names. Returns it, if there is one, and what is left of ``aim``."""
         run_dir = self.run_dir
-        saved = find_saved_run(resume, run_dir, self._subscribers)
+        saved = find_saved_run(resume, run_dir, self.subscribers)
         if saved is None:
             hint = ""
             if self._options.run_dir_is_new:
                 hint = " Pass Trainer(run_dir=...): without it, each trainer has a new directory."
             logger.warning("No checkpoint is in %s yet, so the run starts from scratch.%s", run_dir, hint)
             return None, aim
-        point = take_over(saved, self._model, self._plane.view, self._subscribers, self._fingerprint)
+        point = take_over(saved, self._model, self._plane.view, self.subscribers, self._fingerprint)
         record = point.record.loop
         ended = why_ended(record, aim, named=resume is not True)
         if ended is not None:

@@ -27,7 +27,7 @@ async def handle(event: Any) -> None: ...
 @pytest.fixture
 def watched() -> tuple[Watchdog, SubscriptionCore]:
     subscription = core_of(et.EventBus()).subscribe(Ping, handle, {"name": "watched"})
-    return Watchdog(lambda: (subscription,), block_warning_s=0.1, cpu_budget=0.25), subscription
+    return Watchdog(lambda: (subscription,), lambda: None, block_warning_s=0.1, cpu_budget=0.25), subscription
 
 
 def test_a_handler_that_holds_the_loop_is_named_while_it_still_does(
