@@ -82,6 +82,18 @@ class Barrier(Generic[R]):
         """Makes ``wait`` raise: a subscription cannot contribute its state."""
         self.abandon(f"{name} could not give its state: {type(error).__name__}: {error}")
 
+    def hurry(self, seq: int) -> None:
+        """Completes the barrier without the contributions that are missing.
+
+        Args:
+            seq: number of the last event in front of the marker, if that was not routed.
+        """
+        with self._changed:
+            if self._missing is None:
+                self.seq = seq
+            self._missing = set()
+            self._changed.notify_all()
+
     def abandon(self, reason: str) -> None:
         """Makes ``wait`` raise with ``reason``: the barrier will never be complete. The first reason counts."""
         with self._changed:

@@ -78,7 +78,8 @@ class TrainingStream:
         self._blocked_s = blocked_s
         self._most_rows = most_rows
         self._items: deque[StreamItem] = deque()
-        self._seq = 0
+        self.seq = 0
+        """Number of the last event that was delivered."""
         self.rows_routed = 0
         """Number of events of series that were routed, whether wanted or not."""
 
@@ -100,7 +101,7 @@ class TrainingStream:
 
     def continue_from(self, seq: int) -> None:
         """Numbers the next event ``seq + 1``, as the run that is resumed would have done."""
-        self._seq = max(self._seq, seq)
+        self.seq = max(self.seq, seq)
 
     def unrouted(self) -> int:
         """Returns the number of events that were appended and not routed yet."""
@@ -150,7 +151,7 @@ class TrainingStream:
                 barrier.add(subscription.name, SubscriptionCheckpoint(disabled=True))
             for subscription in expected:
                 subscription.contribute_to(barrier)
-        barrier.expect((s.name for s in expected), self._seq)
+        barrier.expect((s.name for s in expected), self.seq)
 
     def _restore(self, restore: SubscriptionRestore) -> None:
         with self._table.delivery_lock:
@@ -192,14 +193,14 @@ class TrainingStream:
                 subscription.offer_from_loop([by_step[step] for step in chosen])
 
     def _stamp(self, events: Sequence[Event]) -> None:
-        now, run_id, seq = datetime.now(UTC), self._publish_queue.run_id, self._seq
+        now, run_id, seq = datetime.now(UTC), self._publish_queue.run_id, self.seq
         for event in events:
             seq += 1
             fields: Any = event.__dict__  # of the frozen model itself, as in publish_queue.py
             fields["seq"] = seq
             fields["time"] = now
             fields["run_id"] = run_id
-        self._seq = seq
+        self.seq = seq
 
     async def _wait_for_room(self, event_type: type[Event]) -> int:
         """Waits until every Lossless queue that wants ``event_type`` has room; returns for how many events."""

@@ -15,6 +15,7 @@ from eventtrain.control.run_state import RunRecord, SavedCommand, SavedSubscript
 from eventtrain.control.snapshots import KeptSnapshot
 from eventtrain.device.snapshot import Snapshot
 from eventtrain.errors import SnapshotError
+from eventtrain.events import SnapshotTaken
 
 
 @dataclass(frozen=True)
@@ -51,6 +52,10 @@ class ClaimedSnapshot:
             shares={name: SavedSubscription.of(share) for name, share in shares.items()},
         )
 
+    def hurry(self) -> None:
+        """Have ``record`` leave out the subscriptions that have not contributed: the event loop will not run them."""
+        self.barrier.hurry(self._handover.last_seq)
+
     def finish(self) -> None:
         """Report that it was written or given up, so that the next one may be taken. Any thread; once."""
         self.snapshot.release()
@@ -59,6 +64,7 @@ class ClaimedSnapshot:
 
 @dataclass
 class _Offer:
+    taken: SnapshotTaken
     snapshot: Snapshot
     kept: Mapping[str, Snapshot]
     barrier: Barrier[RunPart]
@@ -103,10 +109,10 @@ class CheckpointHandover:
         kept: Mapping[str, Snapshot],
         barrier: Barrier[RunPart],
         requests: Sequence[CheckpointRequest],
-        requested_by: str | None,
+        taken: SnapshotTaken,
     ) -> None:
-        """Hold ``snapshot`` until the owner of each of ``requests`` has claimed it. Training thread."""
-        key = (snapshot.step, requested_by)
+        """Hold ``snapshot``, announced by ``taken``, until each request's owner has claimed it. Training thread."""
+        key = (snapshot.step, taken.requested_by)
         with self._lock:
             self._drop_the_gone()
             for request in requests:
@@ -114,7 +120,7 @@ class CheckpointHandover:
             owners = [request.owner for request in requests]
             if key in self._offers:  # requested twice at one boundary: the same state serves both
                 owners += self._offers[key].owners
-            self._offers[key] = _Offer(snapshot, kept, barrier, owners)
+            self._offers[key] = _Offer(taken, snapshot, kept, barrier, owners)
 
     def claim(self, owner: str, step: int, requested_by: str | None) -> ClaimedSnapshot | None:
         """Returns what ``SnapshotTaken`` announced; None if nothing is held for ``owner``."""
@@ -131,6 +137,16 @@ class CheckpointHandover:
             else:
                 del self._offers[step, requested_by]
         return ClaimedSnapshot(KeptSnapshot(snapshot), offer.kept, offer.barrier, self, owner, offer)
+
+    def unclaimed(self, owner: str) -> list[SnapshotTaken]:
+        """Returns what announces the snapshots that ``owner`` has not claimed yet, oldest first."""
+        with self._lock:
+            return [offer.taken for offer in self._offers.values() if owner in offer.owners]
+
+    @property
+    def last_seq(self) -> int:
+        """Number of the last event of the training stream that was delivered."""
+        return self._bus.stream.seq
 
     def finished(self, owner: str, offer: _Offer) -> None:
         """Count one checkpoint of ``owner`` less in flight, and wake the training thread, which may wait for that."""

@@ -249,6 +249,14 @@ class RunContext:
             )
         )
 
+    def unclaimed(self, owner: str) -> list[SnapshotTaken]:
+        """Returns the announcements of snapshots that ``owner`` has not claimed, for ``Subscriber.rescue``."""
+        assert self._plane is not None
+        return [
+            taken.model_copy(update={"run_id": self.run_id})
+            for taken in self._plane.handover.unclaimed(owner)
+        ]
+
     def claim(self, owner: str, event: SnapshotTaken) -> ClaimedSnapshot | None:
         """Returns the snapshot that ``event`` announced, for ``owner``, which must finish it.
 

@@ -136,7 +136,7 @@ class Checkpoints:
             requested_by=requested_by,
         )
         snapshot = self.ledger.take(taken)
-        plane.handover.offer(snapshot, self.ledger.needed_at_end(), barrier, requests, requested_by)
+        plane.handover.offer(snapshot, self.ledger.needed_at_end(), barrier, requests, taken)
         windows.emit(taken)
 
     # --- room -------------------------------------------------------------------------------------------------

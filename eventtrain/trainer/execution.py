@@ -47,8 +47,7 @@ class EventLoopThread:
         self._stop: Callable[[], object] = lambda: None
         self.failure: BaseException | None = None
         """What ended the event loop."""
-        run_in_context = partial(copy_context().run, self._run)
-        self._thread = threading.Thread(target=run_in_context, name="eventtrain-loop", daemon=True)
+        self._thread = threading.Thread(target=self._run, name="eventtrain-loop", daemon=True)
 
     def start(self) -> None:
         """Blocks until the bus is served. Raises what keeps the event loop from it."""

@@ -40,6 +40,9 @@ __all__ = ["Checkpointer", "load_state", "restore_state"]
 
 logger = logging.getLogger("eventtrain")
 
+RESCUE_TIMEOUT_S = 60.0
+"""How long the end of a run whose event loop is blocked waits for its last checkpoint."""
+
 restore_state = load_state
 
 
@@ -291,6 +294,22 @@ class Checkpointer(Subscriber):
                     "be committed while the process lives, the others are lost. Raise Trainer(drain_timeout_s=...).",
                     self._name, steps,
                 )  # fmt: skip
+
+    def rescue(self) -> None:
+        """Writes the snapshots that are not written yet, without what other subscribers would have contributed."""
+        run, writer = self._run, self._writer
+        if run is None or writer is None:
+            return
+        for taken in run.unclaimed(self._name):
+            self._take(taken)
+        steps = [pending.event.step for pending in writer.unfinished]
+        writer.rescue(RESCUE_TIMEOUT_S)
+        self._writer = None
+        logger.warning(
+            "%s wrote the checkpoints of the steps %s without the states of subscribers, since the event loop is "
+            "blocked or gone. A run that resumes from them begins with fresh subscribers.",
+            self._name, steps,
+        )  # fmt: skip
 
     async def stop(self) -> None:
         """Closes Orbax. Raises failures in Orbax that were not raised before."""

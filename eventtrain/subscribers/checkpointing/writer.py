@@ -96,6 +96,7 @@ class CheckpointWriter:
         self._store: CheckpointStore | None = None
         self._committed: list[OwnCheckpoint] = []
         self._stopping = threading.Event()
+        self._unheard = threading.Event()
         self._executor = ThreadPoolExecutor(1, thread_name_prefix=f"eventtrain {owner}")
         self._stager: ThreadPoolExecutor | None = None
         if options.stage == "host":
@@ -129,6 +130,17 @@ class CheckpointWriter:
         self._stopping.set()
         for pending in list(self.unfinished):
             pending.claimed.barrier.abandon("the run ended before")
+
+    def rescue(self, timeout_s: float) -> None:
+        """Writes what was submitted, without the subscriptions that the event loop does not run any more. Blocks.
+
+        Nothing is published, since nothing is delivered. Raises TimeoutError after ``timeout_s`` seconds.
+        """
+        self._unheard.set()
+        for pending in list(self.unfinished):
+            pending.claimed.hurry()
+        self.written().result(timeout_s)
+        self.close().result(timeout_s)
 
     def close(self) -> Future[None]:
         """Ends Orbax after what was submitted. The future raises failures in Orbax that were not raised before."""
@@ -172,7 +184,7 @@ class CheckpointWriter:
                 error=text,
                 requested_by=self._owner,
             )
-            publish_waiting(self._publish, failed)
+            publish_waiting(self._publish, failed, self._unheard)
         finally:
             pending.claimed.finish()
             self.unfinished.remove(pending)
@@ -184,7 +196,7 @@ class CheckpointWriter:
                 size_bytes=committed.size_bytes,
                 duration_s=monotonic() - pending.began_s,
             )
-            publish_waiting(self._publish, done)
+            publish_waiting(self._publish, done, self._unheard)
             self._add(committed)
             self._delete_surplus()
 
@@ -193,7 +205,11 @@ class CheckpointWriter:
             raise SnapshotError("the run ended before its turn came")
         event = pending.event
         path = free_path(self._directory, checked_name(pending.name, "A checkpoint, with its tag"))
-        publish_waiting(self._publish, CheckpointStarted(step=event.step, path=str(path), tag=event.tag))
+        publish_waiting(
+            self._publish,
+            CheckpointStarted(step=event.step, path=str(path), tag=event.tag),
+            self._unheard,
+        )
         parts = self._copy_to_host(pending.claimed)
         facts = None
         if not self._options.weights_only:

@@ -66,7 +66,8 @@ class Writing:
     def claim(self, step: int, cut: Barrier[RunPart] | None = None) -> ClaimedSnapshot:
         leaves, structure = split_state(state_of(step))
         snapshot = Snapshot(step, [jnp.asarray(leaf) for leaf in leaves], structure)
-        self.handover.offer(snapshot, {}, cut or complete_cut(step), [self.request], "owner")
+        taken = et.SnapshotTaken(step=step, tag=f"step-{step}", requested_by="owner")
+        self.handover.offer(snapshot, {}, cut or complete_cut(step), [self.request], taken)
         claimed = self.handover.claim("owner", step, "owner")
         assert claimed is not None
         return claimed
