@@ -8,13 +8,18 @@ Run it with ``python examples/service.py`` (pip install 'eventtrain[service]') a
 
     curl localhost:8000/status
     curl -N localhost:8000/events?kinds=epoch_completed
-    curl -d '{"learning_rate": 0.001}' localhost:8000/commands
+    curl --json '{"learning_rate": 0.001}' localhost:8000/commands
+
+A page of another site could send requests to it through the browser of someone who can reach it. So it answers only to
+the names in ``HOSTS``, refuses requests that carry a foreign Origin, and takes commands only as application/json, which
+a browser does not send to another site without asking first.
 """
 
 import math
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager, suppress
 from typing import Any
+from urllib.parse import urlsplit
 
 import anyio
 import jax
@@ -23,6 +28,8 @@ import numpy as np
 import optax
 import uvicorn
 from starlette.applications import Starlette
+from starlette.middleware import Middleware
+from starlette.middleware.trustedhost import TrustedHostMiddleware
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
@@ -31,6 +38,7 @@ import eventtrain as et
 
 KEEP_ALIVE_S = 15.0
 ANSWER_TIMEOUT_S = 10.0
+HOSTS = ("localhost", "127.0.0.1")
 SHOWN = (
     et.EpochStarted,
     et.EpochCompleted,
@@ -74,8 +82,8 @@ class Training:
             with self._scope:
                 result = await self._fit(self.trainer)
                 self.state = f"ended: {result.stop_reason}"
-        except et.EventTrainError as error:
-            self.state = f"failed: {error}"
+        except Exception as error:  # of the data or the step too: the service reports it and stays up
+            self.state = f"failed: {type(error).__name__}: {error}"
         finally:
             self._ended.set()
 
@@ -136,18 +144,18 @@ async def _server_sent(bus: et.EventBus, kinds: tuple[type[et.Event], ...]) -> A
 
 async def post_command(request: Request) -> Response:
     training: Training = request.app.state.training
+    origin = request.headers.get("origin")
+    if origin is not None and urlsplit(origin).netloc != request.headers.get("host"):
+        return JSONResponse({"error": "requests from pages of other sites are refused"}, 403)
+    if request.headers.get("content-type", "").partition(";")[0].strip().lower() != "application/json":
+        return JSONResponse({"error": "expected Content-Type: application/json"}, 415)
     try:
         body = await request.json()
     except (ValueError, RecursionError):  # not JSON, or not even text
-        return JSONResponse({"error": 'expected a JSON body such as {"learning_rate": 0.001}'}, 422)
+        return JSONResponse({"error": 'expected a JSON body such as {"learning_rate": 0.001}'}, 400)
     value = body.get("learning_rate") if isinstance(body, dict) and len(body) == 1 else None
-    if (
-        isinstance(value, bool)
-        or not isinstance(value, (int, float))
-        or not math.isfinite(value)
-        or value < 0
-    ):
-        return JSONResponse({"error": 'expected {"learning_rate": x} with a finite number x >= 0'}, 422)
+    if not is_rate(value):
+        return JSONResponse({"error": 'expected {"learning_rate": x} with a finite number x >= 0'}, 400)
     try:
         with anyio.fail_after(ANSWER_TIMEOUT_S):
             command = training.trainer.control.set_hyperparam("learning_rate", value, reason="POST /commands")
@@ -162,6 +170,15 @@ async def post_command(request: Request) -> Response:
     # The bus stamps these three when it publishes the event, which may be after this answer.
     text = applied.model_dump_json(exclude={"run_id", "seq", "time"})
     return Response(text, media_type="application/json")
+
+
+def is_rate(value: object) -> bool:
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        return False
+    try:
+        return math.isfinite(value) and value >= 0
+    except OverflowError:  # an integer of 400 digits
+        return False
 
 
 def make_app(
@@ -184,6 +201,7 @@ def make_app(
             Route("/events", get_events),
             Route("/commands", post_command, methods=["POST"]),
         ],
+        middleware=[Middleware(TrustedHostMiddleware, allowed_hosts=HOSTS)],
         lifespan=lifespan,
     )
 

@@ -143,8 +143,9 @@ class EventBus:
     ) -> AbstractAsyncContextManager[AsyncIterator[Any]]:
         """Iterates over events: ``async with bus.stream(T) as events: async for event in events: ...``.
 
-        Any event loop. The iteration ends when the bus was closed and the events before that were read. Draining does
-        not wait for the reader.
+        Any event loop. The iteration ends when the bus was closed, or when the process is asked to end (SIGTERM or
+        SIGINT reaches the signal handler of a server on this thread), and the events before that were read. Draining
+        does not wait for the reader.
 
         Args:
             event_type: as for ``subscribe``.

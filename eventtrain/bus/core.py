@@ -32,6 +32,7 @@ from eventtrain.bus.publish_queue import PublishQueue
 from eventtrain.bus.routing_table import RoutingTable
 from eventtrain.bus.runner import BusRunner
 from eventtrain.bus.subscription import Save, SubscriptionCore, SubscriptionStatistics
+from eventtrain.bus.termination import on_termination
 from eventtrain.bus.training_stream import StreamItem, TrainingStream
 from eventtrain.bus.wakeup import CrossLoopCondition
 from eventtrain.bus.watchdog import Watchdog
@@ -255,7 +256,8 @@ class BusCore:
         reader = EventStream(subscription, lambda: self.publish_queue.closed)
         self._readers.add(reader)
         try:
-            yield reader
+            with on_termination(reader.end):
+                yield reader
         finally:
             self._readers.discard(reader)
             subscription.cancel()

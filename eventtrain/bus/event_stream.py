@@ -17,18 +17,25 @@ from eventtrain.events import LOOP_EVENTS, CheckpointCommitted, CheckpointFailed
 class EventStream:
     """Asynchronous iterator over the events of a subscription without a handler. One task at a time.
 
-    Created on the event loop that reads it. It ends when the bus was closed, or the subscription has ended, and the
-    waiting events were read.
+    Created on the event loop that reads it. It ends when the bus was closed, the subscription has ended, or the process
+    was asked to end, and the waiting events were read.
     """
 
     def __init__(self, subscription: SubscriptionCore, is_closed: Callable[[], bool]) -> None:
         self._subscription = subscription
         self._is_closed = is_closed
-        self._wakeup = subscription.worker.wakeup = Wakeup(LoopThread())
+        self._is_ending = False
+        self._loop = LoopThread()
+        self._wakeup = subscription.worker.wakeup = Wakeup(self._loop)
 
     def wake(self) -> None:
         """Lets the reader look again. Any thread."""
         self._wakeup.wake()
+
+    def end(self) -> None:
+        """Ends the stream behind the waiting events. Any thread; also for signal handlers."""
+        self._is_ending = True
+        self._loop.run_later(self._wakeup.wake)
 
     def __aiter__(self) -> Self:
         return self
@@ -50,7 +57,7 @@ class EventStream:
             return event
 
     def _is_finished(self) -> bool:
-        return self._is_closed() or not self._subscription.active
+        return self._is_ending or self._is_closed() or not self._subscription.active
 
 
 def handler_of_this_task(active: Iterable[SubscriptionCore]) -> SubscriptionCore | None:

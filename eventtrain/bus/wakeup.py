@@ -46,6 +46,10 @@ class LoopThread:
         if self.here:
             function()
             return True
+        return self.run_later(function)
+
+    def run_later(self, function: Callable[[], object]) -> bool:
+        """Like ``run_soon``, but never runs it at once: also for signal handlers, which interrupt the event loop."""
         try:
             self._submit(function)
         except RuntimeError:  # the loop is closed; trio's RunFinishedError is a RuntimeError too
