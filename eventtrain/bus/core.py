@@ -433,8 +433,11 @@ class BusCore:
     async def _report_drops(self) -> None:
         while True:
             await self.clock.sleep(DROP_REPORT_S)
-            for subscription in self.table.active:
-                subscription.report_drops()
+            self._report_all_drops()  # a variable here would keep a subscription alive until the next report
+
+    def _report_all_drops(self) -> None:
+        for subscription in self.table.active:
+            subscription.report_drops()
 
     # --- draining and closing ---------------------------------------------------------------------------------
 
@@ -448,8 +451,7 @@ class BusCore:
             )
         with self.clock.timeout(timeout_s):
             await self.progress.wait_until(self._is_quiet)
-            for subscription in self.table.active:
-                subscription.report_drops()
+            self._report_all_drops()
             await self.progress.wait_until(self._is_quiet)
         return self.undelivered()
 

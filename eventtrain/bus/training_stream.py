@@ -121,25 +121,29 @@ class TrainingStream:
         items = self._items
         while True:
             await wakeup.sleep_until(lambda: len(items))
-            item = items[0]  # removed only after its delivery, so that the stream does not look empty before
-            if isinstance(item, Activation):
-                item.subscription.activate()
-            elif isinstance(item, Marker):
-                self._pass_marker(item)
-            elif isinstance(item, SubscriptionRestore):
-                self._restore(item)
-            elif isinstance(item, EventSeries):
-                await self._deliver_series(item)
-            else:
-                await self._wait_for_room(type(item))
-                with self._table.delivery_lock:
-                    self._stamp([item])
-                    for subscription in self._table.route(type(item)):
-                        subscription.offer_from_loop([item])
-                    self._publish_queue.measure_headroom()
+            await self._deliver(
+                items[0]
+            )  # removed only after it, so that the stream does not look empty before
             items.popleft()
             self._progress.notify_all()
             await checkpoint()
+
+    async def _deliver(self, item: StreamItem) -> None:
+        if isinstance(item, Activation):
+            item.subscription.activate()
+        elif isinstance(item, Marker):
+            self._pass_marker(item)
+        elif isinstance(item, SubscriptionRestore):
+            self._restore(item)
+        elif isinstance(item, EventSeries):
+            await self._deliver_series(item)
+        else:
+            await self._wait_for_room(type(item))
+            with self._table.delivery_lock:
+                self._stamp([item])
+                for subscription in self._table.route(type(item)):
+                    subscription.offer_from_loop([item])
+                self._publish_queue.measure_headroom()
 
     def _pass_marker(self, marker: Marker) -> None:
         barrier, table = marker.barrier, self._table
