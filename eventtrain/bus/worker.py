@@ -19,6 +19,7 @@ from eventtrain.bus.handler_cost import HandlerCost, measured
 from eventtrain.bus.queues import EventQueue
 from eventtrain.bus.wakeup import CrossLoopCondition, LoopThread, Wakeup
 from eventtrain.events import Event
+from eventtrain.validation.callables import settle
 
 SLICE_TARGET_S = 0.0005
 """Time for which a worker handles events before it suspends for other tasks and for threads that wait for the GIL."""
@@ -67,7 +68,9 @@ class WorkerHost(Protocol):
 class Worker:
     """Handles the events of one subscription."""
 
-    def __init__(self, host: WorkerHost, call: Callable[[Event], Awaitable[None]], concurrency: int) -> None:
+    def __init__(
+        self, host: WorkerHost, call: Callable[[Event], Awaitable[object]], concurrency: int
+    ) -> None:
         self._host = host
         self._call = call
         self._concurrency = concurrency
@@ -150,7 +153,8 @@ class Worker:
                     await self._handle_counted(event)
                 else:
                     try:
-                        await call(event)
+                        if (result := await call(event)) is not None:
+                            await settle(result)
                     except BaseException as error:
                         host.handler_failed(event, own_failure(error))
                     else:
@@ -172,7 +176,8 @@ class Worker:
 
     async def _handle(self, event: Event) -> None:
         try:
-            await self._call(event)
+            if (result := await self._call(event)) is not None:
+                await settle(result)
         except BaseException as error:
             self._host.handler_failed(event, own_failure(error))
         else:
