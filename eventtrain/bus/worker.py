@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Awaitable, Callable
+from contextvars import Context, copy_context
 from time import perf_counter
 from typing import Any, NamedTuple, Protocol
 
@@ -15,7 +16,7 @@ import anyio
 from anyio.lowlevel import checkpoint
 
 from eventtrain.bus.failures import Failures
-from eventtrain.bus.handler_cost import HandlerCost, measured
+from eventtrain.bus.handler_cost import HandlerCost, fresh_context, measured
 from eventtrain.bus.queues import EventQueue
 from eventtrain.bus.wakeup import CrossLoopCondition, LoopThread, Wakeup
 from eventtrain.events import Event
@@ -76,6 +77,9 @@ class Worker:
         self._concurrency = concurrency
         self.task_id: int | None = None
         """The task in which the handler is called, if it is called for one event at a time."""
+        self.context: Context | None = None
+        """Copied for the handler: that of the call to ``fit``, during a run of its trainer; None: the task's own."""
+        self._copied: Context | None = None  # the one in which the handler runs is a copy of this
         self.wakeup: Wakeup | None = None
         """Woken when there is something to do; None while no event loop serves the bus."""
         self.delivered = 0
@@ -95,9 +99,19 @@ class Worker:
         """Passes events to the handler until the subscription ends or the task is cancelled."""
         if self._concurrency == 1:
             self.task_id = anyio.get_current_task().id
-            await measured(self._work(), self._host.cost)
+            await measured(self._work(), self._host.cost, self._context_copies())
         else:
             await self._work_concurrently()
+
+    def _context_copies(self) -> Callable[[], Context]:
+        """Returns a function that copies the context for a handler. Call it in the worker's task."""
+        own = copy_context()
+
+        def copy() -> Context:
+            self._copied = self.context
+            return (self._copied or own).copy()
+
+        return copy
 
     async def _wait_for_work(self) -> bool:
         """Waits for an event; False once the subscription has ended."""
@@ -142,6 +156,9 @@ class Worker:
         call, host, queue, failures = self._call, self._host, self._host.queue, self._host.failures
         take = queue.take
         stride = 1
+        if self._copied is not self.context:
+            await fresh_context()
+        untouched = copy_context()
         while True:
             self.drops_when_taken = queue.dropped
             for _ in range(stride):
@@ -160,6 +177,15 @@ class Worker:
                     else:
                         self.delivered += 1
                         failures.consecutive = 0
+                try:
+                    touched = (
+                        copy_context() != untouched
+                    )  # cheap: an untouched context is the same object inside
+                except Exception:  # of a value's __eq__
+                    touched = True
+                if touched:
+                    await fresh_context()
+                    untouched = copy_context()
                 if self.at_boundary:
                     await self._reach_boundary()
             if perf_counter() >= until_s:
@@ -187,7 +213,7 @@ class Worker:
     # --- several at once ------------------------------------------------------------------------------------
 
     async def _work_concurrently(self) -> None:
-        slots = anyio.Semaphore(self._concurrency)
+        slots, copy = anyio.Semaphore(self._concurrency), self._context_copies()
         async with anyio.create_task_group() as handlers:  # waits for running handlers at its end
             while True:
                 await slots.acquire()
@@ -201,13 +227,15 @@ class Worker:
                     slots.release()
                     continue
                 self.drops_when_taken = self._host.queue.dropped
-                handlers.start_soon(self._handle_concurrently, event, slots)
+                handlers.start_soon(self._handle_concurrently, event, slots, copy)
 
-    async def _handle_concurrently(self, event: Event, slots: anyio.Semaphore) -> None:
+    async def _handle_concurrently(
+        self, event: Event, slots: anyio.Semaphore, copy: Callable[[], Context]
+    ) -> None:
         began_s = perf_counter()
         try:
             # Slices of one event loop never overlap, so the tasks can share one cost.
-            await measured(self._handle(event), self._host.cost)
+            await measured(self._handle(event), self._host.cost, copy)
         finally:
             self.in_flight -= 1
             self._host.cost.wall_s += perf_counter() - began_s

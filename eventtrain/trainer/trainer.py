@@ -5,14 +5,15 @@ from __future__ import annotations
 import uuid
 from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import contextmanager
+from contextvars import copy_context
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Generic, Literal, TypeVar, Unpack
 
 from eventtrain.bus.bus import EventBus, core_of
-from eventtrain.bus.handlers import HandlerDecorator
-from eventtrain.bus.options import SubscriptionOptions
-from eventtrain.bus.subscription import Subscription
+from eventtrain.bus.handlers import Handler, HandlerDecorator
+from eventtrain.bus.options import SubscriptionOptions, event_classes
+from eventtrain.bus.subscription import Subscription, SubscriptionCore
 from eventtrain.control.control import Control
 from eventtrain.control.control_plane import ControlPlane
 from eventtrain.device.extensions import StepExtension
@@ -144,6 +145,7 @@ class Trainer(Generic[S]):
         if self._core.control_source is None:
             self._core.control_source = self._plane
         self._subscribers: tuple[Subscriber, ...] = ()
+        self._subscriptions: tuple[SubscriptionCore, ...] = ()
         for subscriber in subscribers:
             self._add(subscriber)
         self._inference = Inference(self._model, self._options, self._core)
@@ -186,7 +188,14 @@ class Trainer(Generic[S]):
         self, event_type: EventTypesOf[E], **options: Unpack[SubscriptionOptions[E]]
     ) -> HandlerDecorator[E, Control]:
         """Subscribe the decorated function, and return it unchanged. Options as in ``EventBus.subscribe``."""
-        return self.bus.on(event_type, **options)
+        event_classes(event_type)  # @trainer.on without arguments would subscribe nothing: refuse it now
+
+        def subscribe_function(handler: Handler) -> Handler:
+            subscription = self._core.subscribe(event_type, handler, options)
+            self._subscriptions = (*self._subscriptions, subscription)
+            return handler
+
+        return subscribe_function
 
     @property
     def subscribers(self) -> tuple[Subscriber, ...]:
@@ -215,6 +224,8 @@ class Trainer(Generic[S]):
             )
         subscription = subscribe(self.bus, subscriber)
         self._subscribers = (*self._subscribers, subscriber)
+        core = subscription._core  # pyright: ignore[reportPrivateUsage]
+        self._subscriptions = (*self._subscriptions, core)
         return subscription
 
     def extension_states(self) -> dict[str, PyTree]:
@@ -350,11 +361,16 @@ class Trainer(Generic[S]):
     @contextmanager
     def _running(self, run: Run) -> Generator[None]:
         self._run = run
+        context = copy_context()  # this thread's: that of the call to fit, fit_async or session
+        for subscription in self._subscriptions:
+            subscription.worker.context = context
         try:
             with run.running():
                 yield
         finally:
             self._run = None
+            for subscription in self._subscriptions:
+                subscription.worker.context = None
 
     def _fit(
         self,
