@@ -14,6 +14,7 @@ from __future__ import annotations
 from collections.abc import AsyncGenerator, Callable, Coroutine, Iterable, Mapping
 from concurrent.futures import Future
 from contextlib import asynccontextmanager
+from contextvars import copy_context
 from functools import partial
 from typing import Any, Protocol, TypeVar
 
@@ -220,7 +221,11 @@ class BusCore:
         return subscription
 
     def attach(self, subscription: SubscriptionCore) -> None:
-        """Routes events to a detached subscription from now on; ``start_worker`` has them handled."""
+        """Routes events to a detached subscription from now on; ``start_worker`` has them handled.
+
+        Its handler runs in a copy of the caller's context (contextvars).
+        """
+        subscription.worker.context = copy_context()
         with self.table.delivery_lock:
             self.table.join(subscription)
             self.publish_queue.measure_headroom()
@@ -239,6 +244,7 @@ class BusCore:
         try:
             self.table.remove(subscription)
             subscription.queue.clear()
+            subscription.worker.context = None
             self.publish_queue.measure_headroom()
         finally:
             lock.release()

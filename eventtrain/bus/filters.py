@@ -7,6 +7,7 @@ from typing import Any
 
 from eventtrain.bus.clock import Clock
 from eventtrain.events import LOOP_EVENTS, Event
+from eventtrain.validation.callables import require_result
 
 
 class EventFilter:
@@ -66,8 +67,12 @@ class EventFilter:
         now_s = self._clock.now_s() if self._every_s is not None else 0.0
         if self._every_s is not None and now_s - self._last_s < self._every_s:
             return False
-        if self._where is not None and not self._where(event):
-            return False
+        if self._where is not None:
+            passed = self._where(event)
+            if passed is not True and passed is not False:
+                require_result("where=", passed)
+            if not passed:
+                return False
         self._last_s = now_s
         self.spent = self._once
         return True

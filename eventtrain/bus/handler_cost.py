@@ -1,13 +1,17 @@
-"""Measures CPU time and event-loop time of handlers without reading a clock for each event."""
+"""Drives the handlers of one subscription: in a context of their own, measured without a clock for each event."""
 
 from __future__ import annotations
 
 import threading
-from collections.abc import Coroutine, Generator
+from collections.abc import Callable, Coroutine, Generator
+from contextvars import Context
 from functools import partial
 from time import perf_counter, thread_time
 from types import coroutine
 from typing import Any
+
+FRESH_CONTEXT = object()
+"""Yielded to ``measured``: continue in a new copy of the context."""
 
 
 class HandlerCost:
@@ -38,23 +42,37 @@ class HandlerCost:
 
 
 @coroutine
-def measured(work: Coroutine[Any, Any, None], cost: HandlerCost) -> Generator[Any, Any, None]:
+def fresh_context() -> Generator[Any, Any, None]:
+    """Lets the caller, which ``measured`` drives, continue in a new copy of the context. Not a suspension."""
+    yield FRESH_CONTEXT
+
+
+@coroutine
+def measured(
+    work: Coroutine[Any, Any, None], cost: HandlerCost, copy: Callable[[], Context]
+) -> Generator[Any, Any, None]:
     """Drives ``work`` as ``await`` would, and adds every slice between two suspensions to ``cost``.
+
+    ``work`` runs in the context (contextvars) that ``copy()`` returns, until it awaits ``fresh_context()``. A task of
+    its own for each context would do the same, at 20 times the cost.
 
     A worker handles many events in one slice, so the two clocks (0.6 us for the CPU's) are read once per wake-up and
     once per suspension, not for each event.
     """
-    resume = partial(work.send, None)
+    resume, run = partial(work.send, None), copy().run
     while True:
         cost.slice_began = began = perf_counter()
         cpu_began = thread_time()
         try:
-            yielded = resume()
+            yielded = run(resume)
         except StopIteration:
             return
         finally:
             cost.slice_began = None
             cost.add_slice(thread_time() - cpu_began, perf_counter() - began)
+        if yielded is FRESH_CONTEXT:
+            resume, run = partial(work.send, None), copy().run
+            continue
         try:
             sent = yield yielded
         except BaseException as error:  # cancellation or GeneratorExit: ``work`` decides how to react

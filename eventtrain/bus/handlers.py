@@ -20,12 +20,13 @@ from eventtrain.bus.handler_cost import HandlerCost
 from eventtrain.bus.wakeup import CrossLoopCondition
 from eventtrain.errors import ConfigurationError
 from eventtrain.events import Event
+from eventtrain.validation.callables import is_generator, settle
 
 Handler = Callable[..., Any]
 """``(event)`` or ``(event, control)``; a coroutine function, or a plain one, which runs in a worker thread."""
 
-Call = Callable[[Event], Awaitable[None]]
-"""A handler ready to be called: one argument, awaitable."""
+Call = Callable[[Event], Awaitable[object]]
+"""A handler ready to be called: one argument, awaitable. If it returns anything but None, see ``settle``."""
 
 E = TypeVar("E", bound=Event)
 ControlT = TypeVar("ControlT")
@@ -62,13 +63,18 @@ def takes_control(handler: Handler) -> bool:
     """Returns whether ``handler`` takes ``(event, control)`` rather than ``(event)``.
 
     Raises:
-        ConfigurationError: it can be called with neither.
+        ConfigurationError: it can be called with neither, or it is a generator.
     """
     name = describe(handler)
     if not callable(handler):
         raise ConfigurationError(
             f"Cannot subscribe {name}: expected a function of (event) or (event, control), "
             f"got {type(handler).__name__}."
+        )
+    if is_generator(handler):
+        raise ConfigurationError(
+            f"Cannot subscribe {name}: it contains a yield, so calling it would run none of its code. Remove the "
+            "yield, or use bus.stream(...) to iterate over events."
         )
     try:
         signature = inspect.signature(handler)
@@ -121,16 +127,6 @@ def _globals_of(handler: Handler) -> dict[str, Any]:
     return function.__globals__
 
 
-def is_async(handler: Handler) -> bool:
-    """Returns whether calling ``handler`` gives a coroutine: functions, partials, objects with an async
-    ``__call__``."""
-    while isinstance(handler, partial):
-        handler = handler.func
-    return inspect.iscoroutinefunction(handler) or inspect.iscoroutinefunction(
-        getattr(handler, "__call__", None)  # noqa: B004
-    )
-
-
 def describe(handler: object) -> str:
     """Returns the handler's qualified name, for messages."""
     while isinstance(handler, partial):
@@ -140,7 +136,7 @@ def describe(handler: object) -> str:
 
 def in_thread(
     handler: Handler, limiter: Callable[[], CapacityLimiter], cost: HandlerCost, concurrency: int
-) -> Callable[..., Awaitable[None]]:
+) -> Callable[..., Awaitable[object]]:
     """Runs a plain function in a worker thread of the bus' own limiter and adds its CPU time to ``cost``.
 
     After cancellation or a timeout the thread is abandoned, because a plain function cannot be stopped. The next event
@@ -149,25 +145,37 @@ def in_thread(
     running: deque[None] = deque()  # one item per thread, abandoned ones included; atomic, unlike an int
     returned = CrossLoopCondition()
 
-    def call(*args: Any) -> None:
+    def call(*args: Any) -> tuple[object]:  # trio lets no thread return a bare coroutine
         running.append(None)
         began = thread_time()
         try:
-            handler(*args)
+            return (handler(*args),)
         finally:
             cost.add_thread_time(thread_time() - began)
             running.pop()
             returned.notify_all()
 
-    async def run(*args: Any) -> None:
+    async def run(*args: Any) -> object:
         await returned.wait_until(lambda: len(running) < concurrency)
-        await anyio.to_thread.run_sync(call, *args, abandon_on_cancel=True, limiter=limiter())
+        (result,) = await anyio.to_thread.run_sync(call, *args, abandon_on_cancel=True, limiter=limiter())
+        return result
 
     return run
 
 
+def settled(call: Callable[..., Awaitable[object]]) -> Callable[..., Awaitable[None]]:
+    """Settles what ``call`` returns within the attempt: its control, its timeout and its retries cover it."""
+
+    async def settle_result(*args: Any) -> None:
+        result = await call(*args)
+        if result is not None:
+            await settle(result)
+
+    return settle_result
+
+
 def with_control(
-    handler: Callable[[Event, Any], Awaitable[None]], begin: Callable[[Event], CommandTransaction]
+    handler: Callable[[Event, Any], Awaitable[object]], begin: Callable[[Event], CommandTransaction]
 ) -> Call:
     """Passes each call a control of its own; commits it if the handler succeeds, discards it otherwise."""
 

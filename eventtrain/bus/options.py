@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, Generic, Literal, TypedDict, TypeVar, Uni
 from eventtrain.bus.queues import Lossless, Queue
 from eventtrain.errors import ConfigurationError, did_you_mean
 from eventtrain.events import LOOP_EVENTS, Event
+from eventtrain.validation.callables import require_plain
 
 if TYPE_CHECKING:
     from typing_extensions import TypeForm
@@ -128,6 +129,10 @@ class Options(OptionDefaults):
             )
         if self.on_error not in get_args(OnError):
             raise self._refusal(f'on_error must be "isolate", "retry" or "fail", got {self.on_error!r}.')
+        if self.where is not None:
+            if not callable(self.where):
+                raise self._refusal(f"where must be a function of an event, or None, got {self.where!r}.")
+            require_plain(f"Cannot subscribe {self._subscriber}: where", self.where)
         if not isinstance(self.policy, Queue):  # pyright: ignore[reportUnnecessaryIsInstance]
             raise self._refusal(
                 f"queue must be Lossless(), KeepLatest(), DropOldest(n) or DropNewest(n), got {self.policy!r}."

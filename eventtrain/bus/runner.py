@@ -6,6 +6,7 @@ import threading
 from collections import deque
 from collections.abc import Callable, Coroutine
 from concurrent.futures import Future
+from contextvars import copy_context
 from functools import partial
 from time import perf_counter
 from typing import Any, TypeVar
@@ -61,7 +62,8 @@ class BusRunner:
         self.tasks.start_soon(partial(persist, work), name=f"eventtrain {name}")
 
     def submit(self, function: Callable[..., Coroutine[Any, Any, T]], *args: Any) -> Future[T]:
-        """Runs a coroutine function as a task of its own. Any other thread."""
+        """Runs a coroutine function as a task of its own, in a copy of the caller's context. Any other thread."""
+        context = copy_context()
         future: Future[T] = Future()
 
         async def run() -> None:
@@ -79,7 +81,7 @@ class BusRunner:
 
         def start() -> None:
             if future.set_running_or_notify_cancel():
-                self.tasks.start_soon(run)
+                context.run(self.tasks.start_soon, run)
             else:
                 self._submitted.discard(future)
 

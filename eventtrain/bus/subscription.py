@@ -29,7 +29,7 @@ from eventtrain.bus.handlers import (
     CommandTransaction,
     Handler,
     in_thread,
-    is_async,
+    settled,
     takes_control,
     with_control,
     with_retries,
@@ -41,6 +41,7 @@ from eventtrain.bus.wakeup import CrossLoopCondition
 from eventtrain.bus.worker import CountedEvent, Worker
 from eventtrain.errors import ConfigurationError
 from eventtrain.events import BUILT_IN, Event, SubscriberDisabled, SubscriberLagged
+from eventtrain.validation.callables import is_async
 
 logger = logging.getLogger("eventtrain")
 
@@ -214,6 +215,8 @@ class SubscriptionCore:
         call, control = handler, takes_control(handler)
         if not is_async(handler):
             call = in_thread(handler, lambda: host.limiter, self.cost, options.concurrency)
+        if control or options.timeout_s is not None or options.on_error == "retry":
+            call = settled(call)
         if control:
             call = with_control(call, lambda event: host.begin_transaction(self, event))
         if options.timeout_s is not None:

@@ -7,6 +7,7 @@ counters: ``delivered``, ``in_flight``, ``passed`` and ``drops_when_taken`` are 
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable
+from contextvars import Context, copy_context
 from functools import partial
 from time import perf_counter
 from typing import Any, NamedTuple, Protocol
@@ -17,10 +18,11 @@ from anyio.lowlevel import checkpoint
 
 from eventtrain.bus.cancellation import own_failure, persist
 from eventtrain.bus.failures import Failures
-from eventtrain.bus.handler_cost import HandlerCost, measured
+from eventtrain.bus.handler_cost import HandlerCost, fresh_context, measured
 from eventtrain.bus.queues import EventQueue
 from eventtrain.bus.wakeup import CrossLoopCondition, LoopThread, Wakeup
 from eventtrain.events import Event
+from eventtrain.validation.callables import settle
 
 SLICE_TARGET_S = 0.0005
 """Time for which a worker handles events before it suspends for other tasks and for threads that wait for the GIL."""
@@ -69,12 +71,17 @@ class WorkerHost(Protocol):
 class Worker:
     """Handles the events of one subscription."""
 
-    def __init__(self, host: WorkerHost, call: Callable[[Event], Awaitable[None]], concurrency: int) -> None:
+    def __init__(
+        self, host: WorkerHost, call: Callable[[Event], Awaitable[object]], concurrency: int
+    ) -> None:
         self._host = host
         self._call = call
         self._concurrency = concurrency
         self.task_ids: set[int] = set()
         """The tasks in which the handler is called."""
+        self.context: Context | None = None
+        """Copied for the handler: that of the call to ``fit``, during a run of its trainer; None: the task's own."""
+        self._copied: Context | None = None  # the one in which the handler runs is a copy of this
         self.wakeup: Wakeup | None = None
         """Woken when there is something to do; None while no event loop serves the bus."""
         self.running_on: LoopThread | None = None
@@ -98,11 +105,21 @@ class Worker:
         try:
             if self._concurrency == 1:
                 self.task_ids = {anyio.get_current_task().id}
-                await measured(self._work(), self._host.cost)
+                await measured(self._work(), self._host.cost, self._context_copies())
             else:
                 await self._work_concurrently()
         finally:
             self.running_on = None
+
+    def _context_copies(self) -> Callable[[], Context]:
+        """Returns a function that copies the context for a handler. Call it in the worker's task."""
+        own = copy_context()
+
+        def copy() -> Context:
+            self._copied = self.context
+            return (self._copied or own).copy()
+
+        return copy
 
     async def _wait_for_work(self) -> bool:
         """Waits for an event; False once the subscription has ended, or is detached."""
@@ -147,6 +164,9 @@ class Worker:
         call, host, queue, failures = self._call, self._host, self._host.queue, self._host.failures
         take = queue.take
         stride = 1
+        if self._copied is not self.context:
+            await fresh_context()
+        untouched = copy_context()
         while True:
             self.drops_when_taken = queue.dropped
             for _ in range(stride):
@@ -158,12 +178,22 @@ class Worker:
                     await self._handle_counted(event)
                 else:
                     try:
-                        await call(event)
+                        if (result := await call(event)) is not None:
+                            await settle(result)
                     except BaseException as error:
                         host.handler_failed(event, own_failure(error))
                     else:
                         self.delivered += 1
                         failures.consecutive = 0
+                try:
+                    touched = (
+                        copy_context() != untouched
+                    )  # cheap: an untouched context is the same object inside
+                except Exception:  # of a value's __eq__
+                    touched = True
+                if touched:
+                    await fresh_context()
+                    untouched = copy_context()
                 if self.at_boundary:
                     await self._reach_boundary()
             if perf_counter() >= until_s:
@@ -180,7 +210,8 @@ class Worker:
 
     async def _handle(self, event: Event) -> None:
         try:
-            await self._call(event)
+            if (result := await self._call(event)) is not None:
+                await settle(result)
         except BaseException as error:
             self._host.handler_failed(event, own_failure(error))
         else:
@@ -190,11 +221,13 @@ class Worker:
     # --- several at once ------------------------------------------------------------------------------------
 
     async def _work_concurrently(self) -> None:
-        slots = anyio.Semaphore(self._concurrency)
+        slots, copy = anyio.Semaphore(self._concurrency), self._context_copies()
         async with anyio.create_task_group() as handlers:  # waits for running handlers at its end
-            await persist(partial(self._take_concurrently, handlers, slots))
+            await persist(partial(self._take_concurrently, handlers, slots, copy))
 
-    async def _take_concurrently(self, handlers: TaskGroup, slots: anyio.Semaphore) -> None:
+    async def _take_concurrently(
+        self, handlers: TaskGroup, slots: anyio.Semaphore, copy: Callable[[], Context]
+    ) -> None:
         while await self._wait_for_work():
             await slots.acquire()
             try:
@@ -204,14 +237,16 @@ class Worker:
                 continue
             self.in_flight += 1
             self.drops_when_taken = self._host.queue.dropped
-            handlers.start_soon(self._handle_concurrently, event, slots)
+            handlers.start_soon(self._handle_concurrently, event, slots, copy)
 
-    async def _handle_concurrently(self, event: Event, slots: anyio.Semaphore) -> None:
+    async def _handle_concurrently(
+        self, event: Event, slots: anyio.Semaphore, copy: Callable[[], Context]
+    ) -> None:
         began_s, task_id = perf_counter(), anyio.get_current_task().id
         self.task_ids.add(task_id)
         try:
             # Slices of one event loop never overlap, so the tasks can share one cost.
-            await measured(self._handle(event), self._host.cost)
+            await measured(self._handle(event), self._host.cost, copy)
         finally:
             self.task_ids.discard(task_id)
             self.in_flight -= 1

@@ -8,6 +8,7 @@ import numpy as np
 
 from eventtrain.data.sources import Batch
 from eventtrain.errors import ConfigurationError, DataError, listed
+from eventtrain.validation.callables import require_plain
 
 
 class ArrayLoader:
@@ -58,6 +59,8 @@ class ArrayLoader:
         self.shuffle = shuffle
         self.seed = seed
         self.drop_last = drop_last
+        if transform is not None:
+            require_plain("ArrayLoader: transform", transform)
         self._transform = transform
 
     def __len__(self) -> int:

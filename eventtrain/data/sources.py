@@ -12,6 +12,7 @@ import jax
 import numpy as np
 
 from eventtrain.errors import DataError
+from eventtrain.validation.callables import require_result
 
 # A batch is a pytree, which has no static type.
 Batch: TypeAlias = Any
@@ -25,9 +26,12 @@ def epoch_batches(data: object, epoch: int) -> Iterator[Batch]:
 
     Raises:
         DataError: `data` is neither, or the callable did not return an iterable.
+        ConfigurationError: the callable is async.
     """
     if callable(data):
         batches: object = data(epoch)
+        if inspect.isawaitable(batches):
+            require_result(f"data(epoch={epoch})", batches)
         if not isinstance(batches, Iterable):
             raise DataError(
                 f"data(epoch={epoch}) returned {type(batches).__name__}, which cannot be iterated. A callable given "

@@ -17,6 +17,7 @@ from eventtrain.device.hyperparams import Hyperparam
 from eventtrain.device.state import Leaves, PyTree, TreeStructure, abstract, partition, place, split_state
 from eventtrain.device.validation import call_user, structure_differences, type_differences
 from eventtrain.errors import ConfigurationError, StateError, listed
+from eventtrain.validation.callables import require_plain
 
 EvalFn: TypeAlias = Callable[[PyTree, PyTree], Mapping[str, Any]]
 PredictFn: TypeAlias = Callable[[PyTree, PyTree], PyTree]
@@ -59,6 +60,8 @@ class Model:
         ):
             if not callable(function) and (function is not None or name == "step_fn"):
                 raise ConfigurationError(f"{name} must be a function {shape}, got {type(function).__name__}.")
+            if function is not None:
+                require_plain(name, function)
         leaves, self.structure = split_state(state)
         self.leaves = place(leaves)
         self.ext_leaves: Leaves | None = None

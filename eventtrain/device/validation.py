@@ -11,14 +11,20 @@ from jax.sharding import AxisType
 
 from eventtrain.device.state import Leaves, PyTree, TreeStructure, is_array, partition, strong
 from eventtrain.errors import StateError, StepError, first_lines, listed
+from eventtrain.validation.callables import require_result
 
 
 def call_user(name: str, function: Callable[..., Any], *args: object) -> Any:
-    """Calls a function of the user; what it raises becomes the cause of a StepError that says `name`."""
+    """Calls a function of the user; what it raises becomes the cause of a StepError that says `name`.
+
+    Raises ConfigurationError if it returns a coroutine or a generator.
+    """
     try:
-        return function(*args)
+        result = function(*args)
     except Exception as error:
         raise StepError(f"{name} raised {type(error).__name__}: {first_lines(str(error))}") from error
+    require_result(name, result)
+    return result
 
 
 def state_and_metrics(result: object) -> tuple[PyTree, Mapping[str, Any]]:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from eventtrain.bus.core import BusCore
-from eventtrain.bus.handlers import is_async, require_annotation, takes_control
+from eventtrain.bus.handlers import require_annotation, takes_control
 from eventtrain.bus.options import OPTION_NAMES, EventTypes, OptionDefaults
 from eventtrain.bus.subscription import SubscriptionCore
 from eventtrain.control.control import Control
@@ -17,6 +17,7 @@ from eventtrain.control.run_state import SavedRun
 from eventtrain.errors import ConfigurationError, did_you_mean
 from eventtrain.events import BUILT_IN, Event
 from eventtrain.events.models import snake_case
+from eventtrain.validation.callables import is_async, require_plain
 
 
 class Subscriber(OptionDefaults):
@@ -88,6 +89,7 @@ def subscribe(bus: BusCore, subscriber: Subscriber) -> SubscriptionCore:
     if not isinstance(name, str):  # pyright: ignore[reportUnnecessaryIsInstance]
         raise ConfigurationError(f"{type(subscriber).__name__}.name must be a string or None, got {name!r}.")
     _require_no_misspelt_attribute(type(subscriber), name)
+    _require_own_methods(subscriber, name)
     event_types, handler = event_routes(subscriber, name)
     has_state = type(subscriber).state_dict is not Subscriber.state_dict
     if has_state and subscriber.concurrency > 1:
@@ -137,12 +139,13 @@ def event_routes(subscriber: Subscriber, name: str) -> tuple[EventTypes, Callabl
                 "List event classes of your own in event_types.",
             )
             raise ConfigurationError(f"{name}.{attribute} is not named after an event. {hint}")
+        with_control = takes_control(method)
         if not is_async(method):
             raise ConfigurationError(
                 f"{name}.{attribute} must be written `async def`: it runs on the event loop."
             )
         require_annotation(method, (event_type,), f"{name}.{attribute}")
-        methods[event_type] = (method, takes_control(method))
+        methods[event_type] = (method, with_control)
     if not methods:
         raise ConfigurationError(
             f"{name} handles no event. Set events and write handle(event, control), or write on_epoch_completed(event)."
@@ -151,14 +154,25 @@ def event_routes(subscriber: Subscriber, name: str) -> tuple[EventTypes, Callabl
     def method_for(event: Event) -> tuple[Callable[..., Any], bool]:
         return next(methods[base] for base in type(event).__mro__ if base in methods)
 
-    async def observe(event: Event) -> None:
-        await method_for(event)[0](event)
+    async def observe(event: Event) -> object:
+        return await method_for(event)[0](event)
 
-    async def decide(event: Event, control: Control) -> None:
+    async def decide(event: Event, control: Control) -> object:
         method, with_control = method_for(event)
-        await (method(event, control) if with_control else method(event))
+        return await (method(event, control) if with_control else method(event))
 
     return tuple(methods), decide if any(control for _, control in methods.values()) else observe
+
+
+def _require_own_methods(subscriber: Subscriber, name: str) -> None:
+    """Raises ConfigurationError if an overridden method of ``Subscriber`` is async and should not be, or reversed."""
+    for method in ("start", "finish", "stop", "flush"):
+        if not is_async(getattr(subscriber, method)):
+            raise ConfigurationError(
+                f"{name}.{method} must be written `async def`: it is awaited on the event loop."
+            )
+    for method in ("state_dict", "load_state_dict", "saved_run", "rescue"):
+        require_plain(f"{name}.{method}", getattr(subscriber, method))
 
 
 def _require_no_misspelt_attribute(cls: type[Subscriber], name: str) -> None:

@@ -14,6 +14,7 @@ from eventtrain.device.compiled_step import StepProgram
 from eventtrain.errors import ConfigurationError
 from eventtrain.events import EpochCompleted
 from eventtrain.trainer.run import Run
+from eventtrain.validation.callables import require_plain
 
 
 class Session:
@@ -133,6 +134,7 @@ class Session:
 
     def wait(self, ready: Callable[[], object]) -> bool:
         """Wait until ``ready()``, serving commands and flushing in time. Returns False if the run has to end first."""
+        require_plain("session.wait: ready", ready)
         return self._run.wait(ready)
 
     def idle(self, seconds: float) -> bool:

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from contextvars import copy_context
 from time import perf_counter, thread_time
 
 import anyio
@@ -23,7 +24,7 @@ async def test_cpu_time_of_every_slice_is_charged_and_waiting_is_not(anyio_backe
         await anyio.sleep(0.05)
         burn(0.02)
 
-    await measured(work(), cost)
+    await measured(work(), cost, copy_context)
     assert 0.04 <= cost.cpu_s < 0.06
     assert cost.longest_slice_s >= 0.02
 
@@ -39,7 +40,7 @@ async def test_while_a_slice_lasts_its_beginning_can_be_read_and_afterwards_not(
         seen.append(cost.slice_began)
 
     before_s = perf_counter()
-    await measured(work(), cost)
+    await measured(work(), cost, copy_context)
     assert before_s <= seen[0] <= seen[1] <= perf_counter()
     assert cost.slice_began is None
 
@@ -59,8 +60,8 @@ async def test_errors_and_cancellation_pass_through_both_ways(anyio_backend: obj
             raise
 
     with pytest.raises(ValueError, match="mine"):
-        await measured(fail(), HandlerCost())
+        await measured(fail(), HandlerCost(), copy_context)
     with anyio.move_on_after(0.01) as scope:
-        await measured(wait(), HandlerCost())
+        await measured(wait(), HandlerCost(), copy_context)
     assert seen == ["cancelled"]
     assert scope.cancelled_caught

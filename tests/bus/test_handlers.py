@@ -1,17 +1,22 @@
 from __future__ import annotations
 
+import functools
 import threading
 import time
 from functools import partial
 from typing import Any
+from unittest.mock import MagicMock
 
 import anyio
+import anyio.lowlevel
 import anyio.to_thread
+import prometheus_client
 import pytest
 
 import eventtrain as et
 from eventtrain.bus.bus import core_of
-from eventtrain.bus.handlers import describe, is_async, takes_control
+from eventtrain.bus.handlers import describe, takes_control
+from eventtrain.validation.callables import is_async
 
 
 class Ping(et.Event):
@@ -89,6 +94,144 @@ def test_coroutine_functions_are_recognised_through_partials_and_objects() -> No
     assert not is_async(print)
     assert describe(partial(observe)) == "observe"
     assert describe(Caller()) == "Caller"
+
+
+def passed_through(function: Any) -> Any:
+    """A decorator for plain functions, as many are."""
+
+    @functools.wraps(function)
+    def wrapper(*args: Any) -> Any:
+        return function(*args)
+
+    return wrapper
+
+
+class Note:
+    """A coroutine function behind something that is not one."""
+
+    def __init__(self) -> None:
+        self.numbers: list[int] = []
+
+    async def note(self, event: Ping) -> None:
+        await anyio.lowlevel.checkpoint()
+        self.numbers.append(event.number)
+
+    async def forgets_to_await(self, event: Ping) -> Any:
+        return self.note(event)
+
+    @passed_through
+    async def decorated(self, event: Ping) -> None:
+        await self.note(event)
+
+
+def timed(note: Note) -> Any:
+    async def handler(event: Ping) -> None:
+        await note.note(event)
+
+    return prometheus_client.Summary("handler_seconds", "of handlers", registry=None).time()(handler)
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"timeout_s": 5.0}, {"on_error": "retry"}, {"concurrency": 2}], ids=str
+)
+@pytest.mark.parametrize(
+    "hidden",
+    [
+        lambda note: lambda event: note.note(event),
+        lambda note: passed_through(note.note),
+        lambda note: partial(passed_through(note.note)),
+        lambda note: note.decorated,
+        lambda note: note.forgets_to_await,
+        timed,
+        lambda note: MagicMock(side_effect=lambda event: note.note(event), spec=lambda event: None),
+    ],
+)
+async def test_what_a_handler_returns_is_awaited(
+    anyio_backend: object, hidden: Any, options: dict[str, Any]
+) -> None:
+    note = Note()
+    async with et.EventBus() as bus:
+        subscription = bus.subscribe(Ping, hidden(note), **options)
+        for number in range(3):
+            bus.publish(Ping(number=number))
+        await bus.drain()
+        assert sorted(note.numbers) == [0, 1, 2]
+        assert subscription.statistics().delivered == 3
+
+
+async def test_what_fails_behind_a_plain_function_is_a_failure_within_its_timeout_and_retries(
+    anyio_backend: object,
+) -> None:
+    attempts = 0
+
+    async def fails(event: Ping) -> None:
+        nonlocal attempts
+        attempts += 1
+        if attempts == 1:
+            await anyio.sleep_forever()
+        raise ValueError("never")
+
+    async with et.EventBus() as bus:
+        subscription = bus.subscribe(
+            Ping, lambda event: fails(event), timeout_s=0.05, on_error="retry", retries=1, retry_delay_s=0
+        )
+        bus.publish(Ping())
+        await bus.drain()
+        assert attempts == 2
+        assert subscription.statistics().errors == 2
+        assert str(subscription.dead_letters[0].error) == "never"
+
+
+def generator(event: Any) -> Any:
+    yield event
+
+
+async def async_generator(event: Any) -> Any:
+    yield event
+
+
+class GeneratorCaller:
+    def __call__(self, event: Any) -> Any:
+        yield event
+
+
+@pytest.mark.parametrize(
+    "handler",
+    [generator, async_generator, partial(async_generator), GeneratorCaller(), GeneratorCaller().__call__],
+)
+async def test_a_generator_is_refused_or_fails_by_name_where_it_is_hidden(
+    anyio_backend: object, handler: Any
+) -> None:
+    async with et.EventBus() as bus:
+        with pytest.raises(et.ConfigurationError, match="contains a yield"):
+            bus.subscribe(Ping, handler)
+        subscription = bus.subscribe(Ping, lambda event: handler(event))
+        bus.publish(Ping())
+        await bus.drain()
+        assert "returned a" in str(subscription.dead_letters[0].error)
+        assert "generator of" in str(subscription.dead_letters[0].error)
+        assert subscription.statistics().delivered == 0
+
+
+async def always(event: Any) -> bool:
+    return True
+
+
+async def test_an_async_where_is_refused_or_fails_by_name(anyio_backend: object) -> None:
+    async with et.EventBus() as bus:
+        for where in (always, generator, async_generator, partial(always)):
+            with pytest.raises(et.ConfigurationError, match="where must be a plain function"):
+                bus.subscribe(Ping, observe, where=where)
+            with pytest.raises(et.ConfigurationError, match="where must be a plain function"):
+                await bus.wait_for(Ping, where=where)
+            hidden = bus.subscribe(
+                Ping, observe, where=lambda event, where=where: where(event), name="hidden"
+            )
+            bus.publish(Ping())
+            await bus.drain()
+            assert "and its result is used at once" in str(hidden.dead_letters[0].error)
+            assert hidden.statistics().delivered == 0
+            hidden.cancel()
 
 
 async def test_without_a_trainer_a_handler_that_takes_the_control_fails_with_the_reason(

@@ -124,3 +124,52 @@ async def test_the_options_of_a_subscriber_are_its_attributes(anyio_backend: obj
             await bus.drain()
         again.name = None
     assert numbers == [0, 0, 6, 6, 9, 9]
+
+
+def plain_method(self: Any, *args: Any) -> Any: ...
+
+
+def generator_method(self: Any, *args: Any) -> Any:
+    yield
+
+
+@pytest.mark.parametrize("name", ["start", "finish", "stop", "flush"])
+@pytest.mark.parametrize("value", [plain_method, generator_method])
+def test_a_method_that_is_awaited_has_to_be_async(name: str, value: Any) -> None:
+    with pytest.raises(et.ConfigurationError, match=rf"Mine\.{name} must be written `async def`"):
+        subscribe(et.EventBus(), subclass(**{name: value}))
+
+
+@pytest.mark.parametrize("name", ["state_dict", "load_state_dict", "saved_run"])
+@pytest.mark.parametrize("value", [method, generator_method])
+def test_a_method_whose_result_is_used_at_once_is_not_async(name: str, value: Any) -> None:
+    with pytest.raises(et.ConfigurationError, match=rf"Mine\.{name} must be a plain function"):
+        subscribe(et.EventBus(), subclass(**{name: value}))
+
+
+async def yields(self: Any, event: Any) -> Any:
+    yield
+
+
+def test_a_method_with_a_yield_is_refused_by_name() -> None:
+    with pytest.raises(et.ConfigurationError, match=r"contains a yield"):
+        subscribe(et.EventBus(), subclass(on_ping=yields))
+
+
+async def test_what_a_method_returns_is_awaited(anyio_backend: object) -> None:
+    seen: list[int] = []
+
+    class Mine(et.Subscriber):
+        event_types = (Ping,)
+
+        async def on_ping(self, event: Ping) -> Any:
+            return self.note(event)
+
+        async def note(self, event: Ping) -> None:
+            seen.append(event.number)
+
+    async with et.EventBus() as bus:
+        subscribe(bus, Mine())
+        bus.publish(Ping(number=3))
+        await bus.drain()
+    assert seen == [3]

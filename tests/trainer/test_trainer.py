@@ -340,6 +340,43 @@ def test_a_step_function_that_breaks_its_contract_is_named(tmp_path, broken, err
     np.testing.assert_array_equal(trainer.state["params"]["w"], np.zeros(3))
 
 
+async def async_function(*args: Any) -> Any:
+    return args
+
+
+def generator_function(*args: Any) -> Any:
+    yield args
+
+
+@pytest.mark.parametrize("function", [async_function, generator_function])
+@pytest.mark.parametrize("name", ["step_fn", "eval_fn", "predict_fn", "params"])
+def test_a_function_that_is_async_or_a_generator_is_refused_or_named_where_it_is_hidden(
+    tmp_path, name, function
+):
+    functions = {"step_fn": step_fn}
+    with pytest.raises(et.ConfigurationError, match=f"{name} must be a plain function"):
+        et.Trainer(**{**functions, name: function}, state=new_state(), run_dir=tmp_path)
+    hidden = {**functions, name: lambda *args: function(*args)}
+    data = batches(2)
+
+    def use() -> None:
+        trainer = et.Trainer(**hidden, state=new_state(), run_dir=tmp_path, step_extensions=[et.EMA(0.9)])
+        if name == "predict_fn":
+            trainer.predict(data)
+        trainer.fit(data, epochs=1, eval_data=data if name == "eval_fn" else None)
+
+    with pytest.raises(et.ConfigurationError, match=f"{name} returned a .*, and its result is used at once"):
+        use()
+
+
+def test_data_that_is_an_async_function_is_named(tmp_path):
+    trainer = et.Trainer(step_fn, new_state(), run_dir=tmp_path)
+    with pytest.raises(
+        et.ConfigurationError, match=r"data\(epoch=0\) returned a coroutine of async_function"
+    ):
+        trainer.fit(async_function, epochs=1)
+
+
 def test_metrics_that_change_their_names_between_batch_shapes_are_refused(tmp_path):
     def changing(state: Any, batch: Any) -> Any:
         return state, {"a": jnp.zeros(())} if batch["x"].shape[0] == 4 else {"b": jnp.zeros(())}

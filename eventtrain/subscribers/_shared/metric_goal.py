@@ -10,7 +10,7 @@ from typing import Literal
 import numpy as np
 
 from eventtrain.errors import ConfigurationError
-from eventtrain.subscribers._shared.validation import require_choice, require_number
+from eventtrain.validation.arguments import require_choice, require_number
 
 Mode = Literal["auto", "min", "max"]
 

@@ -18,7 +18,6 @@ from eventtrain.errors import ConfigurationError
 from eventtrain.events import EpochCompleted, EvalCompleted, Event, RunCompleted, RunFailed, StepsCompleted
 from eventtrain.subscribers._shared.paths import file_path
 from eventtrain.subscribers._shared.state import SavedState
-from eventtrain.subscribers._shared.validation import require_count, require_number
 from eventtrain.subscribers.alerts.alert_state import MetricRuleAlerts, RuleAlerts, SavedRule
 from eventtrain.subscribers.alerts.delivery import Delivery, DeliveryOptions
 from eventtrain.subscribers.alerts.event_rules import EventRule, RunEndRule
@@ -28,6 +27,7 @@ from eventtrain.subscribers.alerts.rules import AnyRule
 from eventtrain.subscribers.alerts.target import AlertTarget
 from eventtrain.subscribers.alerts.timed_rules import RuleWatcher, TimedRule
 from eventtrain.subscribers.base import RunContext, Subscriber
+from eventtrain.validation.arguments import require_count, require_number
 
 logger = logging.getLogger("eventtrain")
 

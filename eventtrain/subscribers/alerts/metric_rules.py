@@ -19,8 +19,8 @@ from eventtrain.events.models import Number
 from eventtrain.events.names import by_name
 from eventtrain.subscribers._shared.metric_goal import Goal, Mode, make_goal
 from eventtrain.subscribers._shared.rolling_quantile import RollingQuantile
-from eventtrain.subscribers._shared.validation import require_count, require_number
 from eventtrain.subscribers.alerts.rule import AlertRule
+from eventtrain.validation.arguments import require_count, require_number
 
 M = TypeVar("M")
 

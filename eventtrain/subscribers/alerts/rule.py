@@ -10,7 +10,7 @@ from pydantic import GetJsonSchemaHandler
 from pydantic.json_schema import JsonSchemaValue
 from pydantic_core import CoreSchema
 
-from eventtrain.subscribers._shared.validation import require_choice, require_count, require_number
+from eventtrain.validation.arguments import require_choice, require_count, require_number
 
 Severity = Literal["info", "warning", "critical"]
 SEVERITIES: tuple[Severity, ...] = ("info", "warning", "critical")

@@ -18,12 +18,12 @@ from pydantic import BeforeValidator
 
 from eventtrain.errors import ConfigurationError
 from eventtrain.events import Event, LoopStalled, SubscriberDisabled, SubscriberLagged
-from eventtrain.subscribers._shared.validation import require_count, require_number
 from eventtrain.subscribers._shared.worker_thread import publish_waiting
 from eventtrain.subscribers.alerts.alert_state import RuleAlerts
 from eventtrain.subscribers.alerts.delivery import Delivery
 from eventtrain.subscribers.alerts.rule import AlertRule, Findings
 from eventtrain.subscribers.base import RunContext
+from eventtrain.validation.arguments import require_count, require_number
 
 logger = logging.getLogger("eventtrain")
 

@@ -23,7 +23,6 @@ from eventtrain.events import (
 from eventtrain.subscribers._shared.metric_goal import Goal, Mode, make_goal
 from eventtrain.subscribers._shared.metric_reader import MetricReader
 from eventtrain.subscribers._shared.state import SavedState
-from eventtrain.subscribers._shared.validation import require_choice, require_count, require_number
 from eventtrain.subscribers._shared.worker_thread import in_own_thread
 from eventtrain.subscribers.base import RunContext, Subscriber
 from eventtrain.subscribers.checkpointing.naming import (
@@ -35,6 +34,7 @@ from eventtrain.subscribers.checkpointing.naming import (
 from eventtrain.subscribers.checkpointing.reader import find_checkpoint, load_state
 from eventtrain.subscribers.checkpointing.retention import Retention
 from eventtrain.subscribers.checkpointing.writer import CheckpointWriter, PendingCheckpoint, WriteOptions
+from eventtrain.validation.arguments import require_choice, require_count, require_number
 
 __all__ = ["Checkpointer", "load_state", "restore_state"]
 

@@ -19,11 +19,11 @@ from eventtrain.errors import ConfigurationError
 from eventtrain.events import EpochCompleted, Event, StepsCompleted
 from eventtrain.subscribers._shared.atomic_files import open_replacement
 from eventtrain.subscribers._shared.step_table import StepTable
-from eventtrain.subscribers._shared.validation import require_choice
 from eventtrain.subscribers.base import RunContext
 from eventtrain.subscribers.loggers.column_names import HYPERPARAMS, metric_column
 from eventtrain.subscribers.loggers.file_logger import FileLogger, FileLoggerState
 from eventtrain.subscribers.loggers.row_file import RowBuffer, RowFile, free_name
+from eventtrain.validation.arguments import require_choice
 
 OWN = {"step": ("step", "epoch", "batch"), "epoch": ("epoch", "step", "steps", "duration_s")}
 """The first columns of a file, by the subject of a row."""

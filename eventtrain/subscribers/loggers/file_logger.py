@@ -15,9 +15,9 @@ from eventtrain.events import Event
 from eventtrain.subscribers._shared.paths import file_path
 from eventtrain.subscribers._shared.state import SavedState
 from eventtrain.subscribers._shared.step_table import StepTable
-from eventtrain.subscribers._shared.validation import require_number
 from eventtrain.subscribers.base import RunContext, Subscriber
 from eventtrain.subscribers.loggers.row_file import LogFile, RowBuffer
+from eventtrain.validation.arguments import require_number
 
 WAITING_LIMIT_BYTES = 32 << 20
 """Memory of waiting rows at which no more are accepted, so that training waits instead of memory growing."""

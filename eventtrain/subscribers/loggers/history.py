@@ -14,8 +14,8 @@ from eventtrain.events import EpochCompleted, Event, StepsCompleted
 from eventtrain.events.models import Number
 from eventtrain.subscribers._shared.optional_imports import import_optional, require_installed
 from eventtrain.subscribers._shared.state import SavedState
-from eventtrain.subscribers._shared.validation import require_choice, require_count
 from eventtrain.subscribers.base import RunContext, Subscriber
+from eventtrain.validation.arguments import require_choice, require_count
 
 if TYPE_CHECKING:
     import pandas

@@ -21,9 +21,9 @@ from eventtrain.events import (
 )
 from eventtrain.events.names import EventClass
 from eventtrain.subscribers._shared.step_table import StepTable, json_lines
-from eventtrain.subscribers._shared.validation import require_choice
 from eventtrain.subscribers.loggers.file_logger import FileLogger, FileLoggerState
 from eventtrain.subscribers.loggers.row_file import RowFile
+from eventtrain.validation.arguments import require_choice
 
 WRITTEN = tuple(kind for kind in TRAINING_SEQUENCE if kind is not StepStarted)
 """The training sequence without StepStarted, which adds nothing to StepCompleted: one row for each step."""

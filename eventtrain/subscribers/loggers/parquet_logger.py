@@ -10,8 +10,8 @@ from eventtrain.bus.queues import Lossless
 from eventtrain.events import EpochCompleted, Event, StepsCompleted
 from eventtrain.subscribers._shared.optional_imports import import_optional, require_installed
 from eventtrain.subscribers._shared.step_table import StepTable
-from eventtrain.subscribers._shared.validation import require_count
 from eventtrain.subscribers.loggers.file_logger import FileLogger, FileLoggerState
+from eventtrain.validation.arguments import require_count
 
 if TYPE_CHECKING:
     from eventtrain.subscribers.loggers.parquet_files import ParquetFiles

@@ -14,9 +14,9 @@ import jax
 from eventtrain.errors import BusClosed, QueueFull
 from eventtrain.events import MachineMeasured, RunCompleted, RunFailed
 from eventtrain.subscribers._shared.optional_imports import import_optional, require_installed
-from eventtrain.subscribers._shared.validation import require_number
 from eventtrain.subscribers._shared.worker_thread import WorkerThread
 from eventtrain.subscribers.base import RunContext, Subscriber
+from eventtrain.validation.arguments import require_number
 
 psutil = import_optional("psutil", extra="machine", used_by="DeviceStats")
 pynvml = import_optional("pynvml", extra="machine", used_by="DeviceStats")

@@ -18,8 +18,8 @@ from eventtrain.events import (
 )
 from eventtrain.events.models import Number
 from eventtrain.subscribers._shared.state import SavedState
-from eventtrain.subscribers._shared.validation import require_number
 from eventtrain.subscribers.base import RunContext, Subscriber
+from eventtrain.validation.arguments import require_number
 
 logger = logging.getLogger("eventtrain")
 

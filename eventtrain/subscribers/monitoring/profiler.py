@@ -10,8 +10,8 @@ from pathlib import Path
 from eventtrain.errors import ConfigurationError
 from eventtrain.events import ProfileCaptured
 from eventtrain.subscribers._shared.paths import file_path
-from eventtrain.subscribers._shared.validation import require_count
 from eventtrain.subscribers.base import RunContext, Subscriber
+from eventtrain.validation.arguments import require_count
 
 logger = logging.getLogger("eventtrain")
 

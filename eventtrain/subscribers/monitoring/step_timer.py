@@ -21,9 +21,9 @@ from eventtrain.events import (
     StepsCompleted,
 )
 from eventtrain.events.models import Number
-from eventtrain.subscribers._shared.validation import require_count, require_number
 from eventtrain.subscribers._shared.worker_thread import in_own_thread
 from eventtrain.subscribers.base import RunContext, Subscriber
+from eventtrain.validation.arguments import require_count, require_number
 
 WINDOWS_KEPT = 10_000
 """Quantiles are of this many of the newest windows at most."""

@@ -8,7 +8,6 @@ from eventtrain.control.control import Control
 from eventtrain.errors import ConfigurationError
 from eventtrain.events import EpochCompleted
 from eventtrain.subscribers._shared.metric_goal import Goal, Mode, make_goal
-from eventtrain.subscribers._shared.validation import require_count, require_number
 from eventtrain.subscribers.base import RunContext
 from eventtrain.subscribers.policies.metric_monitor import (
     MetricMonitor,
@@ -18,6 +17,7 @@ from eventtrain.subscribers.policies.metric_monitor import (
     Unit,
     Verdict,
 )
+from eventtrain.validation.arguments import require_count, require_number
 
 logger = logging.getLogger("eventtrain")
 

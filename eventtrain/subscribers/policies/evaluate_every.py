@@ -6,8 +6,8 @@ from typing import Any
 
 from eventtrain.errors import ConfigurationError
 from eventtrain.events import RunStarted
-from eventtrain.subscribers._shared.validation import require_count, require_number
 from eventtrain.subscribers.base import RunContext, Subscriber
+from eventtrain.validation.arguments import require_count, require_number
 
 
 class EvaluateEvery(Subscriber):

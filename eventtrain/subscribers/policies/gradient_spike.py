@@ -13,9 +13,9 @@ from eventtrain.events import StepCompleted
 from eventtrain.subscribers._shared.metric_reader import MetricReader
 from eventtrain.subscribers._shared.rolling_quantile import RollingQuantile
 from eventtrain.subscribers._shared.state import SavedState
-from eventtrain.subscribers._shared.validation import require_count, require_number
 from eventtrain.subscribers.base import RunContext
 from eventtrain.subscribers.policies.policy import STEP_LAG, Policy
+from eventtrain.validation.arguments import require_count, require_number
 
 
 class GradientSpikeState(SavedState):

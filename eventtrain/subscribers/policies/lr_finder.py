@@ -15,9 +15,9 @@ from eventtrain.errors import ConfigurationError, SnapshotError, StateError
 from eventtrain.events import RunStarted, StepCompleted
 from eventtrain.subscribers._shared.metric_reader import MetricReader
 from eventtrain.subscribers._shared.state import SavedState
-from eventtrain.subscribers._shared.validation import require_choice, require_count, require_number
 from eventtrain.subscribers.base import RunContext
 from eventtrain.subscribers.policies.policy import STEP_LAG, Policy
+from eventtrain.validation.arguments import require_choice, require_count, require_number
 
 logger = logging.getLogger("eventtrain")
 

@@ -16,9 +16,9 @@ from eventtrain.control.control import Control
 from eventtrain.errors import ConfigurationError
 from eventtrain.events import RunResumed, RunStarted
 from eventtrain.subscribers._shared.state import SavedState
-from eventtrain.subscribers._shared.validation import require_number
 from eventtrain.subscribers.base import RunContext
 from eventtrain.subscribers.policies.policy import Policy
+from eventtrain.validation.arguments import require_number
 
 
 class MaxTimeState(SavedState):

@@ -15,9 +15,9 @@ from eventtrain.events import TO_BE_CONTINUED, EpochCompleted, EvalCompleted, Ru
 from eventtrain.subscribers._shared.metric_goal import Goal
 from eventtrain.subscribers._shared.metric_reader import MetricReader
 from eventtrain.subscribers._shared.state import SavedState
-from eventtrain.subscribers._shared.validation import require_choice, require_count
 from eventtrain.subscribers.base import RunContext
 from eventtrain.subscribers.policies.policy import STEP_LAG, Policy
+from eventtrain.validation.arguments import require_choice, require_count
 
 Unit = Literal["epochs", "steps", "evaluations", "seconds"]
 """Unit of patience, cooldown and start_from."""

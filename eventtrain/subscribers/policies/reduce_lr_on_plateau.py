@@ -9,7 +9,6 @@ import numpy as np
 from eventtrain.control.control import Control
 from eventtrain.events import EpochCompleted, StepCompleted
 from eventtrain.subscribers._shared.metric_goal import Mode, make_goal
-from eventtrain.subscribers._shared.validation import require_count, require_number
 from eventtrain.subscribers.base import RunContext
 from eventtrain.subscribers.policies.metric_monitor import (
     MetricMonitor,
@@ -19,6 +18,7 @@ from eventtrain.subscribers.policies.metric_monitor import (
     Unit,
     Verdict,
 )
+from eventtrain.validation.arguments import require_count, require_number
 
 
 class ReduceLROnPlateau(MonitorPolicy):

@@ -11,10 +11,10 @@ from eventtrain.errors import ConfigurationError, HyperparamError, StateError
 from eventtrain.events import CheckpointRestored, EpochStarted, Event, RunStarted, StepCompleted
 from eventtrain.events.models import Number
 from eventtrain.subscribers._shared.state import SavedState
-from eventtrain.subscribers._shared.validation import require_choice, require_count
 from eventtrain.subscribers.base import RunContext
 from eventtrain.subscribers.policies.policy import STEP_LAG, Policy
 from eventtrain.subscribers.policies.schedules import By, CheckedSchedule, Schedule, takes_value
+from eventtrain.validation.arguments import require_choice, require_count
 
 
 class ScheduleState(SavedState):

@@ -15,6 +15,7 @@ from pydantic import BeforeValidator
 
 from eventtrain.errors import ConfigurationError, HyperparamError, did_you_mean
 from eventtrain.events.models import Number
+from eventtrain.validation.callables import require_plain, require_result
 
 By = Literal["epoch", "step"]
 
@@ -102,6 +103,7 @@ def takes_value(owner: str, schedule: Any, by: By) -> bool:
             f"{owner}(schedule={schedule!r}): schedule must be a function of the {by}, such as "
             "optax.cosine_decay_schedule(...)."
         )
+    require_plain(f"{owner}: schedule", schedule)
     try:
         signature = inspect.signature(schedule)
     except ValueError:  # a function in C without one
@@ -166,6 +168,7 @@ class CheckedSchedule:
                     # optax's polynomials with a fractional power are NaN at their end once compiled, since
                     # 1 - step / steps may come out as -1e-9 there; one operation after the other they are 0.
                 result = self._schedule(index, *current)
+                require_result("it", result)
                 number = _number(result)
                 if first and isinstance(result, jax.Array) and not current:
                     number = self._compile(index, number)

@@ -31,7 +31,6 @@ from eventtrain.events import (
     SubscriberFailed,
 )
 from eventtrain.subscribers._shared.retry import retry
-from eventtrain.subscribers._shared.validation import require_count, require_number
 from eventtrain.subscribers._shared.worker_thread import WorkerThread
 from eventtrain.subscribers.base import RunContext, Subscriber
 from eventtrain.subscribers.checkpointing.directory import committed_in, files_in
@@ -45,6 +44,7 @@ from eventtrain.subscribers.remote.object_store import (
     keep_secret,
 )
 from eventtrain.subscribers.remote.upload_manifest import UPLOAD_MANIFEST, UploadedFile, UploadManifest
+from eventtrain.validation.arguments import require_count, require_number
 
 logger = logging.getLogger("eventtrain")
 

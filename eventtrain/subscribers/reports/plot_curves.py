@@ -12,10 +12,10 @@ from eventtrain.events import EpochCompleted, Event, RunCompleted, RunFailed, St
 from eventtrain.subscribers._shared.atomic_files import write_atomically
 from eventtrain.subscribers._shared.optional_imports import import_optional, require_installed
 from eventtrain.subscribers._shared.paths import file_path, inside_run_dir
-from eventtrain.subscribers._shared.validation import require_choice, require_count, require_number
 from eventtrain.subscribers._shared.worker_thread import WorkerThread
 from eventtrain.subscribers.base import RunContext, Subscriber
 from eventtrain.subscribers.reports.run_series import COLLECTED, MOST_PANELS, RunSeries
+from eventtrain.validation.arguments import require_choice, require_count, require_number
 
 plotting = import_optional("eventtrain.subscribers.reports.plotting", extra="plots", used_by="PlotCurves")
 

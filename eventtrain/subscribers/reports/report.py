@@ -16,7 +16,6 @@ from eventtrain.subscribers._shared.atomic_files import write_atomically
 from eventtrain.subscribers._shared.optional_imports import import_optional, require_installed
 from eventtrain.subscribers._shared.paths import file_path, inside_run_dir
 from eventtrain.subscribers._shared.state import SavedState
-from eventtrain.subscribers._shared.validation import require_number
 from eventtrain.subscribers._shared.worker_thread import WorkerThread
 from eventtrain.subscribers.base import RunContext, Subscriber
 from eventtrain.subscribers.reports.html import to_html
@@ -24,6 +23,7 @@ from eventtrain.subscribers.reports.markdown import to_markdown
 from eventtrain.subscribers.reports.run_series import COLLECTED, MOST_PANELS, RunSeries
 from eventtrain.subscribers.reports.run_summary import REPORTED, RunSummary
 from eventtrain.subscribers.reports.sections import Content, Drawing, Markup, bars, figures, mapped, sections
+from eventtrain.validation.arguments import require_number
 
 plotting = import_optional("eventtrain.subscribers.reports.plotting", extra="plots", used_by="Report")
 

@@ -25,8 +25,8 @@ from eventtrain.events import (
     SnapshotTaken,
     StepsCompleted,
 )
-from eventtrain.subscribers._shared.validation import require_count
 from eventtrain.subscribers.base import RunContext
+from eventtrain.validation.arguments import require_count
 
 logger = logging.getLogger("eventtrain")
 

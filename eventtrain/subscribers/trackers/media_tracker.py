@@ -14,11 +14,11 @@ import numpy as np
 from eventtrain.control.run_context import StepProgram
 from eventtrain.errors import ConfigurationError, StorageError
 from eventtrain.events import Event, RunFailed, StepsCompleted
-from eventtrain.subscribers._shared.validation import require_count
 from eventtrain.subscribers.base import RunContext
 from eventtrain.subscribers.trackers.curves import Points, TrackedCurves
 from eventtrain.subscribers.trackers.histograms import Array, HistogramSnapshots
 from eventtrain.subscribers.trackers.tracker import Tracker
+from eventtrain.validation.arguments import require_count
 
 Record = Mapping[type[Event], Callable[[Any], Mapping[str, Any]]]
 """Event class -> function that returns what to record of such an event, by name."""

@@ -24,10 +24,10 @@ from eventtrain.events import (
 from eventtrain.subscribers._shared.optional_imports import import_optional, require_installed
 from eventtrain.subscribers._shared.state import SavedState
 from eventtrain.subscribers._shared.step_table import due_steps, step_rows
-from eventtrain.subscribers._shared.validation import require_count
 from eventtrain.subscribers.base import RunContext
 from eventtrain.subscribers.trackers.curves import HyperparamCurveState, Points, TrackedCurves
 from eventtrain.subscribers.trackers.tracker import Tracker
+from eventtrain.validation.arguments import require_count
 
 if TYPE_CHECKING:
     from eventtrain.subscribers.trackers.mlflow_store import MLflowRun, Value

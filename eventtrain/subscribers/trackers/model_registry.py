@@ -25,9 +25,9 @@ from eventtrain.events import (
 )
 from eventtrain.subscribers._shared.optional_imports import import_optional, require_installed
 from eventtrain.subscribers._shared.retry import retry
-from eventtrain.subscribers._shared.validation import require_choice, require_count, require_number
 from eventtrain.subscribers._shared.worker_thread import WorkerThread
 from eventtrain.subscribers.base import RunContext, Subscriber
+from eventtrain.validation.arguments import require_choice, require_count, require_number
 
 if TYPE_CHECKING:
     from eventtrain.subscribers.trackers.mlflow_store import MLflowRegistry

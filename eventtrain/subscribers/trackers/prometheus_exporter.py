@@ -35,8 +35,8 @@ from eventtrain.events import (
 from eventtrain.events.models import Number, escape_surrogates
 from eventtrain.subscribers._shared.optional_imports import import_optional, require_installed
 from eventtrain.subscribers._shared.state import SavedState
-from eventtrain.subscribers._shared.validation import require_count
 from eventtrain.subscribers.base import RunContext, Subscriber
+from eventtrain.validation.arguments import require_count
 
 if TYPE_CHECKING:
     from prometheus_client import CollectorRegistry

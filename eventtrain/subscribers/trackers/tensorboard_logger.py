@@ -17,11 +17,11 @@ from eventtrain.subscribers._shared.optional_imports import import_optional, req
 from eventtrain.subscribers._shared.paths import file_path
 from eventtrain.subscribers._shared.state import SavedState
 from eventtrain.subscribers._shared.step_table import due_steps
-from eventtrain.subscribers._shared.validation import require_number
 from eventtrain.subscribers.base import RunContext
 from eventtrain.subscribers.trackers.curves import HyperparamCurveState, Points
 from eventtrain.subscribers.trackers.media_tracker import MediaTracker, Record
 from eventtrain.subscribers.trackers.tensorboard_file import OWN_NAME, EventFile, cut, new_event_file
+from eventtrain.validation.arguments import require_number
 
 if TYPE_CHECKING:
     from eventtrain.subscribers.trackers.tensorboard_records import RecordWriter

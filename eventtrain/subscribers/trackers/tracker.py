@@ -18,9 +18,9 @@ from typing import Any
 from eventtrain.errors import BusClosed, EventTrainError, QueueFull, StorageError, SubscriberError
 from eventtrain.events import Event, SubscriberFailed
 from eventtrain.subscribers._shared.retry import attempts
-from eventtrain.subscribers._shared.validation import require_number
 from eventtrain.subscribers._shared.worker_thread import WorkerThread, in_own_thread
 from eventtrain.subscribers.base import RunContext, Subscriber
+from eventtrain.validation.arguments import require_number
 
 logger = logging.getLogger("eventtrain")
 

@@ -20,10 +20,10 @@ from eventtrain.subscribers._shared.optional_imports import import_optional, req
 from eventtrain.subscribers._shared.paths import file_path
 from eventtrain.subscribers._shared.state import SavedState
 from eventtrain.subscribers._shared.step_table import due_steps
-from eventtrain.subscribers._shared.validation import require_choice, require_number
 from eventtrain.subscribers.base import RunContext
 from eventtrain.subscribers.trackers.curves import HyperparamCurveState, Points
 from eventtrain.subscribers.trackers.media_tracker import MediaTracker, Record
+from eventtrain.validation.arguments import require_choice, require_number
 
 if TYPE_CHECKING:
     from eventtrain.subscribers.trackers.wandb_run import WandbRun

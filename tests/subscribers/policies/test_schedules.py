@@ -256,6 +256,16 @@ async def test_what_a_schedule_raises_is_named_with_the_call() -> None:
         await CheckedSchedule("Scheduler", "rate", lambda epoch: [0.1][epoch]).at(7)
 
 
+async def test_a_schedule_that_is_async_is_refused_or_named() -> None:
+    async def schedule(step: int) -> float:
+        return 0.1
+
+    with pytest.raises(ConfigurationError, match="schedule must be a plain function"):
+        takes_value("Scheduler", schedule, "step")
+    with pytest.raises(HyperparamError, match="returned a coroutine"):
+        await CheckedSchedule("Scheduler", "rate", lambda step: schedule(step)).at(3)
+
+
 async def test_a_schedule_that_needs_the_number_itself_is_not_compiled() -> None:
     calls: list[int] = []
 

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 import eventtrain as et
-from eventtrain.subscribers._shared.validation import require_choice, require_count, require_number
+from eventtrain.validation.arguments import require_choice, require_count, require_number
 
 
 @pytest.mark.parametrize(
