@@ -1,4 +1,4 @@
-"""What a task of the bus does about an exception: it is the handler's failure, or the end of the task, or neither."""
+"""Decides whether an exception in a task of the bus is a failure of the handler, the end of the task, or neither."""
 
 from __future__ import annotations
 
@@ -24,7 +24,8 @@ async def persist(work: Callable[[], Awaitable[T]]) -> T:
     """Awaits ``work()``, and again whenever something other than a cancel scope has cancelled it.
 
     ``asyncio.run`` cancels every task that is left at its end, which a shielded scope does not keep off. A run still
-    has to settle then: its tasks go on until their scope ends them. ``work`` must be ready to begin anew at any await.
+    has to settle then: its tasks continue until their scope ends them. ``work`` must be able to
+    begin again at any await.
     """
     while True:
         try:

@@ -58,7 +58,7 @@ class BusRunner:
         self._start_soon(start)
 
     def start_task(self, work: Callable[[], Coroutine[Any, Any, None]], name: str) -> None:
-        """Starts a task that goes on until the bus stops. On the event loop's thread."""
+        """Starts a task that ends with the bus. On the event loop's thread."""
         self.tasks.start_soon(partial(persist, work), name=f"eventtrain {name}")
 
     def submit(self, function: Callable[..., Coroutine[Any, Any, T]], *args: Any) -> Future[T]:

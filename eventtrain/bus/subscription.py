@@ -406,7 +406,7 @@ class SubscriptionCore:
 
     @property
     def served(self) -> bool:
-        """Whether its worker has to go on."""
+        """Whether its worker must continue."""
         return self.attached and self.state == "active"
 
     @property

@@ -51,7 +51,7 @@ class WorkerHost(Protocol):
 
     @property
     def served(self) -> bool:
-        """Whether the worker has to go on."""
+        """Whether the worker must continue."""
         ...
 
     @property
@@ -85,7 +85,7 @@ class Worker:
         self.wakeup: Wakeup | None = None
         """Woken when there is something to do; None while no event loop serves the bus."""
         self.running_on: LoopThread | None = None
-        """Where a task works. It may still be busy when the subscription is attached again: then it goes on."""
+        """Event loop of the task that works; None: no task does. One that is still busy at the next ``attach`` continues."""
         self.delivered = 0
         self.in_flight = 0
         self.passed = 0

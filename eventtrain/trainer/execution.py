@@ -46,7 +46,7 @@ class EventLoopThread:
         self._started = threading.Event()
         self._stop: Callable[[], object] = lambda: None
         self.failure: BaseException | None = None
-        """What ended the event loop."""
+        """The exception that ended the event loop, if one did."""
         self._thread = threading.Thread(target=self._run, name="eventtrain-loop", daemon=True)
 
     def start(self) -> None:

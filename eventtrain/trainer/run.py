@@ -322,7 +322,8 @@ class Run:
         clock.stop()
         self._give_state_back()
         error = error or self._bus.failure or self._device_failure()
-        self.ended_by = reason = self._reason(error)
+        reason = (status.stop_reason if self.loop is not None else self._early_stop()) or "completed"
+        self.ended_by = reason = reason if error is None else "failed"
         left = plane.queue.close(_never_due(reason, error))
         self.resources.fetcher.close()
         # The fetch thread has ended: from here on this thread feeds the stream.
@@ -334,8 +335,9 @@ class Run:
         except BusClosed as closed:
             error = error or closed
         error = error or self._bus.failure or self._device_failure()
-        self.ended_by = reason = self._reason(error)
-        plane.queue.close(_never_due(reason, error))
+        if error is not None:
+            self.ended_by = reason = "failed"
+            plane.queue.close(_never_due(reason, error))
         if error is None:
             deterministic = (
                 status.deterministic and not status.cut_short and not self.resources.gates.timed_out()
@@ -367,11 +369,6 @@ class Run:
     def _take_final(self, loop: TrainingLoop, deadline_s: float, raised: BaseException | None) -> None:
         if self.resources.fetcher.failure is None:
             loop.checkpoints.take_final(loop.boundary)
-
-    def _reason(self, error: BaseException | None) -> str:
-        if error is not None:
-            return "failed"
-        return (self.status.stop_reason if self.loop is not None else self._early_stop()) or "completed"
 
     def _give_state_back(self) -> None:
         loop, model = self.loop, self._model

@@ -140,13 +140,48 @@ def test_a_new_learning_rate_holds_from_the_step_that_the_answer_names(app: Any)
 @pytest.mark.parametrize(
     "content",
     ["", "nothing", "[]", "{}", '{"learning_rate": "x"}', '{"learning_rate": NaN}', '{"learning_rate": -1}',
-     '{"learning_rate": true}', '{"learning_rate": 1, "momentum": 2}', '{"learning_rate": 1e999}', b"\xff\xfe{"],
+     '{"learning_rate": true}', '{"learning_rate": 1, "momentum": 2}', '{"learning_rate": 1e999}', 
+     '{"learning_rate": 1%s}' % ("0" * 400), b"\xff\xfe{"],
 )  # fmt: skip
-def test_what_is_no_command_is_422(app: Any, content: str | bytes) -> None:
+def test_what_is_no_command_is_400(app: Any, content: str | bytes) -> None:
     with serving(app) as (client, _):
-        answer = client.post("/commands", content=content)
-        assert answer.status_code == 422, answer.text
+        answer = client.post("/commands", content=content, headers={"Content-Type": "application/json"})
+        assert answer.status_code == 400, answer.text
         assert "learning_rate" in answer.json()["error"]
+
+
+@pytest.mark.parametrize(
+    ("headers", "status"),
+    [
+        ({"Content-Type": "text/plain"}, 415),
+        ({"Content-Type": "application/json", "Origin": "http://evil.example"}, 403),
+        ({"Content-Type": "application/json", "Host": "evil.example"}, 400),
+        ({"Content-Type": "application/json; charset=utf-8"}, 200),
+    ],
+)
+def test_a_page_of_another_site_cannot_command(app: Any, headers: dict[str, str], status: int) -> None:
+    with serving(app) as (client, _):
+        wait_until(lambda: client.get("/status").json()["step"] > 0)
+        answer = client.post("/commands", content='{"learning_rate": 0.25}', headers=headers)
+        assert answer.status_code == status, answer.text
+        rate = client.get("/status").json()["hyperparams"]["learning_rate"]
+        assert rate == (0.25 if status == 200 else 0.5)
+
+
+def test_a_failure_of_the_data_is_reported(tmp_path: Path) -> None:
+    def broken(epoch: int) -> Iterator[np.ndarray]:
+        yield np.float32(1)
+        raise OSError("the disk went away")
+
+    app = service.make_app(lambda bus: make_trainer(bus, tmp_path), lambda t: t.fit_async(broken, epochs=2))
+    with serving(app) as (client, _):
+        wait_until(lambda: "failed" in client.get("/status").json()["state"])
+        assert client.get("/status").json()["state"] == "failed: OSError: the disk went away"
+        answer = client.post("/commands", json={"learning_rate": 0.25})
+        assert (answer.status_code, answer.json()["error"]) == (
+            409,
+            "the run failed (OSError: the disk went away)",
+        )
 
 
 def test_unknown_events_are_422(app: Any) -> None:

@@ -5,7 +5,15 @@ from typing import Any
 import pytest
 
 import eventtrain as et
-from eventtrain.subscribers.base import subscribe
+from eventtrain.bus.bus import core_of
+from eventtrain.subscribers import base
+
+
+def subscribe(bus: et.EventBus, subscriber: et.Subscriber) -> Any:
+    core = base.subscribe(core_of(bus), subscriber)
+    core_of(bus).attach(core)
+    core_of(bus).start_worker(core)
+    return core
 
 
 class Ping(et.Event):
