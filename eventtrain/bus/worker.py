@@ -85,7 +85,7 @@ class Worker:
         self.wakeup: Wakeup | None = None
         """Woken when there is something to do; None while no event loop serves the bus."""
         self.running_on: LoopThread | None = None
-        """Event loop of the task that works; None: no task does. One that is still busy at the next ``attach`` continues."""
+        """Event loop of the task that works; None: no task does. One still busy at the next ``attach`` continues."""
         self.delivered = 0
         self.in_flight = 0
         self.passed = 0

@@ -140,7 +140,7 @@ def test_a_new_learning_rate_holds_from_the_step_that_the_answer_names(app: Any)
 @pytest.mark.parametrize(
     "content",
     ["", "nothing", "[]", "{}", '{"learning_rate": "x"}', '{"learning_rate": NaN}', '{"learning_rate": -1}',
-     '{"learning_rate": true}', '{"learning_rate": 1, "momentum": 2}', '{"learning_rate": 1e999}', 
+     '{"learning_rate": true}', '{"learning_rate": 1, "momentum": 2}', '{"learning_rate": 1e999}',
      '{"learning_rate": 1%s}' % ("0" * 400), b"\xff\xfe{"],
 )  # fmt: skip
 def test_what_is_no_command_is_400(app: Any, content: str | bytes) -> None:
