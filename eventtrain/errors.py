@@ -15,6 +15,7 @@
     ├── StorageError            a remote store cannot be reached, or refuses
     ├── StateInUse              ``trainer.state`` was read during a run
     ├── AlreadyRunning          a second fit, evaluate or predict of one trainer
+    ├── RunDirInUse             another run writes to the run_dir
     ├── BusError                the event bus cannot accept or deliver an event
     │   ├── BusClosed
     │   ├── QueueFull
@@ -48,6 +49,7 @@ __all__ = [
     "MetricsError",
     "NonFiniteMetric",
     "QueueFull",
+    "RunDirInUse",
     "ScheduledHyperparam",
     "SnapshotError",
     "StateError",
@@ -129,6 +131,10 @@ class StateInUse(EventTrainError):
 
 class AlreadyRunning(EventTrainError):
     """A trainer runs one fit, evaluate or predict at a time."""
+
+
+class RunDirInUse(EventTrainError):
+    """Another run, of this or another process, writes to the ``run_dir``."""
 
 
 class BusError(EventTrainError):

@@ -32,6 +32,8 @@ class Subscriber(OptionDefaults):
     event_types: Iterable[type[Event]] = ()
     resumes_runs: bool = False
     """Whether ``saved_run`` can find checkpoints."""
+    output_paths: tuple[Path, ...] = ()
+    """Files and folders that it writes and no other subscriber may, relative to ``run_dir`` or absolute."""
 
     async def start(self, run: RunContext) -> None:
         """Called before anything is published. On the bus' event loop. An exception fails the run."""

@@ -14,15 +14,13 @@ from pathlib import Path
 
 from eventtrain.errors import SnapshotError
 from eventtrain.subscribers._shared import atomic_files
+from eventtrain.subscribers._shared.processes import THIS_PROCESS, is_running
 from eventtrain.subscribers.checkpointing.manifest import TEMPORARY, Manifest, is_checkpoint, read_manifest
 
 logger = logging.getLogger("eventtrain")
 
 FOREIGN_AGE_S = 24 * 3600.0
 """Age from which a temporary folder of another machine, whose processes cannot be checked, is removed."""
-
-THIS_PROCESS = uuid.uuid4().hex[:8]
-"""Distinguishes this run from a killed one with the same process number, as in a container that is started again."""
 
 
 @dataclass(frozen=True)
@@ -107,10 +105,4 @@ def _is_stale(folder: Path) -> bool:
             return False
     if process == str(os.getpid()):
         return not rest.startswith(THIS_PROCESS)
-    try:
-        os.kill(int(process), 0)
-    except PermissionError:
-        return False
-    except (ProcessLookupError, ValueError, OverflowError):
-        return True
-    return False
+    return not (process.isdecimal() and is_running(int(process)))

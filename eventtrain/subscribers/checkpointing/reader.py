@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from eventtrain.errors import SnapshotError, StateError
+from eventtrain.subscribers._shared.paths import local_path
 from eventtrain.subscribers.checkpointing.directory import Committed, committed_in
 from eventtrain.subscribers.checkpointing.manifest import (
     ARRAYS,
@@ -137,8 +138,10 @@ def find_checkpoint(directory: Path, which: bool | str | int | Path) -> SavedChe
         matching = [one for one in found if one.manifest.step == which]
     else:
         matching = [one for one in found if str(which) in (one.manifest.tag, one.path.name)]
-    if not matching and not isinstance(which, int) and is_checkpoint(path := Path(which).absolute()):
-        matching = [Committed(path, read_manifest(path))]
+    if not matching and not isinstance(which, int):
+        path = local_path(which, "fit(resume=...)").absolute()
+        if is_checkpoint(path):
+            matching = [Committed(path, read_manifest(path))]
     if not matching:
         names = ", ".join(one.path.name for one in found) or "none"
         raise SnapshotError(f"There is no checkpoint {which!r} in {directory}; found: {names}.")
@@ -160,7 +163,7 @@ def load_state(path: str | Path, like: Any = None) -> Any:
         SnapshotError: ``path`` is not a checkpoint, or it is damaged. StateError: ``like`` has other leaves, shapes or
             dtypes.
     """
-    path = Path(path).absolute()
+    path = local_path(path, "load_state").absolute()
     saved = SavedCheckpoint(Committed(path, read_manifest(path)))
     return saved.part(STATE) if like is None else saved.weights(like)
 
