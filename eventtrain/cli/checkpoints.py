@@ -11,7 +11,7 @@ from rich.filesize import decimal
 import eventtrain
 from eventtrain import SnapshotError
 from eventtrain.subscribers.checkpointing.directory import delete
-from eventtrain.subscribers.checkpointing.manifest import MANIFEST, TEMPORARY, Manifest, read_manifest
+from eventtrain.subscribers.checkpointing.manifest import Manifest, is_checkpoint, read_manifest
 from eventtrain.subscribers.checkpointing.naming import scheduled_tag
 from eventtrain.subscribers.remote.download import download_checkpoint
 
@@ -51,12 +51,9 @@ def list_all(run_dir: RunDir) -> None:
 def verify(run_dir: RunDir) -> None:
     """Read every checkpoint in RUN_DIR completely. The exit code is 1 if one is damaged."""
     damaged = False
-    for path, manifest in _checkpoints(run_dir):
+    for path, _ in _checkpoints(run_dir):
         try:
             eventtrain.load_state(path)
-            if isinstance(manifest, Manifest) and manifest.facts is not None:
-                for share in manifest.facts.shares.values():
-                    share.share()
         except eventtrain.EventTrainError as error:
             damaged = True
             typer.echo(f"{path}: damaged: {error}")
@@ -126,12 +123,12 @@ def _checkpoints(run_dir: Path) -> list[tuple[Path, Manifest | SnapshotError]]:
     """
     found: list[tuple[Path, Manifest | SnapshotError]] = []
     for depth in range(DEPTH + 1):
-        for file in run_dir.glob("/".join(["*"] * depth + [MANIFEST])):
-            if not file.parent.name.startswith(TEMPORARY):
+        for path in run_dir.glob("/".join(["*"] * depth)) if depth else (run_dir,):
+            if is_checkpoint(path):
                 try:
-                    found.append((file.parent, read_manifest(file.parent)))
+                    found.append((path, read_manifest(path)))
                 except SnapshotError as error:
-                    found.append((file.parent, error))
+                    found.append((path, error))
     if not found:
         _fail(f"There is no checkpoint in {run_dir}.")
 
