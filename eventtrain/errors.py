@@ -186,3 +186,11 @@ def first_lines(text: str, limit: int = 10) -> str:
     lines = text.splitlines()
     rest = len(lines) - limit
     return "\n".join([*lines[:limit], f"... and {rest} more lines"]) if rest > 0 else text
+
+
+def printable(text: str, *, lines: bool = False) -> str:
+    """Returns ``text`` with "?" for every character that a terminal may act on, line ends included unless ``lines``.
+
+    For text from data (names, tags, reasons, errors) on its way to a terminal or a log.
+    """
+    return "".join(c if c.isprintable() or (lines and c == "\n") else "?" for c in text)

@@ -10,6 +10,7 @@ from rich.filesize import decimal
 
 import eventtrain
 from eventtrain import SnapshotError
+from eventtrain.errors import printable
 from eventtrain.subscribers.checkpointing.directory import delete
 from eventtrain.subscribers.checkpointing.manifest import Manifest, is_checkpoint, read_manifest
 from eventtrain.subscribers.checkpointing.naming import scheduled_tag
@@ -26,10 +27,10 @@ RunDir = Annotated[Path, typer.Argument(help="A run_dir, a folder of checkpoints
 @app.command("ls")
 def list_all(run_dir: RunDir) -> None:
     """List the checkpoints in RUN_DIR in the order of their commits, the newest last."""
-    rows = [("STEP", "EPOCH", "HOLDS", "SIZE", "COMMITTED", "TAG", "METRICS", "PATH")]
+    rows: list[tuple[str, ...]] = [("STEP", "EPOCH", "HOLDS", "SIZE", "COMMITTED", "TAG", "METRICS", "PATH")]
     for path, manifest in _checkpoints(run_dir):
         if isinstance(manifest, SnapshotError):
-            typer.echo(str(manifest), err=True)
+            typer.echo(printable(str(manifest), lines=True), err=True)
             continue
         row = (
             str(manifest.step),
@@ -41,7 +42,7 @@ def list_all(run_dir: RunDir) -> None:
             " ".join(f"{name}={value:.6g}" for name, value in manifest.metrics.items()) or "-",
             path.relative_to(run_dir).as_posix(),
         )
-        rows.append(row)
+        rows.append(tuple(map(printable, row)))
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     for row in rows:
         typer.echo("  ".join(text.ljust(width) for text, width in zip(row, widths, strict=True)).rstrip())
@@ -56,9 +57,9 @@ def verify(run_dir: RunDir) -> None:
             eventtrain.load_state(path)
         except eventtrain.EventTrainError as error:
             damaged = True
-            typer.echo(f"{path}: damaged: {error}")
+            typer.echo(printable(f"{path}: damaged: {error}", lines=True))
         else:
-            typer.echo(f"{path}: ok")
+            typer.echo(printable(f"{path}: ok"))
     if damaged:
         raise typer.Exit(1)
 
@@ -84,12 +85,12 @@ def remove(
             f"{which!r} matches several checkpoints: {paths}. Give the folder of one of them, and its name."
         )
     if not yes:
-        typer.confirm(f"Delete {chosen[0]}?", abort=True)
+        typer.confirm(printable(f"Delete {chosen[0]}?"), abort=True)
     try:
         delete(chosen[0])
     except OSError as error:
         _fail(f"{chosen[0]} could not be deleted: {error}")
-    typer.echo(f"Deleted {chosen[0]}.")
+    typer.echo(printable(f"Deleted {chosen[0]}."))
 
 
 @app.command()
@@ -113,7 +114,7 @@ def pull(
         path = download_checkpoint(url, directory, name, logs=logs, options=options)
     except (eventtrain.EventTrainError, OSError) as error:
         _fail(str(error))
-    typer.echo(str(path))
+    typer.echo(printable(str(path)))
 
 
 def _checkpoints(run_dir: Path) -> list[tuple[Path, Manifest | SnapshotError]]:
@@ -140,5 +141,5 @@ def _checkpoints(run_dir: Path) -> list[tuple[Path, Manifest | SnapshotError]]:
 
 
 def _fail(message: str) -> NoReturn:
-    typer.echo(f"Error: {message}", err=True)
+    typer.echo(printable(f"Error: {message}", lines=True), err=True)
     raise typer.Exit(2)

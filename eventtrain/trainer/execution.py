@@ -10,6 +10,7 @@ from typing import Any, TypeVar
 import anyio
 import anyio.from_thread
 import anyio.to_thread
+import jax
 from anyio.from_thread import start_blocking_portal
 
 from eventtrain.bus.core import BusCore
@@ -61,7 +62,14 @@ class Execution:
 
         Raises:
             AlreadyRunning: something is in progress.
+            ConfigurationError: this is one of several JAX processes.
         """
+        if (processes := jax.process_count()) > 1:
+            raise ConfigurationError(
+                f"{name} was called in one of {processes} JAX processes (jax.process_count()). eventtrain runs in one "
+                "process: checkpoints, logs and commands are not coordinated between processes. Train on the devices of "
+                "one process, without jax.distributed.initialize()."
+            )
         if not self._claimed.acquire(blocking=False):
             raise AlreadyRunning(
                 f"{name} was called while {self.name} of the same trainer is in progress. Wait for it, "

@@ -60,7 +60,6 @@ class Profiler(Subscriber):
                 )
         self._steps = tuple(steps)
         self._directory = directory_path(directory, "Profiler")
-        self.output_paths = (self._directory,)
         self._python = python
 
     async def start(self, run: RunContext) -> None:
