@@ -4,6 +4,7 @@
 """
 
 import importlib as _importlib
+import logging as _logging
 from typing import TYPE_CHECKING as _TYPE_CHECKING
 from typing import Any as _Any
 
@@ -26,6 +27,7 @@ from eventtrain.events import Event, events_json_schema, parse_event
 from eventtrain.events import catalog as _catalog
 from eventtrain.events.catalog import *  # noqa: F403
 from eventtrain.events.commands import Cause, Command
+from eventtrain.subscribers._shared.log_filter import PrintableLog as _PrintableLog
 from eventtrain.subscribers.base import Subscriber
 from eventtrain.trainer.fit import FitResult
 from eventtrain.trainer.session import Session
@@ -72,6 +74,8 @@ __all__ = [
 __all__ += errors.__all__
 __all__.remove("CommandRejected")  # the alias of an exception; here it is the event
 __all__ += _catalog.__all__
+
+_logging.getLogger("eventtrain").addFilter(_PrintableLog())
 
 _LAZY = {  # rarely needed, or slow to import, as Orbax is
     "load_state": "eventtrain.subscribers.checkpointing.reader",

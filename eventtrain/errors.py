@@ -15,6 +15,7 @@
     ├── StorageError            a remote store cannot be reached, or refuses
     ├── StateInUse              ``trainer.state`` was read during a run
     ├── AlreadyRunning          a second fit, evaluate or predict of one trainer
+    ├── RunDirInUse             another run writes to the run_dir
     ├── BusError                the event bus cannot accept or deliver an event
     │   ├── BusClosed
     │   ├── QueueFull
@@ -48,6 +49,7 @@ __all__ = [
     "MetricsError",
     "NonFiniteMetric",
     "QueueFull",
+    "RunDirInUse",
     "ScheduledHyperparam",
     "SnapshotError",
     "StateError",
@@ -131,6 +133,10 @@ class AlreadyRunning(EventTrainError):
     """A trainer runs one fit, evaluate or predict at a time."""
 
 
+class RunDirInUse(EventTrainError):
+    """Another run, of this or another process, writes to the ``run_dir``."""
+
+
 class BusError(EventTrainError):
     """The event bus cannot accept or deliver an event."""
 
@@ -180,3 +186,11 @@ def first_lines(text: str, limit: int = 10) -> str:
     lines = text.splitlines()
     rest = len(lines) - limit
     return "\n".join([*lines[:limit], f"... and {rest} more lines"]) if rest > 0 else text
+
+
+def printable(text: str, *, lines: bool = False) -> str:
+    """Returns ``text`` with "?" for every character that a terminal may act on, line ends included unless ``lines``.
+
+    For text from data (names, tags, reasons, errors) on its way to a terminal or a log.
+    """
+    return "".join(c if c.isprintable() or (lines and c == "\n") else "?" for c in text)

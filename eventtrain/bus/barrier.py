@@ -24,7 +24,8 @@ class SubscriptionCheckpoint:
     """Contribution of one subscription to a barrier.
 
     Attributes:
-        state: the result of its ``state_dict``; None if it has none.
+        state: the result of its ``state_dict``; None if it has none, or could not give it.
+        error: why it could not give its state, or not make durable what belongs to it; None if it could.
         unhandled: the events before the marker that it has not handled, oldest first.
         decided_on: for each of them, whether the training loop waits for it (it has a finite lag).
         spent: a subscription with ``once`` has received its event.
@@ -38,6 +39,7 @@ class SubscriptionCheckpoint:
     spent: bool = False
     disabled: bool = False
     failures: int = 0
+    error: str | None = None
 
 
 class Barrier(Generic[R]):
@@ -104,7 +106,7 @@ class Barrier(Generic[R]):
         """Returns the contributions by subscription name. Blocks; never call it on the event loop.
 
         Raises:
-            SnapshotError: a subscription did not reach the marker within ``timeout_s``, or could not give its state.
+            SnapshotError: a subscription did not reach the marker within ``timeout_s``, or the barrier was abandoned.
         """
         deadline_s = monotonic() + timeout_s
         with self._changed:

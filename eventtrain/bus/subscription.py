@@ -48,8 +48,11 @@ logger = logging.getLogger("eventtrain")
 State = Literal["active", "disabled", "cancelled", "finished"]
 """``disabled`` after failures, ``cancelled`` on request, ``finished`` when ``once`` is fulfilled."""
 
-Save = Callable[[], Awaitable[Mapping[str, Any]]]
-"""Returns the state that belongs to a checkpoint, as plain JSON data. Called on the bus' event loop."""
+Save = Callable[[], Awaitable[tuple[Mapping[str, Any], Exception | None]]]
+"""Returns the state that belongs to a checkpoint, as plain JSON data, and what failed to be made durable with it.
+
+Called on the bus' event loop.
+"""
 
 
 @dataclass(frozen=True)
@@ -295,11 +298,14 @@ class SubscriptionCore:
             if event is not None and type(event) in BUILT_IN:  # others cannot be read back from a checkpoint
                 unhandled.append(event)
                 decided_on.append(counted)
+        state, problem = None, None
         try:
-            state = await self._save() if self._save is not None else None
+            if self._save is not None:
+                state, problem = await self._save()
         except BaseException as error:
-            barrier.fail(self.name, own_failure(error))
-            return
+            # One broken subscriber must not stop all checkpoints. Without its state, events before it mean nothing.
+            problem = own_failure(error)
+            unhandled, decided_on = [], []
         checkpoint = SubscriptionCheckpoint(
             state=state,
             unhandled=tuple(unhandled),
@@ -307,6 +313,7 @@ class SubscriptionCore:
             spent=spent,
             disabled=self.state == "disabled",
             failures=self.failures.consecutive,
+            error=None if problem is None else f"{type(problem).__name__}: {problem}",
         )
         barrier.add(self.name, checkpoint)
 

@@ -10,8 +10,9 @@ from rich.filesize import decimal
 
 import eventtrain
 from eventtrain import SnapshotError
+from eventtrain.errors import printable
 from eventtrain.subscribers.checkpointing.directory import delete
-from eventtrain.subscribers.checkpointing.manifest import MANIFEST, TEMPORARY, Manifest, read_manifest
+from eventtrain.subscribers.checkpointing.manifest import Manifest, is_checkpoint, read_manifest
 from eventtrain.subscribers.checkpointing.naming import scheduled_tag
 from eventtrain.subscribers.remote.download import download_checkpoint
 
@@ -26,10 +27,10 @@ RunDir = Annotated[Path, typer.Argument(help="A run_dir, a folder of checkpoints
 @app.command("ls")
 def list_all(run_dir: RunDir) -> None:
     """List the checkpoints in RUN_DIR in the order of their commits, the newest last."""
-    rows = [("STEP", "EPOCH", "HOLDS", "SIZE", "COMMITTED", "TAG", "METRICS", "PATH")]
+    rows: list[tuple[str, ...]] = [("STEP", "EPOCH", "HOLDS", "SIZE", "COMMITTED", "TAG", "METRICS", "PATH")]
     for path, manifest in _checkpoints(run_dir):
         if isinstance(manifest, SnapshotError):
-            typer.echo(str(manifest), err=True)
+            typer.echo(printable(str(manifest), lines=True), err=True)
             continue
         row = (
             str(manifest.step),
@@ -41,7 +42,7 @@ def list_all(run_dir: RunDir) -> None:
             " ".join(f"{name}={value:.6g}" for name, value in manifest.metrics.items()) or "-",
             path.relative_to(run_dir).as_posix(),
         )
-        rows.append(row)
+        rows.append(tuple(map(printable, row)))
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     for row in rows:
         typer.echo("  ".join(text.ljust(width) for text, width in zip(row, widths, strict=True)).rstrip())
@@ -51,17 +52,14 @@ def list_all(run_dir: RunDir) -> None:
 def verify(run_dir: RunDir) -> None:
     """Read every checkpoint in RUN_DIR completely. The exit code is 1 if one is damaged."""
     damaged = False
-    for path, manifest in _checkpoints(run_dir):
+    for path, _ in _checkpoints(run_dir):
         try:
             eventtrain.load_state(path)
-            if isinstance(manifest, Manifest) and manifest.facts is not None:
-                for share in manifest.facts.shares.values():
-                    share.share()
         except eventtrain.EventTrainError as error:
             damaged = True
-            typer.echo(f"{path}: damaged: {error}")
+            typer.echo(printable(f"{path}: damaged: {error}", lines=True))
         else:
-            typer.echo(f"{path}: ok")
+            typer.echo(printable(f"{path}: ok"))
     if damaged:
         raise typer.Exit(1)
 
@@ -87,12 +85,12 @@ def remove(
             f"{which!r} matches several checkpoints: {paths}. Give the folder of one of them, and its name."
         )
     if not yes:
-        typer.confirm(f"Delete {chosen[0]}?", abort=True)
+        typer.confirm(printable(f"Delete {chosen[0]}?"), abort=True)
     try:
         delete(chosen[0])
     except OSError as error:
         _fail(f"{chosen[0]} could not be deleted: {error}")
-    typer.echo(f"Deleted {chosen[0]}.")
+    typer.echo(printable(f"Deleted {chosen[0]}."))
 
 
 @app.command()
@@ -116,7 +114,7 @@ def pull(
         path = download_checkpoint(url, directory, name, logs=logs, options=options)
     except (eventtrain.EventTrainError, OSError) as error:
         _fail(str(error))
-    typer.echo(str(path))
+    typer.echo(printable(str(path)))
 
 
 def _checkpoints(run_dir: Path) -> list[tuple[Path, Manifest | SnapshotError]]:
@@ -126,12 +124,12 @@ def _checkpoints(run_dir: Path) -> list[tuple[Path, Manifest | SnapshotError]]:
     """
     found: list[tuple[Path, Manifest | SnapshotError]] = []
     for depth in range(DEPTH + 1):
-        for file in run_dir.glob("/".join(["*"] * depth + [MANIFEST])):
-            if not file.parent.name.startswith(TEMPORARY):
+        for path in run_dir.glob("/".join(["*"] * depth)) if depth else (run_dir,):
+            if is_checkpoint(path):
                 try:
-                    found.append((file.parent, read_manifest(file.parent)))
+                    found.append((path, read_manifest(path)))
                 except SnapshotError as error:
-                    found.append((file.parent, error))
+                    found.append((path, error))
     if not found:
         _fail(f"There is no checkpoint in {run_dir}.")
 
@@ -143,5 +141,5 @@ def _checkpoints(run_dir: Path) -> list[tuple[Path, Manifest | SnapshotError]]:
 
 
 def _fail(message: str) -> NoReturn:
-    typer.echo(f"Error: {message}", err=True)
+    typer.echo(printable(f"Error: {message}", lines=True), err=True)
     raise typer.Exit(2)

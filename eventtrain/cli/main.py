@@ -13,6 +13,7 @@ from eventtrain.cli import checkpoints
 from eventtrain.cli.demo import run_demo
 from eventtrain.cli.script import Job, imported, passed_through, prepare
 from eventtrain.config.load import FitConfig, load_run, run_json_schema
+from eventtrain.errors import printable
 from eventtrain.subscribers import ProgressBar
 
 app = typer.Typer(
@@ -46,7 +47,7 @@ def demo(
     """Train a small network on handwritten digits, with every kind of subscriber."""
     problem = run_demo(out)
     if problem is not None:
-        typer.echo(f"The demo failed: {problem}", err=True)
+        typer.echo(printable(f"The demo failed: {problem}", lines=True), err=True)
         raise typer.Exit(1)
 
 
@@ -97,7 +98,8 @@ def run(
     except eventtrain.EventTrainError as error:
         if isinstance(error, eventtrain.StepError) or passed_through(error, script):
             raise
-        typer.echo("\n".join([f"Error: {error}", *getattr(error, "__notes__", ())]), err=True)
+        text = "\n".join([f"Error: {error}", *getattr(error, "__notes__", ())])
+        typer.echo(printable(text, lines=True), err=True)
         raise typer.Exit(2) from None
     except KeyboardInterrupt:
         raise typer.Exit(130) from None
@@ -123,4 +125,4 @@ def _summary(result: eventtrain.FitResult[Any], epochs: int) -> str:
     metrics = result.history[-1].metrics if result.history else {}
     values = " ".join(f"{name}={value:.6g}" for name, value in metrics.items())
     after = f"{epochs} epoch{'s' * (epochs != 1)}"
-    return f"step {result.step} after {after} ({result.stop_reason}): {values or 'no metrics'}"
+    return printable(f"step {result.step} after {after} ({result.stop_reason}): {values or 'no metrics'}")

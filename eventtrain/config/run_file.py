@@ -10,6 +10,7 @@ from typing import Any
 
 from eventtrain.errors import ConfigurationError, did_you_mean
 from eventtrain.subscribers._shared.optional_imports import import_optional, require_installed
+from eventtrain.subscribers._shared.paths import local_path
 
 yaml: Any = import_optional("yaml", extra="yaml", used_by="A YAML file")
 
@@ -92,7 +93,7 @@ def read_run_file(path: str | Path) -> RunFile:
         ConfigurationError: the file cannot be read or parsed, PyYAML is missing, or there is a section other than
             ``[fit]`` and ``[[subscribers]]``.
     """
-    path = Path(path)
+    path = local_path(path, "load_subscribers")
     parse = {".toml": _parse_toml, ".yaml": _parse_yaml, ".yml": _parse_yaml}.get(path.suffix)
     if parse is None:
         raise ConfigurationError(f"{path}: expected a file name that ends in .toml, .yaml or .yml.")

@@ -6,12 +6,14 @@ Each ``kind`` is part of the format on disk, so it does not follow the name of i
 from __future__ import annotations
 
 import base64
+import json
 from collections.abc import Mapping
+from dataclasses import replace
 from datetime import datetime
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, Protocol, Self
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from eventtrain.bus.barrier import SubscriptionCheckpoint
 from eventtrain.events import parse_event
@@ -31,10 +33,10 @@ class SavedCommand(Frozen):
 
     kind: Literal["saved_order"] = "saved_order"
     command: AnyCommand
-    cause_step: int
-    cause_seq: int
+    cause_step: int = Field(ge=0)
+    cause_seq: int = Field(ge=0)
     subscriber: str
-    issue: int
+    issue: int = Field(ge=0)
 
 
 class LoopRecord(Frozen):
@@ -57,23 +59,41 @@ class LoopRecord(Frozen):
     """
 
     kind: Literal["loop_facts"] = "loop_facts"
-    step: int
-    epoch: int
-    batch: int
+    step: int = Field(ge=0)
+    epoch: int = Field(ge=0)
+    batch: int = Field(ge=0)
     in_epoch: bool
     step_started: bool = False
     evaluation: Literal["none", "pending", "done"] = "none"
-    evaluated_batches: int | None = None
-    epoch_first_step: int
-    start_step: int
-    start_epoch: int
-    epochs: int | None = None
-    steps: int | None = None
+    evaluated_batches: int | None = Field(default=None, ge=0)
+    epoch_first_step: int = Field(ge=0)
+    start_step: int = Field(ge=0)
+    start_epoch: int = Field(ge=0)
+    epochs: int | None = Field(default=None, ge=1)
+    steps: int | None = Field(default=None, ge=1)
     ended: str | None = None
     data: Any = None
     orders: tuple[SavedCommand, ...] = ()
     deterministic: bool = True
     fingerprint: dict[str, Any] = Field(default_factory=dict)
+
+    @model_validator(mode="after")
+    def _agrees_with_itself(self) -> Self:
+        first = self.epoch_first_step
+        if self.batch != (self.step - first if self.in_epoch else 0) or first > self.step:
+            raise ValueError(
+                f"batch {self.batch} of the epoch in progress contradicts step {self.step} and epoch_first_step {first}"
+            )
+        if self.start_step > self.step or self.start_epoch > self.epoch:
+            raise ValueError("start_step or start_epoch is after the checkpoint")
+        for order in self.orders:
+            due = order.command.due
+            if due is None or due < self.step or order.cause_step > self.step:
+                raise ValueError(
+                    f"a pending {order.command.kind} of {order.subscriber} is due at {due}, not later"
+                )
+        unpack(self.data)
+        return self
 
 
 class StreamRecord(Frozen):
@@ -88,7 +108,7 @@ class StreamRecord(Frozen):
     """
 
     kind: Literal["stream_facts"] = "stream_facts"
-    seq: int = 0
+    seq: int = Field(default=0, ge=0)
     epoch_means: SavedMeans = SavedMeans()
     eval_means: SavedMeans = SavedMeans()
     evaluated: dict[str, Number] | None = None
@@ -104,11 +124,26 @@ class SavedSubscription(Frozen):
     decided_on: tuple[bool, ...] = ()
     spent: bool = False
     disabled: bool = False
-    failures: int = 0
+    failures: int = Field(default=0, ge=0)
+    error: str | None = None
+
+    @model_validator(mode="after")
+    def _can_be_restored(self) -> Self:
+        if len(self.unhandled) != len(self.decided_on):
+            raise ValueError(
+                f"{len(self.unhandled)} unhandled events and {len(self.decided_on)} values of decided_on"
+            )
+        self.share()
+        return self
 
     @classmethod
     def of(cls, share: SubscriptionCheckpoint) -> SavedSubscription:
-        """Returns the record of ``share``."""
+        """Returns the record of ``share``, without its state and events if the state is not plain JSON data."""
+        try:
+            _require_plain(share.state)
+        except (TypeError, ValueError, RecursionError) as error:
+            problem = f"state_dict() must return plain JSON data: {error}"
+            share = replace(share, state=None, unhandled=(), decided_on=(), error=problem)
         return cls(
             state=None if share.state is None else dict(share.state),
             unhandled=tuple(event.model_dump(mode="json") for event in share.unhandled),
@@ -116,13 +151,14 @@ class SavedSubscription(Frozen):
             spent=share.spent,
             disabled=share.disabled,
             failures=share.failures,
+            error=share.error,
         )
 
     def share(self) -> SubscriptionCheckpoint:
         """Returns what the subscription gave. Raises EventParseError if an event cannot be read."""
         events = tuple(parse_event(data) for data in self.unhandled)
         return SubscriptionCheckpoint(
-            self.state, events, self.decided_on, self.spent, self.disabled, self.failures
+            self.state, events, self.decided_on, self.spent, self.disabled, self.failures, self.error
         )
 
 
@@ -134,6 +170,20 @@ class RunRecord(Frozen):
     loop: LoopRecord
     stream: StreamRecord
     shares: dict[str, SavedSubscription]
+
+    @model_validator(mode="after")
+    def _agrees_with_itself(self) -> Self:
+        step, seq = self.loop.step, self.stream.seq
+        for order in self.loop.orders:
+            if order.cause_seq > seq:
+                raise ValueError(f"the cause of a pending {order.command.kind} is after the checkpoint")
+        for name, share in self.shares.items():
+            for event, decided_on in zip(share.unhandled, share.decided_on, strict=True):
+                if decided_on and (
+                    event["step"] > step or event["seq"] > seq
+                ):  # others have their own numbers
+                    raise ValueError(f"an event that {name} has not handled is after the checkpoint")
+        return self
 
 
 class SavedRun(Protocol):
@@ -175,6 +225,21 @@ class SavedRun(Protocol):
         ...
 
 
+def _require_plain(state: Any) -> None:
+    """Raises TypeError or ValueError unless ``state`` comes back from JSON as it is, with lists for tuples."""
+    json.dumps(state)
+    waiting = [state]
+    while waiting:
+        value = waiting.pop()
+        if isinstance(value, dict):
+            for key in value:  # pyright: ignore[reportUnknownVariableType]
+                if not isinstance(key, str):
+                    raise TypeError(f"the key {key!r} is not text, and would come back as text")
+            waiting += value.values()  # pyright: ignore[reportUnknownArgumentType]
+        elif isinstance(value, (list, tuple)):
+            waiting += value  # pyright: ignore[reportUnknownArgumentType]
+
+
 def pack(state: Any) -> Any:
     """Returns an iterator's state as JSON data; bytes become ``{"base64": ...}``.
 
@@ -197,11 +262,21 @@ def pack(state: Any) -> Any:
 
 
 def unpack(data: Any) -> Any:
-    """Returns what ``pack`` was given, with lists for tuples."""
-    if isinstance(data, Mapping):
-        if "base64" in data:
-            return base64.b64decode(data["base64"])
-        if "list" in data:
-            return [unpack(item) for item in data["list"]]
-        return {unpack(k): unpack(v) for k, v in data["mapping"]}
-    return data
+    """Returns what ``pack`` was given, with lists for tuples. Raises ValueError if ``pack`` did not make ``data``."""
+    match data:
+        case {"base64": str(text)}:
+            return base64.b64decode(text, validate=True)
+        case {"list": list(items)}:
+            return [unpack(item) for item in items]  # pyright: ignore[reportUnknownVariableType]
+        case {"mapping": list(pairs)} if all(isinstance(pair, list) and len(pair) == 2 for pair in pairs):  # pyright: ignore
+            return {_hashable(unpack(key)): unpack(value) for key, value in pairs}  # pyright: ignore
+        case None | bool() | int() | float() | str():
+            return data
+        case _:
+            raise ValueError("the state of the data's iterator is not what a checkpoint holds")
+
+
+def _hashable(key: Any) -> Any:
+    if isinstance(key, (list, dict)):
+        raise ValueError("a key of the state of the data's iterator is a list or a dict")
+    return key

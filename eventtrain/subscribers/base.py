@@ -33,6 +33,8 @@ class Subscriber(OptionDefaults):
     event_types: Iterable[type[Event]] = ()
     resumes_runs: bool = False
     """Whether ``saved_run`` can find checkpoints."""
+    output_paths: tuple[Path, ...] = ()
+    """Files and folders that it writes and no other subscriber may, relative to ``run_dir`` or absolute."""
 
     async def start(self, run: RunContext) -> None:
         """Called before anything is published. On the bus' event loop. An exception fails the run."""
@@ -47,10 +49,17 @@ class Subscriber(OptionDefaults):
         """Called when the run has ended and everything was handled. On the bus' event loop; cancelled as ``finish``."""
 
     async def flush(self) -> None:
-        """Makes durable what was handled so far. Called before ``state_dict``, for a checkpoint."""
+        """Makes durable what was handled so far. Called before ``state_dict``, for a checkpoint.
+
+        If it raises, SubscriberFailed and the log report it, and the checkpoint is written all the same.
+        """
 
     def state_dict(self) -> dict[str, Any]:
-        """Returns the state that must survive a restart, as plain JSON data."""
+        """Returns the state that must survive a restart, as plain JSON data, with text as keys.
+
+        If it raises, or returns something else, SubscriberFailed and the log report it, and the checkpoint is written
+        without it: a run that resumes from it has the subscriber start with the events after the checkpoint.
+        """
         return {}
 
     def rescue(self) -> None:
@@ -98,9 +107,12 @@ def subscribe(bus: BusCore, subscriber: Subscriber) -> SubscriptionCore:
             "handler was faster. Use concurrency=1."
         )
 
-    async def save() -> dict[str, Any]:
-        await subscriber.flush()
-        return subscriber.state_dict()
+    async def save() -> tuple[dict[str, Any], Exception | None]:
+        try:
+            await subscriber.flush()
+        except Exception as error:
+            return subscriber.state_dict(), error  # it says how far the output goes
+        return subscriber.state_dict(), None
 
     options = {**{option: getattr(subscriber, option) for option in OPTION_NAMES}, "name": name}
     core = bus.subscribe(event_types, handler, options, save=save if has_state else None, attach=False)

@@ -12,6 +12,7 @@ from functools import partial
 from typing import Any, TypeVar
 
 import anyio
+import jax
 
 from eventtrain.bus.cancellation import persist
 from eventtrain.bus.core import BusCore
@@ -137,10 +138,16 @@ class Execution:
 
         Raises:
             AlreadyRunning: something is in progress, or the run of another trainer uses the bus.
-            ConfigurationError: the trainer was closed.
+            ConfigurationError: the trainer was closed, or this is one of several JAX processes.
         """
         if self.closed:
             raise ConfigurationError(f"{name}() cannot start: this trainer was closed. Make a new one.")
+        if (processes := jax.process_count()) > 1:
+            raise ConfigurationError(
+                f"{name} was called in one of {processes} JAX processes (jax.process_count()). eventtrain runs in one "
+                "process: checkpoints, logs and commands are not coordinated between processes. Train on the devices "
+                "of one process, without jax.distributed.initialize()."
+            )
         if not self._claimed.acquire(blocking=False):
             raise AlreadyRunning(
                 f"{name} was called while {self.name} of the same trainer is in progress. Wait for it, "

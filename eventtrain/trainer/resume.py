@@ -13,6 +13,7 @@ from typing import Any
 import jax
 
 from eventtrain.bus.barrier import SubscriptionCheckpoint, SubscriptionRestore
+from eventtrain.bus.subscription import SubscriptionCore
 from eventtrain.bus.wakeup import CrossLoopFuture
 from eventtrain.control.command_queue import PendingCommand
 from eventtrain.control.run_state import LoopRecord, RunRecord, SavedRun, unpack
@@ -211,7 +212,18 @@ def _load_states(subscribers: Sequence[Subscriber], shares: Mapping[str, Subscri
     for subscriber in subscribers:
         name = subscriber.name or type(subscriber).__name__
         share = shares.get(name)
-        if share is None or share.state is None:
+        if share is None:
+            continue
+        if share.error is not None:
+            logger.warning(
+                "%s failed when the checkpoint was taken, and %s: %s",
+                name,
+                "starts with the events after it"
+                if share.state is None
+                else "may lack output of steps before it",
+                share.error,
+            )
+        if share.state is None:
             continue
         try:
             subscriber.load_state_dict(dict(share.state))
@@ -258,20 +270,44 @@ def resume_stream(point: ResumePoint, resources: RunResources) -> None:
                     "The checkpoint holds the state of %s, and no subscription has that name", name
                 )
             continue
+        share = _deliverable(share, subscription)
         fetcher.put(SubscriptionRestore(name, share))
         for event, decided_on in zip(share.unhandled, share.decided_on, strict=True):
             if decided_on:
                 resources.gates.owe(subscription, type(event), event.step)
     causes: dict[tuple[int, int], Event] = {}
     for saved in record.loop.orders:
+        command = saved.command
+        if saved.subscriber not in names:
+            logger.warning(
+                "A %s that %s sent before the checkpoint is left out: no subscription has that name",
+                command.kind, saved.subscriber,
+            )  # fmt: skip
+            continue
+        if command.kind in ("stop", "pause"):
+            logger.warning(
+                "The run resumes with a %s that %s sent before the checkpoint, due at step %s",
+                command.kind, saved.subscriber, command.due,
+            )  # fmt: skip
         key = (saved.cause_step, saved.cause_seq)
         cause = causes.setdefault(key, Event(step=saved.cause_step, seq=saved.cause_seq))
-        pending = PendingCommand(
-            saved.command, CrossLoopFuture(), cause, names.get(saved.subscriber), saved.issue
-        )
+        pending = PendingCommand(command, CrossLoopFuture(), cause, names[saved.subscriber], saved.issue)
         resources.plane.queue.due.append(pending)
     loop, path = record.loop, str(point.saved.path)
     fetcher.put(RunResumed(step=loop.step, epoch=loop.epoch, batch=loop.batch, path=path))
+
+
+def _deliverable(share: SubscriptionCheckpoint, subscription: SubscriptionCore) -> SubscriptionCheckpoint:
+    """Returns ``share`` without events of classes that the subscription does not receive any more."""
+    events = list(zip(share.unhandled, share.decided_on, strict=True))
+    kept = [(event, decided_on) for event, decided_on in events if isinstance(event, subscription.types)]
+    if len(kept) < len(events):
+        logger.warning(
+            "%d events that %s had not handled at the checkpoint are left out: it does not receive their class now",
+            len(events) - len(kept), subscription.name,
+        )  # fmt: skip
+    unhandled, decided_on = tuple(event for event, _ in kept), tuple(decided_on for _, decided_on in kept)
+    return replace(share, unhandled=unhandled, decided_on=decided_on)
 
 
 def resume_loop(point: ResumePoint, loop: TrainingLoop) -> None:

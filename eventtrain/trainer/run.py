@@ -258,8 +258,6 @@ class Run:
     def _begin(self) -> None:
         """Start subscribers and threads, and publish RunStarted. Blocks until every subscriber has started."""
         model, plane, gates, fetcher = self._model, self._plane, self.resources.gates, self.resources.fetcher
-        if self._subscribers:
-            self.options.run_dir.mkdir(parents=True, exist_ok=True)
         plane.requests.clear()
         plane.queue.begin()
         self._bus.control_source = plane

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import uuid
 from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import contextmanager
@@ -25,6 +26,7 @@ from eventtrain.events.models import Number
 from eventtrain.loop.evaluation import EvaluationSource
 from eventtrain.loop.run_recorder import Aim, RunRecorder
 from eventtrain.loop.train_loop import Pace
+from eventtrain.subscribers._shared.paths import local_path
 from eventtrain.subscribers.base import Subscriber, subscribe
 from eventtrain.subscribers.progress.display import shows_progress
 from eventtrain.subscribers.progress.progress_bar import ProgressBar
@@ -41,6 +43,7 @@ from eventtrain.trainer.resume import (
     why_ended,
 )
 from eventtrain.trainer.run import Run, RunOptions
+from eventtrain.trainer.run_directory import run_directory
 from eventtrain.trainer.session import Session
 from eventtrain.trainer.signals import SignalGuard
 from eventtrain.trainer.subscriber_lifecycle import RunSubscriber
@@ -68,8 +71,8 @@ class Trainer(Generic[S]):
         subscribers: ``Subscriber`` objects. Functions subscribe with ``trainer.on``.
         step_extensions: run inside the jitted step, for example ``EMA(0.999)``.
         bus: a running EventBus to share with a service, which stays its owner. None: the trainer makes one.
-        run_dir: where relative paths of subscribers are. None: ``runs/<run_id>``.
-        run_id: stamped on every event. None: a random one.
+        run_dir: where relative paths of subscribers are. None: ``runs/<run_id>``. One run at a time may use it.
+        run_id: stamped on every event: letters, digits and ``_ . -``. None: a random one.
         donate: whether each step may overwrite the state before it.
         steps_per_call: K > 1 runs up to K steps in one dispatch. There is still an event per step, and commands still
             take effect at exactly their boundary.
@@ -119,8 +122,11 @@ class Trainer(Generic[S]):
             )
         if snapshot not in ("keep", "copy", "host"):
             raise ConfigurationError(f'snapshot must be "keep", "copy" or "host", got {snapshot!r}.')
-        self.run_id = run_id or uuid.uuid4().hex[:12]
-        self.run_dir = (Path(run_dir) if run_dir is not None else Path("runs") / self.run_id).absolute()
+        self.run_id = uuid.uuid4().hex[:12] if run_id is None else _checked_run_id(run_id)
+        folder = (
+            Path("runs") / self.run_id if run_dir is None else local_path(run_dir, "Trainer(run_dir=...)")
+        )
+        self.run_dir = folder.absolute()
         self.bus = bus if bus is not None else EventBus(run_id=self.run_id, drain_timeout_s=drain_timeout_s)
         self._model = Model(
             step_fn,
@@ -331,7 +337,10 @@ class Trainer(Generic[S]):
         """
         if eval_data is not None:
             self._require_eval_fn("session(eval_data=...)")
-        with self._on_this_thread("session"):
+        with (
+            self._on_this_thread("session"),
+            run_directory(self.run_dir, self.run_id, self.subscribers),
+        ):
             run = self._new_run(Aim(), eval_data)
             with self._running(run):
                 yield Session(run, self._plane.control)
@@ -401,20 +410,23 @@ class Trainer(Generic[S]):
     ) -> FitResult[S]:
         model = self._model
         aim = Aim(epochs, steps, len(data) if hasattr(data, "__len__") else None)
-        point, left = self._resume(resume, aim) if resume is not False else (None, aim)
-        temporary = [RunSubscriber(one, subscribe(self._core, one)) for one in extra]
-        run = self._new_run(aim, eval_data, temporary, point, restarts=resume is not False and point is None)
-        first_epoch = model.epoch
-        try:
-            with self._running(run):
-                train(run, data, left, point)
-        except BaseException:
-            if point is not None and run.loop is None:
-                point.backup.restore()
-            raise
-        finally:
-            for member in temporary:
-                member.subscription.cancel()
+        with run_directory(self.run_dir, self.run_id, self.subscribers):
+            point, left = self._resume(resume, aim) if resume is not False else (None, aim)
+            temporary = [RunSubscriber(one, subscribe(self._core, one)) for one in extra]
+            run = self._new_run(
+                aim, eval_data, temporary, point, restarts=resume is not False and point is None
+            )
+            first_epoch = model.epoch
+            try:
+                with self._running(run):
+                    train(run, data, left, point)
+            except BaseException:
+                if point is not None and run.loop is None:
+                    point.backup.restore()
+                raise
+            finally:
+                for member in temporary:
+                    member.subscription.cancel()
         return FitResult(
             state=model.structure.join(model.leaves_for("final", model.leaves, model.ext_leaves)),
             step=model.step,
@@ -494,6 +506,16 @@ class Trainer(Generic[S]):
             raise ConfigurationError(
                 "predict() requires a predict_fn: Trainer(..., predict_fn=(state, batch) -> outputs)."
             )
+
+
+def _checked_run_id(run_id: object) -> str:
+    """Returns ``run_id`` if it can be the name of a folder: it becomes one, here and in remote stores."""
+    if not isinstance(run_id, str) or not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,127}", run_id):
+        raise ConfigurationError(
+            f"Trainer(run_id={run_id!r}): run_id must be at most 128 letters, digits and _ . -, and begin with a "
+            "letter, a digit or _, since folders are named after it."
+        )
+    return run_id
 
 
 def _require_positive(name: str, value: object) -> None:

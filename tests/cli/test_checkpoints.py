@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from pathlib import Path
 
@@ -11,6 +12,7 @@ from typer.testing import CliRunner
 import eventtrain as et
 from eventtrain import subscribers as subs
 from eventtrain.cli import main as cli
+from eventtrain.subscribers.checkpointing.manifest import MANIFEST, sealed
 from tests.support.models import batches, new_state, step_fn
 
 runner = CliRunner()
@@ -131,3 +133,18 @@ def test_run_resume_goes_on_from_the_newest_checkpoint(tmp_path: Path) -> None:
     assert second.output.startswith("step 8 after 2 epochs (completed)"), second.output
     third = runner.invoke(cli.app, arguments)
     assert third.output.startswith("step 8 after 2 epochs (completed)"), third.output
+
+
+def test_text_of_a_checkpoint_moves_no_cursor(run_dir: Path) -> None:
+    path = run_dir / "ck/step-00000002" / MANIFEST
+    evil = "\x1b]0;title taken\x07\x1b[1A\x1b[2Kfake\nline\u202e"
+    path.write_text(json.dumps(sealed({**json.loads(path.read_text()), "tag": evil, "metrics": {evil: 1.0}})))
+    code, text = call("ls", run_dir)
+    assert code == 0
+    assert len(text.splitlines()) == 5
+    assert text.count("?]0;title taken??[1A?[2Kfake?line?") == 2
+    path.write_text(json.dumps({"format": "eventtrain-checkpoint", "schema_version": evil}))
+    for command in ("ls", "verify"):
+        text = call(command, run_dir)[1]
+        assert "?]0;title taken" in text
+        assert all(c.isprintable() or c == "\n" for c in text)

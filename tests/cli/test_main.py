@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import re
 import subprocess
@@ -300,3 +301,29 @@ def test_schema_of_a_file_names_every_type() -> None:
     result = runner.invoke(cli.app, ["schema", "--config"])
     assert result.exit_code == 0
     assert json.loads(result.stdout) == expected
+
+
+STOPS = """
+def make_trainer(subscribers):
+    folder = Path(__file__).parent / "run"
+    trainer = et.Trainer(step_fn, new_state(), eval_fn=eval_fn, subscribers=subscribers, run_dir=folder)
+
+    @trainer.on(et.StepCompleted, once=True, lag=0)
+    async def stop(event, control):
+        control.stop("\\x1b[2J\\x1b]0;owned\\x07 done\\nfake")
+
+    return trainer
+"""
+
+
+def test_a_reason_moves_no_cursor(tmp_path: Path) -> None:
+    result = runner.invoke(cli.app, in_folder(tmp_path, SCRIPT + STOPS))
+    assert result.exit_code == 0, result.output
+    assert "(?[2J?]0;owned? done?fake): " in result.output
+    assert all(c.isprintable() or c == "\n" for c in result.output)
+
+
+def test_what_is_logged_moves_no_cursor(caplog: pytest.LogCaptureFixture) -> None:
+    evil = "a\x1b[2J\r\nWARNING fake"
+    logging.getLogger("eventtrain").warning("%s, %s, %d" + evil, evil, ValueError(evil), 7)
+    assert caplog.messages[0] == ", ".join(["a?[2J?\n    WARNING fake"] * 2) + ", 7a?[2J?\n    WARNING fake"

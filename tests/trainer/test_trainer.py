@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import anyio
@@ -523,3 +525,26 @@ def test_a_subscriber_that_may_fail_the_run_ends_it_with_its_error(tmp_path):
     assert "never again" in seen[0].error
     assert trainer.step > 0
     trainer.state  # noqa: B018  # it is there
+
+
+def test_more_than_one_process_is_refused_by_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    trainer = make_trainer(tmp_path)
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+
+    def session() -> None:
+        with trainer.session():
+            pass
+
+    calls: dict[str, Callable[[], Any]] = {
+        "fit": lambda: trainer.fit(batches(2), epochs=1),
+        "fit_async": lambda: anyio.run(lambda: trainer.fit_async(batches(2), epochs=1)),
+        "session": session,
+        "evaluate": lambda: trainer.evaluate(batches(2)),
+        "evaluate_async": lambda: anyio.run(trainer.evaluate_async, batches(2)),
+        "predict": lambda: trainer.predict(batches(2)),
+        "predict_async": lambda: anyio.run(trainer.predict_async, batches(2)),
+    }
+    for name, call in calls.items():
+        with pytest.raises(et.ConfigurationError, match=f"{name} was called in one of 2 JAX processes"):
+            call()
+    assert trainer.step == 0

@@ -17,7 +17,7 @@ class AppendedFile:
     """Appends to one file; each append is written completely or not at all.
 
     Args:
-        path: of the file; the first append creates it if it does not exist.
+        path: of the file; an append creates it, and its folder, if they do not exist (any more).
         fsync: ``append`` returns only when the data is on the disk.
     """
 
@@ -38,6 +38,7 @@ class AppendedFile:
                 removes it.
         """
         self.repair()
+        self.path.parent.mkdir(parents=True, exist_ok=True)
         descriptor = os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, 0o644)
         try:
             self._torn_at = begin = os.lseek(descriptor, 0, os.SEEK_END)
@@ -68,10 +69,13 @@ class AppendedFile:
 def open_replacement(temporary: Path, path: Path) -> Generator[BinaryIO]:
     """Opens the new file ``temporary``; at the end of the block it is synced and renamed to ``path``.
 
+    Missing folders are created.
+
     Raises:
         OSError: ``path`` is unchanged, and ``temporary`` is removed.
     """
     try:
+        temporary.parent.mkdir(parents=True, exist_ok=True)
         with open(temporary, "wb") as file:
             yield file
             file.flush()
@@ -93,7 +97,6 @@ def write_atomically(path: Path, data: bytes) -> None:
     """
     temporary = path.with_name(f".{path.name}.part")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
         with open_replacement(temporary, path) as file:
             file.write(data)
     except OSError as error:
@@ -121,8 +124,8 @@ def cut_tail(path: Path, offset: int, beside: Path, heading: bytes = b"") -> Non
 
 
 def make_folder(path: Path) -> None:
-    """Creates one folder, whose parent exists."""
-    path.mkdir()
+    """Creates one folder, and those above it if they are missing."""
+    path.mkdir(parents=True)
 
 
 def write_text(path: Path, text: str) -> None:

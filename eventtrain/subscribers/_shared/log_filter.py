@@ -1,4 +1,4 @@
-"""``quiet_libraries``: suppresses what other packages would log about a URL with secrets while it is used."""
+"""Filters of log records: secrets that other packages would log, and control characters in what eventtrain logs."""
 
 from __future__ import annotations
 
@@ -6,6 +6,9 @@ import logging
 import threading
 from collections.abc import Generator
 from contextlib import contextmanager
+from pathlib import PurePath
+
+from eventtrain.errors import printable
 
 PACKAGES = frozenset(
     {"apprise", "charset_normalizer", "httpcore", "httpx", "paho", "requests", "slixmpp", "urllib3"}
@@ -43,3 +46,21 @@ def quiet_libraries() -> Generator[None]:
         yield
     finally:
         _FILTER.here.quiet = before
+
+
+class PrintableLog(logging.Filter):
+    """Makes the text of a record safe for a terminal: names, tags, reasons and errors come from data.
+
+    Line ends stay, each with an indent behind it, so that no text looks like a record of its own.
+    """
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        record.msg = self._safe(record.msg)
+        if isinstance(record.args, tuple):
+            record.args = tuple(self._safe(value) for value in record.args)
+        return True
+
+    def _safe(self, value: object) -> object:
+        if isinstance(value, (str, BaseException, PurePath)):
+            return printable(str(value), lines=True).replace("\n", "\n    ")
+        return value

@@ -6,6 +6,7 @@ import logging
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from time import monotonic
 from typing import Any, Literal
@@ -16,8 +17,9 @@ from pydantic import SecretStr
 
 from eventtrain.errors import ConfigurationError
 from eventtrain.events import EpochCompleted, EvalCompleted, Event, RunCompleted, RunFailed, StepsCompleted
-from eventtrain.subscribers._shared.paths import file_path
+from eventtrain.subscribers._shared.paths import file_path, require_writable_file
 from eventtrain.subscribers._shared.state import SavedState
+from eventtrain.subscribers._shared.worker_thread import in_own_thread
 from eventtrain.subscribers.alerts.alert_state import MetricRuleAlerts, RuleAlerts, SavedRule
 from eventtrain.subscribers.alerts.delivery import Delivery, DeliveryOptions
 from eventtrain.subscribers.alerts.event_rules import EventRule, RunEndRule
@@ -107,6 +109,7 @@ class Alerts(Subscriber):
             dead_letters=file_path(dead_letters, "Alerts"),
             finish_timeout_s=finish_timeout_s,
         )
+        self.output_paths = (self._delivery_options.dead_letters,) if targets else ()
         self._clock = clock
         self._alerts: dict[str, RuleAlerts[Any]] = {
             rule.label: MetricRuleAlerts(rule) if isinstance(rule, MetricRule) else RuleAlerts(rule)
@@ -140,6 +143,8 @@ class Alerts(Subscriber):
             if isinstance(alerts.rule, RunEndRule):
                 alerts.reset()
         owner = self.name or "Alerts"
+        for path in self.output_paths:
+            await in_own_thread(partial(require_writable_file, run.run_dir / path, owner))
         self._delivery = await anyio.to_thread.run_sync(Delivery, self._delivery_options, run, owner)
         self._watcher = RuleWatcher(
             [one for one in self._alerts.values() if isinstance(one.rule, TimedRule)],

@@ -19,7 +19,6 @@ import anyio
 from eventtrain.errors import EventTrainError, SubscriberError
 from eventtrain.events import AlertRaised, Event, SubscriberFailed
 from eventtrain.subscribers._shared.atomic_files import AppendedFile
-from eventtrain.subscribers._shared.paths import inside_run_dir
 from eventtrain.subscribers._shared.retry import attempts
 from eventtrain.subscribers._shared.worker_thread import in_own_thread
 from eventtrain.subscribers.alerts.message import AlertEvent, Message, NotDelivered, Transport
@@ -245,7 +244,7 @@ class Delivery:
         self._options, self._run = options, run
         self._held: list[AlertEvent] = []
         self._older = self._modified_ns()
-        path = inside_run_dir(run.run_dir, options.dead_letters, "Alerts")
+        path = run.run_dir / options.dead_letters
         undelivered = UndeliveredAlerts(path, owner, run.publish)
         self._senders = [
             Sender(label, transport, options, undelivered=undelivered) for label, transport in options.targets

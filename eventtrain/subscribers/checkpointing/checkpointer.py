@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -22,6 +23,7 @@ from eventtrain.events import (
 )
 from eventtrain.subscribers._shared.metric_goal import Goal, Mode, make_goal
 from eventtrain.subscribers._shared.metric_reader import MetricReader
+from eventtrain.subscribers._shared.paths import directory_path, require_writable_folder
 from eventtrain.subscribers._shared.state import SavedState
 from eventtrain.subscribers._shared.worker_thread import in_own_thread
 from eventtrain.subscribers.base import RunContext, Subscriber
@@ -177,7 +179,7 @@ class Checkpointer(Subscriber):
             )
         self._best = BestMetricState(value=initial_value_threshold) if save_best_only else None
         self._best_every = every_epochs or 1
-        self._directory = Path(directory)
+        self._directory = directory_path(directory, "Checkpointer", may_be_run_dir=True)
         self._template = template
         self._template_metrics = check_template(template)
         self._monitor = monitor
@@ -225,7 +227,7 @@ class Checkpointer(Subscriber):
         """Creates the directory, removes what killed runs left in it, and gives the loop the schedule.
 
         Raises:
-            ConfigurationError: the directory cannot be created, or ``params`` returns arrays that are not leaves of the
+            ConfigurationError: the directory cannot be written, or ``params`` returns arrays that are not leaves of the
                 state.
         """
         self._run = run
@@ -240,6 +242,7 @@ class Checkpointer(Subscriber):
                 f"{self._name}(save_weights_only=True): Trainer(params=...) must return a part of the state; it "
                 "returns arrays that are not leaves of the state, which could not be restored."
             )
+        await in_own_thread(partial(require_writable_folder, directory, self._name))
         self._writer = CheckpointWriter(
             directory,
             run.publish,
@@ -253,7 +256,7 @@ class Checkpointer(Subscriber):
             await in_own_thread(self._writer.open().result)
         except OSError as error:
             raise ConfigurationError(
-                f"{self._name} cannot write checkpoints to {directory}: {error}."
+                f"{self._name} cannot write checkpoints to {directory}: {error.strerror or error}."
             ) from error
         run.schedule_checkpoints(
             self._name,

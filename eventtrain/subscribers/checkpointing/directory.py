@@ -14,15 +14,13 @@ from pathlib import Path
 
 from eventtrain.errors import SnapshotError
 from eventtrain.subscribers._shared import atomic_files
+from eventtrain.subscribers._shared.processes import THIS_PROCESS, is_running
 from eventtrain.subscribers.checkpointing.manifest import TEMPORARY, Manifest, is_checkpoint, read_manifest
 
 logger = logging.getLogger("eventtrain")
 
 FOREIGN_AGE_S = 24 * 3600.0
 """Age from which a temporary folder of another machine, whose processes cannot be checked, is removed."""
-
-THIS_PROCESS = uuid.uuid4().hex[:8]
-"""Distinguishes this run from a killed one with the same process number, as in a container that is started again."""
 
 
 @dataclass(frozen=True)
@@ -35,19 +33,29 @@ class Committed:
     """Size of all files; known if it was just written."""
 
 
-def committed_in(directory: Path) -> list[Committed]:
+def read_directory(directory: Path) -> tuple[list[Committed], list[SnapshotError]]:
     """Returns the checkpoints in a directory, which may be missing, in the order of their commits.
 
-    A checkpoint that cannot be read is left out with a warning.
+    The second list has an error for each checkpoint that cannot be read.
     """
     found: list[Committed] = []
-    for path in directory.iterdir() if directory.is_dir() else ():
+    unreadable: list[SnapshotError] = []
+    for path in sorted(directory.iterdir()) if directory.is_dir() else ():
         if is_checkpoint(path):
             try:
                 found.append(Committed(path, read_manifest(path)))
             except SnapshotError as error:
-                logger.warning("%s", error)
-    return sorted(found, key=lambda committed: (committed.manifest.number, committed.manifest.time))
+                unreadable.append(error)
+    found.sort(key=lambda committed: (committed.manifest.number, committed.manifest.time))
+    return found, unreadable
+
+
+def committed_in(directory: Path) -> list[Committed]:
+    """Returns the checkpoints as ``read_directory`` does; those that cannot be read are left out with a warning."""
+    found, unreadable = read_directory(directory)
+    for error in unreadable:
+        logger.warning("%s", error)
+    return found
 
 
 def free_path(directory: Path, name: str) -> Path:
@@ -107,10 +115,4 @@ def _is_stale(folder: Path) -> bool:
             return False
     if process == str(os.getpid()):
         return not rest.startswith(THIS_PROCESS)
-    try:
-        os.kill(int(process), 0)
-    except PermissionError:
-        return False
-    except (ProcessLookupError, ValueError, OverflowError):
-        return True
-    return False
+    return not (process.isdecimal() and is_running(int(process)))

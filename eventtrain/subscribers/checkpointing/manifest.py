@@ -4,7 +4,8 @@ Layout of ``<directory>/step-00000100``::
 
     arrays/           {"state": {path: array}, "extensions": {...}, "kept": {tag: {path: array}},
                       "kept_extensions": {...}}, as Orbax writes it
-    eventtrain.json   the Manifest: step, epoch, tag, run_id, dtype, shape and CRC-32 of each array, the run's facts
+    eventtrain.json   the Manifest: step, epoch, tag, run_id, dtype, shape and CRC-32 of each array, the run's facts,
+                      and `checksum`, the SHA-256 of all that as JSON with sorted keys and without spaces
 
 ``path`` is that in the state, as ``jax.tree_util.keystr`` writes it, or ``.`` if the state is one array. Parts without
 arrays are left out, and so are arrays without elements, which the manifest describes completely. A typed PRNG key is
@@ -14,24 +15,27 @@ final name by one rename.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import zlib
 from collections.abc import Mapping
 from datetime import datetime
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from eventtrain.control.run_state import RunRecord
 from eventtrain.errors import SnapshotError
+from eventtrain.subscribers.checkpointing.naming import step_in
 
 FORMAT = "eventtrain-checkpoint"
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 MANIFEST = "eventtrain.json"
+CHECKSUM = "checksum"
 ARRAYS = "arrays"
 TEMPORARY = ".tmp-"
 STATE = "state"
@@ -97,7 +101,7 @@ class Manifest(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", ser_json_inf_nan="constants")
 
     format: Literal["eventtrain-checkpoint"] = FORMAT
-    schema_version: Literal[1] = SCHEMA_VERSION
+    schema_version: Literal[2] = SCHEMA_VERSION
     step: int = Field(ge=0)
     epoch: int = Field(ge=0)
     tag: str
@@ -119,7 +123,30 @@ class Manifest(BaseModel):
         Raises:
             PydanticSerializationError: a subscriber's state is not plain JSON data.
         """
-        return json.dumps(self.model_dump(mode="json"), indent=1) + "\n"
+        return json.dumps(sealed(self.model_dump(mode="json")), indent=1) + "\n"
+
+    @model_validator(mode="after")
+    def _agrees_with_itself(self) -> Self:
+        facts, parts = self.facts, self.arrays
+        if (facts is None) != self.weights_only:
+            raise ValueError("weights_only and facts contradict each other")
+        if facts is not None and (facts.loop.step, facts.loop.epoch) != (self.step, self.epoch):
+            raise ValueError("step and epoch differ from those in facts")
+        if any(not 0 <= step <= self.step for step in self.kept_steps.values()):
+            raise ValueError("kept_steps contains a step that is not before this one")
+        if parts:
+            if {KEPT + tag for tag in self.kept_steps} != {part for part in parts if part.startswith(KEPT)}:
+                raise ValueError("kept_steps and arrays name different snapshots")
+            if not parts.get(STATE, {}).keys() >= set(self.params.values()):
+                raise ValueError("params names arrays that are not in the state")
+        return self
+
+
+def sealed(data: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns the content of a manifest with its ``checksum``."""
+    content = {key: value for key, value in data.items() if key != CHECKSUM}
+    text = json.dumps(content, sort_keys=True, separators=(",", ":"))
+    return {**content, CHECKSUM: hashlib.sha256(text.encode()).hexdigest()}
 
 
 def read_manifest(path: Path) -> Manifest:
@@ -134,7 +161,12 @@ def read_manifest(path: Path) -> Manifest:
         raise SnapshotError(
             f"{path} is not a checkpoint of eventtrain: {MANIFEST} cannot be read ({error})."
         ) from error
-    return parse_manifest(path, text)
+    manifest = parse_manifest(path, text)
+    if (named := step_in(path.name)) not in (None, manifest.step):
+        raise SnapshotError(
+            f"{path} is named after step {named}, but holds step {manifest.step}: it was mixed up."
+        )
+    return manifest
 
 
 def parse_manifest(path: Path, text: str) -> Manifest:
@@ -153,6 +185,11 @@ def parse_manifest(path: Path, text: str) -> Manifest:
             f"{path} has schema_version {version}; this version of eventtrain reads {SCHEMA_VERSION}. Read it with the "
             "version of eventtrain that wrote it."
         )
+    given: Any = data.pop(CHECKSUM, None)  # pyright: ignore[reportUnknownMemberType, reportUnknownVariableType]
+    if given != sealed(data)[CHECKSUM]:  # pyright: ignore[reportUnknownArgumentType]
+        raise SnapshotError(
+            f"{path} is damaged: its {MANIFEST} is not what was written (its checksum differs)."
+        )
     try:
         return Manifest.model_validate(data)
     except (ValidationError, RecursionError) as error:
@@ -160,8 +197,12 @@ def parse_manifest(path: Path, text: str) -> Manifest:
 
 
 def is_checkpoint(path: Path) -> bool:
-    """Returns whether a folder looks like a committed checkpoint."""
-    return not path.name.startswith(TEMPORARY) and (path / MANIFEST).is_file()
+    """Returns whether a folder is a committed checkpoint, or what is left of one."""
+    return (
+        not path.name.startswith(TEMPORARY)
+        and path.is_dir()
+        and ((path / MANIFEST).exists() or (path / ARRAYS).exists() or step_in(path.name) is not None)
+    )
 
 
 def nested(parts: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:

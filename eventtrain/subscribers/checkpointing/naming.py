@@ -25,7 +25,12 @@ def check_template(template: str) -> frozenset[str]:
             f"checkpoints would have one name. The default is {DEFAULT_TEMPLATE!r}."
         )
     metrics = frozenset(names - {"step", "epoch"})
-    fill_template(template, 1, 1, dict.fromkeys(metrics, 0.5))
+    name = fill_template(template, 1, 2, dict.fromkeys(metrics, 0.5))
+    if step_in(name) not in (None, 1):
+        raise ConfigurationError(
+            f"Checkpointer(template={template!r}): names such as {name!r} are of the step that they contain. Begin the "
+            "template with another word."
+        )
     return metrics
 
 
@@ -58,6 +63,12 @@ def checked_name(name: str, subject: str) -> str:
             "beginning with a letter or digit."
         )
     return name
+
+
+def step_in(name: str) -> int | None:
+    """Returns the step in a folder's name that begins as the default template's; None for other names."""
+    match = re.match(r"step-(\d{8,18})(?!\d)", name, re.ASCII)
+    return int(match[1]) if match else None
 
 
 def scheduled_tag(step: int) -> str:

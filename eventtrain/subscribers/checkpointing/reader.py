@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Collection, Mapping, Set
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +13,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from eventtrain.errors import SnapshotError, StateError
-from eventtrain.subscribers.checkpointing.directory import Committed, committed_in
+from eventtrain.errors import SnapshotError, StateError, listed
+from eventtrain.subscribers._shared.paths import local_path
+from eventtrain.subscribers.checkpointing.directory import Committed, read_directory
 from eventtrain.subscribers.checkpointing.manifest import (
     ARRAYS,
     EXTENSIONS,
@@ -22,6 +24,7 @@ from eventtrain.subscribers.checkpointing.manifest import (
     STATE,
     HostArray,
     Manifest,
+    SavedArray,
     checksum,
     is_array,
     is_checkpoint,
@@ -99,9 +102,10 @@ class SavedCheckpoint:
         impl = self.manifest.arrays[part][path].key
         is_key = jnp.issubdtype(like.dtype, jax.dtypes.prng_key)
         if is_key and impl is not None:
-            key = jax.random.wrap_key_data(jnp.asarray(value), impl=impl)
-            if key.dtype == like.dtype and key.shape == like.shape:
-                return jax.device_put(key, like.sharding)
+            with suppress(ValueError, TypeError):  # data of another implementation than the manifest names
+                key = jax.random.wrap_key_data(jnp.asarray(value), impl=impl)
+                if key.dtype == like.dtype and key.shape == like.shape:
+                    return jax.device_put(key, like.sharding)
         elif not is_key and impl is None and value.shape == like.shape and value.dtype == like.dtype:
             return (
                 value if isinstance(like, (np.ndarray, np.generic)) else jax.device_put(value, like.sharding)
@@ -120,30 +124,55 @@ def find_checkpoint(directory: Path, which: bool | str | int | Path) -> SavedChe
             that a run can resume from.
 
     Raises:
-        SnapshotError: there is no such checkpoint.
+        SnapshotError: there is no such checkpoint; or, for True, there are some and none of them can be read.
     """
-    found = committed_in(directory)
+    try:
+        found, unreadable = read_directory(directory)
+    except OSError as error:
+        raise SnapshotError(f"{directory} cannot be read: {error.strerror or error}.") from error
     if which is True:
-        for committed in reversed(found):
-            saved = SavedCheckpoint(committed)
-            if saved.facts is not None:
-                try:
-                    saved.read()
-                    return saved
-                except SnapshotError as error:
-                    logger.warning("The run does not resume from its newest checkpoint: %s", error)
-        return None
+        return _newest(directory, found, unreadable)
     if isinstance(which, int):
         matching = [one for one in found if one.manifest.step == which]
     else:
         matching = [one for one in found if str(which) in (one.manifest.tag, one.path.name)]
-    if not matching and not isinstance(which, int) and is_checkpoint(path := Path(which).absolute()):
-        matching = [Committed(path, read_manifest(path))]
+    if not matching and not isinstance(which, int):
+        path = local_path(which, "fit(resume=...)").absolute()
+        if is_checkpoint(path):
+            matching = [Committed(path, read_manifest(path))]
     if not matching:
         names = ", ".join(one.path.name for one in found) or "none"
-        raise SnapshotError(f"There is no checkpoint {which!r} in {directory}; found: {names}.")
+        broken = f" Cannot be read: {listed([str(error) for error in unreadable])}" if unreadable else ""
+        raise SnapshotError(f"There is no checkpoint {which!r} in {directory}; found: {names}.{broken}")
     resumable = [one for one in matching if one.manifest.facts is not None]
     return SavedCheckpoint((resumable or matching)[-1])
+
+
+def _newest(
+    directory: Path, found: list[Committed], unreadable: list[SnapshotError]
+) -> SavedCheckpoint | None:
+    """Returns the checkpoint committed last that is complete and that a run can resume from; None if there is none."""
+    broken = [str(error) for error in unreadable]
+    for committed in reversed(found):
+        saved = SavedCheckpoint(committed)
+        if saved.facts is not None:
+            try:
+                saved.read()
+            except SnapshotError as error:
+                broken.append(str(error))
+                continue
+            if broken:
+                logger.warning(
+                    "The run resumes from %s; checkpoints that cannot be read are left out: %s",
+                    saved.path, listed(broken),
+                )  # fmt: skip
+            return saved
+    if broken:
+        raise SnapshotError(
+            f"None of the checkpoints in {directory} can be read, so the run neither resumes nor starts from scratch "
+            f"over them. Restore one from a copy, or move them away to start from scratch. {listed(broken)}"
+        )
+    return None
 
 
 def load_state(path: str | Path, like: Any = None) -> Any:
@@ -160,7 +189,7 @@ def load_state(path: str | Path, like: Any = None) -> Any:
         SnapshotError: ``path`` is not a checkpoint, or it is damaged. StateError: ``like`` has other leaves, shapes or
             dtypes.
     """
-    path = Path(path).absolute()
+    path = local_path(path, "load_state").absolute()
     saved = SavedCheckpoint(Committed(path, read_manifest(path)))
     return saved.part(STATE) if like is None else saved.weights(like)
 
@@ -173,26 +202,36 @@ def _read(path: Path, manifest: Manifest) -> dict[str, dict[str, HostArray]]:
             raise SnapshotError(
                 f"{path} is not complete: {name} is missing or has another size than when written."
             )
-    tree: dict[str, Any] = {}
     try:
+        tree: dict[str, Any] = {}
         # In a thread of its own: on the thread of a running event loop Orbax would block or patch that loop.
         if (path / ARRAYS).exists():  # else all arrays are empty
             with ThreadPoolExecutor(1) as executor:
                 tree = executor.submit(_read_arrays, path / ARRAYS).result()
-    except Exception as error:
-        raise SnapshotError(f"{path} is not complete: Orbax cannot read its arrays ({error}).") from error
-    parts: dict[str, dict[str, HostArray]] = {}
+        parts = {part: _arrays_of(part_of(tree, part), known) for part, known in manifest.arrays.items()}
+    except Exception as error:  # whatever the files make Orbax and NumPy raise
+        raise SnapshotError(f"{path} is not complete: its arrays cannot be read ({error}).") from error
     for part, known in manifest.arrays.items():
-        read, parts[part] = part_of(tree, part), {}
         for name, saved in known.items():
-            dtype = jnp.dtype(saved.dtype)
-            # An array without elements is not stored.
-            empty = np.zeros(saved.shape if 0 in saved.shape else 0, dtype)
-            stored = read.get(name)
-            array = parts[part][name] = np.asarray(empty if stored is None else stored)
-            if (array.shape, array.dtype, checksum(array)) != (saved.shape, dtype, saved.crc32):
+            array = parts[part][name]
+            if (array.shape, array.dtype, checksum(array)) != (
+                saved.shape,
+                jnp.dtype(saved.dtype),
+                saved.crc32,
+            ):
                 raise SnapshotError(f"{path} is not complete: {name} is not what was written.")
     return parts
+
+
+def _arrays_of(stored: Mapping[str, Any], known: Mapping[str, SavedArray]) -> dict[str, HostArray]:
+    """Returns the arrays of one part; those without elements are not stored."""
+    arrays: dict[str, HostArray] = {}
+    for name, saved in known.items():
+        array = stored.get(name)
+        if array is None:
+            array = np.zeros(saved.shape if 0 in saved.shape else 0, jnp.dtype(saved.dtype))
+        arrays[name] = np.asarray(array)
+    return arrays
 
 
 def _read_arrays(path: Path) -> dict[str, Any]:

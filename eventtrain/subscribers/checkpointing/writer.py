@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import threading
 from collections.abc import Callable, Mapping
@@ -16,7 +15,14 @@ from typing import Any, Literal
 from eventtrain.control.checkpoint_handover import ClaimedSnapshot
 from eventtrain.control.run_state import RunRecord
 from eventtrain.errors import SnapshotError
-from eventtrain.events import CheckpointCommitted, CheckpointFailed, CheckpointStarted, Event, SnapshotTaken
+from eventtrain.events import (
+    CheckpointCommitted,
+    CheckpointFailed,
+    CheckpointStarted,
+    Event,
+    SnapshotTaken,
+    SubscriberFailed,
+)
 from eventtrain.subscribers._shared.retry import attempts
 from eventtrain.subscribers._shared.worker_thread import publish_waiting
 from eventtrain.subscribers.checkpointing.directory import Committed, delete, free_path
@@ -215,16 +221,19 @@ class CheckpointWriter:
         if not self._options.weights_only:
             facts = pending.claimed.record(self._options.marker_timeout_s)
             for name, share in facts.shares.items():
-                try:
-                    json.dumps(share.state)
-                except (TypeError, ValueError) as error:
-                    raise SnapshotError(
-                        f"state_dict() of {name} must return plain JSON data: dicts with text as keys, lists, text, "
-                        f"numbers, booleans and None ({error})."
-                    ) from error
+                if share.error is not None:
+                    self._report_failed(name, share.error, event.step)
         manifest = self._manifest(pending, facts)
         parse_manifest(path, manifest.to_text())  # a checkpoint that is committed can be read
         return self._store_parts(pending.name, parts, manifest)
+
+    def _report_failed(self, name: str, error: str, step: int) -> None:
+        logger.error(
+            "The checkpoint of step %d is written without the state of %s, or without all that it had to write: %s",
+            step, name, error,
+        )  # fmt: skip
+        failed = SubscriberFailed(step=step, subscriber=name, event_kind="state_dict", error=error)
+        publish_waiting(self._publish, failed)
 
     def _copy_to_host(self, claimed: ClaimedSnapshot) -> dict[str, Mapping[str, Any]]:
         device = claimed.snapshot.device

@@ -12,7 +12,12 @@ import anyio.to_thread
 
 from eventtrain.errors import ConfigurationError
 from eventtrain.events import Event
-from eventtrain.subscribers._shared.paths import file_path
+from eventtrain.subscribers._shared.paths import (
+    directory_path,
+    file_path,
+    require_writable_file,
+    require_writable_folder,
+)
 from eventtrain.subscribers._shared.state import SavedState
 from eventtrain.subscribers._shared.step_table import StepTable
 from eventtrain.subscribers.base import RunContext, Subscriber
@@ -126,13 +131,15 @@ class FileLogger(Subscriber, ABC, Generic[F]):
 
     disable_after = None  # it writes again when a full disk has room
     _state_type: type[FileLoggerState]
+    _is_folder: ClassVar[bool] = False
     _urgent: ClassVar[frozenset[type[Event]]] = frozenset()
     """Events whose handler returns only when their rows are in the file."""
 
     def __init__(self, path: str | Path, flush_interval_s: float) -> None:
         owner = type(self).__name__
         require_number(owner, "flush_interval_s", flush_interval_s, above=0)
-        self._path = file_path(path, owner)
+        self._path = (directory_path if self._is_folder else file_path)(path, owner)
+        self.output_paths = (self._path,)
         self._interval_s = flush_interval_s
         self._waiting: RowBuffer[Any] = RowBuffer()
         self._file: F | None = None
@@ -154,13 +161,14 @@ class FileLogger(Subscriber, ABC, Generic[F]):
 
     async def start(self, run: RunContext) -> None:
         """Opens the file and sets repeated rows aside. Raises ConfigurationError if it cannot be written."""
-        path = run.run_dir / self._path
+        path, owner = run.run_dir / self._path, self.name or type(self).__name__
         file = self._make_file(path) if self._file is None or self._file.path != path else self._file
         saved, self._saved = self._saved, None
         if run.restarts:
             saved = self._state_type(path=str(self._path))
 
         def open_file() -> None:
+            (require_writable_folder if self._is_folder else require_writable_file)(path, owner)
             self._prepare(file, run)
             if saved is not None and saved.path == str(self._path):
                 file.cut(saved.model_dump(exclude={"version", "path"}))
@@ -169,8 +177,7 @@ class FileLogger(Subscriber, ABC, Generic[F]):
             await anyio.to_thread.run_sync(open_file, limiter=anyio.CapacityLimiter(1))
         except OSError as error:
             raise ConfigurationError(
-                f"{self.name or type(self).__name__} cannot write {path}: {error.strerror or error}. Give a path in a "
-                "folder in which this process may create files."
+                f"{owner} cannot write {path}: {error.strerror or error}. Give a path at which this process may write."
             ) from error
         self._file = file
         self._commits = GroupCommit(file, self._interval_s)

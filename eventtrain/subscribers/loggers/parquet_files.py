@@ -79,6 +79,7 @@ class ParquetFiles(LogFile[StepTable]):
 
     def sync(self) -> None:
         """Waits until the names of the parts are on the disk; their content is synced before they are renamed."""
+        self.path.mkdir(parents=True, exist_ok=True)
         sync(self.path)
 
     def _groups(self, entries: Sequence[Entry[StepTable]]) -> Iterator[Sequence[Entry[StepTable]]]:
@@ -136,6 +137,7 @@ def _write(table: Table, path: Path) -> None:
     """Writes a temporary file, syncs it, and renames it to ``path``."""
     unfinished = path.with_name(f".{path.name.removesuffix('.parquet')}.unfinished")
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         parquet.write_table(table, unfinished, row_group_size=max(1, table.num_rows), use_dictionary=False)
         sync(unfinished)
         os.replace(unfinished, path)

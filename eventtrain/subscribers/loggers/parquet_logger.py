@@ -56,6 +56,7 @@ class ParquetLogger(FileLogger["ParquetFiles"]):
     """
 
     _state_type = ParquetLoggerState
+    _is_folder = True
     events = (StepsCompleted, EpochCompleted)
     queue = Lossless(limit=256)  # windows of up to 1,024 steps
 

@@ -170,6 +170,7 @@ class RowFile(LogFile[Item]):
 
     def sync(self) -> None:
         """Waits until everything written is on the disk."""
+        self.path.parent.mkdir(parents=True, exist_ok=True)
         with open(self.path, "ab") as file:
             os.fsync(file.fileno())
 

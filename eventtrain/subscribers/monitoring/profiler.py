@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 
 from eventtrain.errors import ConfigurationError
 from eventtrain.events import ProfileCaptured
-from eventtrain.subscribers._shared.paths import file_path
+from eventtrain.subscribers._shared.paths import directory_path, require_writable_folder
+from eventtrain.subscribers._shared.worker_thread import in_own_thread
 from eventtrain.subscribers.base import RunContext, Subscriber
 from eventtrain.validation.arguments import require_count
 
@@ -57,13 +59,14 @@ class Profiler(Subscriber):
                     "range. One trace is taken at a time: join the two."
                 )
         self._steps = tuple(steps)
-        self._directory = file_path(directory, "Profiler")
+        self._directory = directory_path(directory, "Profiler")
         self._python = python
 
     async def start(self, run: RunContext) -> None:
-        """Schedules the traces."""
-        folder = run.run_dir / self._directory
-        run.schedule_traces(self.name or "Profiler", folder, self._steps, python=self._python)
+        """Schedules the traces. Raises ConfigurationError if they cannot be written."""
+        folder, owner = run.run_dir / self._directory, self.name or "Profiler"
+        await in_own_thread(partial(require_writable_folder, folder, owner))
+        run.schedule_traces(owner, folder, self._steps, python=self._python)
 
     async def on_profile_captured(self, event: ProfileCaptured) -> None:
         """Logs the path of the trace."""

@@ -27,6 +27,7 @@ from rich.progress import (
 from rich.table import Column
 from rich.text import Text
 
+from eventtrain.errors import printable
 from eventtrain.events.models import Number
 
 NARROW = 80
@@ -69,11 +70,6 @@ def texts(numbers: Mapping[str, Number], names: Iterable[str] | None = None) -> 
     """Returns ``name=value`` of each, or of those of ``names`` that exist; without characters that move a cursor."""
     shown = numbers if names is None else [name for name in names if name in numbers]
     return [f"{printable(name)}={numbers[name]:.4g}" for name in shown]
-
-
-def printable(text: str) -> str:
-    """Returns ``text`` on one line, without control characters."""
-    return "".join(character if character.isprintable() else "?" for character in text)
 
 
 def fitted(parts: Sequence[str], width: int, gap: str = "  ") -> str:

@@ -12,6 +12,7 @@ from rich.cells import cell_len
 from rich.console import Console
 
 from eventtrain.bus.queues import KeepLatest
+from eventtrain.errors import printable
 from eventtrain.events import (
     CheckpointCommitted,
     CheckpointFailed,
@@ -31,7 +32,6 @@ from eventtrain.subscribers.progress.display import (
     can_redraw,
     compact,
     fitted,
-    printable,
     texts,
 )
 from eventtrain.subscribers.progress.summary_table import Summary

@@ -13,9 +13,10 @@ from rich.text import Text
 
 from eventtrain.bus.subscription import SubscriptionStatistics
 from eventtrain.control.loop_statistics import LoopStatistics
+from eventtrain.errors import printable
 from eventtrain.events import CheckpointCommitted, CheckpointFailed, EpochCompleted
 from eventtrain.events.models import Number
-from eventtrain.subscribers.progress.display import compact, printable
+from eventtrain.subscribers.progress.display import compact
 
 MOST_METRICS = 20
 """Rows of the table of metrics; more are counted."""

@@ -12,6 +12,7 @@ from pathlib import Path
 
 from eventtrain.errors import SnapshotError, StorageError
 from eventtrain.subscribers._shared import atomic_files
+from eventtrain.subscribers._shared.paths import local_path
 from eventtrain.subscribers._shared.retry import retry
 from eventtrain.subscribers.checkpointing.directory import temporary_path, try_to_remove
 from eventtrain.subscribers.remote.object_store import ObjectStore, Options, in_parallel
@@ -62,6 +63,8 @@ def download_checkpoint(
         ConfigurationError: obstore is not installed, or ``url`` or ``options`` are invalid.
         OSError: the files cannot be written.
     """
+    folder_path = local_path(directory, "download_checkpoint(directory=...)").absolute()
+    logs = None if logs is None else local_path(logs, "download_checkpoint(logs=...)")
     store = ObjectStore("download_checkpoint", url, options, timeout_s=timeout_s)
     again = partial(retry, retries=retries, delay_s=retry_delay_s, stopping=threading.Event())
     for_each = partial(in_parallel, threads=max_concurrency, name="download")
@@ -77,7 +80,7 @@ def download_checkpoint(
     ]
     found = for_each(lambda path: again(lambda: _manifest(store, path)), paths)
     place, manifest = _chosen([one for one in found if one is not None], which, store.url)
-    path = Path(directory).absolute() / (place or store.url).rpartition("/")[2]
+    path = folder_path / (place or store.url).rpartition("/")[2]
     if not _is_at(path, manifest.files):
         path.parent.mkdir(parents=True, exist_ok=True)
         folder = temporary_path(path.parent, path.name)
@@ -93,8 +96,8 @@ def download_checkpoint(
     if logs is not None:
         if manifest.logs and not place:
             raise SnapshotError(f"{store.url} is not the URL of the Uploader, which the logs are below.")
-        missing = [log for log in manifest.logs if not _is_at(Path(logs) / log.path, [log])]
-        fetch(missing, "", Path(logs))
+        missing = [log for log in manifest.logs if not _is_at(logs / log.path, [log])]
+        fetch(missing, "", logs)
     return path
 
 

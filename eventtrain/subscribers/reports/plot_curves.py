@@ -11,8 +11,8 @@ from eventtrain.errors import ConfigurationError, SubscriberError
 from eventtrain.events import EpochCompleted, Event, RunCompleted, RunFailed, StepsCompleted, SubscriberFailed
 from eventtrain.subscribers._shared.atomic_files import write_atomically
 from eventtrain.subscribers._shared.optional_imports import import_optional, require_installed
-from eventtrain.subscribers._shared.paths import file_path, inside_run_dir
-from eventtrain.subscribers._shared.worker_thread import WorkerThread
+from eventtrain.subscribers._shared.paths import file_path, require_writable_file
+from eventtrain.subscribers._shared.worker_thread import WorkerThread, in_own_thread
 from eventtrain.subscribers.base import RunContext, Subscriber
 from eventtrain.subscribers.reports.run_series import COLLECTED, MOST_PANELS, RunSeries
 from eventtrain.validation.arguments import require_choice, require_count, require_number
@@ -76,6 +76,7 @@ class PlotCurves(Subscriber):
                 f"PlotCurves({str(path)!r}): the suffix, which determines the format, must be one of "
                 f"{', '.join(SUFFIXES)}."
             )
+        self.output_paths = (self._path,)
         self.events = (*COLLECTED, RunCompleted, RunFailed, *((StepsCompleted,) if steps else ()))
         self._every_epochs = every_epochs
         self._hyperparams = tuple(hyperparams)
@@ -95,12 +96,14 @@ class PlotCurves(Subscriber):
         self._end: Event | None = None
 
     async def start(self, run: RunContext) -> None:
-        """Starts the thread that draws."""
+        """Starts the thread that draws. Raises ConfigurationError if the picture cannot be written."""
+        owner = self.name or "PlotCurves"
+        await in_own_thread(partial(require_writable_file, run.run_dir / self._path, owner))
         if run.restarts:
             self._series = RunSeries(metrics=self._metrics)
         self._run = run
         self._end = None
-        self._thread = WorkerThread(self.name or "PlotCurves", run.publish)
+        self._thread = WorkerThread(owner, run.publish)
         self._thread.start()
 
     async def handle(self, event: Event) -> None:
@@ -185,4 +188,4 @@ class PlotCurves(Subscriber):
         changes = [change for change in series.marked if change.name in self._hyperparams]
         title = run.run_id if self._title is None else self._title
         data = self._render(panels, changes, title=title, note=note)
-        write_atomically(inside_run_dir(run.run_dir, self._path, "PlotCurves"), data)
+        write_atomically(run.run_dir / self._path, data)

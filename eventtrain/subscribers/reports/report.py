@@ -14,9 +14,9 @@ from eventtrain.errors import ConfigurationError, SubscriberError
 from eventtrain.events import Event, StepsCompleted
 from eventtrain.subscribers._shared.atomic_files import write_atomically
 from eventtrain.subscribers._shared.optional_imports import import_optional, require_installed
-from eventtrain.subscribers._shared.paths import file_path, inside_run_dir
+from eventtrain.subscribers._shared.paths import file_path, require_writable_file
 from eventtrain.subscribers._shared.state import SavedState
-from eventtrain.subscribers._shared.worker_thread import WorkerThread
+from eventtrain.subscribers._shared.worker_thread import WorkerThread, in_own_thread
 from eventtrain.subscribers.base import RunContext, Subscriber
 from eventtrain.subscribers.reports.html import to_html
 from eventtrain.subscribers.reports.markdown import to_markdown
@@ -83,6 +83,7 @@ class Report(Subscriber):
             raise ConfigurationError(
                 f"Report({str(path)!r}, {str(markdown)!r}): HTML and Markdown must not be one file."
             )
+        self.output_paths = tuple(one for one in (self._html, self._markdown) if one is not None)
         self.events = tuple(dict.fromkeys([*COLLECTED, *REPORTED, StepsCompleted]))
         self._metrics = None if metrics is None else tuple(metrics)
         self._title = title
@@ -92,7 +93,9 @@ class Report(Subscriber):
         self._run: RunContext | None = None
 
     async def start(self, run: RunContext) -> None:
-        """Starts a new report, unless the run resumes."""
+        """Starts a new report, unless the run resumes. Raises ConfigurationError if it cannot be written."""
+        for path in self.output_paths:
+            await in_own_thread(partial(require_writable_file, run.run_dir / path, self.name or "Report"))
         if not run.resumed:
             self._summary, self._series = RunSummary(), RunSeries(metrics=self._metrics)
         self._run = run
@@ -144,7 +147,7 @@ class Report(Subscriber):
         ):
             try:
                 if path is not None:
-                    write_atomically(inside_run_dir(run.run_dir, path, "Report"), render().encode())
+                    write_atomically(run.run_dir / path, render().encode())
             except Exception as error:  # of one file; the other may still work
                 failures.append(error)
 

@@ -24,6 +24,7 @@ from eventtrain.events import (
     SubscriberFailed,
 )
 from eventtrain.subscribers._shared.optional_imports import import_optional, require_installed
+from eventtrain.subscribers._shared.paths import directory_path
 from eventtrain.subscribers._shared.retry import retry
 from eventtrain.subscribers._shared.worker_thread import WorkerThread
 from eventtrain.subscribers.base import RunContext, Subscriber
@@ -94,7 +95,9 @@ class ModelRegistry(Subscriber):
         require_number("ModelRegistry", "retry_delay_s", retry_delay_s, at_least=0)
         require_number("ModelRegistry", "finish_timeout_s", finish_timeout_s, at_least=0)
         self._source = source
-        self._directory = directory
+        self._directory = (
+            None if directory is None else directory_path(directory, "ModelRegistry", may_be_run_dir=True)
+        )
         self._tags = dict(tags or {})
         self._metrics = metrics
         uri = tracking_uri if isinstance(tracking_uri, SecretStr) else SecretStr(tracking_uri)

@@ -39,6 +39,7 @@ class EventFile:
 
     def sync(self) -> None:
         """Waits until the file is on the disk. Raises StorageError."""
+        self.append(())  # creates it again if it was removed
         try:
             sync(self.path)
         except OSError as error:

@@ -14,7 +14,7 @@ from pydantic import Field
 from eventtrain.errors import ConfigurationError
 from eventtrain.events import EpochCompleted, EpochStarted, Event, RunResumed, RunStarted, StepsCompleted
 from eventtrain.subscribers._shared.optional_imports import import_optional, require_installed
-from eventtrain.subscribers._shared.paths import file_path
+from eventtrain.subscribers._shared.paths import directory_path, require_writable_folder
 from eventtrain.subscribers._shared.state import SavedState
 from eventtrain.subscribers._shared.step_table import due_steps
 from eventtrain.subscribers.base import RunContext
@@ -110,7 +110,8 @@ class TensorBoardLogger(MediaTracker):
                 raise ConfigurationError(
                     f"TensorBoardLogger(hparams={{{name!r}: {value!r}}}): a value must be a number, a boolean or text."
                 )
-        self._directory = file_path(directory, "TensorBoardLogger")
+        self._directory = directory_path(directory, "TensorBoardLogger")
+        self.output_paths = (self._directory,)
         self._hparams = dict(hparams or {})
         self._flush_interval_s = flush_interval_s
         self._started_with: dict[str, float] = {}
@@ -124,7 +125,7 @@ class TensorBoardLogger(MediaTracker):
         """Moves away what the run will write again, opens a new file, and starts the thread.
 
         Raises:
-            OSError: the directory cannot be written.
+            ConfigurationError: the directory cannot be written.
         """
         folder = run.run_dir / self._directory
         saved, self._saved = self._saved, None
@@ -132,6 +133,7 @@ class TensorBoardLogger(MediaTracker):
             saved = None
 
         def open_file() -> EventFile:
+            require_writable_folder(folder, self.name or "TensorBoardLogger")
             if run.restarts:
                 cut(folder, "", None)
             elif saved is not None:

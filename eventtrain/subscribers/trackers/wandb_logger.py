@@ -17,9 +17,10 @@ from eventtrain.errors import ConfigurationError
 from eventtrain.events import EpochStarted, Event, RunFailed, StepsCompleted
 from eventtrain.events.models import Number
 from eventtrain.subscribers._shared.optional_imports import import_optional, require_installed
-from eventtrain.subscribers._shared.paths import file_path
+from eventtrain.subscribers._shared.paths import directory_path, require_writable_folder
 from eventtrain.subscribers._shared.state import SavedState
 from eventtrain.subscribers._shared.step_table import due_steps
+from eventtrain.subscribers._shared.worker_thread import in_own_thread
 from eventtrain.subscribers.base import RunContext
 from eventtrain.subscribers.trackers.curves import HyperparamCurveState, Points
 from eventtrain.subscribers.trackers.media_tracker import MediaTracker, Record
@@ -114,7 +115,8 @@ class WandbLogger(MediaTracker):
             program=program,
             finish_timeout_s=finish_timeout_s,
         )
-        self._directory = file_path(directory, "WandbLogger") if directory is not None else Path()
+        folder = "." if directory is None else directory
+        self._directory = directory_path(folder, "WandbLogger", may_be_run_dir=True)
         secret = SecretStr(api_key) if isinstance(api_key, str) else api_key
         self._new_run = partial(
             wandb_run.WandbRun, api_key=secret, base_url=base_url, init_timeout_s=init_timeout_s
@@ -148,7 +150,7 @@ class WandbLogger(MediaTracker):
         """Starts the thread, which begins the run at W&B or continues it.
 
         Raises:
-            ConfigurationError: online, and there is no API key.
+            ConfigurationError: online, and there is no API key; or its files cannot be written.
         """
         if self._needs_key:
             limiter = anyio.CapacityLimiter(1)
@@ -161,6 +163,7 @@ class WandbLogger(MediaTracker):
         self._newest_step = self._complete_step = -1
         arguments = {**self._arguments, "name": run.run_id}
         folder = run.run_dir / self._directory
+        await in_own_thread(partial(require_writable_folder, folder, self.name or "WandbLogger"))
         self._wandb = wandb = self._new_run(self._id, folder, resumes=continues, arguments=arguments)
         self._begin(run, wandb, self._description, first_job=wandb.open)
         rows, self._saved_rows = self._saved_rows, {}

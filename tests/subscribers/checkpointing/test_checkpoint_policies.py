@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 import threading
 import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -552,22 +554,112 @@ def test_a_subscriber_that_does_not_reach_its_marker_fails_the_checkpoint_by_nam
     assert names(tmp_path / "run/ck") == ["step-00000003"]
 
 
-@pytest.mark.parametrize("given", [np.float32(1), {1, 2}, b"bytes"])
-def test_a_state_that_is_no_json_fails_the_checkpoint_by_name(tmp_path: Path, given: Any) -> None:
-    class Odd(et.Subscriber):
-        events = et.EpochCompleted
+class Odd(et.Subscriber):
+    """Counts epochs; what it saves, and whether that works, is given."""
 
-        async def handle(self, event: et.EpochCompleted) -> None:
-            pass
+    events = et.EpochCompleted
 
-        def state_dict(self) -> dict[str, Any]:
-            return {"it": given}
+    def __init__(self, given: Any, *, flush_fails: bool = False) -> None:
+        self.given = given
+        self.flush_fails = flush_fails
+        self.loaded: Any = None
 
-    trainer = make_trainer(tmp_path, subscribers=[subs.Checkpointer("ck"), Odd()])
-    seen = record(trainer, et.CheckpointFailed, et.CheckpointCommitted)
+    async def handle(self, event: et.EpochCompleted) -> None:
+        pass
+
+    async def flush(self) -> None:
+        if self.flush_fails:
+            raise OSError("the disk is gone")
+
+    def state_dict(self) -> dict[str, Any]:
+        if isinstance(self.given, Exception):
+            raise self.given
+        return {"it": self.given}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.loaded = state
+
+
+CIRCLE: list[Any] = []
+CIRCLE.append(CIRCLE)
+
+
+@pytest.mark.parametrize(
+    ("given", "error"),
+    [
+        (np.float32(1), "state_dict\\(\\) must return plain JSON data: .*float32"),
+        ({1, 2}, "state_dict\\(\\) must return plain JSON data: .*set"),
+        (b"bytes", "state_dict\\(\\) must return plain JSON data: .*bytes"),
+        (CIRCLE, "state_dict\\(\\) must return plain JSON data: "),
+        ([{"a": {1: 2}}], "the key 1 is not text, and would come back as text"),
+        (RuntimeError("broken"), "RuntimeError: broken"),
+    ],
+)
+def test_a_subscriber_that_cannot_give_its_state_is_named_and_left_out(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, given: Any, error: str
+) -> None:
+    trainer = make_trainer(tmp_path, subscribers=[subs.Checkpointer("ck"), Odd(given)])
+    seen = record(trainer, et.CheckpointFailed, et.CheckpointCommitted, et.SubscriberFailed)
     trainer.fit(batches(2), epochs=1)
-    assert len(seen) == 1
-    assert "state_dict() of Odd must return plain JSON data" in seen[0].error
+    failed, saved = seen
+    assert (failed.kind, failed.subscriber, failed.event_kind, failed.step) == (
+        "subscriber_failed", "Odd", "state_dict", 2,
+    )  # fmt: skip
+    assert re.search(error, failed.error)
+    assert saved.kind == "checkpoint_committed"
+    assert "The checkpoint of step 2 is written without the state of Odd" in caplog.text
+    caplog.clear()
+    odd = Odd(1)
+    again = make_trainer(tmp_path, subscribers=[subs.Checkpointer("ck"), odd])
+    assert again.fit(batches(2), epochs=2, resume=True).step == 4
+    assert odd.loaded is None
+    assert "Odd failed when the checkpoint was taken, and starts with the events after it" in caplog.text
+
+
+def test_a_subscriber_that_cannot_write_still_gives_its_state(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    trainer = make_trainer(tmp_path, subscribers=[subs.Checkpointer("ck"), Odd(7, flush_fails=True)])
+    seen = record(trainer, et.CheckpointFailed, et.CheckpointCommitted, et.SubscriberFailed)
+    trainer.fit(batches(2), epochs=1)
+    assert [event.kind for event in seen] == ["subscriber_failed", "checkpoint_committed"]
+    assert seen[0].error == "OSError: the disk is gone"
+    odd = Odd(1)
+    again = make_trainer(tmp_path, subscribers=[subs.Checkpointer("ck"), odd])
+    again.fit(batches(2), epochs=2, resume=True)
+    assert odd.loaded == {"it": 7}
+    assert "Odd failed when the checkpoint was taken, and may lack output of steps before it" in caplog.text
+
+
+SINKS: dict[str, Callable[[Path], et.Subscriber]] = {
+    "jsonl": lambda path: subs.JSONLLogger(path / "e.jsonl", flush_interval_s=0.05),
+    "csv": lambda path: subs.CSVLogger(path / "e.csv", flush_interval_s=0.05),
+    "parquet": lambda path: subs.ParquetLogger(path / "parts", flush_interval_s=0.05),
+    "tensorboard": lambda path: subs.TensorBoardLogger(path / "tb", program=False, flush_interval_s=0.05),
+    "checkpoints": lambda path: subs.Checkpointer(path / "more", every=5, retries=0),
+    "curves": lambda path: subs.PlotCurves(path / "curves.png"),
+    "report": lambda path: subs.Report(path / "r.html", path / "r.md"),
+}
+
+
+@pytest.mark.parametrize("sink", SINKS)
+def test_a_directory_that_was_removed_is_made_again(tmp_path: Path, sink: str) -> None:
+    folder = tmp_path / "scratch" / "deep"
+    trainer = make_trainer(tmp_path, subscribers=[SINKS[sink](folder), subs.Checkpointer("ck", every=5)])
+    seen = record(trainer, et.CheckpointFailed, et.CheckpointCommitted, et.SubscriberFailed)
+
+    def data(epoch: int) -> Iterator[Any]:
+        if epoch == 2:
+            assert folder.exists()
+            (tmp_path / "scratch").rename(tmp_path / "moved")  # in one step, while something is being written
+        yield from batches(5)
+
+    result = trainer.fit(data, epochs=4)
+    assert result.undelivered == {}
+    assert seen[-1].kind == "checkpoint_committed"
+    assert seen[-1].step == 20
+    assert [path for path in folder.rglob("*") if path.is_file() and path.stat().st_size]
+    assert not [event for event in seen if event.kind == "subscriber_failed" and event.step > 15]
 
 
 # --- a writer that is late --------------------------------------------------------------------------------------

@@ -121,7 +121,7 @@ def test_every_committed_state_restores_bit_for_bit(tmp_path: Path) -> None:
         assert (metadata["step"], metadata["tag"], metadata["schema_version"]) == (
             event.step,
             f"step-{event.step}",
-            1,
+            2,
         )
 
 

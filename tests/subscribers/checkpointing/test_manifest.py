@@ -17,8 +17,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import eventtrain as et
+from eventtrain import subscribers as subs
 from eventtrain.bus.barrier import SubscriptionCheckpoint
-from eventtrain.control.run_state import SavedCommand
+from eventtrain.control.run_state import SavedCommand, pack, unpack
 from eventtrain.subscribers.checkpointing.manifest import (
     MANIFEST,
     SavedArray,
@@ -27,6 +28,7 @@ from eventtrain.subscribers.checkpointing.manifest import (
     nested,
     part_of,
     read_manifest,
+    sealed,
 )
 from tests.subscribers.checkpointing.writing import Writing, complete_cut
 
@@ -48,9 +50,10 @@ def test_the_states_of_subscribers_come_back_as_they_were(tmp_path: Path) -> Non
 
     @given(st.dictionaries(st.text(), json_data, max_size=4), st.floats())
     def check(state: dict[str, Any], loss: float) -> None:
-        unhandled = et.StepCompleted(step=3, epoch=0, batch=3, metrics={"loss": loss, "n": 2**60, "ok": True})
-        share = SubscriptionCheckpoint(state, (unhandled,), (True,), spent=True)
         step = next(steps)
+        metrics = {"loss": loss, "n": 2**60, "ok": True}
+        unhandled = et.StepCompleted(step=step, epoch=0, batch=step, metrics=metrics)
+        share = SubscriptionCheckpoint(state, (unhandled,), (True,), spent=True)
         written = writing.write(step, cut=complete_cut(step, {"it": share}), loss=loss)
         assert isinstance(written, et.CheckpointCommitted), written
         manifest = read_manifest(Path(written.path))
@@ -182,6 +185,11 @@ WRONG = [
     ("time", "yesterday"),
     ("files", {"../../etc/passwd": "x"}),
     ("tag", {"$eval": "1"}),
+    ("step", 4),
+    ("epoch", 1),
+    ("weights_only", True),
+    ("kept_steps", {"best": 2}),
+    ("params", {"['w']": "['params']['nowhere']"}),
 ]
 
 
@@ -189,15 +197,119 @@ WRONG = [
 def test_a_manifest_with_something_wrong_is_refused_by_name(
     tmp_path: Path, manifest: dict[str, Any], key: str, value: Any
 ) -> None:
-    (tmp_path / MANIFEST).write_text(json.dumps({**manifest, key: value}))
+    (tmp_path / MANIFEST).write_text(json.dumps(sealed({**manifest, key: value})))
     with pytest.raises(et.SnapshotError, match=f"(?s)is damaged.*{key}"):
         read_manifest(tmp_path)
 
 
-@pytest.mark.parametrize("version", [0, 2, 99, "1", None, math.inf])
+@pytest.mark.parametrize("version", [0, 1, 3, 99, "2", None, math.inf])
 def test_another_version_is_refused_with_what_to_do(
     tmp_path: Path, manifest: dict[str, Any], version: Any
 ) -> None:
     (tmp_path / MANIFEST).write_text(json.dumps({**manifest, "schema_version": version}))
     with pytest.raises(et.SnapshotError, match="the version of eventtrain that wrote it"):
         read_manifest(tmp_path)
+
+
+def test_no_flipped_bit_changes_what_is_read(tmp_path: Path) -> None:
+    """Of the whole text: each bit is flipped alone; the result is refused, or means the same."""
+    writing = Writing(tmp_path)
+    share = SubscriptionCheckpoint(
+        {"best": 0.1}, (et.StepCompleted(step=3, epoch=0, batch=3, metrics={}),), (True,)
+    )
+    path = Path(writing.write(3, cut=complete_cut(3, {"it": share}), loss=0.5).path)  # type: ignore[attr-defined]
+    writing.close()
+    whole, original = (path / MANIFEST).read_bytes(), read_manifest(path)
+    accepted = 0
+    for bit in range(
+        0, 8 * len(whole), 3
+    ):  # 3 and 8 have no common factor, so every bit of a byte has its turn
+        flipped = bytearray(whole)
+        flipped[bit // 8] ^= 1 << bit % 8
+        (path / MANIFEST).write_bytes(flipped)
+        try:
+            read = read_manifest(path)
+        except et.SnapshotError:
+            continue
+        accepted += 1
+        assert equal(read, original), (bit, bytes(flipped[bit // 8 - 20 : bit // 8 + 20]))
+    assert accepted < len(whole) / 2  # white space
+
+
+def test_a_folder_is_of_the_step_that_its_name_says(tmp_path: Path) -> None:
+    writing = Writing(tmp_path)
+    path = Path(writing.write(3).path)  # type: ignore[attr-defined]
+    writing.close()
+    for name in ("step-00000003-2", "step-00000003-tag", "copy", "step-3"):
+        path = path.rename(tmp_path / name)
+        assert read_manifest(path).step == 3
+    path = path.rename(tmp_path / "step-00000004")
+    with pytest.raises(et.SnapshotError, match="is named after step 4, but holds step 3"):
+        read_manifest(path)
+    with pytest.raises(et.ConfigurationError, match="are of the step that they contain"):
+        subs.Checkpointer("ck", template="step-{epoch:08d}")
+
+
+ORDER = {
+    "command": {"kind": "stop", "due": 5},
+    "cause_step": 3,
+    "cause_seq": 1,
+    "subscriber": "it",
+    "issue": 0,
+}
+EVENT = et.StepCompleted(step=3, epoch=0, batch=3, metrics={}, seq=1).model_dump(mode="json")
+
+IMPOSSIBLE = [
+    ("loop", {"step": -1}),
+    ("loop", {"step": 2}),
+    ("loop", {"epoch": 5}),
+    ("loop", {"epoch": -1}),
+    ("loop", {"batch": 2}),
+    ("loop", {"batch": -3}),
+    ("loop", {"epoch_first_step": 1}),
+    ("loop", {"epoch_first_step": 9}),
+    ("loop", {"start_step": 4}),
+    ("loop", {"start_epoch": 1}),
+    ("loop", {"in_epoch": False}),
+    ("loop", {"evaluated_batches": -1}),
+    ("loop", {"steps": 0}),
+    ("loop", {"data": {"x": 1}}),
+    ("loop", {"data": {"base64": 5}}),
+    ("loop", {"data": {"base64": "%"}}),
+    ("loop", {"data": {"mapping": [[1, 2, 3]]}}),
+    ("loop", {"data": {"mapping": [[{"list": []}, 1]]}}),
+    ("loop", {"data": {"list": 3}}),
+    ("loop", {"orders": [{**ORDER, "command": {"kind": "stop", "due": None}}]}),
+    ("loop", {"orders": [{**ORDER, "command": {"kind": "pause", "due": 2}}]}),
+    ("loop", {"orders": [{**ORDER, "command": {"kind": "explode", "due": 5}}]}),
+    ("loop", {"orders": [{**ORDER, "cause_step": 4}]}),
+    ("loop", {"orders": [{**ORDER, "cause_seq": 99}]}),
+    ("loop", {"orders": [{**ORDER, "issue": -1}]}),
+    ("stream", {"seq": -1}),
+    ("stream", {"epoch_means": {"sums": {"loss": "x"}}}),
+    ("shares", {"it": {"decided_on": [True]}}),
+    ("shares", {"it": {"failures": -1}}),
+    ("shares", {"it": {"unhandled": [{"kind": "nonsense"}], "decided_on": [False]}}),
+    ("shares", {"it": {"unhandled": [{**EVENT, "step": 4}], "decided_on": [True]}}),
+    ("shares", {"it": {"unhandled": [{**EVENT, "seq": 99}], "decided_on": [True]}}),
+]
+
+
+@pytest.mark.parametrize(("part", "changes"), IMPOSSIBLE)
+def test_a_record_that_contradicts_itself_is_refused_by_name_whatever_its_checksum(
+    tmp_path: Path, manifest: dict[str, Any], part: str, changes: dict[str, Any]
+) -> None:
+    facts = manifest["facts"]
+    changed = sealed({**manifest, "facts": {**facts, part: {**facts[part], **changes}}})
+    (tmp_path / MANIFEST).write_text(json.dumps(changed))
+    with pytest.raises(et.SnapshotError, match=r"(?s)is damaged: its eventtrain.json is not valid"):
+        read_manifest(tmp_path)
+
+
+@given(json_data)
+def test_what_no_iterator_had_is_a_value_error(data: Any) -> None:
+    try:
+        unpacked = unpack(data)
+    except ValueError:
+        return
+    assert equal(unpack(pack(unpacked)), unpacked)

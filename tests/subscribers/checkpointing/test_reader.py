@@ -77,7 +77,7 @@ def test_a_path_leads_to_it_from_anywhere(
     assert found.path == directory / "step-00000003"
 
 
-@pytest.mark.parametrize("which", [4, "other", Path("other"), "../step-00000003", ""])
+@pytest.mark.parametrize("which", [4, "other", Path("other"), "../step-00000003"])
 def test_what_is_not_there_is_refused_with_what_there_is(directory: Path, which: Any) -> None:
     with pytest.raises(et.SnapshotError, match=r"There is no checkpoint .*; found: step-00000003, "):
         find_checkpoint(directory, which)
@@ -170,7 +170,7 @@ def test_a_run_resumes_from_the_last_whole_one(tmp_path: Path, caplog: pytest.Lo
     seen = record(trainer, et.RunResumed)
     assert trainer.fit(batches(6), epochs=1, resume=True).step == 6
     assert [event.step for event in seen] == [4]
-    assert "does not resume from its newest checkpoint" in caplog.text
+    assert "checkpoints that cannot be read are left out" in caplog.text
 
 
 def test_a_named_checkpoint_is_looked_for_in_every_checkpointer(tmp_path: Path) -> None:

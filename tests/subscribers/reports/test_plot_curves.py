@@ -366,9 +366,13 @@ def test_a_run_that_fails_or_is_stopped_is_drawn_and_says_so(
 def test_what_cannot_be_written_is_said_and_training_goes_on(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    (tmp_path / "file").write_text("no folder")
+    class ReplacesTheFolder(et.Subscriber):
+        async def on_run_started(self, event: et.RunStarted) -> None:
+            await anyio.Path(tmp_path / "file").rmdir()
+            await anyio.Path(tmp_path / "file").write_text("no folder")
+
     failed = RecordingSubscriber(et.SubscriberFailed)
-    result = fit(tmp_path, subs.PlotCurves("file/curves.png", every_epochs=1), failed)
+    result = fit(tmp_path, subs.PlotCurves("file/curves.png", every_epochs=1), failed, ReplacesTheFolder())
     assert result.step == 12
     errors = [event.error for event in failed.of(et.SubscriberFailed)]
     assert errors
