@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import inspect
 import itertools
-from collections.abc import Callable, Generator, Iterable, Iterator
+import json
+from collections.abc import Callable, Generator, Iterable, Iterator, Sized
 from contextlib import contextmanager
 from typing import Any, TypeAlias
 
@@ -100,6 +101,25 @@ def rewound(data: object, position: Any) -> Generator[None]:
         yield
     finally:
         iterator.set_state(before)
+
+
+def describe(data: object) -> dict[str, Any]:
+    """Returns what is known of `data`, as plain JSON data: its length, and what its `fingerprint()` returns.
+
+    Raises:
+        DataError: `fingerprint()` did not return a dict of plain JSON data.
+    """
+    known: dict[str, Any] = {"length": len(data)} if isinstance(data, Sized) else {}
+    fingerprint = getattr(data, "fingerprint", None)
+    if not callable(fingerprint):
+        return known
+    given = fingerprint()
+    try:
+        return {**known, **json.loads(json.dumps(given))}
+    except (TypeError, ValueError) as error:
+        raise DataError(
+            f"fingerprint() of {type(data).__name__} must return a dict of plain JSON data, got {given!r} ({error})."
+        ) from error
 
 
 def on_device(batch: Batch) -> bool:

@@ -16,6 +16,7 @@ from eventtrain.bus.options import SubscriptionOptions
 from eventtrain.bus.subscription import Subscription
 from eventtrain.control.control import Control
 from eventtrain.control.control_plane import ControlPlane
+from eventtrain.data.sources import describe
 from eventtrain.device.extensions import StepExtension
 from eventtrain.device.fused_step import StepOptions
 from eventtrain.device.model import Model
@@ -337,6 +338,7 @@ class Trainer(Generic[S]):
         point: ResumePoint | None = None,
         *,
         restarts: bool = False,
+        data: Any = None,
     ) -> Run:
         model = self._model
         return Run(
@@ -349,7 +351,7 @@ class Trainer(Generic[S]):
                 model.step,
                 model.epoch,
                 aim,
-                self._fingerprint,
+                {**self._fingerprint, "data": describe(data)},
                 point.record.loop if point is not None else None,
             ),
             resume_point=point,
@@ -377,8 +379,9 @@ class Trainer(Generic[S]):
         model = self._model
         aim = Aim(epochs, steps, len(data) if hasattr(data, "__len__") else None)
         with run_directory(self.run_dir, self.run_id, self._subscribers):
-            point, left = self._resume(resume, aim) if resume is not False else (None, aim)
-            run = self._new_run(aim, eval_data, extra, point, restarts=resume is not False and point is None)
+            point, left = self._resume(resume, aim, data) if resume is not False else (None, aim)
+            restarts = resume is not False and point is None
+            run = self._new_run(aim, eval_data, extra, point, restarts=restarts, data=data)
             temporary = [subscribe(self.bus, subscriber) for subscriber in extra]
             first_epoch = model.epoch
             try:
@@ -400,7 +403,7 @@ class Trainer(Generic[S]):
             undelivered=run.undelivered,
         )
 
-    def _resume(self, resume: bool | str | int | Path, aim: Aim) -> tuple[ResumePoint | None, Aim]:
+    def _resume(self, resume: bool | str | int | Path, aim: Aim, data: Any) -> tuple[ResumePoint | None, Aim]:
         """Take over the checkpoint that ``resume`` names. Returns it, if there is one, and what is left of ``aim``."""
         run_dir = self.run_dir
         saved = find_saved_run(resume, run_dir, self._subscribers)
@@ -410,7 +413,8 @@ class Trainer(Generic[S]):
                 hint = " Pass Trainer(run_dir=...): without it, each trainer has a new directory."
             logger.warning("No checkpoint is in %s yet, so the run starts from scratch.%s", run_dir, hint)
             return None, aim
-        point = take_over(saved, self._model, self._plane.view, self._subscribers, self._fingerprint)
+        now = {**self._fingerprint, "data": describe(data)}
+        point = take_over(saved, self._model, self._plane.view, self._subscribers, now)
         record = point.record.loop
         ended = why_ended(record, aim, named=resume is not True)
         if ended is not None:
