@@ -136,3 +136,27 @@ def test_a_best_value_of_another_metric_is_not_compared(
     make_trainer(tmp_path, subscribers=checkpointers("rate")).fit(batches(4), epochs=2, resume=True)
     assert "best leaves out the best value so far, since it is of loss (min, epochs)" in caplog.text
     assert len(list((tmp_path / "run/best").iterdir())) == before + 1
+
+
+@pytest.mark.parametrize("size", [4, 8])
+def test_another_batch_size_of_data_that_describes_nothing_is_named(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, size: int
+) -> None:
+    make_trainer(tmp_path, subscribers=[subs.Checkpointer("ck")]).fit(lambda epoch: batches(4), epochs=1)
+    trainer = make_trainer(tmp_path, subscribers=[subs.Checkpointer("ck")])
+    trainer.fit(lambda epoch: batches(4, size), epochs=2, resume=True)
+    said = "The first batch after the checkpoint is float32[8, 3]; float32[8], and that of the run was float32[4, 3]; "
+    assert (said in caplog.text) == (size == 8)
+
+
+def test_a_position_behind_the_end_of_the_data_is_refused_by_name(tmp_path: Path) -> None:
+    stopped = make_trainer(tmp_path, subscribers=[subs.Checkpointer("ck")])
+    stopped.on(et.StepCompleted, every=6, once=True, lag=0)(stop)
+    stopped.fit(loader(), epochs=1)
+    trainer = make_trainer(tmp_path, subscribers=[subs.Checkpointer("ck")])
+    with pytest.raises(et.DataError, match="resumes at batch 6 of epoch 0, and the data has only 4 batches"):
+        trainer.fit(loader(batch_size=8), epochs=2, resume=True)
+
+
+async def stop(event: et.StepCompleted, control: et.Control) -> None:
+    control.stop("enough", final=False)
