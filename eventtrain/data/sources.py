@@ -63,8 +63,8 @@ def batches_from(data: object, epoch: int, start: int, state: Any) -> Iterator[B
         seekable: Any = data
         if isinstance(data, Sized) and start > len(data):
             raise DataError(
-                f"The run resumes at batch {start} of epoch {epoch}, and the data has only {len(data)} batches an epoch "
-                "now. Resume with the data and the batch size of the checkpoint."
+                f"The run resumes at batch {start} of epoch {epoch}, and the data has only {len(data)} batches an "
+                "epoch now. Resume with the data and the batch size of the checkpoint."
             )
         return iter(seekable(epoch, start=start))
     batches = epoch_batches(data, epoch)

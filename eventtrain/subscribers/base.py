@@ -34,8 +34,8 @@ class Subscriber(OptionDefaults):
     resumes_runs: bool = False
     """Whether ``saved_run`` can find checkpoints."""
     state_about: Mapping[str, str] = {}
-    """What the state is about, such as the monitored metric. A run that resumes leaves a state out that is about
-    something else, with a warning, and the subscriber starts from scratch."""
+    """Subject of the state, such as the monitored metric. A run that resumes leaves out a state about something else,
+    with a warning, and the subscriber starts from scratch."""
     output_paths: tuple[Path, ...] = ()
     """Files and folders that it writes and no other subscriber may, relative to ``run_dir`` or absolute."""
 
