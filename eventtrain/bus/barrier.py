@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from time import monotonic
 from typing import Any, Generic, TypeVar
 
@@ -24,6 +24,7 @@ class SubscriptionCheckpoint:
     """Contribution of one subscription to a barrier.
 
     Attributes:
+        about: what the state is about, such as the monitored metric; compared when a run resumes.
         state: the result of its ``state_dict``; None if it has none, or could not give it.
         error: why it could not give its state, or not make durable what belongs to it; None if it could.
         unhandled: the events before the marker that it has not handled, oldest first.
@@ -40,6 +41,7 @@ class SubscriptionCheckpoint:
     disabled: bool = False
     failures: int = 0
     error: str | None = None
+    about: Mapping[str, str] = field(default_factory=dict[str, str])
 
 
 class Barrier(Generic[R]):

@@ -11,8 +11,8 @@ from __future__ import annotations
 import logging
 import threading
 from collections import deque
-from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Awaitable, Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from typing import Any, Literal, Protocol
 
@@ -48,11 +48,8 @@ logger = logging.getLogger("eventtrain")
 State = Literal["active", "disabled", "cancelled", "finished"]
 """``disabled`` after failures, ``cancelled`` on request, ``finished`` when ``once`` is fulfilled."""
 
-Save = Callable[[], Awaitable[tuple[Mapping[str, Any], Exception | None]]]
-"""Returns the state that belongs to a checkpoint, as plain JSON data, and what failed to be made durable with it.
-
-Called on the bus' event loop.
-"""
+Save = Callable[[], Awaitable[SubscriptionCheckpoint]]
+"""Returns state, about and error of what belongs to a checkpoint. Called on the bus' event loop."""
 
 
 @dataclass(frozen=True)
@@ -298,22 +295,22 @@ class SubscriptionCore:
             if event is not None and type(event) in BUILT_IN:  # others cannot be read back from a checkpoint
                 unhandled.append(event)
                 decided_on.append(counted)
-        state, problem = None, None
+        saved = SubscriptionCheckpoint()
         try:
             if self._save is not None:
-                state, problem = await self._save()
+                saved = await self._save()
         except BaseException as error:
             # One broken subscriber must not stop all checkpoints. Without its state, events before it mean nothing.
-            problem = own_failure(error)
+            failure = own_failure(error)
+            saved = SubscriptionCheckpoint(error=f"{type(failure).__name__}: {failure}")
             unhandled, decided_on = [], []
-        checkpoint = SubscriptionCheckpoint(
-            state=state,
+        checkpoint = replace(
+            saved,
             unhandled=tuple(unhandled),
             decided_on=tuple(decided_on),
             spent=spent,
             disabled=self.state == "disabled",
             failures=self.failures.consecutive,
-            error=None if problem is None else f"{type(problem).__name__}: {problem}",
         )
         barrier.add(self.name, checkpoint)
 

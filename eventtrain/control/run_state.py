@@ -126,6 +126,7 @@ class SavedSubscription(Frozen):
     disabled: bool = False
     failures: int = Field(default=0, ge=0)
     error: str | None = None
+    about: dict[str, str] = Field(default_factory=dict)
 
     @model_validator(mode="after")
     def _can_be_restored(self) -> Self:
@@ -152,13 +153,21 @@ class SavedSubscription(Frozen):
             disabled=share.disabled,
             failures=share.failures,
             error=share.error,
+            about=dict(share.about),
         )
 
     def share(self) -> SubscriptionCheckpoint:
         """Returns what the subscription gave. Raises EventParseError if an event cannot be read."""
         events = tuple(parse_event(data) for data in self.unhandled)
         return SubscriptionCheckpoint(
-            self.state, events, self.decided_on, self.spent, self.disabled, self.failures, self.error
+            state=self.state,
+            unhandled=events,
+            decided_on=self.decided_on,
+            spent=self.spent,
+            disabled=self.disabled,
+            failures=self.failures,
+            error=self.error,
+            about=self.about,
         )
 
 

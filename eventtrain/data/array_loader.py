@@ -63,6 +63,16 @@ class ArrayLoader:
             require_plain("ArrayLoader: transform", transform)
         self._transform = transform
 
+    def fingerprint(self) -> dict[str, Any]:
+        """Returns what the order of the examples depends on. A run that resumes logs what differs."""
+        return {
+            "examples": self.examples,
+            "batch_size": self.batch_size,
+            "shuffle": self.shuffle,
+            "seed": self.seed,
+            "drop_last": self.drop_last,
+        }
+
     def __len__(self) -> int:
         """Number of batches in an epoch."""
         if self.drop_last:

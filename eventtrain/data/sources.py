@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import inspect
 import itertools
-from collections.abc import Callable, Generator, Iterable, Iterator
+import json
+from collections.abc import Callable, Generator, Iterable, Iterator, Sized
 from contextlib import contextmanager
 from typing import Any, TypeAlias
 
@@ -56,11 +57,19 @@ def batches_from(data: object, epoch: int, start: int, state: Any) -> Iterator[B
 
     An iterator with `set_state` gets `state`. Data that takes `start=`, as an `ArrayLoader` does, seeks. Otherwise the
     first batches are made again and left out, which is exact if the data is the same every time.
+
+    Raises:
+        DataError: the data seeks, and has fewer batches than that.
     """
     if start == 0:
         return epoch_batches(data, epoch)
     if state is None and callable(data) and "start" in _parameters(data):
         seekable: Any = data
+        if isinstance(data, Sized) and start > len(data):
+            raise DataError(
+                f"The run resumes at batch {start} of epoch {epoch}, and the data has only {len(data)} batches an "
+                "epoch now. Resume with the data and the batch size of the checkpoint."
+            )
         return iter(seekable(epoch, start=start))
     batches = epoch_batches(data, epoch)
     set_state = getattr(batches, "set_state", None)
@@ -104,6 +113,31 @@ def rewound(data: object, position: Any) -> Generator[None]:
         yield
     finally:
         iterator.set_state(before)
+
+
+def describe(data: object) -> dict[str, Any]:
+    """Returns what is known of `data`, as plain JSON data: its length, and what its `fingerprint()` returns.
+
+    Raises:
+        DataError: `fingerprint()` did not return a dict of plain JSON data.
+    """
+    known: dict[str, Any] = {"length": len(data)} if isinstance(data, Sized) else {}
+    fingerprint = getattr(data, "fingerprint", None)
+    if not callable(fingerprint):
+        return known
+    given = fingerprint()
+    try:
+        return {**known, **json.loads(json.dumps(given))}
+    except (TypeError, ValueError) as error:
+        raise DataError(
+            f"fingerprint() of {type(data).__name__} must return a dict of plain JSON data, got {given!r} ({error})."
+        ) from error
+
+
+def shapes_of(batch: Batch) -> list[str]:
+    """Returns dtype and shape of each leaf of `batch`, such as "float32[32, 4]"."""
+    leaves = jax.tree_util.tree_leaves(batch)
+    return [f"{getattr(leaf, 'dtype', type(leaf).__name__)}{list(np.shape(leaf))}" for leaf in leaves]
 
 
 def on_device(batch: Batch) -> bool:

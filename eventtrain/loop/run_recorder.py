@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
 from eventtrain.control.run_state import LoopRecord, pack
+from eventtrain.errors import listed
 from eventtrain.loop.lag_gates import LagGates
 from eventtrain.loop.run_status import RunStatus
+
+logger = logging.getLogger("eventtrain")
 
 
 class DataPosition:
@@ -64,11 +68,22 @@ class RunRecorder:
         self.aim = aim
         self.data = DataPosition()
         self.start_step, self.start_epoch = start_step, start_epoch
-        self._fingerprint = fingerprint
+        self._fingerprint = dict(fingerprint)
         self._resumed = resumed
         if resumed is not None:
             self.start_step, self.start_epoch = resumed.start_step, resumed.start_epoch
             self.data = DataPosition(resumed.batch, resumed.data)
+
+    def note_batch(self, shapes: Sequence[str]) -> None:
+        """Records what the first batch is like, and logs it if the first batch of the run that it resumes was not."""
+        data = self._fingerprint["data"] = {**self._fingerprint.get("data", {}), "batch": [*shapes]}
+        before = self._resumed.fingerprint.get("data", {}).get("batch") if self._resumed is not None else None
+        if before not in (None, data["batch"]):
+            logger.warning(
+                "The first batch after the checkpoint is %s, and that of the run was %s. The position in the data is "
+                "counted in batches, so with another batch size the epoch does not continue with the same examples.",
+                listed(shapes), listed(before),
+            )  # fmt: skip
 
     def record(
         self,

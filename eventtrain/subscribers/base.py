@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
+from eventtrain.bus.barrier import SubscriptionCheckpoint
 from eventtrain.bus.core import BusCore
 from eventtrain.bus.handlers import require_annotation, takes_control
 from eventtrain.bus.options import OPTION_NAMES, EventTypes, OptionDefaults
@@ -33,6 +34,9 @@ class Subscriber(OptionDefaults):
     event_types: Iterable[type[Event]] = ()
     resumes_runs: bool = False
     """Whether ``saved_run`` can find checkpoints."""
+    state_about: Mapping[str, str] = {}
+    """Subject of the state, such as the monitored metric. A run that resumes leaves out a state about something else,
+    with a warning, and the subscriber starts from scratch."""
     output_paths: tuple[Path, ...] = ()
     """Files and folders that it writes and no other subscriber may, relative to ``run_dir`` or absolute."""
 
@@ -107,12 +111,14 @@ def subscribe(bus: BusCore, subscriber: Subscriber) -> SubscriptionCore:
             "handler was faster. Use concurrency=1."
         )
 
-    async def save() -> tuple[dict[str, Any], Exception | None]:
+    async def save() -> SubscriptionCheckpoint:
+        problem = None
         try:
             await subscriber.flush()
-        except Exception as error:
-            return subscriber.state_dict(), error  # it says how far the output goes
-        return subscriber.state_dict(), None
+        except Exception as error:  # the state says how far the output goes
+            problem = f"{type(error).__name__}: {error}"
+        state, about = subscriber.state_dict(), dict(subscriber.state_about)
+        return SubscriptionCheckpoint(state, error=problem, about=about)
 
     options = {**{option: getattr(subscriber, option) for option in OPTION_NAMES}, "name": name}
     core = bus.subscribe(event_types, handler, options, save=save if has_state else None, attach=False)

@@ -145,8 +145,8 @@ class Execution:
         if (processes := jax.process_count()) > 1:
             raise ConfigurationError(
                 f"{name} was called in one of {processes} JAX processes (jax.process_count()). eventtrain runs in one "
-                "process: checkpoints, logs and commands are not coordinated between processes. Train on the devices "
-                "of one process, without jax.distributed.initialize()."
+                "process: checkpoints, logs and commands are not coordinated between several. Train on the devices of "
+                "one, without jax.distributed.initialize()."
             )
         if not self._claimed.acquire(blocking=False):
             raise AlreadyRunning(

@@ -19,6 +19,7 @@ from eventtrain.control.command_queue import PendingCommand
 from eventtrain.control.run_state import LoopRecord, RunRecord, SavedRun, unpack
 from eventtrain.control.run_view import RunView
 from eventtrain.control.snapshots import KeptSnapshot
+from eventtrain.device.hyperparams import find_hyperparams, values_of
 from eventtrain.device.model import Model
 from eventtrain.device.snapshot import Snapshot
 from eventtrain.device.state import split_state
@@ -190,10 +191,13 @@ def take_over(
             "The run resumes from %s under different conditions and may not repeat bit for bit: %s",
             saved.path, "; ".join(changed),
         )  # fmt: skip
-    shares = {name: share.share() for name, share in record.shares.items()}
+    all_shares = {name: share.share() for name, share in record.shares.items()}
+    shares = _meant_for(subscribers, all_shares)
     like = model.structure.join(model.leaves)
     leaves, kept = _leaves_of(saved.state(like)), saved.kept(like)
-    loop_record = record.loop.model_copy(update={"data": unpack(record.loop.data)})
+    left_out = all_shares.keys() - shares.keys()
+    orders = tuple(order for order in record.loop.orders if order.subscriber not in left_out)
+    loop_record = record.loop.model_copy(update={"data": unpack(record.loop.data), "orders": orders})
     backup = Backup(model, view, subscribers)
     try:
         _load_states(subscribers, shares)
@@ -206,6 +210,32 @@ def take_over(
         view.snapshots[tag] = KeptSnapshot(Snapshot(step, _leaves_of(state), model.structure, tag=tag))
     record = record.model_copy(update={"loop": loop_record})
     return ResumePoint(saved, record, backup, shares, tuple(kept))
+
+
+def _meant_for(
+    subscribers: Sequence[Subscriber], shares: Mapping[str, SubscriptionCheckpoint]
+) -> dict[str, SubscriptionCheckpoint]:
+    """Returns ``shares`` without those of subscribers that are about something else now, such as another metric."""
+    meant = dict(shares)
+    for subscriber in subscribers:
+        name = subscriber.name or type(subscriber).__name__
+        share = shares.get(name)
+        if (
+            share is not None
+            and share.state is not None
+            and dict(share.about) != dict(subscriber.state_about)
+        ):
+            del meant[name]
+            logger.warning(
+                "%s starts from scratch: the checkpoint has a state of that name about %s, and it is about %s. Names "
+                "follow the order of the subscribers: set `name` to keep them apart.",
+                name, _listing(share.about), _listing(subscriber.state_about),
+            )  # fmt: skip
+    return meant
+
+
+def _listing(about: Mapping[str, str]) -> str:
+    return ", ".join(f"{key}={value}" for key, value in about.items()) or "nothing in particular"
 
 
 def _load_states(subscribers: Sequence[Subscriber], shares: Mapping[str, SubscriptionCheckpoint]) -> None:
@@ -336,6 +366,7 @@ def fingerprint(model: Model) -> dict[str, Any]:
         "x64": bool(jax.config.read("jax_enable_x64")),
         "steps_per_call": model.options.steps_per_call,
         "step_extensions": [repr(extension) for extension in model.extensions],
+        "hyperparams": values_of(find_hyperparams(model.structure.join(leaves)), leaves),
         "state": {
             path: f"{leaf.dtype}{list(leaf.shape)}"
             for path, leaf in zip(model.structure.paths, leaves, strict=True)
@@ -344,9 +375,21 @@ def fingerprint(model: Model) -> dict[str, Any]:
 
 
 def differences(saved: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
-    """Returns what differs from the fingerprint of the checkpoint, one phrase each."""
-    return [
-        f"{name}: {saved.get(name)!r} then, {now.get(name)!r} now"
-        for name in sorted({*saved, *now})
-        if saved.get(name) != now.get(name)
-    ]
+    """Returns what differs from the fingerprint of the checkpoint, one phrase each.
+
+    Of the data, only what is known of both is compared: a generator around a loader does not describe itself.
+    """
+    found: list[str] = []
+    for name in sorted({*saved, *now}):
+        then, here = saved.get(name), now.get(name)
+        if name in ("data", "hyperparams"):
+            continues = "; the checkpoint's value continues" if name == "hyperparams" else ""
+            then, here = dict(then or {}), dict(here or {})
+            found += [
+                f"{name}: {key}={then[key]!r} then, {here[key]!r} now{continues}"
+                for key in sorted(then.keys() & here.keys())
+                if then[key] != here[key]
+            ]
+        elif then != here:
+            found.append(f"{name}: {then!r} then, {here!r} now")
+    return found

@@ -20,6 +20,7 @@ from eventtrain.control.control_plane import ControlPlane
 from eventtrain.control.loop_statistics import LoopClock, LoopStatistics
 from eventtrain.control.run_context import RunContext
 from eventtrain.control.run_view import NONE
+from eventtrain.data.sources import shapes_of
 from eventtrain.device.compiled_step import StepProgram
 from eventtrain.device.fetcher import Fetcher
 from eventtrain.device.hyperparams import find_hyperparams, values_of
@@ -140,6 +141,8 @@ class Run:
         if self.loop is not None:
             return
         model, point = self._model, self._resume_point
+        if batch is not None:
+            self.recorder.note_batch(shapes_of(batch[0] if self.grouped else batch))
         hyperparams = find_hyperparams(model.structure.join(model.leaves))
         compiled = model.prepare(batch, hyperparams)
         if point is not None:

@@ -16,6 +16,7 @@ from eventtrain.bus.options import SubscriptionOptions, event_classes
 from eventtrain.bus.subscription import Subscription, SubscriptionCore
 from eventtrain.control.control import Control
 from eventtrain.control.control_plane import ControlPlane
+from eventtrain.data.sources import describe
 from eventtrain.device.extensions import StepExtension
 from eventtrain.device.fused_step import StepOptions
 from eventtrain.device.model import Model
@@ -371,6 +372,7 @@ class Trainer(Generic[S]):
         point: ResumePoint | None = None,
         *,
         restarts: bool = False,
+        data: Any = None,
     ) -> Run:
         model = self._model
         return Run(
@@ -383,7 +385,7 @@ class Trainer(Generic[S]):
                 model.step,
                 model.epoch,
                 aim,
-                self._fingerprint,
+                {**self._fingerprint, "data": describe(data)},
                 point.record.loop if point is not None else None,
             ),
             resume_point=point,
@@ -411,11 +413,10 @@ class Trainer(Generic[S]):
         model = self._model
         aim = Aim(epochs, steps, len(data) if hasattr(data, "__len__") else None)
         with run_directory(self.run_dir, self.run_id, self.subscribers):
-            point, left = self._resume(resume, aim) if resume is not False else (None, aim)
+            point, left = self._resume(resume, aim, data) if resume is not False else (None, aim)
+            restarts = resume is not False and point is None
             temporary = [RunSubscriber(one, subscribe(self._core, one)) for one in extra]
-            run = self._new_run(
-                aim, eval_data, temporary, point, restarts=resume is not False and point is None
-            )
+            run = self._new_run(aim, eval_data, temporary, point, restarts=restarts, data=data)
             first_epoch = model.epoch
             try:
                 with self._running(run):
@@ -436,7 +437,7 @@ class Trainer(Generic[S]):
             undelivered=run.undelivered,
         )
 
-    def _resume(self, resume: bool | str | int | Path, aim: Aim) -> tuple[ResumePoint | None, Aim]:
+    def _resume(self, resume: bool | str | int | Path, aim: Aim, data: Any) -> tuple[ResumePoint | None, Aim]:
         """Take over the checkpoint that ``resume`` names. Returns it, if there is one, and what is left of ``aim``."""
         run_dir = self.run_dir
         saved = find_saved_run(resume, run_dir, self.subscribers)
@@ -446,7 +447,8 @@ class Trainer(Generic[S]):
                 hint = " Pass Trainer(run_dir=...): without it, each trainer has a new directory."
             logger.warning("No checkpoint is in %s yet, so the run starts from scratch.%s", run_dir, hint)
             return None, aim
-        point = take_over(saved, self._model, self._plane.view, self.subscribers, self._fingerprint)
+        now = {**self._fingerprint, "data": describe(data)}
+        point = take_over(saved, self._model, self._plane.view, self.subscribers, now)
         record = point.record.loop
         ended = why_ended(record, aim, named=resume is not True)
         if ended is not None:

@@ -61,6 +61,8 @@ class CheckpointerState(SavedState):
     """State saved with checkpoints."""
 
     version: Literal[1] = 1
+    best_of: str = ""
+    """Monitor, mode and unit of ``best``."""
     best: BestMetricState | None = None
     """Of a Checkpointer that writes only improvements."""
     runs: tuple[str, ...] = ()
@@ -197,6 +199,7 @@ class Checkpointer(Subscriber):
             "when_full": when_full,
         }
         direction = self._goal.mode if self._goal is not None else "min"
+        self._best_of = f"{monitor} ({direction}, {monitor_unit})"
         self._retention = Retention(max_to_keep, keep_best, keep_every, direction, monitor)
         self._options = WriteOptions(
             marker_timeout_s=marker_timeout_s,
@@ -390,7 +393,9 @@ class Checkpointer(Subscriber):
     def state_dict(self) -> dict[str, Any]:
         """Returns what decides on later checkpoints, as plain JSON data."""
         step, metrics = self._measured
-        state = CheckpointerState(best=self._best, runs=self._runs, measured_at=step, measured=metrics)
+        state = CheckpointerState(
+            best_of=self._best_of, best=self._best, runs=self._runs, measured_at=step, measured=metrics
+        )
         return state.to_json()
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -403,4 +408,10 @@ class Checkpointer(Subscriber):
         self._runs, self._measured = saved.runs, (saved.measured_at, dict(saved.measured))
         self._has_read = saved.measured_at >= 0
         if self._best is not None and saved.best is not None:
-            self._best = saved.best
+            if saved.best_of == self._best_of:
+                self._best = saved.best
+            else:
+                logger.warning(
+                    "%s leaves out the best value so far, since it is of %s, and this one watches %s.",
+                    self._name, saved.best_of, self._best_of,
+                )  # fmt: skip

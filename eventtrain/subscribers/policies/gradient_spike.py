@@ -89,6 +89,7 @@ class GradientSpike(Policy[GradientSpikeState]):
             )
         self.lag = lag
         self.on_error = "fail" if strict else "isolate"
+        self.state_about = {"monitor": monitor, "hyperparam": path or hyperparam}
         self._metric = monitor
         self._window = window
         self._quantile = quantile

@@ -166,6 +166,7 @@ class LRFinder(Policy[LRFinderState]):
         self.lag = {RunStarted: 0, StepCompleted: lag}
         self._test = RangeTest(min_lr, max_lr, num_steps, smoothing, divergence)
         self._num_steps = num_steps
+        self.state_about = {"monitor": monitor, "hyperparam": path or hyperparam}
         self._metric = monitor
         self._hyperparam = hyperparam
         self._path = path

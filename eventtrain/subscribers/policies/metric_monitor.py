@@ -175,6 +175,7 @@ class MonitorPolicy(Policy[MonitorPolicyState]):
         event, self.lag = UNITS[monitor.unit]
         self.events = (event, RunCompleted)
         self.on_error = "fail" if strict else "isolate"
+        self.state_about = {"monitor": metric, "mode": monitor.goal.mode, "unit": monitor.unit}
         self._metric = metric
         self._monitor = monitor
         self._reader = MetricReader(owner, metric, strict=strict)

@@ -73,6 +73,7 @@ class ReduceLROnPlateau(MonitorPolicy):
         )
         self._factor = factor
         self._min_lr = min_lr
+        self.state_about = {**self.state_about, "hyperparam": path or hyperparam}
         self._hyperparam = hyperparam
         self._path = path
         self._label = hyperparam

@@ -79,6 +79,7 @@ class HyperparamScheduler(Policy[ScheduleState]):
         self._block = max(1, lag // 2) if self._by_step else 1
         """Number of boundaries whose values are sent at once."""
         self.every = self._block
+        self.state_about = {"hyperparam": path or hyperparam, "by": by}
         self.events = (EpochStarted,)
         self._lags: dict[type[Event], int | None] = {EpochStarted: 0}
         if self._by_step:

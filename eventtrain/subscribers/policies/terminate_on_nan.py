@@ -105,6 +105,7 @@ class TerminateOnNaN(Policy[TerminateOnNaNState]):
         self.lag = {RunStarted: 0, StepCompleted: lag} if action == "rollback" else lag
         self.on_error = "fail" if strict or action == "raise" else "isolate"
         self._action = action
+        self.state_about = {"monitor": monitor, "hyperparam": path or hyperparam}
         self._metric = monitor
         self._snapshot_every = snapshot_every
         self._lr_factor = lr_factor

@@ -1,0 +1,162 @@
+"""A run that resumes with other data, hyperparameters or policies: what differs is named, and no state goes astray."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import eventtrain as et
+from eventtrain import subscribers as subs
+from tests.support.models import batches, examples, make_trainer, new_state, step_fn
+
+STOPPING = subs.EarlyStopping
+
+
+def loader(**changes: Any) -> et.ArrayLoader:
+    return et.ArrayLoader(examples(32), **{"batch_size": 4, **changes})
+
+
+class Described:
+    """Data of the user's own."""
+
+    def __init__(self, given: Any) -> None:
+        self.given = given
+
+    def __call__(self, epoch: int) -> Any:
+        return iter(batches(8))
+
+    def fingerprint(self) -> Any:
+        return self.given
+
+
+@pytest.mark.parametrize(
+    ("first", "then", "rate", "said"),
+    [
+        (loader(), loader(), 0.5, []),
+        (
+            loader(),
+            loader(batch_size=8),
+            0.5,
+            ["data: batch_size=4 then, 8 now", "data: length=8 then, 4 now"],
+        ),
+        (loader(), loader(seed=5), 0.5, ["data: seed=0 then, 5 now"]),
+        (loader(), loader(shuffle=False), 0.5, ["data: shuffle=True then, False now"]),
+        (loader(), et.ArrayLoader(examples(40), 4), 0.5, ["data: examples=32 then, 40 now"]),
+        (
+            Described({"files": ["a"]}),
+            Described({"files": ["b"]}),
+            0.5,
+            ["data: files=['a'] then, ['b'] now"],
+        ),
+        (batches(8), batches(9), 0.5, ["data: length=8 then, 9 now"]),
+        (batches(8), loader(), 0.5, []),  # a list says nothing of a batch size
+        (
+            loader(),
+            loader(),
+            0.25,
+            ["hyperparams: learning_rate=0.5 then, 0.25 now; the checkpoint's value continues"],
+        ),
+    ],
+)
+def test_other_data_and_hyperparams_are_named_when_a_run_resumes(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, first: Any, then: Any, rate: float, said: list[str]
+) -> None:
+    make_trainer(tmp_path, subscribers=[subs.Checkpointer("ck")]).fit(first, epochs=1)
+    caplog.clear()
+    trainer = et.Trainer(
+        step_fn, new_state(rate), run_dir=tmp_path / "run", subscribers=[subs.Checkpointer("ck")]
+    )
+    trainer.fit(then, epochs=2, resume=True)
+    assert all(text in caplog.text for text in said)
+    assert ("under different conditions" in caplog.text) == bool(said)
+
+
+@pytest.mark.parametrize("given", [object(), {"a": {1, 2}}, 7])
+def test_a_fingerprint_that_is_not_plain_data_is_refused_by_name(tmp_path: Path, given: Any) -> None:
+    trainer = make_trainer(tmp_path)
+    with pytest.raises(et.DataError, match=r"fingerprint\(\) of Described must return a dict"):
+        trainer.fit(Described(given), epochs=1)
+    assert trainer.step == 0
+
+
+POLICIES: list[tuple[Any, Any, bool]] = [
+    (STOPPING("val_loss"), STOPPING("val_loss", patience=7), True),
+    (STOPPING("val_loss"), STOPPING("loss"), False),
+    (STOPPING("loss", mode="min"), STOPPING("loss", mode="max"), False),
+    (STOPPING("loss"), STOPPING("loss", patience_unit="steps"), False),
+    (subs.ReduceLROnPlateau("loss"), subs.ReduceLROnPlateau("val_loss"), False),
+    (subs.GradientSpike("loss"), subs.GradientSpike("rate"), False),
+    (subs.TerminateOnNaN(monitor="loss"), subs.TerminateOnNaN(monitor="rate"), False),
+]
+
+
+@pytest.mark.parametrize(("first", "then", "same"), POLICIES)
+def test_a_policy_takes_over_no_state_about_something_else(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, first: et.Subscriber, then: et.Subscriber, *, same: bool
+) -> None:
+    trainer = make_trainer(tmp_path, subscribers=[subs.Checkpointer("ck"), first])
+    trainer.fit(batches(4), epochs=2, eval_data=batches(1))
+    caplog.clear()
+    loaded: list[Any] = []
+    load = then.load_state_dict
+    then.load_state_dict = lambda state: (loaded.append(state), load(state))[1]  # type: ignore[method-assign]
+    again = make_trainer(tmp_path, subscribers=[subs.Checkpointer("ck"), then])
+    assert again.fit(batches(4), epochs=3, eval_data=batches(1), resume=True).step == 12
+    name = type(first).__name__
+    assert bool(loaded) == same
+    assert (f"{name} starts from scratch: the checkpoint has a state of that name about" in caplog.text) == (
+        not same
+    )
+
+
+def test_two_policies_whose_order_changed_do_not_take_over_one_anothers_state(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    pairs = [("loss", "val_loss"), ("val_loss", "loss")]
+    for epochs, names in zip((2, 3), pairs, strict=True):
+        policies = [STOPPING(name, patience=50) for name in names]
+        trainer = make_trainer(tmp_path, subscribers=[subs.Checkpointer("ck"), *policies])
+        trainer.fit(batches(4), epochs=epochs, eval_data=batches(1), resume=True)
+    assert "EarlyStopping starts from scratch" in caplog.text
+    assert "EarlyStopping-2 starts from scratch" in caplog.text
+
+
+def test_a_best_value_of_another_metric_is_not_compared(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    def checkpointers(monitor: str) -> list[et.Subscriber]:
+        best = subs.Checkpointer("best", save_best_only=True, monitor=monitor, mode="min")
+        best.name = "best"
+        return [subs.Checkpointer("ck"), best]
+
+    make_trainer(tmp_path, subscribers=checkpointers("loss")).fit(batches(4), epochs=1)
+    before = len(list((tmp_path / "run/best").iterdir()))
+    make_trainer(tmp_path, subscribers=checkpointers("rate")).fit(batches(4), epochs=2, resume=True)
+    assert "best leaves out the best value so far, since it is of loss (min, epochs)" in caplog.text
+    assert len(list((tmp_path / "run/best").iterdir())) == before + 1
+
+
+@pytest.mark.parametrize("size", [4, 8])
+def test_another_batch_size_of_data_that_describes_nothing_is_named(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, size: int
+) -> None:
+    make_trainer(tmp_path, subscribers=[subs.Checkpointer("ck")]).fit(lambda epoch: batches(4), epochs=1)
+    trainer = make_trainer(tmp_path, subscribers=[subs.Checkpointer("ck")])
+    trainer.fit(lambda epoch: batches(4, size), epochs=2, resume=True)
+    said = "The first batch after the checkpoint is float32[8, 3]; float32[8], and that of the run was float32[4, 3]; "
+    assert (said in caplog.text) == (size == 8)
+
+
+def test_a_position_behind_the_end_of_the_data_is_refused_by_name(tmp_path: Path) -> None:
+    stopped = make_trainer(tmp_path, subscribers=[subs.Checkpointer("ck")])
+    stopped.on(et.StepCompleted, every=6, once=True, lag=0)(stop)
+    stopped.fit(loader(), epochs=1)
+    trainer = make_trainer(tmp_path, subscribers=[subs.Checkpointer("ck")])
+    with pytest.raises(et.DataError, match="resumes at batch 6 of epoch 0, and the data has only 4 batches"):
+        trainer.fit(loader(batch_size=8), epochs=2, resume=True)
+
+
+async def stop(event: et.StepCompleted, control: et.Control) -> None:
+    control.stop("enough", final=False)
