@@ -168,14 +168,16 @@ class CommandQueue:
         for barrier in self._barriers:
             barrier.run.commands += commands
 
-    def wait(self, ready: Callable[[], object], timeout_s: float = POLL_S) -> None:
+    def wait(self, ready: Callable[[], object], timeout_s: float = POLL_S, known: int = 0) -> None:
         """Sleep until woken, until ``ready()``, until a command arrives, or for ``timeout_s``.
+
+        The first ``known`` commands in ``arrived`` do not count: they were seen, and cannot be served yet.
 
         ``_waiting`` is set before ``ready()`` is asked, and a waker changes what ``ready`` looks at before it reads
         ``_waiting``: whichever comes second sees the other, so no wake-up is lost.
         """
         self._waiting = True
         self._wakeup.clear()
-        if not ready() and not self.arrived:
+        if not ready() and len(self.arrived) <= known:
             self._wakeup.wait(timeout_s)
         self._waiting = False

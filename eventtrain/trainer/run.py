@@ -25,6 +25,7 @@ from eventtrain.device.hyperparams import find_hyperparams, values_of
 from eventtrain.device.state import replicated_sharding
 from eventtrain.errors import AlreadyRunning, BusClosed, ConfigurationError, StepError
 from eventtrain.events import RunCompleted, RunFailed, RunStarted
+from eventtrain.loop.boundary import require_served
 from eventtrain.loop.evaluation import EvaluationSource
 from eventtrain.loop.event_builder import EventBuilder
 from eventtrain.loop.lag_gates import LagGates
@@ -210,9 +211,11 @@ class Run:
             return self.loop.wait(ready)
         queue = self._plane.queue
         while not ready():
+            known = len(queue.arrived)  # before the loop is made, only a stop can be served
             if self._early_stop() is not None:
                 return False
-            queue.wait(ready, POLL_S)
+            require_served(self._bus)
+            queue.wait(ready, POLL_S, known)
         return True
 
     def wake(self) -> None:

@@ -15,6 +15,7 @@ from eventtrain.bus.options import SubscriptionOptions
 from eventtrain.bus.subscription import Subscription
 from eventtrain.control.control import Control
 from eventtrain.control.control_plane import ControlPlane
+from eventtrain.data.prefetch import Leftovers
 from eventtrain.device.extensions import StepExtension
 from eventtrain.device.fused_step import StepOptions
 from eventtrain.device.model import Model
@@ -146,9 +147,10 @@ class Trainer(Generic[S]):
         self._subscribers: tuple[Subscriber, ...] = ()
         for subscriber in subscribers:
             self._add(subscriber)
-        self._inference = Inference(self._model, self._options, self._core)
+        self._inference = Inference(self._model, self._options, self._core, self._plane.queue)
         self._execution = Execution(self._model, self._plane.queue, self._core, backend, backend_options)
         self._run: Run | None = None
+        self._leftovers = Leftovers()
 
     # --- reading ----------------------------------------------------------------------------------------------
 
@@ -373,7 +375,7 @@ class Trainer(Generic[S]):
         first_epoch = model.epoch
         try:
             with self._running(run):
-                train(run, data, left, point)
+                train(run, data, left, self._leftovers, point)
         except BaseException:
             if point is not None and run.loop is None:
                 point.backup.restore()
