@@ -18,6 +18,9 @@ from eventtrain.events import parse_event
 from eventtrain.events.commands import AnyCommand
 from eventtrain.events.models import Frozen, Number
 
+BEFORE_END = "before-end"
+"""Tag of the state before the end of a run, if that is another one. Kept snapshots of it: ``before-end/<tag>``."""
+
 
 class SavedMeans(Frozen):
     """The sums behind the means of an epoch or an evaluation."""
@@ -127,13 +130,19 @@ class SavedSubscription(Frozen):
 
 
 class RunRecord(Frozen):
-    """Everything of one checkpoint that is not an array."""
+    """Everything of one checkpoint that is not an array.
+
+    Attributes:
+        before_end: if the end of a run had begun: the run before it, from which one with a higher aim continues. Its
+            snapshots have the tags of ``BEFORE_END``.
+    """
 
     kind: Literal["run_facts"] = "run_facts"
     schema_version: Literal[1] = 1
     loop: LoopRecord
     stream: StreamRecord
     shares: dict[str, SavedSubscription]
+    before_end: RunRecord | None = None
 
 
 class SavedRun(Protocol):
@@ -170,8 +179,12 @@ class SavedRun(Protocol):
         """
         ...
 
-    def kept(self, like: Any) -> dict[str, tuple[int, Any]]:
-        """Returns the other snapshots that the rest of the run needs: tag -> step, and state placed as ``like``."""
+    def kept(self, like: Any, *, before_end: bool) -> dict[str, tuple[int, Any]]:
+        """Returns other snapshots: tag -> step, and state placed as ``like``.
+
+        Args:
+            before_end: those of ``RunRecord.before_end``, instead of those that the rest of the run needs.
+        """
         ...
 
 

@@ -79,7 +79,12 @@ def train(run: Run, data: Any, aim: Aim, leftovers: Leftovers, point: ResumePoin
                 group = for_data(batches.next) if steps_left != 0 else None
         finally:
             batches.close()
-        if run.status.stop_reason is not None or not run.end_epoch():
+        if run.status.stop_reason is not None:
+            return
+        if steps_left == 0:
+            run.end_last_epoch()
+            return
+        if not run.end_epoch():
             return
         epochs_left = None if epochs_left is None else epochs_left - 1
 

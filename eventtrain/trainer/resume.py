@@ -15,7 +15,7 @@ import jax
 from eventtrain.bus.barrier import SubscriptionCheckpoint, SubscriptionRestore
 from eventtrain.bus.wakeup import CrossLoopFuture
 from eventtrain.control.command_queue import PendingCommand
-from eventtrain.control.run_state import LoopRecord, RunRecord, SavedRun, unpack
+from eventtrain.control.run_state import BEFORE_END, LoopRecord, RunRecord, SavedRun, unpack
 from eventtrain.control.run_view import RunView
 from eventtrain.control.snapshots import KeptSnapshot
 from eventtrain.device.model import Model
@@ -43,7 +43,8 @@ class ResumePoint:
         record: everything else.
         backup: of the trainer, as it was before.
         shares: by subscription, what it held at the checkpoint.
-        kept: tags of the other snapshots that were saved with it.
+        kept: tag -> tag on disk, of the other snapshots that were saved with it.
+        state_tag: tag on disk of the snapshot whose state was taken over; None if it was the checkpoint's own.
         ended: why the run had reached its end, so that nothing is trained; None if it continues.
     """
 
@@ -51,7 +52,8 @@ class ResumePoint:
     record: RunRecord
     backup: Backup
     shares: Mapping[str, SubscriptionCheckpoint] = field(default_factory=dict[str, SubscriptionCheckpoint])
-    kept: tuple[str, ...] = ()
+    kept: Mapping[str, str] = field(default_factory=dict[str, str])
+    state_tag: str | None = None
     ended: str | None = None
 
 
@@ -146,6 +148,13 @@ def remaining(record: LoopRecord, aim: Aim) -> Aim:
     return replace(aim, epochs=epochs, steps=steps)
 
 
+def is_beyond(record: LoopRecord, aim: Aim) -> bool:
+    """Returns whether the run has trained more than ``aim``, so that not even its end is due."""
+    epochs, steps = record.epoch - record.start_epoch, record.step - record.start_step
+    beyond = aim.epochs is not None and (epochs, record.in_epoch) > (aim.epochs, False)
+    return beyond or (aim.steps is not None and steps > aim.steps)
+
+
 def why_ended(record: LoopRecord, aim: Aim, *, named: bool) -> str | None:
     """Returns why the run has reached its end already; None if there is something to do.
 
@@ -155,7 +164,7 @@ def why_ended(record: LoopRecord, aim: Aim, *, named: bool) -> str | None:
         named: the checkpoint was named, to continue from it whatever had ended the run.
     """
     left = remaining(record, aim)
-    if not record.in_epoch and 0 in (left.epochs, left.steps):
+    if is_beyond(record, aim) or (not record.in_epoch and 0 in (left.epochs, left.steps)):
         return "completed"
     if record.ended is None or named:
         return None
@@ -167,11 +176,21 @@ def why_ended(record: LoopRecord, aim: Aim, *, named: bool) -> str | None:
 
 
 def take_over(
-    saved: SavedRun, model: Model, view: RunView, subscribers: Sequence[Subscriber], now: Mapping[str, Any]
+    saved: SavedRun,
+    model: Model,
+    view: RunView,
+    subscribers: Sequence[Subscriber],
+    now: Mapping[str, Any],
+    aim: Aim,
+    *,
+    named: bool,
 ) -> ResumePoint:
     """Load the state of ``saved`` into ``model``, and the states of its subscribers into those of the same name.
 
+    If the run had ended and has a higher ``aim`` now, they are those before its end.
+
     Args:
+        aim, named: as for ``why_ended``.
         now: the fingerprint of this trainer. Differences from the saved one are logged.
 
     Raises:
@@ -183,6 +202,10 @@ def take_over(
             f"Cannot resume from {saved.path}: it holds weights only. Start with them: "
             "Trainer(state=et.load_state(path, like=state))."
         )
+    ended = why_ended(record.loop, aim, named=named)
+    left = remaining(record.loop, aim)
+    before_end = record.before_end if ended is None and 0 not in (left.epochs, left.steps) else None
+    record = before_end or record
     changed = differences(record.loop.fingerprint, now)
     if changed:
         logger.warning(
@@ -191,7 +214,10 @@ def take_over(
         )  # fmt: skip
     shares = {name: share.share() for name, share in record.shares.items()}
     like = model.structure.join(model.leaves)
-    leaves, kept = _leaves_of(saved.state(like)), saved.kept(like)
+    kept = saved.kept(like, before_end=before_end is not None)
+    state_tag = BEFORE_END if BEFORE_END in kept else None
+    leaves = _leaves_of(kept.pop(BEFORE_END)[1] if state_tag is not None else saved.state(like))
+    tags = {tag.removeprefix(f"{BEFORE_END}/"): tag for tag in kept}
     loop_record = record.loop.model_copy(update={"data": unpack(record.loop.data)})
     backup = Backup(model, view, subscribers)
     try:
@@ -201,10 +227,11 @@ def take_over(
         raise
     model.leaves, model.ext_leaves = leaves, None
     model.step, model.epoch = loop_record.step, loop_record.epoch
-    for tag, (step, state) in kept.items():
+    for tag, on_disk in tags.items():
+        step, state = kept[on_disk]
         view.snapshots[tag] = KeptSnapshot(Snapshot(step, _leaves_of(state), model.structure, tag=tag))
     record = record.model_copy(update={"loop": loop_record})
-    return ResumePoint(saved, record, backup, shares, tuple(kept))
+    return ResumePoint(saved, record, backup, shares, tags, state_tag, ended)
 
 
 def _load_states(subscribers: Sequence[Subscriber], shares: Mapping[str, SubscriptionCheckpoint]) -> None:
@@ -234,11 +261,11 @@ def take_over_extensions(
     saved, kept = point.saved, view.kept()
     if not types:
         return None
-    for tag in point.kept:
+    for tag, on_disk in point.kept.items():
         if tag in kept:
-            whole = kept[tag].device.with_extensions(saved.extensions(types, tag), tuple(types))
+            whole = kept[tag].device.with_extensions(saved.extensions(types, on_disk), tuple(types))
             view.snapshots[tag] = KeptSnapshot(whole)
-    return saved.extensions(types)
+    return saved.extensions(types, point.state_tag)
 
 
 def resume_stream(point: ResumePoint, resources: RunResources) -> None:

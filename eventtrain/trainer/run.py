@@ -205,6 +205,14 @@ class Run:
             return self.status.stop_reason is None
         return self.loop.end_epoch()
 
+    def end_last_epoch(self) -> None:
+        """End the epoch that the aim has cut short, if it was. A run with a higher aim continues before this."""
+        self.require_open()
+        if self.loop is not None and self.status.in_epoch:
+            self.loop.boundary.settle()
+            self.loop.checkpoints.begin_end()
+        self.end_epoch()
+
     def wait(self, ready: Callable[[], object]) -> bool:
         """Wait until ``ready()``, serving commands. Returns False if the run has to end first."""
         if self.loop is not None:
@@ -361,6 +369,8 @@ class Run:
         if loop.windows.open:
             loop.windows.flush()
         if raised is None and not self.status.cut_short:
+            if self._plane.requests.final_restores:
+                loop.checkpoints.begin_end()
             loop.restore_at_end()
         if self.resources.fetcher.failure is None and self._bus.running:
             loop.checkpoints.take_final(loop.boundary)

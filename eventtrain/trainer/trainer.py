@@ -5,7 +5,6 @@ from __future__ import annotations
 import uuid
 from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Generic, Literal, TypeVar, Unpack
 
@@ -21,7 +20,7 @@ from eventtrain.device.fused_step import StepOptions
 from eventtrain.device.model import Model
 from eventtrain.device.state import PyTree
 from eventtrain.errors import AlreadyRunning, ConfigurationError, StateInUse
-from eventtrain.events import Event
+from eventtrain.events import EpochCompleted, Event
 from eventtrain.events.models import Number
 from eventtrain.loop.evaluation import EvaluationSource
 from eventtrain.loop.run_recorder import Aim, RunRecorder
@@ -36,10 +35,10 @@ from eventtrain.trainer.resume import (
     ResumePoint,
     find_saved_run,
     fingerprint,
+    is_beyond,
     logger,
     remaining,
     take_over,
-    why_ended,
 )
 from eventtrain.trainer.run import Run, RunOptions
 from eventtrain.trainer.session import Session
@@ -370,6 +369,9 @@ class Trainer(Generic[S]):
         model = self._model
         aim = Aim(epochs, steps, len(data) if hasattr(data, "__len__") else None)
         point, left = self._resume(resume, aim) if resume is not False else (None, aim)
+        if point is not None and is_beyond(point.record.loop, aim):
+            point.backup.discard()
+            return self._result(0, "completed", [], {})
         run = self._new_run(aim, eval_data, extra, point, restarts=resume is not False and point is None)
         temporary = [subscribe(self.bus, subscriber) for subscriber in extra]
         first_epoch = model.epoch
@@ -383,13 +385,21 @@ class Trainer(Generic[S]):
         finally:
             for subscription in temporary:
                 subscription.cancel()
+        return self._result(
+            model.epoch - first_epoch, run.ended_by, run.resources.builder.history, run.undelivered
+        )
+
+    def _result(
+        self, epochs: int, reason: str, history: list[EpochCompleted], undelivered: Mapping[str, int]
+    ) -> FitResult[S]:
+        model = self._model
         return FitResult(
             state=model.structure.join(model.leaves_for("final", model.leaves, model.ext_leaves)),
             step=model.step,
-            epochs_completed=model.epoch - first_epoch,
-            stop_reason=run.ended_by,
-            history=run.resources.builder.history,
-            undelivered=run.undelivered,
+            epochs_completed=epochs,
+            stop_reason=reason,
+            history=history,
+            undelivered=undelivered,
         )
 
     def _resume(self, resume: bool | str | int | Path, aim: Aim) -> tuple[ResumePoint | None, Aim]:
@@ -402,16 +412,18 @@ class Trainer(Generic[S]):
                 hint = " Pass Trainer(run_dir=...): without it, each trainer has a new directory."
             logger.warning("No checkpoint is in %s yet, so the run starts from scratch.%s", run_dir, hint)
             return None, aim
-        point = take_over(saved, self._model, self._plane.view, self._subscribers, self._fingerprint)
-        record = point.record.loop
-        ended = why_ended(record, aim, named=resume is not True)
+        point = take_over(
+            saved, self._model, self._plane.view, self._subscribers, self._fingerprint,
+            aim, named=resume is not True,
+        )  # fmt: skip
+        record, ended = point.record.loop, point.ended
         if ended is not None:
             logger.warning(
                 "The run in %s has ended at step %d (%s), so nothing more is trained. Set a higher aim, or name the "
                 "checkpoint to continue from: fit(resume=%d).",
                 run_dir, record.step, ended, record.step,
             )  # fmt: skip
-        return replace(point, ended=ended), remaining(record, aim)
+        return point, remaining(record, aim)
 
     # --- evaluation and prediction ----------------------------------------------------------------------------
 

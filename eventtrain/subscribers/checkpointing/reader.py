@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from eventtrain.control.run_state import BEFORE_END
 from eventtrain.errors import SnapshotError, StateError
 from eventtrain.subscribers.checkpointing.directory import Committed, committed_in
 from eventtrain.subscribers.checkpointing.manifest import (
@@ -69,9 +70,13 @@ class SavedCheckpoint:
         _require_same(like.keys(), arrays.keys(), "The step extensions saved", "the trainer's", self.path)
         return [self._placed(part, path, leaf, arrays[path]) for path, leaf in like.items()]
 
-    def kept(self, like: Any) -> dict[str, tuple[int, Any]]:
-        """Returns other snapshots that the rest of the run needs: tag -> step, and state placed as ``like``."""
-        return {tag: (step, self._fill(KEPT + tag, like)) for tag, step in self.manifest.kept_steps.items()}
+    def kept(self, like: Any, *, before_end: bool) -> dict[str, tuple[int, Any]]:
+        """Returns other snapshots: tag -> step, and state placed as ``like``; see ``SavedRun``."""
+        return {
+            tag: (step, self._fill(KEPT + tag, like))
+            for tag, step in self.manifest.kept_steps.items()
+            if tag.startswith(BEFORE_END) == before_end
+        }
 
     def weights(self, like: Any) -> Any:
         """``state``, where ``like`` may also be the params, or a whole state of which only the params were saved."""
