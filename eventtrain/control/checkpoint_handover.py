@@ -14,6 +14,7 @@ from eventtrain.control.requests import CheckpointRequest, RunRequests
 from eventtrain.control.run_state import RunRecord, SavedCommand, SavedSubscription
 from eventtrain.control.snapshots import KeptSnapshot
 from eventtrain.device.snapshot import Snapshot
+from eventtrain.device.state import checksum
 from eventtrain.errors import SnapshotError
 
 
@@ -164,8 +165,13 @@ def _record_of(barrier: Barrier[RunPart], timeout_s: float) -> RunRecord:
     loop, stream = barrier.run.loop, barrier.run.stream
     assert loop is not None
     assert stream is not None  # both were recorded before the marker was routed
+    batch = barrier.run.last_batch
+    found = {
+        "orders": tuple(_commands_of(barrier, shares)),
+        "batch_crc32": None if batch is None else checksum(batch),
+    }
     return RunRecord(
-        loop=loop.model_copy(update={"orders": tuple(_commands_of(barrier, shares))}),
+        loop=loop.model_copy(update=found),
         stream=stream.model_copy(update={"seq": barrier.seq}),
         shares={name: SavedSubscription.of(share) for name, share in shares.items()},
     )

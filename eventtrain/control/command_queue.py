@@ -7,7 +7,7 @@ import threading
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Any, Protocol
 
 from eventtrain.bus.barrier import Barrier
 from eventtrain.bus.core import BusCore
@@ -34,11 +34,13 @@ class RunPart:
         loop: the state of the loop; None until it was recorded.
         stream: the state of the training stream; None until the marker has passed the fetch thread.
         commands: commands that were not due, or arrived while the barrier was open.
+        last_batch: the one trained on last; None if it is not known.
     """
 
     loop: LoopRecord | None = None
     stream: StreamRecord | None = None
     commands: list[PendingCommand] = field(default_factory=list["PendingCommand"])
+    last_batch: Any = None
 
 
 class EventSink(Protocol):

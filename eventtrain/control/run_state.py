@@ -54,6 +54,7 @@ class LoopRecord(Frozen):
         epochs, steps: the aim of that call; both None in a session.
         ended: why the run ended, if a command ended it for good.
         data: the state of the data's iterator after the last batch trained on, by ``pack``; None if it has none.
+        batch_crc32: of that batch, to be compared where a resumed run makes it again; None if it is not known.
         orders: commands that were not due.
         deterministic: nothing that depends on timing has taken effect.
         fingerprint: what an exact continuation depends on: versions, devices, options.
@@ -74,6 +75,7 @@ class LoopRecord(Frozen):
     steps: int | None = None
     ended: str | None = None
     data: Any = None
+    batch_crc32: int | None = None
     orders: tuple[SavedCommand, ...] = ()
     deterministic: bool = True
     fingerprint: dict[str, Any] = Field(default_factory=dict)

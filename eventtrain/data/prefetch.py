@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import collections
 import contextvars
+import logging
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from itertools import islice
@@ -24,8 +25,10 @@ import jax
 import numpy as np
 
 from eventtrain.data.sources import Batch, EpochReader, on_device
-from eventtrain.device.state import with_x64_of_caller
+from eventtrain.device.state import checksum, with_x64_of_caller
 from eventtrain.errors import DataError
+
+logger = logging.getLogger("eventtrain")
 
 DEPTH, DEPTH_OF_SMALL = 4, 64
 SMALL_BYTES = 256 * 1024
@@ -88,6 +91,7 @@ class EpochIterator:
         sharding: of NumPy batches on the device.
         start: batches of a resumed epoch that were trained on before; it may have no batch left.
         data_state: state of the data's iterator after them, where it has one.
+        batch_crc32: of the last one of them. If it is made again and is another, that is logged.
         most: batches to take at most; None for all of the epoch.
         leftovers: of the trainer. Without it, what was prefetched from an iterator and not used is lost.
     """
@@ -102,6 +106,7 @@ class EpochIterator:
         waiter: Waiter,
         start: int = 0,
         data_state: Any = None,
+        batch_crc32: int | None = None,
         most: int | None = None,
         leftovers: Leftovers | None = None,
     ) -> None:
@@ -113,7 +118,8 @@ class EpochIterator:
         self._begun = False
         self._direct: Iterator[BatchGroup] | None = None
         self._prefetcher: Prefetcher | None = None
-        if steps_per_call == 1 and type(data) in (list, tuple) and all(map(on_device, data)):
+        checks = start > 0 and batch_crc32 is not None
+        if steps_per_call == 1 and not checks and type(data) in (list, tuple) and all(map(on_device, data)):
             chosen, is_part = data[start : None if most is None else start + most], start > 0 or most == 0
             self._direct = _groups_of(chosen, data[:1] if is_part else None)
             return
@@ -123,7 +129,12 @@ class EpochIterator:
             return EpochReader(data, epoch, start, data_state, before.rest() if before is not None else ())
 
         self._prefetcher = Prefetcher(
-            read, steps_per_call=steps_per_call, sharding=sharding, most=most, on_ready=waiter.wake
+            read,
+            steps_per_call=steps_per_call,
+            sharding=sharding,
+            most=most,
+            batch_crc32=batch_crc32,
+            on_ready=waiter.wake,
         )
 
     def next(self) -> BatchGroup | None:
@@ -183,6 +194,7 @@ class Prefetcher:
         depth: groups that may wait; that many groups of memory are used beside those of the step. Small batches that
             are on the device already may be more.
         most: batches to take at most.
+        batch_crc32: of the batch before the first one.
         sharding: where NumPy leaves are put; None is JAX's default device. Other leaves stay as they are.
         on_ready: called on the prefetch thread after each group and at the end, when `ready()` holds.
 
@@ -196,6 +208,7 @@ class Prefetcher:
         steps_per_call: int = 1,
         depth: int = DEPTH,
         most: int | None = None,
+        batch_crc32: int | None = None,
         sharding: jax.sharding.Sharding | None = None,
         on_ready: Callable[[], None] = lambda: None,
     ) -> None:
@@ -203,6 +216,7 @@ class Prefetcher:
         self._size = steps_per_call
         self._depth = depth
         self._most = most
+        self._batch_crc32 = batch_crc32
         self._sharding = sharding
         self._on_ready = on_ready
         self._groups: collections.deque[BatchGroup] = collections.deque()
@@ -280,6 +294,7 @@ class Prefetcher:
         reader: EpochReader | None = None
         try:
             reader = self._read()
+            self._compare(reader)
             self._fill(reader)
         except BaseException as error:
             self._error = error
@@ -289,6 +304,19 @@ class Prefetcher:
             self._error = self._error or error
         self._ended = True
         self._on_ready()
+
+    def _compare(self, reader: EpochReader) -> None:
+        """Log if the data that was made again is not that which was trained on."""
+        for batch in reader.last_skipped if self._batch_crc32 is not None else ():
+            now = checksum(jax.tree.map(self._on_device, batch))
+            if now is not None and now != self._batch_crc32:
+                logger.warning(
+                    "The run does not resume exactly: batch %d of epoch %d is not the one that was trained on before "
+                    "the checkpoint, so the rest of the epoch may repeat examples and leave out others. Data that "
+                    "shuffles itself must do so by a seed and the epoch, as et.ArrayLoader does, or have an iterator "
+                    "with get_state and set_state.",
+                    reader.start - 1, reader.epoch,
+                )  # fmt: skip
 
     def _fill(self, reader: EpochReader) -> None:
         group: list[tuple[Batch, Any]] = []

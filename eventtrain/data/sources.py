@@ -54,7 +54,8 @@ class EpochReader:
     Otherwise the first batches are made again and left out, which is exact if the data is the same every time.
 
     Attributes:
-        start: number of the first batch.
+        epoch, start: the epoch, and the number of the first batch in it.
+        last_skipped: the batch before ``start``, where it was made again.
         owned: whether the iterator was made here, from a callable or an iterable. One that the user made stays open.
 
     Raises:
@@ -69,22 +70,24 @@ class EpochReader:
         state: Any = None,
         unread: Iterable[tuple[Batch, Any]] = (),
     ) -> None:
-        self._data, self._epoch, self.start = data, epoch, start
+        self._data, self.epoch, self.start = data, epoch, start
         self._unread = collections.deque(unread)
         self._skipped: list[Batch] = []
+        self.last_skipped: list[Batch] = []
         self._start_state: Any = None
         seeks = start > 0 and state is None and callable(data) and "start" in _parameters(data)
-        opened: Any = data(epoch, start=start) if seeks else epoch_batches(data, epoch)
+        opened: Any = data(epoch, start=start - 1) if seeks else epoch_batches(data, epoch)
         self._batches: Any = iter(opened)
         self.owned = self._batches is not data
         if start and state is not None and hasattr(self._batches, "set_state"):
             self._start_state = iterator_state(self._batches)
             self._unread.clear()
             self._batches.set_state(state)
-        elif start and not seeks:
-            skipped = itertools.islice(self, start)
-            self._skipped = [batch for batch, _ in itertools.islice(skipped, 1)]
-            collections.deque(skipped, maxlen=0)
+        elif start:
+            skipped = itertools.islice(self, 1 if seeks else start)
+            first = [] if seeks else [batch for batch, _ in itertools.islice(skipped, 1)]
+            last = collections.deque(skipped, maxlen=1)
+            self._skipped, self.last_skipped = first, [batch for batch, _ in last] or first
 
     def __iter__(self) -> Iterator[tuple[Batch, Any]]:
         """Yields each batch with the state of the iterator after it, or None if it has no ``get_state``."""
@@ -101,7 +104,7 @@ class EpochReader:
         if self._skipped:
             return self._skipped
         if self.owned:
-            again = epoch_batches(self._data, self._epoch)
+            again = epoch_batches(self._data, self.epoch)
             batches = list(itertools.islice(again, 1))
             getattr(again, "close", lambda: None)()
         elif hasattr(self._data, "set_state") and hasattr(self._data, "get_state"):

@@ -7,6 +7,7 @@ functions, strings, Python numbers) are static: a `TreeStructure` holds them and
 from __future__ import annotations
 
 import dataclasses
+import zlib
 from collections.abc import Callable, Sequence
 from typing import Any, TypeAlias, TypeGuard, TypeVar
 
@@ -187,6 +188,24 @@ def copy_leaves(leaves: Sequence[jax.Array]) -> Leaves:
     """
     jitted = jax.jit(_copies, out_shardings=[leaf.sharding for leaf in leaves])
     return jitted(list(leaves))
+
+
+def checksum(tree: PyTree) -> int | None:
+    """Returns the CRC-32 of the arrays of a tree, with their dtypes and shapes; keys count by dtype and shape only.
+
+    Waits for the device: not on the training thread. None if an array was deleted or is not on this host.
+    """
+    crc = 0
+    for leaf in partition(tree)[0]:
+        crc = zlib.crc32(f"{leaf.dtype}{leaf.shape}".encode(), crc)
+        if isinstance(leaf, jax.Array):
+            if leaf.is_deleted() or not leaf.is_fully_addressable:
+                return None
+            if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+                continue
+        octets: Any = np.ascontiguousarray(np.asarray(leaf)).reshape(-1).view(np.uint8)
+        crc = zlib.crc32(octets, crc)
+    return crc
 
 
 def with_x64_of_caller(function: Callable[[], T]) -> Callable[[], T]:

@@ -158,6 +158,7 @@ class Checkpoints:
                 evaluation=self.evaluations.state,
                 evaluated_batches=self.evaluations.evaluated_batches,
             )
+            barrier.run.last_batch = self.recorder.data.last_batch(self.status.batch)
             self.resources.plane.queue.open_barrier(barrier)
         except TypeError as error:
             barrier.abandon(str(error))

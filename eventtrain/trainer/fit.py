@@ -125,6 +125,7 @@ def _open(
         waiter=run,
         start=record.batch if record is not None and record.in_epoch else 0,
         data_state=record.data if record is not None else None,
+        batch_crc32=record.batch_crc32 if record is not None else None,
         most=most,
         leftovers=leftovers,
     )

@@ -175,7 +175,8 @@ class Run:
         assert loop is not None
         if not self.status.in_epoch and not self.begin_epoch():
             return 0
-        self.recorder.data.begin_group(self.status.batch, positions)
+        known = batches if positions and self._plane.requests.checkpoints else ()
+        self.recorder.data.begin_group(self.status.batch, positions, known)
         if not self.grouped:
             return loop.step(batches[0])
         done = 0
