@@ -63,8 +63,8 @@ class Backup:
     def __init__(self, model: Model, view: RunView, subscribers: Sequence[Subscriber]) -> None:
         self._model = model
         self._view = view
-        self._model_state: tuple[list[jax.Array], list[jax.Array] | None, int, int] | None = (
-            model.leaves,
+        self._model_state: tuple[Any, list[jax.Array] | None, int, int] | None = (
+            model.structure.join(model.leaves),
             model.ext_leaves,
             model.step,
             model.epoch,
@@ -77,7 +77,8 @@ class Backup:
         if self._model_state is None:
             return
         model = self._model
-        model.leaves, model.ext_leaves, model.step, model.epoch = self._model_state
+        state, model.ext_leaves, model.step, model.epoch = self._model_state
+        model.adopt(state)
         self._view.snapshots = self._snapshots
         for subscriber, attributes, state in self._subscribers:
             if state is not None:
@@ -216,7 +217,7 @@ def take_over(
     like = model.structure.join(model.leaves)
     kept = saved.kept(like, before_end=before_end is not None)
     state_tag = BEFORE_END if BEFORE_END in kept else None
-    leaves = _leaves_of(kept.pop(BEFORE_END)[1] if state_tag is not None else saved.state(like))
+    state = kept.pop(BEFORE_END)[1] if state_tag is not None else saved.state(like)
     tags = {tag.removeprefix(f"{BEFORE_END}/"): tag for tag in kept}
     loop_record = record.loop.model_copy(update={"data": unpack(record.loop.data)})
     backup = Backup(model, view, subscribers)
@@ -225,7 +226,8 @@ def take_over(
     except BaseException:
         backup.restore()
         raise
-    model.leaves, model.ext_leaves = leaves, None
+    model.adopt(state)
+    model.ext_leaves = None
     model.step, model.epoch = loop_record.step, loop_record.epoch
     for tag, on_disk in tags.items():
         step, state = kept[on_disk]

@@ -141,8 +141,8 @@ class Run:
         if self.loop is not None:
             return
         model, point = self._model, self._resume_point
+        compiled = model.prepare(batch)
         hyperparams = find_hyperparams(model.structure.join(model.leaves))
-        compiled = model.prepare(batch, hyperparams)
         if point is not None:
             model.ext_leaves = take_over_extensions(point, compiled.extension_types, self._plane.view)
         carry = compiled.initial(model.leaves, model.ext_leaves, step=model.step)

@@ -24,10 +24,11 @@ from eventtrain.subscribers.checkpointing.manifest import (
     HostArray,
     Manifest,
     checksum,
-    is_array,
     is_checkpoint,
     named_leaves,
+    named_numbers,
     part_of,
+    path_name,
     read_manifest,
 )
 from eventtrain.subscribers.checkpointing.orbax import ocp
@@ -90,18 +91,24 @@ class SavedCheckpoint:
 
     def _fill(self, part: str, like: Any, places: Mapping[str, str] | None = None) -> Any:
         """Returns ``like`` with the arrays of a part; ``places``: path in ``like`` -> path in the part."""
-        arrays, wanted = self.part(part), named_leaves(like)
+        arrays = self.part(part)
+        wanted = named_leaves(like) | {
+            path: leaf for path, leaf in named_numbers(like).items() if path in arrays
+        }
         if places is None:
             _require_same(wanted.keys(), arrays.keys(), "The state saved", "`like`", self.path)
             places = {path: path for path in wanted}
         values = {
             path: self._placed(part, place, wanted[path], arrays[place]) for path, place in places.items()
         }
-        filled = iter([values.get(path, leaf) for path, leaf in wanted.items()])
-        return jax.tree.map(lambda leaf: next(filled) if is_array(leaf) else leaf, like)
+        return jax.tree_util.tree_map_with_path(
+            lambda path, leaf: values.get(path_name(jax.tree_util.keystr(path)), leaf), like
+        )
 
     def _placed(self, part: str, path: str, like: Any, value: HostArray) -> Any:
         impl = self.manifest.arrays[part][path].key
+        if isinstance(like, (bool, int, float, complex)):  # the run has made it an array
+            like = jnp.zeros((), value.dtype)
         is_key = jnp.issubdtype(like.dtype, jax.dtypes.prng_key)
         if is_key and impl is not None:
             key = jax.random.wrap_key_data(jnp.asarray(value), impl=impl)
