@@ -59,7 +59,7 @@ class Trainer(Generic[S]):
             of scalars of any real dtype; each keeps its exact value.
         state: any pytree of arrays (TrainState, Flax, Equinox, plain dict), sharded or not. It stays valid for its
             owner: it is copied once at the start, and the copy is donated from step to step. Leaves that are not
-            arrays are static.
+            arrays are static; a Python number that step_fn changes becomes an array, as under ``jax.jit``.
         eval_fn: ``(state, batch) -> metrics``, for ``eval_data`` and ``evaluate``.
         predict_fn: ``(state, batch) -> outputs``, a pytree of arrays, for ``predict``.
         params: lens ``state -> weights``. By default ``state.params`` or ``state["params"]`` if there, else the whole
