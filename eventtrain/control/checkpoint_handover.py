@@ -14,6 +14,7 @@ from eventtrain.control.requests import CheckpointRequest, RunRequests
 from eventtrain.control.run_state import RunRecord, SavedCommand, SavedSubscription
 from eventtrain.control.snapshots import KeptSnapshot
 from eventtrain.device.snapshot import Snapshot
+from eventtrain.device.state import checksum
 from eventtrain.errors import SnapshotError
 from eventtrain.events import SnapshotTaken
 
@@ -24,13 +25,15 @@ class ClaimedSnapshot:
 
     Attributes:
         snapshot: the device state.
-        kept: other snapshots that the rest of the run needs, by tag.
+        kept: other snapshots that the rest of the run needs, by tag, and those of ``before_end``.
         barrier: what belongs to the checkpoint besides arrays.
+        before_end: the same for the run before its end had begun; None if it had not.
     """
 
     snapshot: KeptSnapshot
     kept: Mapping[str, Snapshot]
     barrier: Barrier[RunPart]
+    before_end: Barrier[RunPart] | None
     _handover: CheckpointHandover
     _owner: str
     _offer: _Offer
@@ -41,16 +44,10 @@ class ClaimedSnapshot:
         Raises:
             SnapshotError: a subscription did not contribute its state within ``timeout_s``.
         """
-        barrier = self.barrier
-        shares = barrier.wait(timeout_s)
-        loop, stream = barrier.run.loop, barrier.run.stream
-        assert loop is not None
-        assert stream is not None  # both were recorded before the marker was routed
-        return RunRecord(
-            loop=loop.model_copy(update={"orders": tuple(_commands_of(barrier, shares))}),
-            stream=stream.model_copy(update={"seq": barrier.seq}),
-            shares={name: SavedSubscription.of(share) for name, share in shares.items()},
-        )
+        record = _record_of(self.barrier, timeout_s)
+        if self.before_end is None:
+            return record
+        return record.model_copy(update={"before_end": _record_of(self.before_end, timeout_s)})
 
     def hurry(self) -> None:
         """Have ``record`` leave out the subscriptions that have not contributed: the event loop will not run them."""
@@ -68,6 +65,7 @@ class _Offer:
     snapshot: Snapshot
     kept: Mapping[str, Snapshot]
     barrier: Barrier[RunPart]
+    before_end: Barrier[RunPart] | None
     owners: list[str]
     """Checkpointers that have not claimed it yet."""
     claims: int = 0
@@ -110,6 +108,7 @@ class CheckpointHandover:
         barrier: Barrier[RunPart],
         requests: Sequence[CheckpointRequest],
         taken: SnapshotTaken,
+        before_end: Barrier[RunPart] | None = None,
     ) -> None:
         """Hold ``snapshot``, announced by ``taken``, until each request's owner has claimed it. Training thread."""
         key = (snapshot.step, taken.requested_by)
@@ -120,7 +119,7 @@ class CheckpointHandover:
             owners = [request.owner for request in requests]
             if key in self._offers:  # requested twice at one boundary: the same state serves both
                 owners += self._offers[key].owners
-            self._offers[key] = _Offer(taken, snapshot, kept, barrier, owners)
+            self._offers[key] = _Offer(taken, snapshot, kept, barrier, before_end, owners)
 
     def claim(self, owner: str, step: int, requested_by: str | None) -> ClaimedSnapshot | None:
         """Returns what ``SnapshotTaken`` announced; None if nothing is held for ``owner``."""
@@ -136,7 +135,9 @@ class CheckpointHandover:
                     snapshot = snapshot.share()
             else:
                 del self._offers[step, requested_by]
-        return ClaimedSnapshot(KeptSnapshot(snapshot), offer.kept, offer.barrier, self, owner, offer)
+        return ClaimedSnapshot(
+            KeptSnapshot(snapshot), offer.kept, offer.barrier, offer.before_end, self, owner, offer
+        )
 
     def unclaimed(self, owner: str) -> list[SnapshotTaken]:
         """Returns what announces the snapshots that ``owner`` has not claimed yet, oldest first."""
@@ -173,6 +174,23 @@ class CheckpointHandover:
             if not offer.owners:
                 offer.abandon_if_unwanted()
                 del self._offers[key]
+
+
+def _record_of(barrier: Barrier[RunPart], timeout_s: float) -> RunRecord:
+    shares = barrier.wait(timeout_s)
+    loop, stream = barrier.run.loop, barrier.run.stream
+    assert loop is not None
+    assert stream is not None  # both were recorded before the marker was routed
+    batch = barrier.run.last_batch
+    found = {
+        "orders": tuple(_commands_of(barrier, shares)),
+        "batch_crc32": None if batch is None else checksum(batch),
+    }
+    return RunRecord(
+        loop=loop.model_copy(update=found),
+        stream=stream.model_copy(update={"seq": barrier.seq}),
+        shares={name: SavedSubscription.of(share) for name, share in shares.items()},
+    )
 
 
 def _commands_of(

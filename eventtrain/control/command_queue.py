@@ -7,7 +7,7 @@ import threading
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Any, Protocol
 
 from eventtrain.bus.barrier import Barrier
 from eventtrain.bus.core import BusCore
@@ -34,11 +34,13 @@ class RunPart:
         loop: the state of the loop; None until it was recorded.
         stream: the state of the training stream; None until the marker has passed the fetch thread.
         commands: commands that were not due, or arrived while the barrier was open.
+        last_batch: the one trained on last; None if it is not known.
     """
 
     loop: LoopRecord | None = None
     stream: StreamRecord | None = None
     commands: list[PendingCommand] = field(default_factory=list["PendingCommand"])
+    last_batch: Any = None
 
 
 class EventSink(Protocol):
@@ -178,14 +180,16 @@ class CommandQueue:
         for barrier in self._barriers:
             barrier.run.commands += commands
 
-    def wait(self, ready: Callable[[], object], timeout_s: float = POLL_S) -> None:
+    def wait(self, ready: Callable[[], object], timeout_s: float = POLL_S, known: int = 0) -> None:
         """Sleep until woken, until ``ready()``, until a command arrives, or for ``timeout_s``.
+
+        The first ``known`` commands in ``arrived`` do not count: they were seen, and cannot be served yet.
 
         ``_waiting`` is set before ``ready()`` is asked, and a waker changes what ``ready`` looks at before it reads
         ``_waiting``: whichever comes second sees the other, so no wake-up is lost.
         """
         self._waiting = True
         self._wakeup.clear()
-        if not ready() and not self.arrived:
+        if not ready() and len(self.arrived) <= known:
             self._wakeup.wait(timeout_s)
         self._waiting = False

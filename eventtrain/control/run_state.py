@@ -20,6 +20,9 @@ from eventtrain.events import parse_event
 from eventtrain.events.commands import AnyCommand
 from eventtrain.events.models import Frozen, Number
 
+BEFORE_END = "before-end"
+"""Tag of the state before the end of a run, if that is another one. Kept snapshots of it: ``before-end/<tag>``."""
+
 
 class SavedMeans(Frozen):
     """The sums behind the means of an epoch or an evaluation."""
@@ -53,6 +56,7 @@ class LoopRecord(Frozen):
         epochs, steps: the aim of that call; both None in a session.
         ended: why the run ended, if a command ended it for good.
         data: the state of the data's iterator after the last batch trained on, by ``pack``; None if it has none.
+        batch_crc32: of that batch, to be compared where a resumed run makes it again; None if it is not known.
         orders: commands that were not due.
         deterministic: nothing that depends on timing has taken effect.
         fingerprint: what an exact continuation depends on: versions, devices, options.
@@ -73,6 +77,7 @@ class LoopRecord(Frozen):
     steps: int | None = Field(default=None, ge=1)
     ended: str | None = None
     data: Any = None
+    batch_crc32: int | None = None
     orders: tuple[SavedCommand, ...] = ()
     deterministic: bool = True
     fingerprint: dict[str, Any] = Field(default_factory=dict)
@@ -172,13 +177,19 @@ class SavedSubscription(Frozen):
 
 
 class RunRecord(Frozen):
-    """Everything of one checkpoint that is not an array."""
+    """Everything of one checkpoint that is not an array.
+
+    Attributes:
+        before_end: if the end of a run had begun: the run before it, from which one with a higher aim continues. Its
+            snapshots have the tags of ``BEFORE_END``.
+    """
 
     kind: Literal["run_facts"] = "run_facts"
     schema_version: Literal[1] = 1
     loop: LoopRecord
     stream: StreamRecord
     shares: dict[str, SavedSubscription]
+    before_end: RunRecord | None = None
 
     @model_validator(mode="after")
     def _agrees_with_itself(self) -> Self:
@@ -229,8 +240,12 @@ class SavedRun(Protocol):
         """
         ...
 
-    def kept(self, like: Any) -> dict[str, tuple[int, Any]]:
-        """Returns the other snapshots that the rest of the run needs: tag -> step, and state placed as ``like``."""
+    def kept(self, like: Any, *, before_end: bool) -> dict[str, tuple[int, Any]]:
+        """Returns other snapshots: tag -> step, and state placed as ``like``.
+
+        Args:
+            before_end: those of ``RunRecord.before_end``, instead of those that the rest of the run needs.
+        """
         ...
 
 

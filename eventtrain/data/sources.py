@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import collections
 import inspect
 import itertools
 import json
-from collections.abc import Callable, Generator, Iterable, Iterator, Sized
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Sized
 from typing import Any, TypeAlias
 
 import jax
@@ -52,67 +52,89 @@ def epoch_batches(data: object, epoch: int) -> Iterator[Batch]:
     )
 
 
-def batches_from(data: object, epoch: int, start: int, state: Any) -> Iterator[Batch]:
-    """Returns the batches of one epoch from batch number `start`, for a run that resumes.
+class EpochReader:
+    """The batches of one epoch from batch number ``start`` on. Runs the user's code, so every method may block.
 
-    An iterator with `set_state` gets `state`. Data that takes `start=`, as an `ArrayLoader` does, seeks. Otherwise the
-    first batches are made again and left out, which is exact if the data is the same every time.
+    An iterator with ``set_state`` gets ``state``. Data that takes ``start=``, as an ``ArrayLoader`` does, seeks.
+    Otherwise the first batches are made again and left out, which is exact if the data is the same every time.
+
+    Attributes:
+        epoch, start: the epoch, and the number of the first batch in it.
+        last_skipped: the batch before ``start``, where it was made again.
+        owned: whether the iterator was made here, from a callable or an iterable. One that the user made stays open.
 
     Raises:
-        DataError: the data seeks, and has fewer batches than that.
+        DataError: as ``epoch_batches``.
     """
-    if start == 0:
-        return epoch_batches(data, epoch)
-    if state is None and callable(data) and "start" in _parameters(data):
-        seekable: Any = data
-        if isinstance(data, Sized) and start > len(data):
-            raise DataError(
-                f"The run resumes at batch {start} of epoch {epoch}, and the data has only {len(data)} batches an "
-                "epoch now. Resume with the data and the batch size of the checkpoint."
-            )
-        return iter(seekable(epoch, start=start))
-    batches = epoch_batches(data, epoch)
-    set_state = getattr(batches, "set_state", None)
-    if state is not None and set_state is not None:
-        set_state(state)
+
+    def __init__(
+        self,
+        data: Any,
+        epoch: int,
+        start: int = 0,
+        state: Any = None,
+        unread: Iterable[tuple[Batch, Any]] = (),
+    ) -> None:
+        self._data, self.epoch, self.start = data, epoch, start
+        self._unread = collections.deque(unread)
+        self._skipped: list[Batch] = []
+        self.last_skipped: list[Batch] = []
+        self._start_state: Any = None
+        seeks = start > 0 and state is None and callable(data) and "start" in _parameters(data)
+        opened: Any = data(epoch, start=start - 1) if seeks else epoch_batches(data, epoch)
+        self._batches: Any = iter(opened)
+        self.owned = self._batches is not data
+        if start and state is not None and hasattr(self._batches, "set_state"):
+            self._start_state = iterator_state(self._batches)
+            self._unread.clear()
+            self._batches.set_state(state)
+        elif start:
+            skipped = itertools.islice(self, 1 if seeks else start)
+            first = [] if seeks else [batch for batch, _ in itertools.islice(skipped, 1)]
+            last = collections.deque(skipped, maxlen=1)
+            self._skipped, self.last_skipped = first, [batch for batch, _ in last] or first
+
+    def __iter__(self) -> Iterator[tuple[Batch, Any]]:
+        """Yields each batch with the state of the iterator after it, or None if it has no ``get_state``."""
+        while self._unread:
+            yield self._unread.popleft()
+        if not hasattr(self._batches, "get_state"):
+            yield from zip(self._batches, itertools.repeat(None))
+            return
+        for batch in self._batches:
+            yield batch, self._batches.get_state()
+
+    def sample(self) -> list[Batch]:
+        """Returns a batch of the epoch, to compile for; none if there is none. It counts as not read."""
+        if self._skipped:
+            return self._skipped
+        if self.owned:
+            again = epoch_batches(self._data, self.epoch)
+            batches = list(itertools.islice(again, 1))
+            getattr(again, "close", lambda: None)()
+        elif hasattr(self._data, "set_state") and hasattr(self._data, "get_state"):
+            now = self._data.get_state()
+            if self._start_state is not None:
+                self._data.set_state(self._start_state)
+            batches = list(itertools.islice(self._data, 1))
+            self._data.set_state(now)
+        else:
+            self._unread.extendleft(itertools.islice(iter(self), 1))
+            batches = [batch for batch, _ in itertools.islice(self._unread, 1)]
         return batches
-    return itertools.islice(batches, start, None)
+
+    def close(self) -> list[tuple[Batch, Any]]:
+        """Closes an iterator that was made here. Returns what was taken from the user's own and not read."""
+        if self.owned:
+            getattr(self._batches, "close", lambda: None)()
+            return []
+        return list(self._unread)
 
 
 def iterator_state(batches: object) -> Any:
     """Returns what `get_state` of an iterator returns; None where it has no such method."""
     get_state = getattr(batches, "get_state", None)
     return None if get_state is None else get_state()
-
-
-def with_states(batches: Iterator[Batch], *first: tuple[Batch, Any]) -> Iterator[tuple[Batch, Any]]:
-    """Yields `first`, which was taken from `batches` before, and the batches, each with `iterator_state` after it."""
-    yield from first
-    for batch in batches:
-        yield batch, iterator_state(batches)
-
-
-def position_in(data: object) -> Any:
-    """Returns the state of data that is itself an iterator with `get_state` and `set_state`; None for other data."""
-    return iterator_state(data) if isinstance(data, Iterator) and hasattr(data, "set_state") else None
-
-
-@contextmanager
-def rewound(data: object, position: Any) -> Generator[None]:
-    """Sets data that is itself an iterator to `position` for the length of the block, and back after it.
-
-    With `position` None nothing is moved.
-    """
-    if position is None:
-        yield
-        return
-    iterator: Any = data
-    before = iterator.get_state()
-    iterator.set_state(position)
-    try:
-        yield
-    finally:
-        iterator.set_state(before)
 
 
 def describe(data: object) -> dict[str, Any]:

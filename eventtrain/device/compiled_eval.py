@@ -20,8 +20,8 @@ from eventtrain.errors import StepError
 class _StateReader(abc.ABC):
     """A function of `(state, batch)`, compiled once for each batch signature. Training thread only.
 
-    `structure`, `leaves` and `lower_on_caller` are those of `CompiledStep`. Leaves are never donated. A batch of a new
-    signature is compiled when it is met, which blocks.
+    `structure`, `leaves`, `leaf_types` and `lower_on_caller` are those of `CompiledStep`. Leaves are never donated. A
+    batch of a new signature is compiled when it is met, which blocks.
     """
 
     _name: ClassVar[str]
@@ -32,11 +32,12 @@ class _StateReader(abc.ABC):
         structure: TreeStructure,
         leaves: Sequence[jax.Array],
         *,
+        leaf_types: Sequence[jax.ShapeDtypeStruct] | None = None,
         lower_on_caller: LowerOnCaller = lower_here,
     ) -> None:
         self._function = function
         self._structure = structure
-        self._leaf_types = abstract(leaves)
+        self._leaf_types = abstract(leaves) if leaf_types is None else list(leaf_types)
         self._lower_on_caller = lower_on_caller
         self._executables = ExecutableCache[Callable[..., Any]](self._name, self._build)
 
@@ -90,9 +91,10 @@ class CompiledEval(_StateReader):
         leaves: Sequence[jax.Array],
         *,
         capacity: int = 1024,
+        leaf_types: Sequence[jax.ShapeDtypeStruct] | None = None,
         lower_on_caller: LowerOnCaller = lower_here,
     ) -> None:
-        super().__init__(eval_fn, structure, leaves, lower_on_caller=lower_on_caller)
+        super().__init__(eval_fn, structure, leaves, leaf_types=leaf_types, lower_on_caller=lower_on_caller)
         self.capacity = capacity
         self._sharding = replicated_sharding(leaves)
         self._rings = MetricRings(self._name, capacity, self._sharding)

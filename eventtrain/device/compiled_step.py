@@ -57,6 +57,7 @@ class CompiledStep:
         step_fn: `(state, batch) -> (state, metrics)`, pure; metrics a flat dict of scalars.
         structure, leaves: of the state, from `split_state` and `place`. Only shapes, dtypes and shardings of the leaves
             are used (and their values to initialise extensions).
+        leaf_types: how to trace the leaves; by default as they are.
         extensions, params: computed after every step, from the weights that the lens `params` finds in the state.
         hyperparams_watched: indices of scalar state leaves whose value after each step is written to the ring beside
             the metrics.
@@ -74,6 +75,7 @@ class CompiledStep:
         structure: TreeStructure,
         leaves: Sequence[jax.Array],
         *,
+        leaf_types: Sequence[jax.ShapeDtypeStruct] | None = None,
         extensions: Sequence[StepExtension] = (),
         params: ParamsLens = lambda state: state,
         hyperparams_watched: Sequence[int] = (),
@@ -86,7 +88,7 @@ class CompiledStep:
         self._fused = FusedStep(
             step_fn,
             structure,
-            leaf_types=abstract(leaves),
+            leaf_types=abstract(leaves) if leaf_types is None else list(leaf_types),
             extensions=ExtensionStates(extensions, params, structure, leaves),
             watched=hyperparams_watched,
             rings=MetricRings("step_fn", options.capacity, sharding),

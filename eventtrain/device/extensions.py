@@ -84,7 +84,7 @@ class ExtensionStates:
         self._params = params
         self._state_structure = structure
         initial, self.structure = self._init(leaves, 0)
-        self.types = abstract(initial)
+        self.types = abstract(initial, [False] * len(initial))
 
     def init(self, leaves: Sequence[jax.Array], step: int) -> Leaves:
         """Returns the leaves for a state after `step` steps, in buffers of their own."""

@@ -13,9 +13,20 @@ from eventtrain.device.compiled_step import CompiledStep
 from eventtrain.device.executable_cache import LowerOnCaller, lower_here
 from eventtrain.device.extensions import ParamsLens, StepExtension, Use, checked_uses
 from eventtrain.device.fused_step import StepFn, StepOptions
-from eventtrain.device.hyperparams import Hyperparam
-from eventtrain.device.state import Leaves, PyTree, TreeStructure, abstract, partition, place, split_state
-from eventtrain.device.validation import call_user, structure_differences, type_differences
+from eventtrain.device.hyperparams import find_hyperparams
+from eventtrain.device.state import (
+    Leaves,
+    PyTree,
+    TreeStructure,
+    abstract,
+    is_weak,
+    partition,
+    place,
+    replicated_sharding,
+    split_state,
+    strong,
+)
+from eventtrain.device.validation import PromotionError, call_user, structure_differences, type_differences
 from eventtrain.errors import ConfigurationError, StateError, listed
 from eventtrain.validation.callables import require_plain
 
@@ -63,7 +74,10 @@ class Model:
             if function is not None:
                 require_plain(name, function)
         leaves, self.structure = split_state(state)
+        self._may_move = not any(isinstance(leaf, jax.Array) and leaf.committed for leaf in leaves)
         self.leaves = place(leaves)
+        # Paths of weakly typed leaves. One that was read from a checkpoint is strong, and is traced as it was before.
+        self._weak = {path for path, leaf in zip(self.structure.paths, leaves, strict=True) if is_weak(leaf)}
         self.ext_leaves: Leaves | None = None
         self.step_fn, self.eval_fn, self.predict_fn = step_fn, eval_fn, predict_fn
         self.params, self.extensions, self.options = params or _default_params, tuple(extensions), options
@@ -76,31 +90,84 @@ class Model:
             self.extensions, self.params, self.structure, self.leaves, self._lower
         )
 
-    def prepare(self, batch: PyTree, hyperparams: Sequence[Hyperparam]) -> CompiledStep:
-        """Returns the step, compiled for ``batch`` if this is the first run. Blocks until compiled.
+    def prepare(self, batch: PyTree) -> CompiledStep:
+        """Returns the step, compiled for `batch` if this is the first run. Blocks until compiled.
 
-        The step also records the values of those ``hyperparams`` that follow a schedule.
+        The state is taken as `jax.jit` and `lax.scan` take it: Python numbers that step_fn changes become arrays,
+        weakly typed leaves get the type that step_fn returns, and a state that is not committed goes to the devices of
+        the batch. The step also records the values of the hyperparameters that follow a schedule.
         """
         if self.compiled is None:
+            self._move_to(batch)
+        while self.compiled is None:
+            hyperparams = find_hyperparams(self.structure.join(self.leaves))
             compiled = CompiledStep(
                 self.step_fn,
                 self.structure,
                 self.leaves,
+                leaf_types=self._types(self.leaves),
                 extensions=self.extensions,
                 params=self.params,
                 hyperparams_watched=[h.leaf_index for h in hyperparams if h.scheduled],
                 options=self.options,
                 lower_on_caller=self._lower,
             )
-            compiled.prepare(batch)
-            self.compiled = compiled
+            try:
+                compiled.prepare(batch)
+            except PromotionError as error:
+                self._promote(error)
+            else:
+                self.compiled = compiled
         return self.compiled
+
+    def adopt(self, state: PyTree) -> None:
+        """Take over a state like the present one, which may have arrays where that has Python numbers."""
+        leaves, structure = split_state(state)
+        changed = structure.paths != self.structure.paths
+        self.leaves = place(leaves)
+        if changed:
+            self.structure = structure
+            self._forget_compiled()
+
+    def _types(self, leaves: Sequence[jax.Array]) -> list[jax.ShapeDtypeStruct]:
+        return abstract(leaves, [path in self._weak for path in self.structure.paths])
+
+    def _move_to(self, batch: PyTree) -> None:
+        """Place a state that is not committed to devices where the batch is."""
+        arrays = [leaf for leaf in jax.tree.leaves(batch) if isinstance(leaf, jax.Array) and leaf.committed]
+        if self._may_move and arrays:
+            sharding = replicated_sharding(arrays)
+            if sharding.device_set != replicated_sharding(self.leaves).device_set:
+                self.leaves = [jax.device_put(leaf, sharding) for leaf in self.leaves]
+                self._forget_compiled()
+
+    def _promote(self, error: PromotionError) -> None:
+        """Make the leaves that ``error`` names arrays of the dtypes that it names."""
+        with_paths, treedef = jax.tree_util.tree_flatten_with_path(self.structure.join(self.leaves))
+        leaves = [leaf for _, leaf in with_paths]
+        for position, dtype in error.dtypes.items():
+            path = jax.tree_util.keystr(with_paths[position][0])
+            leaves[position] = strong(jnp.asarray(leaves[position], dtype))
+            (self._weak.add if dtype is None else self._weak.discard)(path)
+        self.adopt(jax.tree_util.tree_unflatten(treedef, leaves))
+
+    def _forget_compiled(self) -> None:
+        self._evaluation = self._prediction = None
+        self._overrides = _params_overrides(
+            self.extensions, self.params, self.structure, self.leaves, self._lower
+        )
 
     def evaluation(self, leaves: Sequence[jax.Array]) -> CompiledEval:
         """Returns eval_fn, compiled for a state with leaves like ``leaves``; made once."""
         assert self.eval_fn is not None
         if self._evaluation is None:
-            self._evaluation = CompiledEval(self.eval_fn, self.structure, leaves, lower_on_caller=self._lower)
+            self._evaluation = CompiledEval(
+                self.eval_fn,
+                self.structure,
+                leaves,
+                leaf_types=self._types(leaves),
+                lower_on_caller=self._lower,
+            )
         return self._evaluation
 
     def prediction(self) -> CompiledPredict:
@@ -108,7 +175,11 @@ class Model:
         assert self.predict_fn is not None
         if self._prediction is None:
             self._prediction = CompiledPredict(
-                self.predict_fn, self.structure, self.leaves, lower_on_caller=self._lower
+                self.predict_fn,
+                self.structure,
+                self.leaves,
+                leaf_types=self._types(self.leaves),
+                lower_on_caller=self._lower,
             )
         return self._prediction
 

@@ -7,6 +7,7 @@ functions, strings, Python numbers) are static: a `TreeStructure` holds them and
 from __future__ import annotations
 
 import dataclasses
+import zlib
 from collections.abc import Callable, Sequence
 from typing import Any, TypeAlias, TypeGuard, TypeVar
 
@@ -102,14 +103,18 @@ def split_state(state: PyTree) -> tuple[list[Leaf], TreeStructure]:
     return leaves, structure
 
 
-def abstract(leaves: Sequence[jax.Array]) -> list[jax.ShapeDtypeStruct]:
-    """Returns shape, dtype and sharding of each leaf, without its values."""
-    return [jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding) for leaf in leaves]
+def abstract(leaves: Sequence[jax.Array], weak: Sequence[bool] | None = None) -> list[jax.ShapeDtypeStruct]:
+    """Returns shape, dtype, sharding and weak type (`weak`, if given) of each leaf, without its values."""
+    weak = [is_weak(leaf) for leaf in leaves] if weak is None else weak
+    return [
+        jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding, weak_type=weakly)
+        for leaf, weakly in zip(leaves, weak, strict=True)
+    ]
 
 
-def is_weak(array: jax.Array) -> bool:
+def is_weak(array: Any) -> bool:
     """Whether `array` is weakly typed, as `jnp.asarray(1.0)` is: for JAX another type than strong."""
-    return getattr(array, "weak_type", False)  # typed PRNG keys have no such attribute
+    return bool(getattr(array, "weak_type", False))  # typed PRNG keys have no such attribute
 
 
 def strong(array: jax.Array) -> jax.Array:
@@ -150,7 +155,7 @@ def replicated_sharding(leaves: Sequence[Leaf]) -> Sharding:
 
 
 def place(leaves: Sequence[Leaf]) -> Leaves:
-    """Commits every leaf to its devices, strongly typed, so that one executable serves every step.
+    """Commits every leaf to its devices, so that one executable serves every step.
 
     A leaf that already spans the state's devices keeps its sharding. The others, NumPy leaves too, are replicated over
     the mesh of the state, or go to its device; if there is none, to JAX's default device. A leaf that is placed already
@@ -166,7 +171,6 @@ def place(leaves: Sequence[Leaf]) -> Leaves:
         if not isinstance(leaf, jax.Array):
             placed.append(jax.device_put(np.asarray(leaf), default))
             continue
-        leaf = strong(leaf)
         on_devices = frozenset(leaf.sharding.device_set) == devices
         on_mesh = isinstance(leaf.sharding, NamedSharding) or not isinstance(default, NamedSharding)
         keeps = on_devices and (on_mesh or len(devices) > 1)
@@ -187,6 +191,24 @@ def copy_leaves(leaves: Sequence[jax.Array]) -> Leaves:
     """
     jitted = jax.jit(_copies, out_shardings=[leaf.sharding for leaf in leaves])
     return jitted(list(leaves))
+
+
+def checksum(tree: PyTree) -> int | None:
+    """Returns the CRC-32 of the arrays of a tree, with their dtypes and shapes; keys count by dtype and shape only.
+
+    Waits for the device: not on the training thread. None if an array was deleted or is not on this host.
+    """
+    crc = 0
+    for leaf in partition(tree)[0]:
+        crc = zlib.crc32(f"{leaf.dtype}{leaf.shape}".encode(), crc)
+        if isinstance(leaf, jax.Array):
+            if leaf.is_deleted() or not leaf.is_fully_addressable:
+                return None
+            if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+                continue
+        octets: Any = np.ascontiguousarray(np.asarray(leaf)).reshape(-1).view(np.uint8)
+        crc = zlib.crc32(octets, crc)
+    return crc
 
 
 def with_x64_of_caller(function: Callable[[], T]) -> Callable[[], T]:

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import AxisType
 
-from eventtrain.device.state import Leaves, PyTree, TreeStructure, is_array, partition, strong
+from eventtrain.device.state import Leaves, PyTree, TreeStructure, is_array, is_weak, partition, strong
 from eventtrain.errors import StateError, StepError, first_lines, listed
 from eventtrain.validation.callables import require_result
 
@@ -46,7 +46,7 @@ def matched_leaves(
 ) -> Leaves:
     """Returns the array leaves of `result`, if structure, shapes, dtypes and static leaves are those of the tree given.
 
-    A Python number in place of a scalar array is taken as that array. Weak types become strong. On explicit mesh axes
+    A Python number in place of a scalar array is taken as that array. Strong leaves stay strong. On explicit mesh axes
     every leaf returns to the sharding it had.
 
     Args:
@@ -54,7 +54,7 @@ def matched_leaves(
         function, tree: for messages: "step_fn", "state".
 
     Raises:
-        StateError: something of that changed.
+        StateError: something of that changed. As PromotionError, if other types of the leaves given can help.
     """
     leaves, treedef = jax.tree_util.tree_flatten(result)
     if treedef != structure.treedef:
@@ -70,20 +70,65 @@ def matched_leaves(
         if not _same(before, leaves[position])
     ]
     if changed:
-        raise StateError(
+        raise _refusal(_promoted_numbers(static, leaves))(
             f"{function} changed leaves that are not arrays: {listed(changed)}. They are constants of the compiled "
             "step, so the change would be lost at the next one. Make a number an array from the start, with "
             "jnp.asarray, or hold the value outside the state."
         )
     given = [leaf for position, leaf in enumerate(leaves) if position not in static]
     arrays = [_array_like(leaf, wanted) for leaf, wanted in zip(given, expected, strict=True)]
-    if differences := type_differences(tree, structure.paths, arrays, expected):
-        raise StateError(
+    differences = type_differences(tree, structure.paths, arrays, expected)
+    positions = [position for position in range(len(leaves)) if position not in static]
+    weak = {
+        position: jnp.result_type(wanted, array)
+        for position, array, wanted in zip(positions, arrays, expected, strict=True)
+        if is_weak(wanted) and is_array(array) and not (is_weak(array) and array.dtype == wanted.dtype)
+    }
+    if weak or differences:
+        raise _refusal(weak)(
             f"{function} returned leaves of other types than it was given: {listed(differences)}. The compiled step "
             "writes each state over the previous one, so shapes and dtypes must stay. Look for a broadcast or a "
             "missing reduction, cast with .astype, or make a number an array with jnp.asarray."
         )
-    return [_sharded_as(wanted, strong(array)) for array, wanted in zip(arrays, expected, strict=True)]
+    return [
+        _sharded_as(wanted, array if is_weak(wanted) else strong(array))
+        for array, wanted in zip(arrays, expected, strict=True)
+    ]
+
+
+class PromotionError(StateError):
+    """The leaves at some positions of the state must have other types from the start, as the carry of `lax.scan` has.
+
+    Attributes:
+        dtypes: by the position among all leaves: the dtype of the array to take; None for that of a Python number.
+    """
+
+    dtypes: Mapping[int, Any]
+
+
+def _refusal(dtypes: Mapping[int, Any]) -> Callable[[str], StateError]:
+    """Returns what makes the error: one that says which leaves to promote, if any can be."""
+
+    def make(message: str) -> StateError:
+        error = PromotionError(message)
+        error.dtypes = dtypes
+        return error
+
+    return make if dtypes else StateError
+
+
+def _promoted_numbers(static: Mapping[int, tuple[str, object]], leaves: Sequence[Any]) -> dict[int, Any]:
+    """Returns the Python numbers that the function changed, by position, with the dtypes of the arrays for them."""
+    found: dict[int, Any] = {}
+    for position, (_, before) in static.items():
+        after = leaves[position]
+        if not isinstance(before, (bool, int, float, complex)) or _same(before, after):
+            continue
+        if is_array(after) and after.shape == ():
+            found[position] = None if is_weak(after) else jnp.result_type(before, after)
+        elif isinstance(after, (bool, int, float, complex)):
+            found[position] = None
+    return found
 
 
 def check_leaves(

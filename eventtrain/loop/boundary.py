@@ -13,6 +13,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from time import monotonic, perf_counter
 
+from eventtrain.bus.core import BusCore
 from eventtrain.bus.training_stream import Activation
 from eventtrain.control.command_queue import POLL_S
 from eventtrain.errors import BusClosed
@@ -147,11 +148,7 @@ class Boundary:
         while not ready():
             if self.status.stop_reason is not None or monotonic() >= self.deadline_s:
                 return False
-            if not self.resources.bus.running:
-                raise BusClosed(
-                    "Training cannot continue: the event bus was stopped while the loop was waiting for it. Keep it "
-                    "running until fit returns."
-                )
+            require_served(self.resources.bus)
             now_s = perf_counter()
             if windows.open and now_s >= windows.flush_at_s:
                 windows.flush()
@@ -187,3 +184,12 @@ class Boundary:
                 queue.due.append(pending)
                 if pending.command.kind == "stop" and pending.command.due is None:
                     return
+
+
+def require_served(bus: BusCore) -> None:
+    """Raises BusClosed unless the bus is served."""
+    if not bus.running:
+        raise BusClosed(
+            "Training cannot continue: the event bus was stopped while the loop was waiting for it. Keep it "
+            "running until fit returns."
+        )

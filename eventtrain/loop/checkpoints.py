@@ -7,12 +7,15 @@ the loop was. None of it waits, unless a Checkpointer with ``when_full="wait"`` 
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from time import monotonic
 
 from eventtrain.bus.barrier import Barrier, Marker
 from eventtrain.control.command_queue import RunPart
 from eventtrain.control.requests import CheckpointRequest
+from eventtrain.control.run_state import BEFORE_END
+from eventtrain.device.snapshot import Snapshot
 from eventtrain.errors import SnapshotError
 from eventtrain.events import CheckpointFailed, CheckpointSkipped, LoopStalled, SnapshotTaken
 from eventtrain.events.commands import SaveCheckpoint
@@ -25,6 +28,16 @@ from eventtrain.loop.run_resources import RunResources
 from eventtrain.loop.run_status import RunStatus
 from eventtrain.loop.snapshot_ledger import SnapshotLedger
 from eventtrain.loop.waiting import WaitingPlace
+
+
+@dataclass(frozen=True)
+class _BeforeEnd:
+    """The run before its end: the state besides arrays, the state, the kept snapshots, and ``status.changes``."""
+
+    barrier: Barrier[RunPart]
+    snapshot: Snapshot
+    kept: Mapping[str, Snapshot]
+    changes: int
 
 
 @dataclass(eq=False, kw_only=True)
@@ -47,6 +60,7 @@ class Checkpoints:
 
     def __post_init__(self) -> None:
         self._taking = False
+        self._before_end: _BeforeEnd | None = None
         self.schedule = RequestSchedule(self.resources.plane.requests.checkpoints, self.status)
 
     def request(self, command: SaveCheckpoint) -> None:
@@ -114,20 +128,9 @@ class Checkpoints:
         requests = [request for request in requests if self._has_room(request, tag, place)]
         if not requests:
             return
-        barrier = Barrier(status.step, RunPart())
-        try:
-            barrier.run.loop = self.recorder.record(
-                status,
-                self.resources.gates,
-                evaluation=self.evaluations.state,
-                evaluated_batches=self.evaluations.evaluated_batches,
-            )
-            plane.queue.open_barrier(barrier)
-        except TypeError as error:
-            barrier.abandon(str(error))
         for request in requests:
             request.taken = self._now
-        windows.put(Marker(barrier))
+        barrier = self._send_barrier()
         taken = SnapshotTaken(
             step=status.step,
             tag=tag or f"step-{status.step}",
@@ -135,9 +138,45 @@ class Checkpoints:
             epoch=status.epoch,
             requested_by=requested_by,
         )
-        snapshot = self.ledger.take(taken)
-        plane.handover.offer(snapshot, self.ledger.needed_at_end(), barrier, requests, taken)
+        snapshot, kept, before = self.ledger.take(taken), self.ledger.needed_at_end(), self._before_end
+        if before is not None:
+            kept |= {f"{BEFORE_END}/{tag}": snapshot for tag, snapshot in before.kept.items()}
+            if before.changes != status.changes:
+                kept[BEFORE_END] = before.snapshot
+        plane.handover.offer(
+            snapshot, kept, barrier, requests, taken, before.barrier if before is not None else None
+        )
         windows.emit(taken)
+
+    def _send_barrier(self) -> Barrier[RunPart]:
+        """Returns the barrier of this boundary, whose marker is on its way."""
+        barrier = Barrier(self.status.step, RunPart())
+        try:
+            barrier.run.loop = self.recorder.record(
+                self.status,
+                self.resources.gates,
+                evaluation=self.evaluations.state,
+                evaluated_batches=self.evaluations.evaluated_batches,
+            )
+            barrier.run.last_batch = self.recorder.data.last_batch(self.status.batch)
+            self.resources.plane.queue.open_barrier(barrier)
+        except TypeError as error:
+            barrier.abandon(str(error))
+        self.windows.put(Marker(barrier))
+        return barrier
+
+    def begin_end(self) -> None:
+        """Keep the run as it is now for the checkpoints behind: from here one with a higher aim continues.
+
+        What follows (the end of an epoch that the aim cut short, the best weights put back) belongs to the end of this
+        run, and would not be part of a longer one. Costs a reference to the state.
+        """
+        if self._before_end is not None or not self.resources.plane.requests.checkpoints:
+            return
+        barrier, status = self._send_barrier(), self.status
+        taken = SnapshotTaken(step=status.step, tag=BEFORE_END, purpose="checkpoint", epoch=status.epoch)
+        kept = self.ledger.needed_at_end()
+        self._before_end = _BeforeEnd(barrier, self.ledger.take(taken), kept, status.changes)
 
     # --- room -------------------------------------------------------------------------------------------------
 

@@ -16,26 +16,34 @@ logger = logging.getLogger("eventtrain")
 
 
 class DataPosition:
-    """The state of the data's iterator after each batch trained on. Later batches may have been prefetched already."""
+    """The last batch trained on, and the state of the data's iterator after it. Later ones may be prefetched."""
 
     def __init__(self, batch: int = 0, state: Any = None) -> None:
         self._first_batch = batch
         self._states: Sequence[Any] = ()
-        self._state_before = state
+        self._batches: Sequence[Any] = ()
+        self._before: tuple[Any, Any] = (state, None)
 
-    def begin_group(self, batch: int, states: Sequence[Any]) -> None:
+    def begin_group(self, batch: int, states: Sequence[Any], batches: Sequence[Any] = ()) -> None:
         """The next batches are those from number ``batch`` of the epoch on; ``states`` follow each of them."""
-        self._state_before = self.after(batch)
-        self._first_batch, self._states = batch, states
+        self._before = (self.after(batch), self.last_batch(batch))
+        self._first_batch, self._states, self._batches = batch, states, batches
 
     def begin_epoch(self) -> None:
         """No batch of the epoch was trained on."""
-        self._first_batch, self._states, self._state_before = 0, (), None
+        self._first_batch, self._states, self._batches, self._before = 0, (), (), (None, None)
 
     def after(self, batch: int) -> Any:
         """Returns the state after ``batch`` batches of the epoch; None if the iterator has no state."""
         count = batch - self._first_batch
-        return self._states[count - 1] if 0 < count <= len(self._states) else self._state_before
+        return self._states[count - 1] if 0 < count <= len(self._states) else self._before[0]
+
+    def last_batch(self, batch: int) -> Any:
+        """Returns the last one of ``batch`` batches of the epoch; None if it was not given."""
+        count = batch - self._first_batch
+        if count == 0:
+            return self._before[1]
+        return self._batches[count - 1] if 0 < count <= len(self._batches) else None
 
 
 @dataclass(frozen=True)

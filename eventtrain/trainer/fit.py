@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from functools import partial
 from typing import Any, Generic, TypeVar
 
 from eventtrain.control.run_state import LoopRecord
-from eventtrain.data.prefetch import EpochIterator
-from eventtrain.data.sources import position_in, rewound
+from eventtrain.data.prefetch import BatchGroup, EpochIterator, Leftovers
+from eventtrain.errors import DataError
 from eventtrain.events import EpochCompleted
 from eventtrain.loop.run_recorder import Aim
 from eventtrain.trainer.resume import ResumePoint
@@ -40,75 +39,84 @@ class FitResult(Generic[S]):
     undelivered: Mapping[str, int]
 
 
-def train(run: Run, data: Any, aim: Aim, point: ResumePoint | None = None) -> None:
+def train(run: Run, data: Any, aim: Aim, leftovers: Leftovers, point: ResumePoint | None = None) -> None:
     """Train epoch after epoch until ``aim`` is reached or the run has to end.
 
     Args:
         run: has begun.
         data: as for ``Trainer.fit``.
         aim: what is still to do: epochs or steps.
+        leftovers: of the trainer.
         point: where the first epoch continues, if the run resumes.
     """
     steps_left, epochs_left = aim.steps, aim.epochs
     for_data = run.resources.clock.for_data
     record = point.record.loop if point is not None else None
-    start_of_data = position_in(data) if record is not None else None
     if point is not None and point.ended is not None:
         # Nothing is trained, but what is due at the end of the run still is.
-        _prepare_without_a_step(run, data, start_of_data)
+        _prepare_without_a_step(run, data, leftovers)
         return
     # An epoch that was cut short behind the last step of the aim still has to end.
     while (record is not None and record.in_epoch) or (
         (epochs_left is None or epochs_left > 0) and (steps_left is None or steps_left > 0)
     ):
-        batches = for_data(partial(_open, run, data, record))  # it fetches the first batch
+        batches = _open(run, data, leftovers, most=steps_left, record=record)
         try:
             group = for_data(batches.next)
-            if group is not None:
-                run.prepare(group.batches if run.grouped else group.batches[0])
-            elif record is None or not record.in_epoch or not batches.exhausted:
+            if group is None:
                 return
-            elif not _prepare_without_a_step(run, data, start_of_data):
-                return  # all of the epoch was trained on
+            _prepare(run, group)
             if not run.status.in_epoch and not run.begin_epoch():
                 return
             record = None
-            while group is not None and steps_left != 0:
+            while group is not None and steps_left != 0 and group.steps:
                 count = group.steps if steps_left is None else min(group.steps, steps_left)
                 done = run.advance(group.batches, count, group.positions)
+                batches.used(done)
                 if done < count:
                     return
                 steps_left = None if steps_left is None else steps_left - done
                 group = for_data(batches.next) if steps_left != 0 else None
         finally:
             batches.close()
-        if run.status.stop_reason is not None or not run.end_epoch():
+        if run.status.stop_reason is not None:
+            return
+        if steps_left == 0:
+            run.end_last_epoch()
+            return
+        if not run.end_epoch():
             return
         epochs_left = None if epochs_left is None else epochs_left - 1
 
 
-def _prepare_without_a_step(run: Run, data: Any, start_of_data: Any) -> bool:
-    """Compile for the first batch of the epoch, which is not trained on. Returns False if the run has to end.
-
-    Args:
-        start_of_data: the state of data that is one iterator, before it was moved to where the run resumes.
-    """
+def _prepare_without_a_step(run: Run, data: Any, leftovers: Leftovers) -> None:
+    """Compile for the first batch of the epoch, which is not trained on."""
     if run.source.model.compiled is not None:
         run.prepare(None)
-        return True
-    with rewound(data, start_of_data):
-        batches = _open(run, data)
-        try:
-            group = batches.next()
-        finally:
-            batches.close()
+        return
+    batches = _open(run, data, leftovers, most=0)
+    try:
+        group = batches.next()
+    finally:
+        batches.close()
     if group is not None:
-        run.prepare(group.batches if run.grouped else group.batches[0])
-    return group is not None
+        _prepare(run, group)
 
 
-def _open(run: Run, data: Any, record: LoopRecord | None = None) -> EpochIterator:
-    """Returns the batches of the epoch in progress, from where ``record`` says on."""
+def _prepare(run: Run, group: BatchGroup) -> None:
+    """Compile for a group. Without a batch in it, an earlier run must have compiled."""
+    if not group.batches and run.source.model.compiled is None:
+        raise DataError(
+            f"The data of epoch {run.status.epoch} ended before the batch from which the run resumes, and has none to "
+            "compile the step for. Pass the data from its beginning: a new iterator, or a callable epoch -> iterable."
+        )
+    run.prepare(group.batches if run.grouped else group.batches[0] if group.batches else None)
+
+
+def _open(
+    run: Run, data: Any, leftovers: Leftovers, *, most: int | None, record: LoopRecord | None = None
+) -> EpochIterator:
+    """Returns the batches of the epoch in progress, from where ``record`` says on; at most ``most``."""
     return EpochIterator(
         data,
         run.status.epoch,
@@ -117,4 +125,7 @@ def _open(run: Run, data: Any, record: LoopRecord | None = None) -> EpochIterato
         waiter=run,
         start=record.batch if record is not None and record.in_epoch else 0,
         data_state=record.data if record is not None else None,
+        batch_crc32=record.batch_crc32 if record is not None else None,
+        most=most,
+        leftovers=leftovers,
     )

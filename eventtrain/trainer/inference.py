@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 from collections import deque
 from collections.abc import Callable, Generator, Iterator
 from contextlib import contextmanager
@@ -13,13 +12,13 @@ import jax
 import numpy as np
 
 from eventtrain.bus.core import BusCore
+from eventtrain.control.command_queue import CommandQueue
 from eventtrain.control.loop_statistics import LoopClock
 from eventtrain.control.run_view import RunView
 from eventtrain.data.prefetch import EpochIterator
 from eventtrain.device.fetcher import Fetcher
 from eventtrain.device.model import Model
 from eventtrain.device.state import PyTree, replicated_sharding
-from eventtrain.errors import DataError
 from eventtrain.events import PredictCompleted, PredictStarted, PredictStepCompleted
 from eventtrain.events.models import Number
 from eventtrain.loop.evaluation import dispatch_evaluation
@@ -32,10 +31,11 @@ from eventtrain.trainer.run import RunOptions
 class Inference:
     """Runs eval_fn and predict_fn over data on the calling thread, while the bus is served elsewhere. Blocks."""
 
-    def __init__(self, model: Model, options: RunOptions, bus: BusCore) -> None:
+    def __init__(self, model: Model, options: RunOptions, bus: BusCore, queue: CommandQueue) -> None:
         self._model = model
         self._options = options
         self._bus = bus
+        self._waiter = _BlockingWaiter(queue)
 
     def evaluate(self, data: Any) -> dict[str, Number]:
         """Returns the means of eval_fn's metrics, in float64."""
@@ -52,12 +52,14 @@ class Inference:
                     RunStatus(model.step, model.epoch),
                     fetcher=fetcher,
                     ahead=RunAhead(self._options.pace.max_in_flight_calls, LoopClock()),
-                    continues=lambda: fetcher.failure is None,
+                    continues=lambda: fetcher.failure is None and not self._waiter.cancelled,
                 )
         finally:
             fetcher.close()
         if fetcher.failure is not None:
             raise fetcher.failure
+        if self._waiter.cancelled:
+            return {}  # unused: the caller gets its cancellation
         self._drain()
         assert builder.evaluated is not None
         return dict(builder.evaluated)
@@ -74,18 +76,19 @@ class Inference:
 
         self._bus.feed([PredictStarted(step=step)])
         with self._open(data) as batches:
-            first = next(batches, None)
-            if first is None:
-                raise DataError("The data to predict on is empty: it ended before its first batch.")
-            prediction.prepare(first)
             leaves = model.leaves_for("predict", model.leaves, model.ext_leaves)
-            waiting.append(prediction(leaves, first))
-            for batch in batches:
+            for index, batch in enumerate(batches):
+                if self._waiter.cancelled:
+                    break
+                if index == 0:
+                    prediction.prepare(batch)
                 waiting.append(prediction(leaves, batch))
                 if len(waiting) > self._options.pace.max_in_flight_calls:
                     fetch_oldest()
         while waiting:
             fetch_oldest()
+        if self._waiter.cancelled:
+            return None
         duration_s = perf_counter() - began_s
         self._bus.feed([PredictCompleted(step=step, steps=len(done), duration_s=duration_s)])
         self._drain()
@@ -98,7 +101,7 @@ class Inference:
             self._model.epoch,
             steps_per_call=1,
             sharding=replicated_sharding(self._model.leaves),
-            waiter=_BlockingWaiter(),
+            waiter=self._waiter,
         )
         try:
             yield iterator.batches()
@@ -110,19 +113,24 @@ class Inference:
 
 
 class _BlockingWaiter:
-    """Waits for the prefetch thread; there are no commands to serve meanwhile."""
+    """Waits for the prefetch thread until a stop arrives: the caller was cancelled. Nothing else can be served."""
 
-    def __init__(self) -> None:
-        self._news = threading.Event()
+    def __init__(self, queue: CommandQueue) -> None:
+        self._queue = queue
+
+    @property
+    def cancelled(self) -> bool:
+        return bool(self._queue.arrived)
 
     def wait(self, ready: Callable[[], object]) -> bool:
         while not ready():
-            self._news.wait(0.1)
-            self._news.clear()
+            if self.cancelled:
+                return False
+            self._queue.wait(ready)
         return True
 
     def wake(self) -> None:
-        self._news.set()
+        self._queue.wake()
 
 
 def _join(*outputs: np.ndarray) -> np.ndarray:

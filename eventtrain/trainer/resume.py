@@ -16,7 +16,7 @@ from eventtrain.bus.barrier import SubscriptionCheckpoint, SubscriptionRestore
 from eventtrain.bus.subscription import SubscriptionCore
 from eventtrain.bus.wakeup import CrossLoopFuture
 from eventtrain.control.command_queue import PendingCommand
-from eventtrain.control.run_state import LoopRecord, RunRecord, SavedRun, unpack
+from eventtrain.control.run_state import BEFORE_END, LoopRecord, RunRecord, SavedRun, unpack
 from eventtrain.control.run_view import RunView
 from eventtrain.control.snapshots import KeptSnapshot
 from eventtrain.device.hyperparams import find_hyperparams, values_of
@@ -45,7 +45,8 @@ class ResumePoint:
         record: everything else.
         backup: of the trainer, as it was before.
         shares: by subscription, what it held at the checkpoint.
-        kept: tags of the other snapshots that were saved with it.
+        kept: tag -> tag on disk, of the other snapshots that were saved with it.
+        state_tag: tag on disk of the snapshot whose state was taken over; None if it was the checkpoint's own.
         ended: why the run had reached its end, so that nothing is trained; None if it continues.
     """
 
@@ -53,7 +54,8 @@ class ResumePoint:
     record: RunRecord
     backup: Backup
     shares: Mapping[str, SubscriptionCheckpoint] = field(default_factory=dict[str, SubscriptionCheckpoint])
-    kept: tuple[str, ...] = ()
+    kept: Mapping[str, str] = field(default_factory=dict[str, str])
+    state_tag: str | None = None
     ended: str | None = None
 
 
@@ -63,8 +65,8 @@ class Backup:
     def __init__(self, model: Model, view: RunView, subscribers: Sequence[Subscriber]) -> None:
         self._model = model
         self._view = view
-        self._model_state: tuple[list[jax.Array], list[jax.Array] | None, int, int] | None = (
-            model.leaves,
+        self._model_state: tuple[Any, list[jax.Array] | None, int, int] | None = (
+            model.structure.join(model.leaves),
             model.ext_leaves,
             model.step,
             model.epoch,
@@ -77,7 +79,8 @@ class Backup:
         if self._model_state is None:
             return
         model = self._model
-        model.leaves, model.ext_leaves, model.step, model.epoch = self._model_state
+        state, model.ext_leaves, model.step, model.epoch = self._model_state
+        model.adopt(state)
         self._view.snapshots = self._snapshots
         for subscriber, attributes, state in self._subscribers:
             if state is not None:
@@ -148,6 +151,13 @@ def remaining(record: LoopRecord, aim: Aim) -> Aim:
     return replace(aim, epochs=epochs, steps=steps)
 
 
+def is_beyond(record: LoopRecord, aim: Aim) -> bool:
+    """Returns whether the run has trained more than ``aim``, so that not even its end is due."""
+    epochs, steps = record.epoch - record.start_epoch, record.step - record.start_step
+    beyond = aim.epochs is not None and (epochs, record.in_epoch) > (aim.epochs, False)
+    return beyond or (aim.steps is not None and steps > aim.steps)
+
+
 def why_ended(record: LoopRecord, aim: Aim, *, named: bool) -> str | None:
     """Returns why the run has reached its end already; None if there is something to do.
 
@@ -157,7 +167,7 @@ def why_ended(record: LoopRecord, aim: Aim, *, named: bool) -> str | None:
         named: the checkpoint was named, to continue from it whatever had ended the run.
     """
     left = remaining(record, aim)
-    if not record.in_epoch and 0 in (left.epochs, left.steps):
+    if is_beyond(record, aim) or (not record.in_epoch and 0 in (left.epochs, left.steps)):
         return "completed"
     if record.ended is None or named:
         return None
@@ -169,11 +179,21 @@ def why_ended(record: LoopRecord, aim: Aim, *, named: bool) -> str | None:
 
 
 def take_over(
-    saved: SavedRun, model: Model, view: RunView, subscribers: Sequence[Subscriber], now: Mapping[str, Any]
+    saved: SavedRun,
+    model: Model,
+    view: RunView,
+    subscribers: Sequence[Subscriber],
+    now: Mapping[str, Any],
+    aim: Aim,
+    *,
+    named: bool,
 ) -> ResumePoint:
     """Load the state of ``saved`` into ``model``, and the states of its subscribers into those of the same name.
 
+    If the run had ended and has a higher ``aim`` now, they are those before its end.
+
     Args:
+        aim, named: as for ``why_ended``.
         now: the fingerprint of this trainer. Differences from the saved one are logged.
 
     Raises:
@@ -185,6 +205,10 @@ def take_over(
             f"Cannot resume from {saved.path}: it holds weights only. Start with them: "
             "Trainer(state=et.load_state(path, like=state))."
         )
+    ended = why_ended(record.loop, aim, named=named)
+    left = remaining(record.loop, aim)
+    before_end = record.before_end if ended is None and 0 not in (left.epochs, left.steps) else None
+    record = before_end or record
     changed = differences(record.loop.fingerprint, now)
     if changed:
         logger.warning(
@@ -194,7 +218,10 @@ def take_over(
     all_shares = {name: share.share() for name, share in record.shares.items()}
     shares = _meant_for(subscribers, all_shares)
     like = model.structure.join(model.leaves)
-    leaves, kept = _leaves_of(saved.state(like)), saved.kept(like)
+    kept = saved.kept(like, before_end=before_end is not None)
+    state_tag = BEFORE_END if BEFORE_END in kept else None
+    state = kept.pop(BEFORE_END)[1] if state_tag is not None else saved.state(like)
+    tags = {tag.removeprefix(f"{BEFORE_END}/"): tag for tag in kept}
     left_out = all_shares.keys() - shares.keys()
     orders = tuple(order for order in record.loop.orders if order.subscriber not in left_out)
     loop_record = record.loop.model_copy(update={"data": unpack(record.loop.data), "orders": orders})
@@ -204,12 +231,14 @@ def take_over(
     except BaseException:
         backup.restore()
         raise
-    model.leaves, model.ext_leaves = leaves, None
+    model.adopt(state)
+    model.ext_leaves = None
     model.step, model.epoch = loop_record.step, loop_record.epoch
-    for tag, (step, state) in kept.items():
+    for tag, on_disk in tags.items():
+        step, state = kept[on_disk]
         view.snapshots[tag] = KeptSnapshot(Snapshot(step, _leaves_of(state), model.structure, tag=tag))
     record = record.model_copy(update={"loop": loop_record})
-    return ResumePoint(saved, record, backup, shares, tuple(kept))
+    return ResumePoint(saved, record, backup, shares, tags, state_tag, ended)
 
 
 def _meant_for(
@@ -276,11 +305,11 @@ def take_over_extensions(
     saved, kept = point.saved, view.kept()
     if not types:
         return None
-    for tag in point.kept:
+    for tag, on_disk in point.kept.items():
         if tag in kept:
-            whole = kept[tag].device.with_extensions(saved.extensions(types, tag), tuple(types))
+            whole = kept[tag].device.with_extensions(saved.extensions(types, on_disk), tuple(types))
             view.snapshots[tag] = KeptSnapshot(whole)
-    return saved.extensions(types)
+    return saved.extensions(types, point.state_tag)
 
 
 def resume_stream(point: ResumePoint, resources: RunResources) -> None:

@@ -27,6 +27,7 @@ from eventtrain.device.hyperparams import find_hyperparams, values_of
 from eventtrain.device.state import replicated_sharding
 from eventtrain.errors import BusClosed, ConfigurationError, StepError
 from eventtrain.events import RunCompleted, RunFailed, RunStarted
+from eventtrain.loop.boundary import require_served
 from eventtrain.loop.evaluation import EvaluationSource
 from eventtrain.loop.event_builder import EventBuilder
 from eventtrain.loop.lag_gates import LagGates
@@ -143,8 +144,8 @@ class Run:
         model, point = self._model, self._resume_point
         if batch is not None:
             self.recorder.note_batch(shapes_of(batch[0] if self.grouped else batch))
+        compiled = model.prepare(batch)
         hyperparams = find_hyperparams(model.structure.join(model.leaves))
-        compiled = model.prepare(batch, hyperparams)
         if point is not None:
             model.ext_leaves = take_over_extensions(point, compiled.extension_types, self._plane.view)
         carry = compiled.initial(model.leaves, model.ext_leaves, step=model.step)
@@ -177,7 +178,8 @@ class Run:
         assert loop is not None
         if not self.status.in_epoch and not self.begin_epoch():
             return 0
-        self.recorder.data.begin_group(self.status.batch, positions)
+        known = batches if positions and self._plane.requests.checkpoints else ()
+        self.recorder.data.begin_group(self.status.batch, positions, known)
         if not self.grouped:
             return loop.step(batches[0])
         done = 0
@@ -207,15 +209,25 @@ class Run:
             return self.status.stop_reason is None
         return self.loop.end_epoch()
 
+    def end_last_epoch(self) -> None:
+        """End the epoch that the aim has cut short, if it was. A run with a higher aim continues before this."""
+        self.require_open()
+        if self.loop is not None and self.status.in_epoch:
+            self.loop.boundary.settle()
+            self.loop.checkpoints.begin_end()
+        self.end_epoch()
+
     def wait(self, ready: Callable[[], object]) -> bool:
         """Wait until ``ready()``, serving commands. Returns False if the run has to end first."""
         if self.loop is not None:
             return self.loop.wait(ready)
         queue = self._plane.queue
         while not ready():
+            known = len(queue.arrived)  # before the loop is made, only a stop can be served
             if self._early_stop() is not None:
                 return False
-            queue.wait(ready, POLL_S)
+            require_served(self._bus)
+            queue.wait(ready, POLL_S, known)
         return True
 
     def _wait_for_future(self, future: Future[Any]) -> bool:
@@ -365,6 +377,8 @@ class Run:
         if loop.windows.open:
             loop.windows.flush()
         if raised is None and not self.status.cut_short:
+            if self._plane.requests.final_restores:
+                loop.checkpoints.begin_end()
             loop.restore_at_end()
 
     def _take_final(self, loop: TrainingLoop, deadline_s: float, raised: BaseException | None) -> None:

@@ -6,7 +6,6 @@ import re
 import uuid
 from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Generic, Literal, Self, TypeVar, Unpack
 
@@ -16,13 +15,14 @@ from eventtrain.bus.options import SubscriptionOptions, event_classes
 from eventtrain.bus.subscription import Subscription, SubscriptionCore
 from eventtrain.control.control import Control
 from eventtrain.control.control_plane import ControlPlane
+from eventtrain.data.prefetch import Leftovers
 from eventtrain.data.sources import describe
 from eventtrain.device.extensions import StepExtension
 from eventtrain.device.fused_step import StepOptions
 from eventtrain.device.model import Model
 from eventtrain.device.state import PyTree
 from eventtrain.errors import AlreadyRunning, ConfigurationError, StateInUse
-from eventtrain.events import Event
+from eventtrain.events import EpochCompleted, Event
 from eventtrain.events.models import Number
 from eventtrain.loop.evaluation import EvaluationSource
 from eventtrain.loop.run_recorder import Aim, RunRecorder
@@ -38,10 +38,10 @@ from eventtrain.trainer.resume import (
     ResumePoint,
     find_saved_run,
     fingerprint,
+    is_beyond,
     logger,
     remaining,
     take_over,
-    why_ended,
 )
 from eventtrain.trainer.run import Run, RunOptions
 from eventtrain.trainer.run_directory import run_directory
@@ -64,7 +64,7 @@ class Trainer(Generic[S]):
             of scalars of any real dtype; each keeps its exact value.
         state: any pytree of arrays (TrainState, Flax, Equinox, plain dict), sharded or not. It stays valid for its
             owner: it is copied once at the start, and the copy is donated from step to step. Leaves that are not
-            arrays are static.
+            arrays are static; a Python number that step_fn changes becomes an array, as under ``jax.jit``.
         eval_fn: ``(state, batch) -> metrics``, for ``eval_data`` and ``evaluate``.
         predict_fn: ``(state, batch) -> outputs``, a pytree of arrays, for ``predict``.
         params: lens ``state -> weights``. By default ``state.params`` or ``state["params"]`` if there, else the whole
@@ -154,9 +154,10 @@ class Trainer(Generic[S]):
         self._members: tuple[RunSubscriber, ...] = ()
         for subscriber in subscribers:
             self._add(subscriber)
-        self._inference = Inference(self._model, self._options, self._core)
+        self._inference = Inference(self._model, self._options, self._core, self._plane.queue)
         self._execution = Execution(self._model, self._plane.queue, self._core, backend, backend_options)
         self._run: Run | None = None
+        self._leftovers = Leftovers()
 
     def __enter__(self) -> Self:
         return self
@@ -414,13 +415,16 @@ class Trainer(Generic[S]):
         aim = Aim(epochs, steps, len(data) if hasattr(data, "__len__") else None)
         with run_directory(self.run_dir, self.run_id, self.subscribers):
             point, left = self._resume(resume, aim, data) if resume is not False else (None, aim)
+            if point is not None and is_beyond(point.record.loop, aim):
+                point.backup.discard()
+                return self._result(0, "completed", [], {})
             restarts = resume is not False and point is None
             temporary = [RunSubscriber(one, subscribe(self._core, one)) for one in extra]
             run = self._new_run(aim, eval_data, temporary, point, restarts=restarts, data=data)
             first_epoch = model.epoch
             try:
                 with self._running(run):
-                    train(run, data, left, point)
+                    train(run, data, left, self._leftovers, point)
             except BaseException:
                 if point is not None and run.loop is None:
                     point.backup.restore()
@@ -428,13 +432,21 @@ class Trainer(Generic[S]):
             finally:
                 for member in temporary:
                     member.subscription.cancel()
+        return self._result(
+            model.epoch - first_epoch, run.ended_by, run.resources.builder.history, run.undelivered
+        )
+
+    def _result(
+        self, epochs: int, reason: str, history: list[EpochCompleted], undelivered: Mapping[str, int]
+    ) -> FitResult[S]:
+        model = self._model
         return FitResult(
             state=model.structure.join(model.leaves_for("final", model.leaves, model.ext_leaves)),
             step=model.step,
-            epochs_completed=model.epoch - first_epoch,
-            stop_reason=run.ended_by,
-            history=run.resources.builder.history,
-            undelivered=run.undelivered,
+            epochs_completed=epochs,
+            stop_reason=reason,
+            history=history,
+            undelivered=undelivered,
         )
 
     def _resume(self, resume: bool | str | int | Path, aim: Aim, data: Any) -> tuple[ResumePoint | None, Aim]:
@@ -448,16 +460,17 @@ class Trainer(Generic[S]):
             logger.warning("No checkpoint is in %s yet, so the run starts from scratch.%s", run_dir, hint)
             return None, aim
         now = {**self._fingerprint, "data": describe(data)}
-        point = take_over(saved, self._model, self._plane.view, self.subscribers, now)
-        record = point.record.loop
-        ended = why_ended(record, aim, named=resume is not True)
+        point = take_over(
+            saved, self._model, self._plane.view, self.subscribers, now, aim, named=resume is not True
+        )
+        record, ended = point.record.loop, point.ended
         if ended is not None:
             logger.warning(
                 "The run in %s has ended at step %d (%s), so nothing more is trained. Set a higher aim, or name the "
                 "checkpoint to continue from: fit(resume=%d).",
                 run_dir, record.step, ended, record.step,
             )  # fmt: skip
-        return replace(point, ended=ended), remaining(record, aim)
+        return point, remaining(record, aim)
 
     # --- evaluation and prediction ----------------------------------------------------------------------------
 

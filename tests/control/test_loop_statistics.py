@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Callable
 from typing import Any
@@ -64,12 +65,15 @@ def test_every_part_is_counted_once_and_all_of_them_fit_into_the_duration(tmp_pa
 
 
 def test_slow_data_counts_as_waiting_for_data_from_the_first_batch_on(tmp_path):
+    stepped = threading.Semaphore(1)
+
     def slow(epoch: int) -> Any:
         for batch in batches(3):
+            assert stepped.acquire(timeout=30)  # nothing is made ahead, while the step compiles
             time.sleep(0.1)
             yield batch
 
-    figures = look(tmp_path, slow).run.loop_statistics()
+    figures = look(tmp_path, slow, Steps(stepped.release)).run.loop_statistics()
     assert figures.data_wait_s >= 0.29
     assert figures.data_wait_s > 10 * figures.observer_wait_s
 

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -8,7 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from eventtrain.data.prefetch import EpochIterator
+import eventtrain as et
+from eventtrain.data.prefetch import EpochIterator, Leftovers
 from eventtrain.errors import DataError
 
 
@@ -34,13 +36,13 @@ class Seekable:
 
     def __init__(self, make: Callable[[int], Any]) -> None:
         self.make = make
-        self.next = 0
+        self.next, self.last = 0, 3
 
     def __iter__(self) -> Seekable:
         return self
 
     def __next__(self) -> Any:
-        if self.next == 3:
+        if self.next == self.last:
             raise StopIteration
         self.next += 1
         return self.make(self.next)
@@ -68,7 +70,6 @@ def test_every_batch_comes_with_the_state_of_the_iterator_after_it(make: Callabl
     iterator.close()
     assert [int(group.batches[0][0]) for group in groups] == [1, 2, 3]
     assert [group.positions for group in groups] == [(1,), (2,), (3,)]
-    assert iterator.exhausted
 
 
 def test_batches_on_the_device_are_handed_out_without_a_thread() -> None:
@@ -87,8 +88,11 @@ def test_batches_on_the_device_are_grouped_by_the_thread() -> None:
 
 @pytest.mark.parametrize("steps_per_call", [1, 4])
 def test_empty_data_is_refused_with_its_epoch(steps_per_call: int) -> None:
-    with pytest.raises(DataError, match="data of epoch 0 is empty: it ended before its first batch"):
-        of([], steps_per_call=steps_per_call)
+    for data in ([], iter([]), lambda epoch: iter([])):
+        iterator = of(data, steps_per_call=steps_per_call)
+        with pytest.raises(DataError, match="data of epoch 0 is empty: it ended before its first batch"):
+            iterator.next()
+        iterator.close()
     assert not prefetching()
 
 
@@ -97,14 +101,31 @@ def test_a_resumed_epoch_begins_behind_the_batches_that_were_trained_on() -> Non
     assert [int(batch[0]) for batch in skipping.batches()] == [3]
     seeking = of(Seekable(lambda i: np.full(1, i)), start=2, data_state=2)
     assert [int(batch[0]) for batch in seeking.batches()] == [3]
-    behind = of([np.full(1, 1)], start=1)
-    assert behind.next() is None
-    assert behind.exhausted
-    for iterator in (skipping, seeking, behind):
+    for iterator in (skipping, seeking):
         iterator.close()
 
 
-def test_a_run_that_ends_while_a_batch_is_awaited_gets_none_and_the_epoch_is_not_exhausted() -> None:
+def test_behind_the_last_batch_there_is_one_to_compile_for_and_none_to_train_on() -> None:
+    seekable = Seekable(lambda i: np.full(1, i))
+    arrays = et.ArrayLoader(np.ones((3, 1)), 1)
+    for data, state in (
+        ([np.ones(1)] * 3, None),
+        ([jnp.ones(1)] * 3, None),
+        (iter([np.ones(1)] * 3), None),
+        (seekable, 3),
+        (lambda epoch: Seekable(lambda i: np.full(1, i)), 3),
+        (arrays, None),
+    ):
+        iterator = of(data, start=3, data_state=state)
+        group = iterator.next()
+        assert group is not None
+        assert (group.steps, group.positions, float(group.batches[0].ravel()[0])) == (0, (), 1.0)
+        assert iterator.next() is None
+        iterator.close()
+    assert seekable.next == 3  # as it was set
+
+
+def test_a_run_that_ends_while_a_batch_is_awaited_gets_none() -> None:
     free, waiter = threading.Event(), Waiter()
 
     def stuck() -> Iterator[np.ndarray]:
@@ -117,6 +138,69 @@ def test_a_run_that_ends_while_a_batch_is_awaited_gets_none_and_the_epoch_is_not
     waiter.ended = True
     waiter.wake()
     assert iterator.next() is None
-    assert not iterator.exhausted
-    free.set()
+    began_s = time.monotonic()
     iterator.close()
+    assert time.monotonic() - began_s < 2
+    free.set()
+
+
+@pytest.mark.parametrize("steps_per_call", [1, 3])
+@pytest.mark.parametrize("make", [lambda i: np.full(1, i), lambda i: jnp.full(1, i)], ids=["numpy", "device"])
+@pytest.mark.parametrize("kind", ["iterator", "with a state", "generator"])
+def test_what_was_read_ahead_of_the_users_iterator_comes_first_when_it_is_given_again(
+    kind: str, make: Callable[[int], Any], steps_per_call: int
+) -> None:
+    data: Any = map(make, range(1, 30))
+    if kind == "with a state":
+        data = Seekable(make)
+        data.last = 29
+    if kind == "generator":
+        data = (make(i) for i in range(1, 30))
+    leftovers, seen = Leftovers(), []
+    for count in (4, 2, 5, 0, 18):
+        iterator = of(data, leftovers=leftovers, steps_per_call=steps_per_call)
+        while count > 0 and (group := iterator.next()) is not None:
+            used = min(count, group.steps)
+            seen += [int(batch[0]) for batch in group.batches[:used]]
+            iterator.used(used)
+            count -= used
+        iterator.close()
+    assert seen == list(range(1, 30))
+
+
+def test_an_iterator_of_the_user_stays_open_and_one_made_from_a_callable_is_closed() -> None:
+    closed = []
+
+    def numbers(name: str) -> Iterator[np.ndarray]:
+        try:
+            while True:
+                yield np.zeros(1)
+        finally:
+            closed.append(name)
+
+    given = numbers("given")
+    for data in (given, lambda epoch: numbers("made")):
+        iterator = of(data)
+        assert iterator.next() is not None
+        iterator.close()
+    assert closed == ["made"]
+    given.close()
+
+
+def test_a_batch_that_comes_after_the_run_ended_is_not_lost() -> None:
+    free, waiter, leftovers = threading.Event(), Waiter(), Leftovers()
+
+    def slow() -> Iterator[np.ndarray]:
+        assert free.wait(30)
+        yield np.full(1, 1)
+        yield np.full(1, 2)
+
+    data = slow()
+    waiter.ended = True
+    iterator = of(data, waiter, leftovers=leftovers)
+    assert iterator.next() is None
+    iterator.close()
+    free.set()
+    again = of(data, leftovers=leftovers)
+    assert [int(batch[0]) for batch in again.batches()] == [1, 2]
+    again.close()

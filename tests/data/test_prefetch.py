@@ -5,10 +5,12 @@ from collections.abc import Iterator
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from eventtrain.data.prefetch import BatchGroup, Prefetcher
+from eventtrain.data.prefetch import DEPTH_OF_SMALL, BatchGroup, Prefetcher
+from eventtrain.data.sources import EpochReader
 from tests.support.jax_compilations import x64
 
 
@@ -17,7 +19,9 @@ class Consumer:
 
     def __init__(self, batches: Iterator[Any], **options: Any) -> None:
         self._news = threading.Semaphore(0)
-        self.prefetcher = Prefetcher(batches, on_ready=self._news.release, **options)
+        self.prefetcher = Prefetcher(
+            lambda: EpochReader(lambda epoch: batches, 0), on_ready=self._news.release, **options
+        )
 
     def take(self) -> BatchGroup | None:
         while not self.prefetcher.ready():
@@ -69,7 +73,7 @@ def test_an_iterator_that_fills_one_buffer_again_and_again_is_harmless() -> None
     assert [set(group.batches[0].tolist()) for group in groups] == [{float(i)} for i in range(50)]
 
 
-def test_no_more_than_depth_groups_are_made_ahead() -> None:
+def test_no_more_than_depth_groups_are_made_ahead_and_more_when_half_of_them_are_taken() -> None:
     made: list[int] = []
     asked = threading.Semaphore(0)
 
@@ -79,14 +83,41 @@ def test_no_more_than_depth_groups_are_made_ahead() -> None:
             asked.release()
             yield np.zeros(1)
 
-    consumer = Consumer(counted(), depth=3)
-    for _ in range(4):  # three wait, the fourth is made and finds no room
+    consumer = Consumer(counted(), depth=4)
+    for _ in range(5):  # four wait, the fifth is made and finds no room
         assert asked.acquire(timeout=30)
-    assert len(made) == 4
+    assert not asked.acquire(timeout=0.05)
     consumer.take()
-    assert asked.acquire(timeout=30)
+    assert not asked.acquire(timeout=0.05)
     assert len(made) == 5
+    consumer.take()
+    for _ in range(2):
+        assert asked.acquire(timeout=30)
+    assert len(made) == 7
     assert consumer.prefetcher.close()
+
+
+def test_more_small_batches_on_the_device_may_wait() -> None:
+    asked = threading.Semaphore(0)
+    batch = jnp.zeros(1)
+
+    def counted() -> Iterator[jax.Array]:
+        while True:
+            asked.release()
+            yield batch
+
+    consumer = Consumer(counted())
+    for _ in range(DEPTH_OF_SMALL + 1):
+        assert asked.acquire(timeout=30)
+    assert not asked.acquire(timeout=0.05)
+    assert consumer.prefetcher.close()
+
+
+def test_no_batch_is_drawn_beyond_the_most() -> None:
+    batches = iter([np.full(1, i) for i in range(7)])
+    groups = Consumer(batches, steps_per_call=2, most=5).all()
+    assert [group.steps for group in groups] == [2, 2, 1]
+    assert next(batches)[0] == 5
 
 
 def test_the_users_exception_comes_unchanged_after_the_batches_before_it() -> None:
@@ -189,12 +220,13 @@ def test_numpy_batches_are_replicated_over_the_mesh(run_on_devices: Any) -> None
         from jax.sharding import PartitionSpec as P
 
         from eventtrain.data.prefetch import Prefetcher
+        from eventtrain.data.sources import EpochReader
 
         mesh = jax.make_mesh((8,), ("data",), axis_types=(AxisType.Auto,))
         everywhere, spread = NamedSharding(mesh, P()), NamedSharding(mesh, P("data"))
         news = __import__("threading").Semaphore(0)
         batch = {"x": np.ones(8), "y": jax.device_put(jnp.ones(8), spread)}
-        prefetcher = Prefetcher(iter([batch]), sharding=everywhere, on_ready=news.release)
+        prefetcher = Prefetcher(lambda: EpochReader([batch], 0), sharding=everywhere, on_ready=news.release)
         while not prefetcher.ready():
             assert news.acquire(timeout=30)
         (taken,) = prefetcher.take().batches

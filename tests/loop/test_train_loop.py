@@ -14,7 +14,7 @@ import pytest
 
 import eventtrain as et
 from eventtrain.bus.bus import core_of
-from tests.support.models import batches, make_trainer, record
+from tests.support.models import batches, in_step, make_trainer, record
 
 
 def rates(steps: list[Any]) -> dict[int, float]:
@@ -199,7 +199,7 @@ def test_a_run_decided_with_finite_lags_only_is_deterministic_and_one_with_lag_n
             control.scale_hyperparam("learning_rate", 0.99)
 
         def paced(epoch: int) -> Any:  # long enough for a command without a lag to arrive
-            for batch in batches(40):
+            for batch in in_step(trainer, batches(40)):
                 time.sleep(0.005)
                 yield batch
 
@@ -434,7 +434,7 @@ def test_a_decider_that_joins_a_running_run_decides_from_the_next_window_on(tmp_
         control.scale_hyperparam("learning_rate", 0.9)
 
     def data(epoch: int) -> Any:
-        for index, batch in enumerate(batches(40)):
+        for index, batch in enumerate(in_step(trainer, batches(40))):
             time.sleep(0.002)
             if index == 7:
                 trainer.bus.subscribe(et.StepCompleted, decide, every=2, lag=3)

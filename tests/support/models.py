@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import jax
@@ -54,6 +56,16 @@ def batches(count: int, size: int = 4) -> list[dict[str, jax.Array]]:
         {name: jnp.asarray(array[i * size : (i + 1) * size]) for name, array in arrays.items()}
         for i in range(count)
     ]
+
+
+def in_step(trainer: et.Trainer, batches: Iterable[Any]) -> Iterator[Any]:
+    """The batches, each made when the steps of all before it are dispatched: data is read ahead otherwise."""
+    first = trainer.step
+    for index, batch in enumerate(batches):
+        deadline_s = time.monotonic() + 60
+        while trainer.step < first + index and time.monotonic() < deadline_s:
+            time.sleep(0.0005)
+        yield batch
 
 
 def make_trainer(tmp_path: Any, **options: Any) -> et.Trainer:

@@ -14,7 +14,7 @@ import jax
 import numpy as np
 
 import eventtrain as et
-from eventtrain.control.run_state import RunRecord
+from eventtrain.control.run_state import BEFORE_END, RunRecord
 
 
 @dataclass(frozen=True)
@@ -37,9 +37,11 @@ class InMemory:
         assert list(like) == list(extensions)
         return [put(extensions[path], wanted) for path, wanted in like.items()]
 
-    def kept(self, like: Any) -> dict[str, tuple[int, Any]]:
+    def kept(self, like: Any, *, before_end: bool) -> dict[str, tuple[int, Any]]:
         return {
-            tag: (step, jax.tree.map(put, state, like)) for tag, (step, state, _) in self.host_kept.items()
+            tag: (step, jax.tree.map(put, state, like))
+            for tag, (step, state, _) in self.host_kept.items()
+            if tag.startswith(BEFORE_END) == before_end
         }
 
 

@@ -7,6 +7,7 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import anyio
@@ -16,6 +17,7 @@ import pytest
 
 import eventtrain as et
 from eventtrain import subscribers as subs
+from eventtrain.data.prefetch import EpochIterator
 from tests.support.models import batches, eval_fn, new_state, step_fn
 from tests.support.saved_in_memory import MemoryCheckpointer
 from tests.trainer.test_resume import Positioned, Record
@@ -56,15 +58,22 @@ def interrupt() -> None:
     os.kill(os.getpid(), signal.SIGINT)
 
 
-def interrupted_before(count: int, data: list[Any]) -> Any:
-    """Ctrl-C while the loop asks for the batch behind ``count`` others; they lie on the device, so on its thread."""
+@contextmanager
+def interrupted_before(count: int, data: list[Any]) -> Iterator[list[Any]]:
+    """Ctrl-C when the loop asks for the batch of ``data`` behind ``count`` others."""
+    asked, ask = 0, EpochIterator.next
 
-    def read(epoch: int) -> Iterator[Any]:
-        yield from data[:count]
-        interrupt()
-        yield from data[count:]
+    def counted(self: EpochIterator) -> Any:
+        nonlocal asked
+        if self._data is data:
+            asked += 1
+            if asked == count + 1:
+                interrupt()
+        return ask(self)
 
-    return read
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):  # noqa: PT012
+        patch.setattr(EpochIterator, "next", counted)
+        yield data
 
 
 async def until(ready: Callable[[], object]) -> None:
@@ -309,8 +318,8 @@ def test_an_evaluation_that_was_due_where_the_run_was_interrupted_is_not_lost(tm
     trainer.fit(data, epochs=1, eval_data=batches(2))
     checkpointer = MemoryCheckpointer(at_end=True)
     trainer, before = run("first", checkpointer)
-    with pytest.raises(KeyboardInterrupt):
-        trainer.fit(interrupted_before(3, data), epochs=1, eval_data=batches(2))
+    with interrupted_before(3, data):
+        trainer.fit(data, epochs=1, eval_data=batches(2))
     assert kinds(before) == []
     trainer, after = run("second", checkpointer)
     trainer.fit(data, epochs=1, eval_data=batches(2), resume=3)
@@ -364,8 +373,8 @@ def test_a_run_by_steps_that_was_interrupted_in_its_last_evaluation_still_ends_i
     result = trainer.fit(data, steps=5, eval_data=evaluated_on)
     checkpointer = MemoryCheckpointer(at_end=True)
     trainer, before = make(tmp_path / "first", checkpointer)
-    with pytest.raises(KeyboardInterrupt):
-        trainer.fit(data, steps=5, eval_data=interrupted_before(2, evaluated_on))
+    with interrupted_before(2, evaluated_on):
+        trainer.fit(data, steps=5, eval_data=evaluated_on)
     assert checkpointer.saved[5].facts.loop.evaluated_batches is not None
     trainer, after = make(tmp_path / "second", checkpointer)
     again = trainer.fit(data, steps=5, eval_data=evaluated_on, resume=5)
@@ -387,8 +396,8 @@ def test_data_that_is_one_iterator_goes_on_in_an_evaluation_behind_its_last_batc
     checkpointer = MemoryCheckpointer(at_end=True)
     trainer, before = run("first", checkpointer)
     data = Positioned(batches(6))
-    with pytest.raises(KeyboardInterrupt):
-        trainer.fit(data, epochs=1, eval_data=interrupted_before(2, evaluated_on))
+    with interrupted_before(2, evaluated_on):
+        trainer.fit(data, epochs=1, eval_data=evaluated_on)
     saved = checkpointer.saved[6]
     assert saved.facts.loop.evaluated_batches is not None
     in_a_new_process, after = run("second", checkpointer)

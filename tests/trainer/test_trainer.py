@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 import eventtrain as et
-from tests.support.models import batches, eval_fn, examples, make_trainer, new_state, record, step_fn
+from tests.support.models import batches, eval_fn, examples, in_step, make_trainer, new_state, record, step_fn
 
 
 def reference(data: list[Any], epochs: int) -> Any:
@@ -420,7 +420,7 @@ def test_the_state_cannot_be_read_while_a_run_owns_it_and_a_second_run_is_refuse
     found: list[BaseException] = []
 
     def data(epoch: int) -> Any:
-        for index, batch in enumerate(batches(3)):
+        for index, batch in enumerate(in_step(trainer, batches(3))):
             if index == 2:
                 for call in (lambda: trainer.state, lambda: trainer.fit(batches(1), epochs=1)):
                     try:

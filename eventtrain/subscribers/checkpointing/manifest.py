@@ -249,6 +249,13 @@ def named_leaves(tree: Any) -> dict[str, Any]:
     return named({jax.tree_util.keystr(path): leaf for path, leaf in with_paths if is_array(leaf)})
 
 
+def named_numbers(tree: Any) -> dict[str, Any]:
+    """Returns the Python numbers of a pytree by the stored names of their paths."""
+    with_paths = jax.tree_util.tree_flatten_with_path(tree)[0]
+    numbers = {jax.tree_util.keystr(path): leaf for path, leaf in with_paths}
+    return named({p: leaf for p, leaf in numbers.items() if isinstance(leaf, (bool, int, float, complex))})
+
+
 def is_array(leaf: Any) -> bool:
     """Returns whether a leaf is stored: a JAX array, a NumPy array or number, a key on the host."""
     if isinstance(leaf, jax.Array) or is_host_key(leaf):

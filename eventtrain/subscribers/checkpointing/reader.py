@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from eventtrain.control.run_state import BEFORE_END
 from eventtrain.errors import SnapshotError, StateError, listed
 from eventtrain.subscribers._shared.paths import local_path
 from eventtrain.subscribers.checkpointing.directory import Committed, read_directory
@@ -26,10 +27,11 @@ from eventtrain.subscribers.checkpointing.manifest import (
     Manifest,
     SavedArray,
     checksum,
-    is_array,
     is_checkpoint,
     named_leaves,
+    named_numbers,
     part_of,
+    path_name,
     read_manifest,
 )
 from eventtrain.subscribers.checkpointing.orbax import ocp
@@ -72,9 +74,13 @@ class SavedCheckpoint:
         _require_same(like.keys(), arrays.keys(), "The step extensions saved", "the trainer's", self.path)
         return [self._placed(part, path, leaf, arrays[path]) for path, leaf in like.items()]
 
-    def kept(self, like: Any) -> dict[str, tuple[int, Any]]:
-        """Returns other snapshots that the rest of the run needs: tag -> step, and state placed as ``like``."""
-        return {tag: (step, self._fill(KEPT + tag, like)) for tag, step in self.manifest.kept_steps.items()}
+    def kept(self, like: Any, *, before_end: bool) -> dict[str, tuple[int, Any]]:
+        """Returns other snapshots: tag -> step, and state placed as ``like``; see ``SavedRun``."""
+        return {
+            tag: (step, self._fill(KEPT + tag, like))
+            for tag, step in self.manifest.kept_steps.items()
+            if tag.startswith(BEFORE_END) == before_end
+        }
 
     def weights(self, like: Any) -> Any:
         """``state``, where ``like`` may also be the params, or a whole state of which only the params were saved."""
@@ -88,18 +94,24 @@ class SavedCheckpoint:
 
     def _fill(self, part: str, like: Any, places: Mapping[str, str] | None = None) -> Any:
         """Returns ``like`` with the arrays of a part; ``places``: path in ``like`` -> path in the part."""
-        arrays, wanted = self.part(part), named_leaves(like)
+        arrays = self.part(part)
+        wanted = named_leaves(like) | {
+            path: leaf for path, leaf in named_numbers(like).items() if path in arrays
+        }
         if places is None:
             _require_same(wanted.keys(), arrays.keys(), "The state saved", "`like`", self.path)
             places = {path: path for path in wanted}
         values = {
             path: self._placed(part, place, wanted[path], arrays[place]) for path, place in places.items()
         }
-        filled = iter([values.get(path, leaf) for path, leaf in wanted.items()])
-        return jax.tree.map(lambda leaf: next(filled) if is_array(leaf) else leaf, like)
+        return jax.tree_util.tree_map_with_path(
+            lambda path, leaf: values.get(path_name(jax.tree_util.keystr(path)), leaf), like
+        )
 
     def _placed(self, part: str, path: str, like: Any, value: HostArray) -> Any:
         impl = self.manifest.arrays[part][path].key
+        if isinstance(like, (bool, int, float, complex)):  # the run has made it an array
+            like = jnp.zeros((), value.dtype)
         is_key = jnp.issubdtype(like.dtype, jax.dtypes.prng_key)
         if is_key and impl is not None:
             with suppress(ValueError, TypeError):  # data of another implementation than the manifest names

@@ -21,23 +21,28 @@ from hypothesis import strategies as st
 import eventtrain as et
 from eventtrain import subscribers as subs
 from eventtrain.control.loop_statistics import LoopStatistics
-from tests.support.models import batches, make_trainer, record
+from tests.support.models import batches, in_step, make_trainer, record
 
 
 def figures(tmp_path: Path, timer: et.Subscriber, data: Any, epochs: int = 1, **options: Any) -> list[Any]:
     trainer = make_trainer(tmp_path, subscribers=[timer], **options)
     seen = record(trainer, et.MachineMeasured)
-    trainer.fit(data, epochs=epochs)
+    trainer.fit(data(trainer) if callable(data) else data, epochs=epochs)
     return seen
 
 
 def slow(seconds: float, count: int = 6) -> Any:
-    def batches_of(epoch: int) -> Any:
-        for batch in batches(count):
-            time.sleep(seconds)
-            yield batch
+    """Data that makes each step wait, also those behind the compilation: nothing is made ahead."""
 
-    return batches_of
+    def of(trainer: et.Trainer) -> Any:
+        def batches_of(epoch: int) -> Any:
+            for batch in in_step(trainer, batches(count)):
+                time.sleep(seconds)
+                yield batch
+
+        return batches_of
+
+    return of
 
 
 # --- StepTimer ------------------------------------------------------------------------------------------------
@@ -162,7 +167,7 @@ def test_a_slow_decider_exceeds_the_budget_and_is_named(
         await anyio.sleep(0.03 if event.step <= 20 else 0)
 
     with caplog.at_level(logging.WARNING, logger="eventtrain"):
-        trainer.fit(slow(0.005, 120), epochs=1)
+        trainer.fit(slow(0.005, 120)(trainer), epochs=1)
     alerts = [event for event in seen if isinstance(event, et.AlertRaised)]
     assert {(alert.name, alert.metric) for alert in alerts} == {("overhead", "overhead_share")}
     assert alerts[0].value > 0.4
@@ -204,7 +209,7 @@ def test_a_slow_observer_is_measured_and_costs_the_loop_nothing(tmp_path: Path) 
     async def dawdle(event: et.StepCompleted) -> None:
         await anyio.sleep(0.05)
 
-    trainer.fit(slow(0.01, 20), epochs=1)
+    trainer.fit(slow(0.01, 20)(trainer), epochs=1)
     (last,) = seen
     assert last.source == "OverheadMeter"
     assert last.metrics["observer_wait_s"] < 0.01

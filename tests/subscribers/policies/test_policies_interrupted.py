@@ -18,6 +18,7 @@ import pytest
 import eventtrain as et
 from benchmarks.campaigns.determinism import BAD_STEP, OPTIMISER, batches, eval_fn, step_fn
 from eventtrain import subscribers as subs
+from eventtrain.data.prefetch import EpochIterator
 from eventtrain.subscribers.base import event_routes
 from eventtrain.testing import RecordingSubscriber
 
@@ -27,7 +28,7 @@ EPOCHS, STEPS_PER_EPOCH = 6, 10
 
 @dataclass
 class Time:
-    """A clock that runs while batches are drawn, and timers that go by it."""
+    """A clock that is moved when the loop asks for the batch of a step, and timers that go by it."""
 
     now_s: float = 0.0
     timers: list[Timer] = field(default_factory=list)
@@ -144,7 +145,6 @@ class Run:
 
     def data(self, epoch: int) -> Iterator[Any]:
         for step in range(epoch * STEPS_PER_EPOCH + 1, (epoch + 1) * STEPS_PER_EPOCH + 1):
-            self.time.advance(1.0)
             yield batches()[step - 1 if step != BAD_STEP or self.with_nan else -1]
 
     def fit_interrupted(self, last_epoch: int) -> None:
@@ -190,6 +190,20 @@ def make_run(tmp_path: Path, names: Sequence[str], backend: str = "asyncio") -> 
         backend=backend,
     )
     return Run(trainer, time, policies, recorder, any("NaN" in name for name in names))
+
+
+@pytest.fixture(autouse=True)
+def moved_clock(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Moves the clock on the training thread. Data is read ahead: a clock moved there would stop at any step."""
+    ask = EpochIterator.next
+
+    def ask_and_move(self: EpochIterator) -> Any:
+        run = getattr(self._data, "__self__", None)
+        if isinstance(run, Run) and run.trainer.step < (self._epoch + 1) * STEPS_PER_EPOCH:
+            run.time.advance(1.0)
+        return ask(self)
+
+    monkeypatch.setattr(EpochIterator, "next", ask_and_move)
 
 
 @pytest.mark.parametrize("name", POLICIES)
