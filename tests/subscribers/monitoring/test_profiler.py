@@ -106,9 +106,14 @@ def test_a_run_that_fails_ends_its_trace(tmp_path: Path) -> None:
 
 
 def test_a_profiler_that_cannot_work_ends_nothing(tmp_path: Path) -> None:
-    (tmp_path / "file").write_text("no folder")
     trainer, seen = traced(tmp_path, subs.Profiler(((2, 3), (5, 6)), directory=tmp_path / "file"))
-    result = trainer.fit(batches(8), epochs=1)
+
+    def data(epoch: int) -> Any:  # begins when the Profiler has checked its folder
+        (tmp_path / "file").rmdir()
+        (tmp_path / "file").write_text("no folder")
+        return batches(8)
+
+    result = trainer.fit(data, epochs=1)
     assert (result.step, result.stop_reason) == (8, "completed")
     assert [(event.kind, event.subscriber, event.event_kind) for event in seen] == [
         ("subscriber_failed", "Profiler", "profile")
