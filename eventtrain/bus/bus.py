@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import AsyncGenerator, AsyncIterator, Callable
+from collections.abc import AsyncGenerator, Callable
 from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self, TypeVar, Unpack, overload
 
 from eventtrain.bus.clock import Clock
 from eventtrain.bus.core import BusCore
+from eventtrain.bus.event_stream import EventStream
 from eventtrain.bus.handlers import Handler, HandlerDecorator
 from eventtrain.bus.options import StreamOptions, SubscriptionOptions, event_classes
 from eventtrain.bus.subscription import Subscription, SubscriptionStatistics
@@ -130,18 +131,18 @@ class EventBus:
     @overload
     def stream(
         self, event_type: EventTypesOf[E], **options: Unpack[StreamOptions[E]]
-    ) -> AbstractAsyncContextManager[AsyncIterator[E]]: ...
+    ) -> AbstractAsyncContextManager[EventStream[E]]: ...
     @overload
     def stream(
         self, event_type: type[E], *more: type[E], **options: Unpack[StreamOptions[E]]
-    ) -> AbstractAsyncContextManager[AsyncIterator[E]]: ...
+    ) -> AbstractAsyncContextManager[EventStream[E]]: ...
     def stream(
         self, event_type: Any, *more: Any, **options: Any
-    ) -> AbstractAsyncContextManager[AsyncIterator[Any]]:
+    ) -> AbstractAsyncContextManager[EventStream[Any]]:
         """Iterates over events: ``async with bus.stream(T) as events: async for event in events: ...``.
 
-        Any event loop. The iteration ends when the bus was closed and the events before that were read. Draining does
-        not wait for the reader.
+        Any event loop. The iteration ends when the bus was closed, or the subscription has ended, and the events before
+        that were read; ``events.end_reason`` says why. Draining does not wait for the reader.
 
         Args:
             event_type: as for ``subscribe``.
@@ -186,7 +187,7 @@ class EventBus:
 
         Raises:
             TimeoutError: none came within ``timeout_s``.
-            BusClosed: the bus was closed before one came.
+            BusClosed: none can come any more; the message says why, for example that the bus was closed.
             WaitsForItself: a handler whose subscription takes part in checkpoints waits for CheckpointCommitted or
                 CheckpointFailed. A checkpoint needs its state at the end of the handler, so that both would wait.
         """
@@ -198,7 +199,8 @@ class EventBus:
             ) as events:
                 async for event in events:
                     return event
-            raise BusClosed(f"The bus was closed before a {wanted} came.")
+                reason = events.end_reason
+            raise BusClosed(f"No {wanted} came: {reason}.")
         raise TimeoutError(f"No {wanted} came within timeout_s={timeout_s} s.")
 
     # --- running ----------------------------------------------------------------------------------------------
@@ -262,7 +264,7 @@ class EventBus:
                     listing = ", ".join(f"{name}: {count}" for name, count in left.items())
                     logger.warning("The bus was closed before everything was handled; left over: %s", listing)
         finally:
-            self._core.close()
+            self._core.close(f"its block raised {type(error).__name__}: {error}" if error is not None else "")
             suppressed = await stack.__aexit__(error_type, error, traceback)
         return suppressed
 

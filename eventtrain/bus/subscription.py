@@ -197,6 +197,8 @@ class SubscriptionCore:
         self.failures = Failures(name, host.notify)
         self.progress = host.progress
         self.state: State = "active"
+        self.end_reason = ""
+        """Why it has ended, as a whole clause."""
         self.run = 0
         """The run that counts the events with a finite lag; 0 before the first."""
         self._save = save
@@ -356,14 +358,14 @@ class SubscriptionCore:
 
     def cancel(self) -> None:
         """Ends the subscription on request. Waiting events are forgotten."""
-        if self._end("cancelled"):
+        if self._end("cancelled", "was cancelled"):
             self.queue.clear()
             self.report_drops()
             self.wake()
 
     def disable(self, reason: str) -> None:
         """Ends the subscription after failures. Waiting events count as dropped."""
-        if self._end("disabled"):
+        if self._end("disabled", f"was disabled after {reason}"):
             self.queue.drop_all()
             logger.error("Subscriber %s is disabled after %s", self.name, reason)
             self.report_drops()
@@ -378,12 +380,13 @@ class SubscriptionCore:
 
     def finish(self) -> None:
         """Ends the subscription: ``once`` is fulfilled."""
-        self._end("finished")
+        self._end("finished", "has received its only event")
 
-    def _end(self, state: State) -> bool:
+    def _end(self, state: State, how: str) -> bool:
         with self._lock:
             if self.state != "active":
                 return False
+            self.end_reason = f"its subscription {how}"
             self.state = state
         self._host.subscription_ended(self)
         self.progress.notify_all()

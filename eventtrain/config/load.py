@@ -15,7 +15,7 @@ from eventtrain.bus.bus import EventBus
 from eventtrain.config.run_file import Table, read_run_file
 from eventtrain.config.subscriber_config import build, subscriber_config, subscriber_type, type_names
 from eventtrain.config.validation import TABLE, json_schema, validated
-from eventtrain.errors import ConfigurationError, EventTrainError
+from eventtrain.errors import ConfigurationError, EventTrainError, first_lines
 from eventtrain.subscribers.base import Subscriber, subscribe
 
 
@@ -104,5 +104,6 @@ def _naming(table: Table) -> Generator[None]:
         yield
     except Exception as error:
         text = str(error) if isinstance(error, EventTrainError) else f"{type(error).__name__}: {error}"
+        text = first_lines(text, 30)
         separator, text = (":\n", indent(text, "  ")) if "\n" in text else (": ", text)
         raise ConfigurationError(f"{table.label}{separator}{text}") from error
