@@ -60,8 +60,15 @@ __all__ = [
 ]
 
 
+LONGEST_MESSAGE = 4_000
+"""Characters of a message; it may quote what a user gave."""
+
+
 class EventTrainError(Exception):
     """Base class: ``except EventTrainError`` catches everything that eventtrain raises on purpose."""
+
+    def __init__(self, *args: object) -> None:
+        super().__init__(*(shortened(arg, LONGEST_MESSAGE) if isinstance(arg, str) else arg for arg in args))
 
 
 class ConfigurationError(EventTrainError, ValueError):

@@ -34,6 +34,8 @@ from eventtrain.bus.wakeup import CrossLoopCondition, LoopThread
 from eventtrain.errors import ConfigurationError
 from eventtrain.events import Event
 from eventtrain.subscribers.base import Subscriber
+from eventtrain.validation.annotations import checked
+from eventtrain.validation.arguments import require_count, require_number
 
 if TYPE_CHECKING:
     from eventtrain.bus.options import EventTypesOf
@@ -51,6 +53,7 @@ class RecordingSubscriber(Subscriber):
         name: as for any subscription.
     """
 
+    @checked
     def __init__(self, events: EventTypes = Event, *, name: str | None = None) -> None:
         event_classes(events)
         self.events = events
@@ -127,6 +130,7 @@ class ScriptedStep:
         data, eval_data: empty batches, for one epoch and for one evaluation of one batch.
     """
 
+    @checked
     def __init__(
         self,
         metrics: Mapping[str, Sequence[float]],
@@ -135,10 +139,8 @@ class ScriptedStep:
         steps_per_epoch: int = 1,
         learning_rate: float | None = None,
     ) -> None:
-        if steps_per_epoch < 1:
-            raise ConfigurationError(
-                f"ScriptedStep: steps_per_epoch must be an integer >= 1, got {steps_per_epoch!r}."
-            )
+        require_count("ScriptedStep", "steps_per_epoch", steps_per_epoch, at_least=1)
+        require_number("ScriptedStep", "learning_rate", learning_rate, optional=True)
         self.steps_per_epoch = steps_per_epoch
         self.state: dict[str, Any] = {
             "step": jnp.zeros((), jnp.int32),
@@ -147,7 +149,7 @@ class ScriptedStep:
             "eval_script": _script("eval_metrics", eval_metrics or {}),
         }
         if learning_rate is not None:
-            optimizer = optax.inject_hyperparams(optax.sgd)(learning_rate=learning_rate)
+            optimizer = optax.inject_hyperparams(optax.sgd)(learning_rate=float(learning_rate))
             self.state["opt_state"] = optimizer.init(self.state["params"])
         self.data = [np.zeros((), np.float32)] * steps_per_epoch
         self.eval_data = [np.zeros((), np.float32)]

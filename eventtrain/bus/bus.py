@@ -16,6 +16,8 @@ from eventtrain.bus.options import StreamOptions, SubscriptionOptions, event_cla
 from eventtrain.bus.subscription import Subscription, SubscriptionStatistics
 from eventtrain.errors import BusClosed
 from eventtrain.events import Event
+from eventtrain.validation.annotations import checked
+from eventtrain.validation.arguments import require_count, require_number
 
 if TYPE_CHECKING:
     from eventtrain.bus.options import EventTypesOf
@@ -47,6 +49,7 @@ class EventBus:
         clock: the source of time; tests pass ``eventtrain.testing.FakeClock()``.
     """
 
+    @checked
     def __init__(
         self,
         *,
@@ -57,6 +60,10 @@ class EventBus:
         cpu_budget: float = 0.25,
         clock: Clock | None = None,
     ) -> None:
+        require_count("EventBus", "buffer_limit", buffer_limit, at_least=1)
+        require_number("EventBus", "drain_timeout_s", drain_timeout_s, at_least=0)
+        require_number("EventBus", "block_warning_s", block_warning_s, above=0)
+        require_number("EventBus", "cpu_budget", cpu_budget, above=0)
         self._core = BusCore(
             run_id=run_id,
             buffer_limit=buffer_limit,

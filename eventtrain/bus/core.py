@@ -35,6 +35,7 @@ from eventtrain.bus.wakeup import CrossLoopCondition
 from eventtrain.bus.watchdog import Watchdog
 from eventtrain.errors import BusClosed, ConfigurationError, QueueFull, SubscriberError
 from eventtrain.events import Event
+from eventtrain.validation.annotations import fits, shown
 
 T = TypeVar("T")
 
@@ -180,7 +181,12 @@ class BusCore:
             raise BusClosed(
                 f"Cannot subscribe: {self.publish_queue.close_reason}, so nothing more is delivered."
             )
-        name = given.get("name") or default_name
+        name = given.get("name")
+        if not fits(name, str | None):
+            raise ConfigurationError(
+                f"Cannot subscribe {default_name}: name must be a string or None, got {shown(name)}."
+            )
+        name = name or default_name
         options = Options(given, name, types)
         name, index = self.table.reserve(name)
         subscription = SubscriptionCore(

@@ -26,6 +26,7 @@ from eventtrain.bus.subscription import SubscriptionCore
 from eventtrain.bus.wakeup import CrossLoopCondition, Wakeup
 from eventtrain.errors import BusClosed, ConfigurationError, EventReused, QueueFull
 from eventtrain.events import Event
+from eventtrain.validation.annotations import shown
 
 CLAIMED = -1
 """``seq`` of an event that was published and waits for its number."""
@@ -76,7 +77,7 @@ class PublishQueue:
                 self._make_room(event)
         except (AttributeError, KeyError):
             raise ConfigurationError(
-                f"Cannot publish {event!r}: it is not an eventtrain.Event. Subclass Event."
+                f"Cannot publish {shown(event)}: it is not an eventtrain.Event. Subclass Event."
             ) from None
         fields["seq"] = CLAIMED
         entries.append(event)

@@ -17,6 +17,7 @@ from eventtrain.config.subscriber_config import build, subscriber_config, subscr
 from eventtrain.config.validation import TABLE, json_schema, validated
 from eventtrain.errors import ConfigurationError, EventTrainError, first_lines
 from eventtrain.subscribers.base import Subscriber, subscribe
+from eventtrain.validation.annotations import checked
 
 
 class FitConfig(BaseModel):
@@ -42,6 +43,7 @@ class RunConfig:
     subscribers: list[Subscriber]
 
 
+@checked
 def load_subscribers(path: str | Path, *, overrides: Sequence[str] = ()) -> list[Subscriber]:
     """Returns the subscribers that a TOML or YAML file describes, for ``Trainer(subscribers=...)``. Blocks.
 

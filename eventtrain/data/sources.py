@@ -106,6 +106,14 @@ def rewound(data: object, position: Any) -> Generator[None]:
         iterator.set_state(before)
 
 
+def length_of(data: object) -> int | None:
+    """Returns the number of batches of an epoch, if `data` knows it."""
+    try:
+        return len(data)  # pyright: ignore[reportArgumentType]
+    except TypeError:  # also of an array without dimensions, which has a __len__
+        return None
+
+
 def on_device(batch: Batch) -> bool:
     """Whether every leaf of `batch` is a JAX array already, so that no transfer is needed."""
     return all(isinstance(leaf, jax.Array) for leaf in jax.tree_util.tree_leaves(batch))

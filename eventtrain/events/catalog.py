@@ -403,6 +403,18 @@ LOOP_EVENTS: tuple[type[Event], ...] = tuple(
 """Events that a subscription with a finite lag may react to: published by the loop, and not an answer to a command."""
 
 
+def _event_classes(function: str, types: Any) -> tuple[type[Event], ...]:
+    classes: tuple[Any, ...] = (
+        tuple(types) if isinstance(types, Iterable) and not hasattr(types, "shape") else (types,)
+    )
+    for found in classes:
+        if not (isinstance(found, type) and issubclass(found, Event)):
+            raise ConfigurationError(
+                f"{function}: types must be event classes, such as (MyEvent,), got {type(found).__name__}."
+            )
+    return classes
+
+
 def parse_event(source: str | bytes | Mapping[str, Any], types: Iterable[type[Event]] = ()) -> Event:
     """Parses one event from its JSON, or from the dict that its JSON holds.
 
@@ -416,7 +428,7 @@ def parse_event(source: str | bytes | Mapping[str, Any], types: Iterable[type[Ev
     Raises:
         EventParseError: not a JSON object, an unknown ``kind``, a newer ``schema_version``, or wrong fields.
     """
-    types = _event_classes("parse_event", types)
+    classes = _event_classes("parse_event", types)
     data: Any = source
     try:
         text = json.dumps(dict(source)) if isinstance(source, Mapping) else source
@@ -428,7 +440,7 @@ def parse_event(source: str | bytes | Mapping[str, Any], types: Iterable[type[Ev
     if not isinstance(data, Mapping) or not isinstance(data.get("kind"), str):
         raise EventParseError("Cannot parse an event: expected a JSON object with a 'kind'.")
     kind = data["kind"]
-    event_type = {_kind_of(known): known for known in (*BUILT_IN, *types)}.get(kind)
+    event_type = {_kind_of(known): known for known in (*BUILT_IN, *classes)}.get(kind)
     if event_type is None:
         raise EventParseError(
             f"Cannot parse an event of kind {shortened(kind)!r}: no known class has that kind. "
@@ -444,17 +456,6 @@ def parse_event(source: str | bytes | Mapping[str, Any], types: Iterable[type[Ev
         return event_type.model_validate_json(text)
     except Exception as error:  # a ValidationError, or whatever a validator of the user's class raises
         raise EventParseError(f"Cannot parse this {kind}: {first_lines(str(error))}") from error
-
-
-def _event_classes(function: str, types: Iterable[type[Event]]) -> tuple[type[Event], ...]:
-    given: Any = types
-    classes: tuple[Any, ...] = tuple(given) if isinstance(given, Iterable) else (given,)
-    for found in classes:
-        if not (isinstance(found, type) and issubclass(found, Event)):
-            raise ConfigurationError(
-                f"{function}: types must be event classes, got {shortened(repr(found))}."
-            )
-    return classes
 
 
 def events_json_schema(types: Iterable[type[Event]] = ()) -> dict[str, Any]:

@@ -16,6 +16,7 @@ from eventtrain.bus.options import SubscriptionOptions, event_classes
 from eventtrain.bus.subscription import Subscription, SubscriptionCore
 from eventtrain.control.control import Control
 from eventtrain.control.control_plane import ControlPlane
+from eventtrain.data.sources import length_of
 from eventtrain.device.extensions import StepExtension
 from eventtrain.device.fused_step import StepOptions
 from eventtrain.device.model import Model
@@ -44,6 +45,8 @@ from eventtrain.trainer.resume import (
 from eventtrain.trainer.run import Run, RunOptions
 from eventtrain.trainer.session import Session
 from eventtrain.trainer.signals import SignalGuard
+from eventtrain.validation.annotations import checked
+from eventtrain.validation.arguments import require_choice, require_count, require_number
 
 if TYPE_CHECKING:
     from eventtrain.bus.options import EventTypesOf
@@ -89,6 +92,7 @@ class Trainer(Generic[S]):
         ConfigurationError, StateError: an argument is invalid.
     """
 
+    @checked
     def __init__(
         self,
         step_fn: Callable[[S, Any], tuple[S, Mapping[str, Any]]],
@@ -111,14 +115,12 @@ class Trainer(Generic[S]):
         backend_options: dict[str, Any] | None = None,
         drain_timeout_s: float = 30.0,
     ) -> None:
-        _require_positive("steps_per_call", steps_per_call)
-        _require_positive("max_in_flight_steps", max_in_flight_steps)
-        if not flush_interval_s > 0:
-            raise ConfigurationError(
-                f"flush_interval_s must be a number of seconds > 0, got {flush_interval_s!r}."
-            )
-        if snapshot not in ("keep", "copy", "host"):
-            raise ConfigurationError(f'snapshot must be "keep", "copy" or "host", got {snapshot!r}.')
+        require_count("Trainer", "steps_per_call", steps_per_call, at_least=1)
+        require_count("Trainer", "max_in_flight_steps", max_in_flight_steps, at_least=1)
+        require_number("Trainer", "flush_interval_s", flush_interval_s, above=0)
+        require_number("Trainer", "drain_timeout_s", drain_timeout_s, at_least=0)
+        require_choice("Trainer", "snapshot", snapshot, ("keep", "copy", "host"))
+        require_choice("Trainer", "backend", backend, ("asyncio", "trio"))
         self.run_id = run_id or uuid.uuid4().hex[:12]
         self.run_dir = (Path(run_dir) if run_dir is not None else Path("runs") / self.run_id).absolute()
         self.bus = bus if bus is not None else EventBus(run_id=self.run_id, drain_timeout_s=drain_timeout_s)
@@ -239,6 +241,7 @@ class Trainer(Generic[S]):
 
     # --- training ---------------------------------------------------------------------------------------------
 
+    @checked
     def fit(
         self,
         data: Any,
@@ -275,6 +278,7 @@ class Trainer(Generic[S]):
         with self._on_this_thread("fit"):
             return self._fit(data, epochs, steps, eval_data, extra, resume)
 
+    @checked
     async def fit_async(
         self,
         data: Any,
@@ -382,7 +386,7 @@ class Trainer(Generic[S]):
         resume: bool | str | int | Path,
     ) -> FitResult[S]:
         model = self._model
-        aim = Aim(epochs, steps, len(data) if hasattr(data, "__len__") else None)
+        aim = Aim(epochs, steps, length_of(data))
         point, left = self._resume(resume, aim) if resume is not False else (None, aim)
         run = self._new_run(aim, eval_data, extra, point, restarts=resume is not False and point is None)
         temporary = [subscribe(self.bus, subscriber) for subscriber in extra]

@@ -30,6 +30,7 @@ from eventtrain.subscribers.checkpointing.manifest import (
     read_manifest,
 )
 from eventtrain.subscribers.checkpointing.orbax import ocp
+from eventtrain.validation.annotations import checked
 
 logger = logging.getLogger("eventtrain")
 
@@ -146,6 +147,7 @@ def find_checkpoint(directory: Path, which: bool | str | int | Path) -> SavedChe
     return SavedCheckpoint((resumable or matching)[-1])
 
 
+@checked
 def load_state(path: str | Path, like: Any = None) -> Any:
     """Reads the state of a checkpoint, bit for bit, or its params alone. Blocks; any thread.
 

@@ -11,6 +11,7 @@ from eventtrain.errors import ConfigurationError
 from eventtrain.events import ProfileCaptured
 from eventtrain.subscribers._shared.paths import file_path
 from eventtrain.subscribers.base import RunContext, Subscriber
+from eventtrain.validation.annotations import checked
 from eventtrain.validation.arguments import require_count
 
 logger = logging.getLogger("eventtrain")
@@ -35,6 +36,7 @@ class Profiler(Subscriber):
         ConfigurationError: ranges are empty or overlap, or the directory is outside of ``run_dir``.
     """
 
+    @checked
     def __init__(
         self,
         steps: tuple[tuple[int, int], ...] = (),

@@ -23,6 +23,7 @@ from eventtrain.subscribers._shared.step_table import due_steps
 from eventtrain.subscribers.base import RunContext
 from eventtrain.subscribers.trackers.curves import HyperparamCurveState, Points
 from eventtrain.subscribers.trackers.media_tracker import MediaTracker, Record
+from eventtrain.validation.annotations import checked
 from eventtrain.validation.arguments import require_choice, require_number
 
 if TYPE_CHECKING:
@@ -76,6 +77,7 @@ class WandbLogger(MediaTracker):
         ConfigurationError: wandb is not installed, or an argument is invalid.
     """
 
+    @checked
     def __init__(
         self,
         project: str,
