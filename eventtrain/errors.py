@@ -60,7 +60,7 @@ __all__ = [
 ]
 
 
-LONGEST_MESSAGE = 4_000
+LONGEST_MESSAGE = 10_000
 """Characters of a message; it may quote what a user gave."""
 
 

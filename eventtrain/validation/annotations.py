@@ -8,7 +8,8 @@ import sys
 import types
 from collections.abc import Callable, Collection, Mapping
 from numbers import Integral, Real
-from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin
+from types import SimpleNamespace
+from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
 from eventtrain.errors import ConfigurationError, shortened
 
@@ -83,10 +84,9 @@ def _hints(function: Callable[..., Any], modules: tuple[str, ...]) -> dict[str, 
     hints: dict[str, Any] = {}
     names = {name: value for module in reversed(modules) for name, value in vars(sys.modules[module]).items()}
     for name, annotation in inspect.get_annotations(function).items():
+        written = SimpleNamespace(__annotations__={name: annotation})
         try:
-            hints[name] = (
-                eval(annotation, names) if isinstance(annotation, str) else annotation
-            )  # our own source
+            hints |= get_type_hints(written, names, include_extras=True)
         except Exception:  # imported for type checkers only
             continue
     return hints
