@@ -108,6 +108,10 @@ class BusCore:
         """Publishes an event of the bus or the training loop itself. Never refused, so that no failure is lost."""
         self.publish_queue.notify(event)
 
+    def has_room_for_notice(self, event_type: type[Event]) -> bool:
+        """Returns whether ``notify`` may publish an event of this class without passing the limit of a queue."""
+        return self.publish_queue.has_room_for_notice(event_type)
+
     async def publish_async(self, event: Event) -> None:
         """See ``EventBus.publish_async``."""
         await checkpoint_if_cancelled()

@@ -132,6 +132,12 @@ class PublishQueue:
             return f"{len(self._entries)} events wait and the bus is not routing them (was it started?)"
         return None
 
+    def has_room_for_notice(self, event_type: type[Event]) -> bool:
+        """Returns whether a notice fits below every limit, with all that waits unrouted counted as if it came first."""
+        waiting = len(self._entries)
+        rooms = (subscription.queue.room() for subscription in self._table.bounded_route(event_type))
+        return waiting < self._limit and all(room is None or room > waiting for room in rooms)
+
     def unrouted(self) -> int:
         """Returns the number of waiting events."""
         return sum(isinstance(entry, Event) for entry in list(self._entries))

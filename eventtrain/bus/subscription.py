@@ -90,6 +90,10 @@ class SubscriptionHost(Protocol):
         """Publishes an event of the bus itself."""
         ...
 
+    def has_room_for_notice(self, event_type: type[Event]) -> bool:
+        """Whether ``notify`` would pass no limit of a queue."""
+        ...
+
     def begin_transaction(self, subscription: SubscriptionCore, event: Event) -> CommandTransaction:
         """Makes the control of one handler call."""
         ...
@@ -194,7 +198,7 @@ class SubscriptionCore:
             once=options.once,
             lag=options.lag,
         )
-        self.failures = Failures(name, host.notify)
+        self.failures = Failures(name, host.notify, host.has_room_for_notice)
         self.progress = host.progress
         self.state: State = "active"
         self.end_reason = ""
@@ -336,7 +340,13 @@ class SubscriptionCore:
             )
 
     def report_drops(self) -> None:
-        """Publishes ``SubscriberLagged`` for the events dropped since the last report."""
+        """Publishes ``SubscriberLagged`` for the events dropped since the last report, and failures not published yet.
+
+        While there is no room for these notices they wait and are added up; at the end of the subscription they do not.
+        """
+        self.failures.publish_held(at_once=not self.active)
+        if self.active and not self._host.has_room_for_notice(SubscriberLagged):
+            return
         with self._lock:
             dropped = self.queue.dropped - self._reported_drops
             self._reported_drops += dropped

@@ -303,13 +303,19 @@ class CheckpointRestored(LifecycleEvent):
 
 
 class SubscriberFailed(Event):
-    """One attempt to handle an event raised. ``event_kind`` is the kind of that event."""
+    """An attempt to handle an event raised. ``event_kind`` is the kind of that event.
+
+    While a Lossless queue that wants these notices is at its limit, failures on one kind of event share a notice: the
+    newest one, with their ``count``.
+    """
 
     kind: Literal["subscriber_failed"] = "subscriber_failed"
     subscriber: str
     event_kind: str
     error: Text
     attempt: int = 1
+    count: int = 1
+    """The number of failed attempts that it stands for."""
 
 
 class SubscriberLagged(Event):

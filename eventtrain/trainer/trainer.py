@@ -406,7 +406,7 @@ class Trainer(Generic[S]):
             step=model.step,
             epochs_completed=model.epoch - first_epoch,
             stop_reason=run.ended_by,
-            history=run.resources.builder.history,
+            history=list(run.resources.builder.history),
             undelivered=run.undelivered,
         )
 

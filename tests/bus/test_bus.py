@@ -927,3 +927,84 @@ async def test_rows_allowed_follows_the_tightest_lossless_queue() -> None:
     narrow.cancel()
     bus.subscribe(et.StepCompleted, Record(), queue=et.KeepLatest())
     assert stream.rows_allowed(kinds) == 50
+
+
+async def test_notices_of_failures_pass_no_limit_and_their_counts_are_exact(anyio_backend: object) -> None:
+    opened = anyio.Event()
+    seen: list[et.SubscriberFailed] = []
+    async with et.EventBus() as bus:
+
+        async def slow(event: et.SubscriberFailed) -> None:
+            await opened.wait()
+            seen.append(event)
+
+        async def fails(event: Ping | Pong) -> None:
+            raise ValueError("broken")
+
+        reader = bus.subscribe(et.SubscriberFailed, slow, queue=et.Lossless(10))
+        failing = bus.subscribe(Ping | Pong, fails, disable_after=None)
+        most = 0
+        for number in range(4_000):
+            bus.publish(Ping(number=number) if number % 2 else Pong())
+            if number % 100 == 99:
+                await anyio.sleep(0.001)
+                most = max(most, reader.statistics().pending)
+        while failing.statistics().errors < 4_000:  # noqa: ASYNC110
+            await anyio.sleep(0.001)
+        assert max(most, reader.statistics().pending) <= 12
+        opened.set()
+        await bus.drain()
+    assert sum(event.count for event in seen) == 4_000
+    assert {event.event_kind: event.count for event in seen if event.count > 1}.keys() == {"ping", "pong"}
+
+
+async def test_notices_of_a_subscription_that_ends_are_not_held_back(anyio_backend: object) -> None:
+    opened, seen = anyio.Event(), list[et.SubscriberFailed]()
+    async with et.EventBus() as bus:
+
+        async def slow(event: et.SubscriberFailed) -> None:
+            await opened.wait()
+            seen.append(event)
+
+        def fails(event: Ping) -> None:
+            raise ValueError("broken")
+
+        bus.subscribe(et.SubscriberFailed, slow, queue=et.Lossless(2))
+        bus.subscribe(Ping, fails, disable_after=50)
+        for number in range(60):
+            bus.publish(Ping(number=number))
+        while len(bus.subscriptions) == 2 and bus.subscriptions[-1].active:  # noqa: ASYNC110
+            await anyio.sleep(0.001)
+        opened.set()
+        await bus.drain()
+    assert sum(event.count for event in seen) == 50
+
+
+async def test_one_full_queue_holds_up_no_event_of_its_neighbours_and_the_loop_waits_instead(
+    anyio_backend: object,
+) -> None:
+    neighbour = Record()
+    async with et.EventBus() as bus:
+
+        @bus.on(et.EpochStarted, queue=et.Lossless(1))
+        async def stuck(event: et.EpochStarted) -> None:
+            await opened.wait()
+
+        opened = anyio.Event()
+        bus.subscribe(et.StepCompleted | et.EpochStarted, neighbour)
+        await bus.drain()
+        core, stream = core_of(bus), core_of(bus).stream
+        kinds = (et.StepCompleted, et.StepStarted)
+        for epoch in range(4):
+            start = et.EpochStarted(epoch=epoch, hyperparams={}, step=epoch)
+            core.feed([start, series(range(epoch + 1, epoch + 2))])
+        with anyio.fail_after(5):
+            while len(neighbour.events) < 8:  # noqa: ASYNC110
+                await anyio.sleep(0.001)
+        assert stream.rows_allowed(kinds) == stream.rows_routed
+        fullest = stream.fullest(kinds)
+        assert fullest is not None
+        assert "stuck" in fullest.name
+        opened.set()
+        await bus.drain()
+        assert stream.rows_allowed(kinds) > stream.rows_routed
