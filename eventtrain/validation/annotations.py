@@ -11,7 +11,7 @@ from numbers import Integral, Real
 from types import SimpleNamespace
 from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
-from eventtrain.errors import ConfigurationError, shortened
+from eventtrain.errors import ConfigurationError, EventTrainError, shortened
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -51,10 +51,22 @@ def _checked(function: Any, modules: tuple[str, ...]) -> Any:
                 values = value
             for written, item in values.items():
                 if name in hints and item is not parameter.default and not fits(item, hints[name]):
+                    if function.__name__ == "__init__":
+                        _prefer_own_error(function, args, kwargs)
                     raise _refusal(function, written, item, parameter.annotation)
         return function(*args, **kwargs)
 
     return call
+
+
+def _prefer_own_error(constructor: Callable[..., Any], args: Any, kwargs: Any) -> None:
+    """Raises what the constructor itself says of the wrong argument, if it does so by name: it knows the remedy."""
+    try:
+        constructor(*args, **kwargs)
+    except EventTrainError:
+        raise
+    except Exception:
+        return  # the error that the annotation saves the user from
 
 
 def shown(value: object, limit: int = 200) -> str:
@@ -112,6 +124,8 @@ def fits(value: Any, hint: Any) -> bool:
         return isinstance(value, Integral) and not is_bool and abs(int(value)) < LARGEST
     if hint is float:
         return isinstance(value, Real) and not is_bool and _is_a_float(value)
+    if origin is type and isinstance(value, types.UnionType):  # of event classes, as everywhere
+        return all(fits(part, hint) for part in get_args(value))
     if origin is type:
         return isinstance(value, type) and all(_fits_class(value, arg) for arg in args)
     if origin is not None and isinstance(origin, type):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import uuid
 from collections.abc import Callable, Mapping
 from functools import partial
@@ -24,7 +25,7 @@ from eventtrain.subscribers.base import RunContext
 from eventtrain.subscribers.trackers.curves import HyperparamCurveState, Points
 from eventtrain.subscribers.trackers.media_tracker import MediaTracker, Record
 from eventtrain.validation.annotations import checked
-from eventtrain.validation.arguments import require_choice, require_number
+from eventtrain.validation.arguments import require_number
 
 if TYPE_CHECKING:
     from eventtrain.subscribers.trackers.wandb_run import WandbRun
@@ -53,7 +54,8 @@ class WandbLogger(MediaTracker):
 
     Args:
         project, entity, group, tags: as of ``wandb.init``.
-        mode: "online", or "offline": nothing leaves the machine.
+        mode: "online", or "offline": nothing leaves the machine. By default as the variable WANDB_MODE says, else
+            "online".
         directory: in which W&B creates its folder ``wandb``, relative to ``run_dir``; None: ``run_dir``.
         api_key: None: the one that ``wandb login`` saved, or WANDB_API_KEY. Never shown.
         base_url: of a server of your own, which W&B prints and writes to its files; None: W&B's settings.
@@ -85,7 +87,7 @@ class WandbLogger(MediaTracker):
         entity: str | None = None,
         group: str | None = None,
         tags: tuple[str, ...] = (),
-        mode: Literal["online", "offline"] = "online",
+        mode: Literal["online", "offline"] | None = None,
         directory: str | Path | None = None,
         api_key: str | SecretStr | None = None,
         base_url: str | None = None,
@@ -105,7 +107,7 @@ class WandbLogger(MediaTracker):
                 f"WandbLogger(project={project!r}): project must be a name without / \\ # ? % and :."
             )
         _require_open_url(base_url)
-        require_choice("WandbLogger", "mode", mode, ("online", "offline"))
+        mode = _checked_mode(mode)
         require_number("WandbLogger", "init_timeout_s", init_timeout_s, above=0)
         super().__init__(
             every=every,
@@ -231,6 +233,19 @@ class WandbLogger(MediaTracker):
         self._curves.state, self._curves.evaluated_at = saved.curve, saved.evaluated_at
         self._configured, self._program_written = saved.configured, saved.program_written
         self._saved_rows = saved.volatile
+
+
+def _checked_mode(mode: str | None) -> str:
+    """Returns ``mode``, or what WANDB_MODE says if it is None; raises ConfigurationError if that is neither."""
+    given, source = mode, "mode"
+    if mode is None:
+        given, source = os.environ.get("WANDB_MODE") or "online", "WANDB_MODE"
+        given = {"dryrun": "offline", "run": "online"}.get(given, given)
+    if given not in ("online", "offline"):
+        raise ConfigurationError(
+            f'WandbLogger: {source} must be "online" or "offline", got {given!r}. To log nothing, leave it out.'
+        )
+    return given
 
 
 def _require_open_url(base_url: str | None) -> None:
