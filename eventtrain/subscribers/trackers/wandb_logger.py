@@ -107,7 +107,7 @@ class WandbLogger(MediaTracker):
                 f"WandbLogger(project={project!r}): project must be a name without / \\ # ? % and :."
             )
         _require_open_url(base_url)
-        mode = _checked_mode(mode)
+        chosen_mode = _checked_mode(mode)
         require_number("WandbLogger", "init_timeout_s", init_timeout_s, above=0)
         super().__init__(
             every=every,
@@ -124,7 +124,7 @@ class WandbLogger(MediaTracker):
             wandb_run.WandbRun, api_key=secret, base_url=base_url, init_timeout_s=init_timeout_s
         )
         self._arguments = {
-            "mode": mode,
+            "mode": chosen_mode,
             "project": project,
             "entity": entity,
             "group": group,
@@ -132,8 +132,8 @@ class WandbLogger(MediaTracker):
             "config": dict(hparams or {}),
         }
         self._base_url = base_url
-        self._description = "W&B" if mode == "online" else "the files of W&B"
-        self._needs_key = mode == "online" and secret is None
+        self._description = "W&B" if chosen_mode == "online" else "the files of W&B"
+        self._needs_key = chosen_mode == "online" and secret is None
         self._id = ""
         self._configured = False
         self._newest_step = self._complete_step = -1
