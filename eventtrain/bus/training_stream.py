@@ -88,8 +88,6 @@ class TrainingStream:
 
     def rows_allowed(self, event_types: Iterable[type[Event]]) -> int:
         """Returns the value of ``rows_routed`` up to which rows that become events of these classes may be produced."""
-        if self._overfull and self._overfull_now():
-            return self.rows_routed
         fullest = self.fullest(event_types)
         return self.rows_routed + (self._most_rows if fullest is None else _free_rows(fullest))
 
@@ -98,7 +96,7 @@ class TrainingStream:
 
         One whose queue is beyond its limit, since the stream does not wait for single events, comes first.
         """
-        if overfull := self._overfull_now():
+        if self._overfull and (overfull := self._overfull_now()):
             return overfull[0]
         bounded = (s for event_type in event_types for s in self._table.bounded_route(event_type))
         return min(bounded, key=_free_rows, default=None)

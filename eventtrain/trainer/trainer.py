@@ -45,7 +45,7 @@ from eventtrain.trainer.resume import (
 from eventtrain.trainer.run import Run, RunOptions
 from eventtrain.trainer.session import Session
 from eventtrain.trainer.signals import SignalGuard
-from eventtrain.validation.annotations import checked
+from eventtrain.validation.annotations import checked, fits, shown
 from eventtrain.validation.arguments import require_choice, require_count, require_number
 
 if TYPE_CHECKING:
@@ -241,7 +241,6 @@ class Trainer(Generic[S]):
 
     # --- training ---------------------------------------------------------------------------------------------
 
-    @checked
     def fit(
         self,
         data: Any,
@@ -273,12 +272,11 @@ class Trainer(Generic[S]):
             SubscriberError: a subscription with ``on_error="fail"`` failed.
             AlreadyRunning: a run of this trainer is in progress.
         """
-        self._check_fit(epochs, steps, eval_data)
+        self._check_fit(epochs, steps, eval_data, resume, progress)
         extra = [ProgressBar()] if (shows_progress() if progress is None else progress) else []
         with self._on_this_thread("fit"):
             return self._fit(data, epochs, steps, eval_data, extra, resume)
 
-    @checked
     async def fit_async(
         self,
         data: Any,
@@ -295,7 +293,7 @@ class Trainer(Generic[S]):
         long. It is compiled in the other thread. Cancellation stops the run at the next boundary and delivers what
         was published within ``drain_timeout_s`` before it is raised; the state reached is in ``state``.
         """
-        self._check_fit(epochs, steps, eval_data)
+        self._check_fit(epochs, steps, eval_data, resume, progress)
         extra = [ProgressBar()] if progress else []
         with self._execution.claim("fit_async"):
             return await self._execution.beside_loop(
@@ -325,10 +323,18 @@ class Trainer(Generic[S]):
             yield
         signals.raise_received()
 
-    def _check_fit(self, epochs: int | None, steps: int | None, eval_data: Any) -> None:
+    def _check_fit(
+        self, epochs: int | None, steps: int | None, eval_data: Any, resume: object, progress: object
+    ) -> None:
+        if not fits(resume, bool | str | int | Path):
+            raise ConfigurationError(
+                f"fit: resume must be a bool, a path, a tag or a step, got {shown(resume)}."
+            )
+        if not fits(progress, bool | None):
+            raise ConfigurationError(f"fit: progress must be True, False or None, got {shown(progress)}.")
         if (epochs is None) == (steps is None):
             raise ConfigurationError(
-                f"fit requires exactly one of epochs and steps, got epochs={epochs!r} and steps={steps!r}."
+                f"fit requires exactly one of epochs and steps, got epochs={shown(epochs)} and steps={shown(steps)}."
             )
         _require_positive("epochs", epochs)
         _require_positive("steps", steps)
@@ -483,5 +489,7 @@ class Trainer(Generic[S]):
 
 
 def _require_positive(name: str, value: object) -> None:
-    if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
-        raise ConfigurationError(f"{name} must be an integer >= 1, got {value!r}.")
+    if value is not None and (
+        isinstance(value, bool) or not isinstance(value, int) or not 1 <= value < 2**63
+    ):
+        raise ConfigurationError(f"{name} must be an integer >= 1, got {shown(value)}.")
