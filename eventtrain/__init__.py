@@ -11,6 +11,7 @@ from typing import Any as _Any
 from eventtrain import errors
 from eventtrain._version import __version__ as __version__
 from eventtrain.bus.bus import EventBus
+from eventtrain.bus.event_stream import EventStream
 from eventtrain.bus.queues import DropNewest, DropOldest, KeepLatest, Lossless, Queue
 from eventtrain.bus.subscription import Subscription, SubscriptionStatistics
 from eventtrain.control.control import Control
@@ -27,6 +28,7 @@ from eventtrain.events import Event, events_json_schema, parse_event
 from eventtrain.events import catalog as _catalog
 from eventtrain.events.catalog import *  # noqa: F403
 from eventtrain.events.commands import Cause, Command
+from eventtrain.events.models import Column
 from eventtrain.subscribers._shared.log_filter import PrintableLog as _PrintableLog
 from eventtrain.subscribers.base import Subscriber
 from eventtrain.trainer.fit import FitResult
@@ -43,12 +45,14 @@ __all__ = [
     "SWA",
     "ArrayLoader",
     "Cause",
+    "Column",
     "Command",
     "Control",
     "DropNewest",
     "DropOldest",
     "Event",
     "EventBus",
+    "EventStream",
     "FitResult",
     "KeepLatest",
     "KeptSnapshot",

@@ -62,8 +62,15 @@ __all__ = [
 ]
 
 
+LONGEST_MESSAGE = 10_000
+"""Characters of a message; it may quote what a user gave."""
+
+
 class EventTrainError(Exception):
     """Base class: ``except EventTrainError`` catches everything that eventtrain raises on purpose."""
+
+    def __init__(self, *args: object) -> None:
+        super().__init__(*(shortened(arg, LONGEST_MESSAGE) if isinstance(arg, str) else arg for arg in args))
 
 
 class ConfigurationError(EventTrainError, ValueError):
@@ -171,6 +178,8 @@ class EventParseError(EventTrainError, ValueError):
 
 def did_you_mean(given: str, known: Iterable[str], otherwise: str = "") -> str:
     """Returns "Did you mean 'x'?" for the known name closest to ``given``, or ``otherwise`` if none is close."""
+    if len(given) > 100:  # comparing takes quadratic time
+        return otherwise
     nearest = difflib.get_close_matches(given, list(known), n=1)
     return f"Did you mean {nearest[0]!r}?" if nearest else otherwise
 
@@ -181,11 +190,17 @@ def listed(parts: Sequence[str], limit: int = 5) -> str:
     return "; ".join([*parts[:limit], f"and {rest} more"] if rest > 0 else parts)
 
 
+def shortened(text: str, limit: int = 200) -> str:
+    """Returns ``text``, cut after ``limit`` characters."""
+    return text if len(text) <= limit else f"{text[:limit]}..."
+
+
 def first_lines(text: str, limit: int = 10) -> str:
-    """Returns the first ``limit`` lines of ``text``, and how many more there are."""
+    """Returns the first ``limit`` lines of ``text``, each of at most 500 characters, and how many more there are."""
     lines = text.splitlines()
     rest = len(lines) - limit
-    return "\n".join([*lines[:limit], f"... and {rest} more lines"]) if rest > 0 else text
+    kept = [shortened(line, 500) for line in lines[:limit]]
+    return "\n".join([*kept, f"... and {rest} more lines"]) if rest > 0 else "\n".join(kept)
 
 
 def printable(text: str, *, lines: bool = False) -> str:

@@ -18,7 +18,7 @@ import threading
 from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import contextmanager
 from itertools import count
-from typing import Any, TypeVar, Unpack
+from typing import TYPE_CHECKING, Any, TypeVar, Unpack
 
 import anyio
 import jax
@@ -34,6 +34,11 @@ from eventtrain.bus.wakeup import CrossLoopCondition, LoopThread
 from eventtrain.errors import ConfigurationError
 from eventtrain.events import Event
 from eventtrain.subscribers.base import Subscriber
+from eventtrain.validation.annotations import checked
+from eventtrain.validation.arguments import require_count, require_number
+
+if TYPE_CHECKING:
+    from eventtrain.bus.options import EventTypesOf
 
 __all__ = ["FakeClock", "RecordingSubscriber", "ScriptedStep"]
 
@@ -48,6 +53,7 @@ class RecordingSubscriber(Subscriber):
         name: as for any subscription.
     """
 
+    @checked
     def __init__(self, events: EventTypes = Event, *, name: str | None = None) -> None:
         event_classes(events)
         self.events = events
@@ -65,19 +71,21 @@ class RecordingSubscriber(Subscriber):
         self.recorded.append(event)
         self._arrived.notify_all()
 
-    def of(self, event_type: type[E]) -> list[E]:
-        """Returns the recorded events of one class or its subclasses, in order. Any thread."""
-        return [event for event in list(self.recorded) if isinstance(event, event_type)]
+    def of(self, event_type: EventTypesOf[E]) -> list[E]:
+        """Returns the recorded events of these classes or their subclasses, in order. Any thread."""
+        types = event_classes(event_type)
+        found: list[Any] = [event for event in list(self.recorded) if isinstance(event, types)]
+        return found
 
     async def wait_for(
         self,
-        event_type: type[E],
+        event_type: EventTypesOf[E],
         *,
         where: Callable[[E], bool] | None = None,
         count: int = 1,
         timeout_s: float = 10.0,
     ) -> E:
-        """Waits until ``count`` events of a class (for which ``where`` is true) are recorded; returns the last of them.
+        """Waits until ``count`` events of these classes (with ``where`` true) are recorded; returns the last of them.
 
         Unlike ``EventBus.wait_for`` it also finds events from before the call, so a test cannot be too late. Any event
         loop, also one that does not serve the bus.
@@ -85,6 +93,8 @@ class RecordingSubscriber(Subscriber):
         Raises:
             TimeoutError: there were fewer after ``timeout_s`` seconds of real time.
         """
+
+        wanted = " or ".join(kind.__name__ for kind in event_classes(event_type))
 
         def found() -> list[E]:
             return [event for event in self.of(event_type) if where is None or where(event)]
@@ -94,7 +104,7 @@ class RecordingSubscriber(Subscriber):
         events = found()
         if len(events) < count:
             raise TimeoutError(
-                f"{len(events)} of {count} {event_type.__name__} were recorded within {timeout_s:g} s, among "
+                f"{len(events)} of {count} {wanted} were recorded within {timeout_s:g} s, among "
                 f"{len(self.recorded)} events."
             )
         return events[count - 1]
@@ -120,6 +130,7 @@ class ScriptedStep:
         data, eval_data: empty batches, for one epoch and for one evaluation of one batch.
     """
 
+    @checked
     def __init__(
         self,
         metrics: Mapping[str, Sequence[float]],
@@ -128,10 +139,8 @@ class ScriptedStep:
         steps_per_epoch: int = 1,
         learning_rate: float | None = None,
     ) -> None:
-        if steps_per_epoch < 1:
-            raise ConfigurationError(
-                f"ScriptedStep: steps_per_epoch must be an integer >= 1, got {steps_per_epoch!r}."
-            )
+        require_count("ScriptedStep", "steps_per_epoch", steps_per_epoch, at_least=1)
+        require_number("ScriptedStep", "learning_rate", learning_rate, optional=True)
         self.steps_per_epoch = steps_per_epoch
         self.state: dict[str, Any] = {
             "step": jnp.zeros((), jnp.int32),
@@ -140,7 +149,7 @@ class ScriptedStep:
             "eval_script": _script("eval_metrics", eval_metrics or {}),
         }
         if learning_rate is not None:
-            optimizer = optax.inject_hyperparams(optax.sgd)(learning_rate=learning_rate)
+            optimizer = optax.inject_hyperparams(optax.sgd)(learning_rate=float(learning_rate))
             self.state["opt_state"] = optimizer.init(self.state["params"])
         self.data = [np.zeros((), np.float32)] * steps_per_epoch
         self.eval_data = [np.zeros((), np.float32)]

@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import AsyncGenerator, AsyncIterator, Callable
+from collections.abc import AsyncGenerator, Callable
 from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self, TypeVar, Unpack, overload
 
 from eventtrain.bus.clock import Clock
 from eventtrain.bus.core import BusCore
+from eventtrain.bus.event_stream import EventStream
 from eventtrain.bus.handlers import Handler, HandlerDecorator
 from eventtrain.bus.options import StreamOptions, SubscriptionOptions, event_classes
 from eventtrain.bus.subscription import Subscription, SubscriptionStatistics
 from eventtrain.errors import BusClosed
 from eventtrain.events import Event
+from eventtrain.validation.annotations import checked
+from eventtrain.validation.arguments import require_count, require_number
 
 if TYPE_CHECKING:
     from eventtrain.bus.options import EventTypesOf
@@ -46,6 +49,7 @@ class EventBus:
         clock: the source of time; tests pass ``eventtrain.testing.FakeClock()``.
     """
 
+    @checked
     def __init__(
         self,
         *,
@@ -56,6 +60,10 @@ class EventBus:
         cpu_budget: float = 0.25,
         clock: Clock | None = None,
     ) -> None:
+        require_count("EventBus", "buffer_limit", buffer_limit, at_least=1)
+        require_number("EventBus", "drain_timeout_s", drain_timeout_s, at_least=0)
+        require_number("EventBus", "block_warning_s", block_warning_s, above=0)
+        require_number("EventBus", "cpu_budget", cpu_budget, above=0)
         self._core = BusCore(
             run_id=run_id,
             buffer_limit=buffer_limit,
@@ -133,19 +141,19 @@ class EventBus:
     @overload
     def stream(
         self, event_type: EventTypesOf[E], **options: Unpack[StreamOptions[E]]
-    ) -> AbstractAsyncContextManager[AsyncIterator[E]]: ...
+    ) -> AbstractAsyncContextManager[EventStream[E]]: ...
     @overload
     def stream(
         self, event_type: type[E], *more: type[E], **options: Unpack[StreamOptions[E]]
-    ) -> AbstractAsyncContextManager[AsyncIterator[E]]: ...
+    ) -> AbstractAsyncContextManager[EventStream[E]]: ...
     def stream(
         self, event_type: Any, *more: Any, **options: Any
-    ) -> AbstractAsyncContextManager[AsyncIterator[Any]]:
+    ) -> AbstractAsyncContextManager[EventStream[Any]]:
         """Iterates over events: ``async with bus.stream(T) as events: async for event in events: ...``.
 
-        Any event loop. The iteration ends when the bus was closed, or when the process is asked to end (SIGTERM or
-        SIGINT reaches the signal handler of a server on this thread), and the events before that were read. Draining
-        does not wait for the reader.
+        Any event loop. The iteration ends when the bus was closed, the subscription has ended, or the process is asked
+        to end (SIGTERM or SIGINT reaches the signal handler of a server on this thread), and the events before that
+        were read; ``events.end_reason`` says why. Draining does not wait for the reader.
 
         Args:
             event_type: as for ``subscribe``.
@@ -190,7 +198,7 @@ class EventBus:
 
         Raises:
             TimeoutError: none came within ``timeout_s``.
-            BusClosed: the bus was closed before one came.
+            BusClosed: none can come any more; the message says why, for example that the bus was closed.
             WaitsForItself: a handler waits for an event that waits for the end of the handler: CheckpointCommitted or
                 CheckpointFailed, if its subscription takes part in checkpoints; any event of the training loop, if
                 its lag is 0.
@@ -203,7 +211,8 @@ class EventBus:
             ) as events:
                 async for event in events:
                     return event
-            raise BusClosed(f"The bus was closed before a {wanted} came.")
+                reason = events.end_reason
+            raise BusClosed(f"No {wanted} came: {reason}.")
         raise TimeoutError(f"No {wanted} came within timeout_s={timeout_s} s.")
 
     # --- running ----------------------------------------------------------------------------------------------
@@ -268,7 +277,7 @@ class EventBus:
                     listing = ", ".join(f"{name}: {count}" for name, count in left.items())
                     logger.warning("The bus was closed before everything was handled; left over: %s", listing)
         finally:
-            self._core.close()
+            self._core.close(f"its block raised {type(error).__name__}: {error}" if error is not None else "")
             suppressed = await stack.__aexit__(error_type, error, traceback)
         return suppressed
 

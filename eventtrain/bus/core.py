@@ -46,6 +46,7 @@ from eventtrain.errors import (
     WaitsForItself,
 )
 from eventtrain.events import Event
+from eventtrain.validation.annotations import fits, shown
 
 T = TypeVar("T")
 
@@ -104,7 +105,7 @@ class BusCore:
         self._watchdog_limits = {"block_warning_s": block_warning_s, "cpu_budget": cpu_budget}
         self._runner: BusRunner | None = None
         self._is_served = False
-        self._readers: set[EventStream] = set()
+        self._readers: set[EventStream[Any]] = set()
 
     @property
     def run_id(self) -> str:
@@ -124,6 +125,10 @@ class BusCore:
     def notify(self, event: Event) -> None:
         """Publishes an event of the bus or the training loop itself. Never refused, so that no failure is lost."""
         self.publish_queue.notify(event)
+
+    def has_room_for_notice(self, event_type: type[Event]) -> bool:
+        """Returns whether ``notify`` may publish an event of this class without passing the limit of a queue."""
+        return self.publish_queue.has_room_for_notice(event_type)
 
     async def publish_async(self, event: Event) -> None:
         """See ``EventBus.publish_async``."""
@@ -206,8 +211,15 @@ class BusCore:
         attach: bool = True,
     ) -> SubscriptionCore:
         if self.publish_queue.closed:
-            raise BusClosed("Cannot subscribe: the bus is closed and delivers nothing more.")
-        name = given.get("name") or default_name
+            raise BusClosed(
+                f"Cannot subscribe: {self.publish_queue.close_reason}, so nothing more is delivered."
+            )
+        name = given.get("name")
+        if not fits(name, str | None):
+            raise ConfigurationError(
+                f"Cannot subscribe {default_name}: name must be a string or None, got {shown(name)}."
+            )
+        name = name or default_name
         options = Options(given, name, types)
         subscription = self.table.create(
             name,
@@ -254,12 +266,12 @@ class BusCore:
     @asynccontextmanager
     async def open_stream(
         self, event_types: object, options: Mapping[str, Any]
-    ) -> AsyncGenerator[EventStream]:
+    ) -> AsyncGenerator[EventStream[Any]]:
         """See ``EventBus.stream``."""
         types = event_classes(event_types)
         require_no_wait_for_itself(types, self.table.active)
         subscription = self._add(types, None, options, "stream")
-        reader = EventStream(subscription, lambda: self.publish_queue.closed)
+        reader = EventStream(subscription, self.publish_queue)
         self._readers.add(reader)
         try:
             with on_termination(reader.end):
@@ -384,7 +396,9 @@ class BusCore:
         """See ``EventBus.serve``."""
         with self.table.delivery_lock:
             if self.publish_queue.closed:
-                raise BusClosed("Cannot start this bus: it was closed. Make a new EventBus.")
+                raise BusClosed(
+                    f"Cannot start this bus: {self.publish_queue.close_reason}. Make a new EventBus."
+                )
             if self._is_served:
                 raise ConfigurationError("Cannot start this bus: it is already running. Use it as it is.")
             self._is_served = True
@@ -496,10 +510,11 @@ class BusCore:
             raise self.failure
         return left
 
-    def close(self) -> None:
-        """Refuses events from now on and ends the streams. Does not wait."""
+    def close(self, cause: str = "") -> None:
+        """Refuses events from now on and ends the streams. Does not wait. ``cause``: why, if not on request."""
+        cause = cause or (str(self.failure) if self.failure is not None else "")
         with self.table.delivery_lock:
-            self.publish_queue.close()
+            self.publish_queue.close(f"the bus was closed ({cause})" if cause else "the bus was closed")
         for reader in list(self._readers):
             reader.wake()
         self.progress.notify_all()

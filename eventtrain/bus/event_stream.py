@@ -2,31 +2,46 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
-from typing import Any, Self
+from collections.abc import Iterable
+from typing import Any, Generic, Self, TypeVar
 
 import anyio
 from anyio.lowlevel import cancel_shielded_checkpoint, checkpoint_if_cancelled
 
+from eventtrain.bus.publish_queue import PublishQueue
 from eventtrain.bus.subscription import SubscriptionCore
 from eventtrain.bus.wakeup import LoopThread, Wakeup
 from eventtrain.errors import WaitsForItself
 from eventtrain.events import LOOP_EVENTS, CheckpointCommitted, CheckpointFailed, Event
 
+E = TypeVar("E", bound=Event)
 
-class EventStream:
-    """Asynchronous iterator over the events of a subscription without a handler. One task at a time.
+
+class EventStream(Generic[E]):
+    """Asynchronous iterator over the events of one or more classes. One task at a time. Made by ``EventBus.stream``.
 
     Created on the event loop that reads it. It ends when the bus was closed, the subscription has ended, or the process
     was asked to end, and the waiting events were read.
     """
 
-    def __init__(self, subscription: SubscriptionCore, is_closed: Callable[[], bool]) -> None:
+    def __init__(self, subscription: SubscriptionCore, publish_queue: PublishQueue) -> None:
         self._subscription = subscription
-        self._is_closed = is_closed
+        self._publish_queue = publish_queue
         self._is_ending = False
         self._loop = LoopThread()
         self._wakeup = subscription.worker.wakeup = Wakeup(self._loop)
+
+    @property
+    def end_reason(self) -> str | None:
+        """Why no further event will come, after those that wait; None while some may. Any thread.
+
+        For example "the bus was closed", or that the subscription was disabled after failures of its ``where=``.
+        """
+        if not self._subscription.active:
+            return self._subscription.end_reason
+        if self._is_ending:
+            return "the process was asked to end"
+        return self._publish_queue.close_reason if self._publish_queue.closed else None
 
     def wake(self) -> None:
         """Lets the reader look again. Any thread."""
@@ -40,24 +55,21 @@ class EventStream:
     def __aiter__(self) -> Self:
         return self
 
-    async def __anext__(self) -> Any:
+    async def __anext__(self) -> E:
         await checkpoint_if_cancelled()
         subscription, queue = self._subscription, self._subscription.queue
         while True:
             try:
-                event = queue.take()
+                event: Any = queue.take()
             except IndexError:
-                if self._is_finished():
+                if self.end_reason is not None:
                     raise StopAsyncIteration from None
-                await self._wakeup.sleep_until(lambda: len(queue) or self._is_finished())
+                await self._wakeup.sleep_until(lambda: len(queue) or self.end_reason is not None)
                 continue
             subscription.worker.delivered += 1
             subscription.progress.notify_all()  # there is room again
             await cancel_shielded_checkpoint()
             return event
-
-    def _is_finished(self) -> bool:
-        return self._is_ending or self._is_closed() or not self._subscription.active
 
 
 def handler_of_this_task(active: Iterable[SubscriptionCore]) -> SubscriptionCore | None:
@@ -88,6 +100,5 @@ def require_no_wait_for_itself(
 
 
 def _all_of(event_types: tuple[type[Event], ...], kinds: tuple[type[Event], ...]) -> bool:
-    return all(
-        issubclass(event_type, kinds) for event_type in event_types
-    )  # else another event may come first
+    # Otherwise an event of another class may come first.
+    return all(issubclass(event_type, kinds) for event_type in event_types)

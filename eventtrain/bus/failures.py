@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import threading
 from collections import deque
 from collections.abc import Callable
 from typing import NamedTuple
@@ -34,11 +35,17 @@ class Failures:
     Args:
         subscriber: name of the subscription.
         notify: publishes an event of the bus itself.
+        has_room: whether a notice of that class passes no limit of a queue.
     """
 
-    def __init__(self, subscriber: str, notify: Callable[[Event], None]) -> None:
+    def __init__(
+        self, subscriber: str, notify: Callable[[Event], None], has_room: Callable[[type[Event]], bool]
+    ) -> None:
         self._subscriber = subscriber
         self._notify = notify
+        self._has_room = has_room
+        self._held: dict[str, SubscriberFailed] = {}
+        self._lock = threading.Lock()  # of _held: handlers fail on the event loop, a `where` on any thread
         self.attempts = 0
         """Failed attempts, retried ones included."""
         self.consecutive = 0
@@ -59,15 +66,25 @@ class Failures:
                 exc_info=error if self.attempts == 1 else None,
             )  # fmt: skip
         if not isinstance(event, NOTICES):
-            self._notify(
-                SubscriberFailed(
+            with self._lock:
+                held = self._held.get(event.kind)
+                self._held[event.kind] = SubscriberFailed(
                     step=event.step,
                     subscriber=self._subscriber,
                     event_kind=event.kind,
                     error=f"{type(error).__name__}: {error}",
                     attempt=attempt,
+                    count=1 if held is None else held.count + 1,
                 )
-            )
+            self.publish_held()
+
+    def publish_held(self, *, at_once: bool = False) -> None:
+        """Publishes the notices that wait, one for each kind of event, where there is room or ``at_once``."""
+        while self._held and (at_once or self._has_room(SubscriberFailed)):
+            with self._lock:
+                notice = self._held.pop(next(iter(self._held))) if self._held else None
+            if notice is not None:
+                self._notify(notice)
 
     def add_dead_letter(self, event: Event, error: Exception) -> None:
         """Keeps ``event``, for which no further attempt is made."""

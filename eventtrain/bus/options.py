@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, Generic, Literal, TypedDict, TypeVar, Uni
 from eventtrain.bus.queues import Lossless, Queue
 from eventtrain.errors import ConfigurationError, did_you_mean
 from eventtrain.events import LOOP_EVENTS, Event
+from eventtrain.validation.annotations import fits, shown
 from eventtrain.validation.callables import require_plain
 
 if TYPE_CHECKING:
@@ -107,6 +108,10 @@ class Options(OptionDefaults):
         self._check_values()
         lags = self.lag.items() if isinstance(self.lag, Mapping) else [(kind, self.lag) for kind in types]
         for event_type, lag in lags:
+            if not fits(event_type, type[Event]):
+                raise self._refusal(
+                    f"lag= maps event classes to numbers of steps, got {shown(event_type)} in it."
+                )
             if lag is not None:
                 self._check_lag(event_type, lag)
 
@@ -118,29 +123,33 @@ class Options(OptionDefaults):
             value = getattr(self, name)
             if not _is_integer(value, lowest) and not (value is None and name == "disable_after"):
                 or_none = ", or None for never" if name == "disable_after" else ""
-                raise self._refusal(f"{name} must be an integer >= {lowest}{or_none}, got {value!r}.")
+                raise self._refusal(f"{name} must be an integer >= {lowest}{or_none}, got {shown(value)}.")
         for name in ("every_s", "timeout_s"):
             value = getattr(self, name)
-            if value is not None and not value > 0:
-                raise self._refusal(f"{name} must be a number of seconds > 0, got {value!r}.")
-        if not self.retry_delay_s >= 0:
+            if value is not None and not (fits(value, float) and value > 0):
+                raise self._refusal(f"{name} must be a number of seconds > 0, got {shown(value)}.")
+        if not (fits(self.retry_delay_s, float) and self.retry_delay_s >= 0):
             raise self._refusal(
-                f"retry_delay_s must be a number of seconds >= 0, got {self.retry_delay_s!r}."
+                f"retry_delay_s must be a number of seconds >= 0, got {shown(self.retry_delay_s)}."
             )
-        if self.on_error not in get_args(OnError):
-            raise self._refusal(f'on_error must be "isolate", "retry" or "fail", got {self.on_error!r}.')
+        if not fits(self.on_error, OnError):
+            raise self._refusal(f'on_error must be "isolate", "retry" or "fail", got {shown(self.on_error)}.')
+        if not fits(self.once, bool):
+            raise self._refusal(f"once must be True or False, got {shown(self.once)}.")
         if self.where is not None:
             if not callable(self.where):
-                raise self._refusal(f"where must be a function of an event, or None, got {self.where!r}.")
+                raise self._refusal(
+                    f"where must be a function of an event, or None, got {shown(self.where)}."
+                )
             require_plain(f"Cannot subscribe {self._subscriber}: where", self.where)
         if not isinstance(self.policy, Queue):  # pyright: ignore[reportUnnecessaryIsInstance]
             raise self._refusal(
-                f"queue must be Lossless(), KeepLatest(), DropOldest(n) or DropNewest(n), got {self.policy!r}."
+                f"queue must be Lossless(), KeepLatest(), DropOldest(n) or DropNewest(n), got {shown(self.policy)}."
             )
 
     def _check_lag(self, event_type: type[Event], lag: int) -> None:
         if not _is_integer(lag, 0):
-            raise self._refusal(f"lag must be None or an integer >= 0, a number of steps, got {lag!r}.")
+            raise self._refusal(f"lag must be None or an integer >= 0, a number of steps, got {shown(lag)}.")
         if not issubclass(event_type, LOOP_EVENTS):
             raise self._refusal(
                 f"a finite lag requires an event that the training loop publishes, and {event_type.__name__} is not "
@@ -169,8 +178,8 @@ def event_classes(event_types: object) -> tuple[type[Event], ...]:
     parts = event_types if isinstance(event_types, tuple) else get_args(event_types)
     if not isinstance(event_types, tuple) and get_origin(event_types) not in (Union, UnionType):
         raise ConfigurationError(
-            f"Cannot subscribe to {event_types!r}: expected an event class such as eventtrain.EpochCompleted, a base "
-            "class such as eventtrain.Event, or a union of them."
+            f"Cannot subscribe to {shown(event_types)}: expected an event class such as eventtrain.EpochCompleted, a "
+            "base class such as eventtrain.Event, or a union of them."
         )
     if not parts:
         raise ConfigurationError("Cannot subscribe to an empty tuple of event types.")
@@ -178,4 +187,4 @@ def event_classes(event_types: object) -> tuple[type[Event], ...]:
 
 
 def _is_integer(value: object, lowest: int) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= lowest
+    return isinstance(value, int) and not isinstance(value, bool) and lowest <= value < 2**63

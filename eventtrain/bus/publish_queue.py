@@ -12,9 +12,11 @@ queue can exceed its limit by the few events that they publish. It never loses o
 
 from __future__ import annotations
 
+import os
 from collections import deque
 from datetime import UTC, datetime
 from typing import Any
+from weakref import WeakSet
 
 from anyio.lowlevel import checkpoint
 
@@ -24,11 +26,16 @@ from eventtrain.bus.subscription import SubscriptionCore
 from eventtrain.bus.wakeup import CrossLoopCondition, Wakeup
 from eventtrain.errors import BusClosed, ConfigurationError, EventReused, QueueFull
 from eventtrain.events import Event
+from eventtrain.validation.annotations import shown
 
 CLAIMED = -1
 """``seq`` of an event that was published and waits for its number."""
 ROUTE_BATCH = 256
 """Events routed before the event loop gets a turn."""
+
+
+_served: WeakSet[PublishQueue] = WeakSet()
+"""The queues that an event loop of this process serves."""
 
 
 class PublishQueue:
@@ -44,6 +51,10 @@ class PublishQueue:
         self.run_id = ""
         """Stamped on events that carry none."""
         self.closed = False
+        self.close_reason = ""
+        """Why it is closed, as a whole clause."""
+        self.forked = False
+        """Whether this process was forked from the one whose event loop served the bus."""
         self._table = table
         self._progress = progress
         self._limit = limit
@@ -66,7 +77,7 @@ class PublishQueue:
                 self._make_room(event)
         except (AttributeError, KeyError):
             raise ConfigurationError(
-                f"Cannot publish {event!r}: it is not an eventtrain.Event. Subclass Event."
+                f"Cannot publish {shown(event)}: it is not an eventtrain.Event. Subclass Event."
             ) from None
         fields["seq"] = CLAIMED
         entries.append(event)
@@ -95,7 +106,9 @@ class PublishQueue:
                 "subscribers already share it. Make a new one, for example event.model_copy(update={'seq': 0})."
             )
         if self.closed:
-            raise BusClosed(f"Cannot publish {event.kind}: the bus is closed and delivers nothing more.")
+            raise BusClosed(
+                f"Cannot publish {event.kind}: {self.close_reason}, so nothing more is delivered."
+            )
         for _ in range(0, len(self._entries), ROUTE_BATCH):
             with (
                 self._table.delivery_lock
@@ -118,6 +131,12 @@ class PublishQueue:
         if len(self._entries) >= self._limit:
             return f"{len(self._entries)} events wait and the bus is not routing them (was it started?)"
         return None
+
+    def has_room_for_notice(self, event_type: type[Event]) -> bool:
+        """Returns whether a notice fits below every limit, with all that waits unrouted counted as if it came first."""
+        waiting = len(self._entries)
+        rooms = (subscription.queue.room() for subscription in self._table.bounded_route(event_type))
+        return waiting < self._limit and all(room is None or room > waiting for room in rooms)
 
     def unrouted(self) -> int:
         """Returns the number of waiting events."""
@@ -142,11 +161,23 @@ class PublishQueue:
         """An event loop serves the bus from now on; None: no longer."""
         self._runner = runner
         self._wakeup = runner.publish_wakeup if runner is not None else None
+        (_served.discard if runner is None else _served.add)(self)
 
-    def close(self) -> None:
-        """Refuses events from now on."""
-        self.closed = True
+    def close(self, reason: str) -> None:
+        """Refuses events from now on. The first ``reason`` is kept."""
+        if not self.closed:
+            self.close_reason = reason
+            self.closed = True
         self._headroom = 0
+
+    def forget_the_loop(self) -> None:
+        """This process is a fork of the one whose event loop serves the bus: nothing would be routed here."""
+        self.open(None)
+        self.forked = True
+        self.close(
+            "this process was forked from the one that serves the bus (publish there, or start processes with the "
+            "method 'spawn')"
+        )
 
     def _route_batch(self) -> None:
         """Numbers and routes at most ``ROUTE_BATCH`` entries."""
@@ -214,3 +245,12 @@ class PublishQueue:
                 self._route_batch()
             self._progress.notify_all()  # an event without subscriptions is handled now
             await checkpoint()
+
+
+def _forget_the_loops() -> None:
+    for queue in list(_served):
+        queue.forget_the_loop()
+
+
+if hasattr(os, "register_at_fork"):  # not on Windows. At the fork, so that publishing need not look
+    os.register_at_fork(after_in_child=_forget_the_loops)

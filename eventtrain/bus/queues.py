@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from eventtrain.errors import ConfigurationError
+from eventtrain.validation.annotations import checked
 
 
 class EventQueue(ABC):
@@ -170,6 +171,7 @@ def _check_limit(policy: str, limit: int) -> None:
         raise ConfigurationError(f"{policy}(limit={limit!r}): limit must be an integer >= 1.")
 
 
+@checked
 @dataclass(frozen=True)
 class Lossless(Queue):
     """Drops nothing (the default).
@@ -193,6 +195,7 @@ class Lossless(Queue):
         return _LosslessQueue(self.limit)
 
 
+@checked
 @dataclass(frozen=True)
 class KeepLatest(Queue):
     """Keeps only the newest waiting event; older ones are dropped and counted."""
@@ -201,6 +204,7 @@ class KeepLatest(Queue):
         return _DroppingQueue(1, newest=False)
 
 
+@checked
 @dataclass(frozen=True)
 class DropOldest(Queue):
     """Drops the oldest waiting event when ``limit`` events wait and another one arrives."""
@@ -214,6 +218,7 @@ class DropOldest(Queue):
         return _DroppingQueue(self.limit, newest=False)
 
 
+@checked
 @dataclass(frozen=True)
 class DropNewest(Queue):
     """Drops the arriving event when ``limit`` events wait."""

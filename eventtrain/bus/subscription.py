@@ -91,6 +91,10 @@ class SubscriptionHost(Protocol):
         """Publishes an event of the bus itself."""
         ...
 
+    def has_room_for_notice(self, event_type: type[Event]) -> bool:
+        """Whether ``notify`` would pass no limit of a queue."""
+        ...
+
     def begin_transaction(self, subscription: SubscriptionCore, event: Event) -> CommandTransaction:
         """Makes the control of one handler call."""
         ...
@@ -195,11 +199,13 @@ class SubscriptionCore:
             once=options.once,
             lag=options.lag,
         )
-        self.failures = Failures(name, host.notify)
+        self.failures = Failures(name, host.notify, host.has_room_for_notice)
         self.progress = host.progress
         self.state: State = "active"
         self.attached = False
         """Whether events are routed to it now. Those of a trainer are detached between its runs."""
+        self.end_reason = ""
+        """Why it has ended, as a whole clause."""
         self.run = 0
         """The run that counts the events with a finite lag; 0 before the first."""
         self._save = save
@@ -341,7 +347,13 @@ class SubscriptionCore:
             )
 
     def report_drops(self) -> None:
-        """Publishes ``SubscriberLagged`` for the events dropped since the last report."""
+        """Publishes ``SubscriberLagged`` for the events dropped since the last report, and failures not published yet.
+
+        While there is no room for these notices they wait and are added up; at the end of the subscription they do not.
+        """
+        self.failures.publish_held(at_once=not self.active)
+        if self.active and not self._host.has_room_for_notice(SubscriberLagged):
+            return
         with self._lock:
             dropped = self.queue.dropped - self._reported_drops
             self._reported_drops += dropped
@@ -363,14 +375,14 @@ class SubscriptionCore:
 
     def cancel(self) -> None:
         """Ends the subscription on request. Waiting events are forgotten."""
-        if self._end("cancelled"):
+        if self._end("cancelled", "was cancelled"):
             self.queue.clear()
             self.report_drops()
             self.wake()
 
     def disable(self, reason: str) -> None:
         """Ends the subscription after failures. Waiting events count as dropped."""
-        if self._end("disabled"):
+        if self._end("disabled", f"was disabled after {reason}"):
             self.queue.drop_all()
             logger.error("Subscriber %s is disabled after %s", self.name, reason)
             self.report_drops()
@@ -385,12 +397,13 @@ class SubscriptionCore:
 
     def finish(self) -> None:
         """Ends the subscription: ``once`` is fulfilled."""
-        self._end("finished")
+        self._end("finished", "has received its only event")
 
-    def _end(self, state: State) -> bool:
+    def _end(self, state: State, how: str) -> bool:
         with self._lock:
             if self.state != "active":
                 return False
+            self.end_reason = f"its subscription {how}"
             self.state = state
         self._host.subscription_ended(self)
         self.progress.notify_all()

@@ -80,6 +80,7 @@ class TrainingStream:
         self._items: deque[StreamItem] = deque()
         self.seq = 0
         """Number of the last event that was delivered."""
+        self._overfull: tuple[SubscriptionCore, ...] = ()
         self.rows_routed = 0
         """Number of events of series that were routed, whether wanted or not."""
 
@@ -95,9 +96,17 @@ class TrainingStream:
         return self.rows_routed + (self._most_rows if fullest is None else _free_rows(fullest))
 
     def fullest(self, event_types: Iterable[type[Event]]) -> SubscriptionCore | None:
-        """Returns the subscription to any of these classes with room for the fewest rows, if a queue is bounded."""
+        """Returns the subscription to any of these classes with room for the fewest rows, if a queue is bounded.
+
+        One whose queue is beyond its limit, since the stream does not wait for single events, comes first.
+        """
+        if self._overfull and (overfull := self._overfull_now()):
+            return overfull[0]
         bounded = (s for event_type in event_types for s in self._table.bounded_route(event_type))
         return min(bounded, key=_free_rows, default=None)
+
+    def _overfull_now(self) -> tuple[SubscriptionCore, ...]:
+        return tuple(s for s in self._overfull if s.active and _room(s) < 0)
 
     def continue_from(self, seq: int) -> None:
         """Numbers the next event ``seq + 1``, as the run that is resumed would have done."""
@@ -121,9 +130,7 @@ class TrainingStream:
         items = self._items
         while True:
             await wakeup.sleep_until(lambda: len(items))
-            await self._deliver(
-                items[0]
-            )  # removed only after it, so that the stream does not look empty before
+            await self._deliver(items[0])  # removed behind it, so that the stream does not look empty before
             items.popleft()
             self._progress.notify_all()
             await checkpoint()
@@ -138,11 +145,15 @@ class TrainingStream:
         elif isinstance(item, EventSeries):
             await self._deliver_series(item)
         else:
-            await self._wait_for_room(type(item))
+            # Never waits: the events behind this one may be for others, who have room. The training loop waits
+            # instead, before its next step, so that a queue exceeds its limit by the events of one step.
             with self._table.delivery_lock:
                 self._stamp([item])
                 for subscription in self._table.route(type(item)):
                     subscription.offer_from_loop([item])
+                bounded = self._table.bounded_route(type(item))
+                if any(_room(subscription) < 0 for subscription in bounded):
+                    self._overfull = tuple(dict.fromkeys((*self._overfull_now(), *bounded)))
                 self._publish_queue.measure_headroom()
 
     def _pass_marker(self, marker: Marker) -> None:

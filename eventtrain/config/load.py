@@ -15,8 +15,9 @@ from eventtrain.bus.bus import EventBus, core_of
 from eventtrain.config.run_file import Table, read_run_file
 from eventtrain.config.subscriber_config import build, subscriber_config, subscriber_type, type_names
 from eventtrain.config.validation import TABLE, json_schema, validated
-from eventtrain.errors import ConfigurationError, EventTrainError
+from eventtrain.errors import ConfigurationError, EventTrainError, first_lines
 from eventtrain.subscribers.base import Subscriber, subscribe
+from eventtrain.validation.annotations import checked
 
 
 class FitConfig(BaseModel):
@@ -42,6 +43,7 @@ class RunConfig:
     subscribers: list[Subscriber]
 
 
+@checked
 def load_subscribers(path: str | Path, *, overrides: Sequence[str] = ()) -> list[Subscriber]:
     """Returns the subscribers that a TOML or YAML file describes, for ``Trainer(subscribers=...)``. Blocks.
 
@@ -104,5 +106,6 @@ def _naming(table: Table) -> Generator[None]:
         yield
     except Exception as error:
         text = str(error) if isinstance(error, EventTrainError) else f"{type(error).__name__}: {error}"
+        text = first_lines(text, 30)
         separator, text = (":\n", indent(text, "  ")) if "\n" in text else (": ", text)
         raise ConfigurationError(f"{table.label}{separator}{text}") from error

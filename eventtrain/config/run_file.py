@@ -8,13 +8,19 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from eventtrain.errors import ConfigurationError, did_you_mean
+from eventtrain.errors import ConfigurationError, did_you_mean, shortened
 from eventtrain.subscribers._shared.optional_imports import import_optional, require_installed
 from eventtrain.subscribers._shared.paths import local_path
 
 yaml: Any = import_optional("yaml", extra="yaml", used_by="A YAML file")
 
 SECTIONS = ("fit", "subscribers")
+MAX_SIZE = 1_000_000
+"""Characters of a file."""
+MAX_VALUES = 100_000
+"""Values of a file, with the aliases of YAML written out."""
+MAX_DEPTH = 50
+"""Tables and arrays inside one another."""
 
 
 @dataclass(frozen=True)
@@ -98,16 +104,24 @@ def read_run_file(path: str | Path) -> RunFile:
     if parse is None:
         raise ConfigurationError(f"{path}: expected a file name that ends in .toml, .yaml or .yml.")
     try:
-        text = path.read_text(encoding="utf-8")
+        with path.open(encoding="utf-8") as file:
+            text = file.read(MAX_SIZE + 1)
     except OSError as error:
         raise ConfigurationError(f"{path} cannot be read: {error.strerror or error}.") from error
     except UnicodeDecodeError as error:
         raise ConfigurationError(f"{path} is not UTF-8 text.") from error
+    except ValueError as error:  # a null character in the path
+        raise ConfigurationError(f"{str(path)!r} cannot be read: {error}.") from error
+    if len(text) > MAX_SIZE:
+        raise ConfigurationError(
+            f"{path} has more than {MAX_SIZE:,} characters, so it is not a configuration."
+        )
     sections = parse(path, text)
+    _require_small(path, sections)
     for name in sections:
         if name not in SECTIONS:
             hint = did_you_mean(str(name), SECTIONS, "Known sections: [fit] and [[subscribers]].")
-            raise ConfigurationError(f"{path}: unknown section {name!r}. {hint}")
+            raise ConfigurationError(f"{path}: unknown section {shortened(repr(name))}. {hint}")
     fit, listed = sections.get("fit", {}), sections.get("subscribers", [])
     if not isinstance(fit, dict):
         raise ConfigurationError(f"{path}: `fit` must be a table: [fit].")
@@ -117,10 +131,35 @@ def read_run_file(path: str | Path) -> RunFile:
     return RunFile(path, Table(f"{path}, [fit]", fit), tuple(tables))
 
 
+def _require_small(path: Path, sections: dict[str, Any]) -> None:
+    """Raises ConfigurationError if the values are too many or too deep, as a few aliases of YAML can make them."""
+    level: list[Any] = [sections]
+    for _ in range(MAX_DEPTH):
+        below: list[Any] = []
+        for value in level:
+            below += (
+                value.values() if isinstance(value, dict) else value if isinstance(value, (list, set)) else ()
+            )
+            if len(below) > MAX_VALUES:
+                raise ConfigurationError(
+                    f"{path} has more than {MAX_VALUES:,} values, with aliases written out."
+                )
+        if not below:
+            return
+        level = below
+    raise _too_deep(path)
+
+
+def _too_deep(path: Path) -> ConfigurationError:
+    return ConfigurationError(
+        f"{path} has tables or arrays more than {MAX_DEPTH} deep, or one that contains itself."
+    )
+
+
 def _parse_value(text: str) -> Any:
     try:
         parsed = tomllib.loads(f"value = {text}")
-    except tomllib.TOMLDecodeError:
+    except (ValueError, RecursionError):
         return text
     return parsed["value"] if len(parsed) == 1 else text  # more keys: the text had several lines
 
@@ -131,10 +170,17 @@ def _parse_toml(path: Path, text: str) -> dict[str, Any]:
     except tomllib.TOMLDecodeError as error:
         # From None: newer errors carry the text, which may hold secrets.
         raise ConfigurationError(f"{path} is not valid TOML: {error}.") from None
+    except (ValueError, RecursionError) as error:  # a number of thousands of digits, thousands of brackets
+        raise ConfigurationError(f"{path} cannot be read as TOML: {type(error).__name__}.") from None
 
 
 def _parse_yaml(path: Path, text: str) -> dict[str, Any]:
     require_installed(yaml)
+    depth = 0
+    for bracket in re.findall(r"[\[\]{}]", text):  # PyYAML takes quadratic time for them
+        depth += 1 if bracket in "[{" else -1
+        if depth > MAX_DEPTH:
+            raise _too_deep(path)
     try:
         sections = yaml.load(text, Loader=_yaml_loader())
     except yaml.MarkedYAMLError as error:
@@ -143,7 +189,7 @@ def _parse_yaml(path: Path, text: str) -> dict[str, Any]:
         problem = re.sub(r"(['\"]).*\1", "...", error.problem or "something is wrong")
         place = f" (line {mark.line + 1}, column {mark.column + 1})" if mark else ""
         raise ConfigurationError(f"{path} is not valid YAML: {problem}{place}.") from None
-    except yaml.YAMLError as error:
+    except Exception as error:  # a YAMLError, or of a date, a number or a key that Python does not have
         raise ConfigurationError(f"{path} is not valid YAML: {type(error).__name__}.") from None
     if not isinstance(sections, dict | None):
         raise ConfigurationError(f"{path}: the top level must be a mapping with `fit` and `subscribers`.")

@@ -16,6 +16,7 @@ from eventtrain.errors import ConfigurationError, did_you_mean
 from eventtrain.events.models import snake_case
 from eventtrain.events.names import EventClass
 from eventtrain.subscribers.base import Subscriber
+from eventtrain.validation.annotations import checked
 
 GROUP = "eventtrain.subscribers"
 """The entry-point group by which a package offers classes: ``name = "package.module:Class"``."""
@@ -67,6 +68,7 @@ def subscriber_type(name: str) -> type[Subscriber]:
     raise ConfigurationError(f"there is no type {name!r}. {hint}")
 
 
+@checked
 def subscriber_config(cls: type[Subscriber], type_name: str | None = None) -> type[BaseModel]:
     """Returns the Pydantic model of a table that describes a ``cls``, made from the signature of its constructor.
 
@@ -86,6 +88,10 @@ def subscriber_config(cls: type[Subscriber], type_name: str | None = None) -> ty
     """
     parameters = _signature(cls).parameters
     hints = _hints(cls)
+    if type_name is not None and not type_name.isprintable():
+        raise ConfigurationError(
+            f"subscriber_config(type_name={type_name!r}): a type must be printable text."
+        )
     fields: dict[str, Any] = {"type": (Literal[type_name or snake_case(cls.__name__)], ...)}
     for name, annotation in get_type_hints(SubscriptionOptions, include_extras=True).items():
         if name not in parameters:

@@ -101,6 +101,10 @@ class CommandQueue:
 
     def post(self, commands: list[PendingCommand]) -> None:
         """Add commands, together and in order. Rejects them at once if no run is in progress. Never blocks."""
+        if self._bus.publish_queue.forked:
+            for command in commands:
+                self.reject(command, self._bus.publish_queue.close_reason)
+            return
         with self._lock:
             reason = self._closed
             if any(command.run not in (None, self.run) for command in commands):

@@ -8,6 +8,7 @@ import numpy as np
 
 from eventtrain.data.sources import Batch
 from eventtrain.errors import ConfigurationError, DataError, listed
+from eventtrain.validation.annotations import checked
 from eventtrain.validation.callables import require_plain
 
 
@@ -34,6 +35,7 @@ class ArrayLoader:
         ConfigurationError: a batch_size or seed out of range.
     """
 
+    @checked
     def __init__(
         self,
         arrays: Any,

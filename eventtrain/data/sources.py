@@ -162,6 +162,14 @@ def shapes_of(batch: Batch) -> list[str]:
     return [f"{getattr(leaf, 'dtype', type(leaf).__name__)}{list(np.shape(leaf))}" for leaf in leaves]
 
 
+def length_of(data: object) -> int | None:
+    """Returns the number of batches of an epoch, if `data` knows it."""
+    try:
+        return len(data)  # pyright: ignore[reportArgumentType]
+    except TypeError:  # also of an array without dimensions, which has a __len__
+        return None
+
+
 def on_device(batch: Batch) -> bool:
     """Whether every leaf of `batch` is a JAX array already, so that no transfer is needed."""
     return all(isinstance(leaf, jax.Array) for leaf in jax.tree_util.tree_leaves(batch))

@@ -16,6 +16,7 @@ from jax import lax
 from eventtrain.device.extensions import StepExtension, Use, checked_uses
 from eventtrain.device.state import PyTree, is_array, partition
 from eventtrain.errors import ConfigurationError
+from eventtrain.validation.annotations import checked
 
 
 class EMA(StepExtension):
@@ -41,6 +42,7 @@ class EMA(StepExtension):
         ConfigurationError: `decay` is not strictly between 0 and 1, or an unknown use.
     """
 
+    @checked
     def __init__(self, decay: float, *, name: str = "ema", use_for: Collection[Use] = ()) -> None:
         if not 0.0 < decay < 1.0:
             raise ConfigurationError(
@@ -93,6 +95,7 @@ class SWA(StepExtension):
         ConfigurationError: `start` or `every` is not an integer >= 1, or an unknown use.
     """
 
+    @checked
     def __init__(
         self, start: int, every: int = 1, *, name: str = "swa", use_for: Collection[Use] = ()
     ) -> None:

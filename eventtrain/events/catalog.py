@@ -10,9 +10,9 @@ import json
 from collections.abc import Iterable, Mapping
 from typing import Any, Literal
 
-from pydantic import Field, TypeAdapter, ValidationError
+from pydantic import Field, TypeAdapter
 
-from eventtrain.errors import EventParseError
+from eventtrain.errors import ConfigurationError, EventParseError, first_lines, shortened
 from eventtrain.events.base import EpochEvent, Event, LifecycleEvent, RunEvent
 from eventtrain.events.commands import Cause, CommandApplied, CommandRejected
 from eventtrain.events.models import Columns, FrozenDict, Number, Numbers, Text
@@ -303,13 +303,19 @@ class CheckpointRestored(LifecycleEvent):
 
 
 class SubscriberFailed(Event):
-    """One attempt to handle an event raised. ``event_kind`` is the kind of that event."""
+    """An attempt to handle an event raised. ``event_kind`` is the kind of that event.
+
+    While a Lossless queue that wants these notices is at its limit, failures on one kind of event share a notice: the
+    newest one, with their ``count``.
+    """
 
     kind: Literal["subscriber_failed"] = "subscriber_failed"
     subscriber: str
     event_kind: str
     error: Text
     attempt: int = 1
+    count: int = 1
+    """The number of failed attempts that it stands for."""
 
 
 class SubscriberLagged(Event):
@@ -403,6 +409,18 @@ LOOP_EVENTS: tuple[type[Event], ...] = tuple(
 """Events that a subscription with a finite lag may react to: published by the loop, and not an answer to a command."""
 
 
+def _event_classes(function: str, types: Any) -> tuple[type[Event], ...]:
+    classes: tuple[Any, ...] = (
+        tuple(types) if isinstance(types, Iterable) and not hasattr(types, "shape") else (types,)
+    )
+    for found in classes:
+        if not (isinstance(found, type) and issubclass(found, Event)):
+            raise ConfigurationError(
+                f"{function}: types must be event classes, such as (MyEvent,), got {type(found).__name__}."
+            )
+    return classes
+
+
 def parse_event(source: str | bytes | Mapping[str, Any], types: Iterable[type[Event]] = ()) -> Event:
     """Parses one event from its JSON, or from the dict that its JSON holds.
 
@@ -416,19 +434,22 @@ def parse_event(source: str | bytes | Mapping[str, Any], types: Iterable[type[Ev
     Raises:
         EventParseError: not a JSON object, an unknown ``kind``, a newer ``schema_version``, or wrong fields.
     """
+    classes = _event_classes("parse_event", types)
     data: Any = source
-    if not isinstance(source, Mapping):
-        try:
-            data = json.loads(source)
-        except (ValueError, TypeError) as error:
-            raise EventParseError(f"Cannot parse an event: the text is not JSON ({error}).") from error
+    try:
+        text = json.dumps(dict(source)) if isinstance(source, Mapping) else source
+        data = json.loads(text)
+    except (ValueError, TypeError, RecursionError) as error:
+        raise EventParseError(
+            f"Cannot parse an event: the text is not JSON ({first_lines(str(error))})."
+        ) from error
     if not isinstance(data, Mapping) or not isinstance(data.get("kind"), str):
         raise EventParseError("Cannot parse an event: expected a JSON object with a 'kind'.")
     kind = data["kind"]
-    event_type = {_kind_of(known): known for known in (*BUILT_IN, *types)}.get(kind)
+    event_type = {_kind_of(known): known for known in (*BUILT_IN, *classes)}.get(kind)
     if event_type is None:
         raise EventParseError(
-            f"Cannot parse an event of kind {kind!r}: no known class has that kind. "
+            f"Cannot parse an event of kind {shortened(kind)!r}: no known class has that kind. "
             "Pass your own event classes as types=(YourEvent,)."
         )
     version, newest = data.get("schema_version"), event_type.model_fields["schema_version"].default
@@ -438,16 +459,18 @@ def parse_event(source: str | bytes | Mapping[str, Any], types: Iterable[type[Ev
             f"{newest}. Parse it with the version of eventtrain that wrote it, or a newer one."
         )
     try:
-        return event_type.model_validate_json(
-            json.dumps(dict(source)) if isinstance(source, Mapping) else source
-        )
-    except ValidationError as error:
-        raise EventParseError(f"Cannot parse this {kind}: {error}") from error
+        return event_type.model_validate_json(text)
+    except Exception as error:  # a ValidationError, or whatever a validator of the user's class raises
+        raise EventParseError(f"Cannot parse this {kind}: {first_lines(str(error))}") from error
 
 
 def events_json_schema(types: Iterable[type[Event]] = ()) -> dict[str, Any]:
-    """Returns the JSON Schema of all events, built-in and given, as one union discriminated by ``kind``."""
-    classes = (*BUILT_IN, *types)
+    """Returns the JSON Schema of all events, built-in and given, as one union discriminated by ``kind``.
+
+    Raises:
+        ConfigurationError: one of ``types`` is not an event class.
+    """
+    classes = (*BUILT_IN, *_event_classes("events_json_schema", types))
     _, schema = TypeAdapter.json_schemas(
         [(_kind_of(event_type), "serialization", TypeAdapter(event_type)) for event_type in classes],
         title="eventtrain events",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import count
@@ -80,6 +81,10 @@ class EpochEnd:
     hyperparams: Mapping[str, Number]
 
 
+HISTORY_LIMIT = 10_000
+"""Epochs whose EpochCompleted is kept: about 20 MB with ten metrics each."""
+
+
 class RunningMeans:
     """Means over rows that arrive in windows, in float64. How the rows are cut into windows does not change them.
 
@@ -137,7 +142,7 @@ class EventBuilder:
         weight: name of the metric that weights the means of the others.
 
     Attributes:
-        history: the EpochCompleted events so far.
+        history: the newest EpochCompleted events, at most ``HISTORY_LIMIT``.
         evaluated: the means of the last evaluation that ended.
     """
 
@@ -146,7 +151,7 @@ class EventBuilder:
         self._view = view
         self._weight = weight
         self._scheduled: Mapping[int, str] = {}
-        self.history: list[EpochCompleted] = []
+        self.history: deque[EpochCompleted] = deque(maxlen=HISTORY_LIMIT)
         self.evaluated: Mapping[str, Number] | None = None
         self._epoch_means = RunningMeans(weight)
         self._eval_means = RunningMeans(weight)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from itertools import takewhile
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,7 @@ from eventtrain.control.run_state import SavedRun
 from eventtrain.errors import ConfigurationError, did_you_mean
 from eventtrain.events import BUILT_IN, Event
 from eventtrain.events.models import snake_case
+from eventtrain.validation.annotations import fits, shown
 from eventtrain.validation.callables import is_async, require_plain
 
 
@@ -31,7 +32,7 @@ class Subscriber(OptionDefaults):
     """
 
     events: EventTypes | None = None
-    event_types: Iterable[type[Event]] = ()
+    event_types: Collection[type[Event]] = ()
     resumes_runs: bool = False
     """Whether ``saved_run`` can find checkpoints."""
     state_about: Mapping[str, str] = {}
@@ -98,9 +99,11 @@ def subscribe(bus: BusCore, subscriber: Subscriber) -> SubscriptionCore:
             f"Expected a Subscriber, got {type(subscriber).__name__}. Subclass eventtrain.Subscriber, or use "
             "trainer.on(...) for a function."
         )
+    if not fits(subscriber.name, str | None):
+        raise ConfigurationError(
+            f"{type(subscriber).__name__}.name must be a string or None, got {shown(subscriber.name)}."
+        )
     name = subscriber.name or type(subscriber).__name__
-    if not isinstance(name, str):  # pyright: ignore[reportUnnecessaryIsInstance]
-        raise ConfigurationError(f"{type(subscriber).__name__}.name must be a string or None, got {name!r}.")
     _require_no_misspelt_attribute(type(subscriber), name)
     _require_own_methods(subscriber, name)
     event_types, handler = event_routes(subscriber, name)
@@ -141,6 +144,10 @@ def event_routes(subscriber: Subscriber, name: str) -> tuple[EventTypes, Callabl
                 f"{name} has handle() but no events. Set events = et.EpochCompleted, or a union."
             )
         return subscriber.events, handle
+    if not fits(subscriber.event_types, Collection[type[Event]]):
+        raise ConfigurationError(
+            f"{name}.event_types must be a tuple of event classes, got {shown(subscriber.event_types)}."
+        )
     named = {
         snake_case(event_type.__name__): event_type
         for event_type in (*BUILT_IN, Event, *subscriber.event_types)

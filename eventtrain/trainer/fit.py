@@ -27,7 +27,8 @@ class FitResult(Generic[S]):
         step: updates completed over the trainer's life.
         epochs_completed: of this call.
         stop_reason: "completed", or the reason given to ``control.stop``, "interrupted", "preempted", "cancelled".
-        history: the EpochCompleted events of this call.
+        history: the EpochCompleted events of this call, of more than 10,000 epochs the newest 10,000. All are in a log,
+            and ``subscribers.History(max_epochs=...)`` keeps as many as you want.
         undelivered: subscription name -> events not handled within ``drain_timeout_s``; empty if all were.
     """
 

@@ -68,8 +68,8 @@ class Session:
 
     @property
     def history(self) -> list[EpochCompleted]:
-        """The EpochCompleted events so far; complete after the end."""
-        return self._run.resources.builder.history
+        """The newest 10,000 EpochCompleted events so far, as a new list; those of the last epoch after the end."""
+        return list(self._run.resources.builder.history)
 
     def step(self, batch: Any) -> bool:
         """Dispatch one step and return at once. Returns False, and does nothing, once the run has to end.

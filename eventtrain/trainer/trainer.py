@@ -16,7 +16,7 @@ from eventtrain.bus.subscription import Subscription, SubscriptionCore
 from eventtrain.control.control import Control
 from eventtrain.control.control_plane import ControlPlane
 from eventtrain.data.prefetch import Leftovers
-from eventtrain.data.sources import describe
+from eventtrain.data.sources import describe, length_of
 from eventtrain.device.extensions import StepExtension
 from eventtrain.device.fused_step import StepOptions
 from eventtrain.device.model import Model
@@ -48,6 +48,8 @@ from eventtrain.trainer.run_directory import run_directory
 from eventtrain.trainer.session import Session
 from eventtrain.trainer.signals import SignalGuard
 from eventtrain.trainer.subscriber_lifecycle import RunSubscriber
+from eventtrain.validation.annotations import checked, fits, shown
+from eventtrain.validation.arguments import require_choice, require_count, require_number
 
 if TYPE_CHECKING:
     from eventtrain.bus.options import EventTypesOf
@@ -93,6 +95,7 @@ class Trainer(Generic[S]):
         ConfigurationError, StateError: an argument is invalid.
     """
 
+    @checked
     def __init__(
         self,
         step_fn: Callable[[S, Any], tuple[S, Mapping[str, Any]]],
@@ -115,14 +118,12 @@ class Trainer(Generic[S]):
         backend_options: dict[str, Any] | None = None,
         drain_timeout_s: float = 30.0,
     ) -> None:
-        _require_positive("steps_per_call", steps_per_call)
-        _require_positive("max_in_flight_steps", max_in_flight_steps)
-        if not flush_interval_s > 0:
-            raise ConfigurationError(
-                f"flush_interval_s must be a number of seconds > 0, got {flush_interval_s!r}."
-            )
-        if snapshot not in ("keep", "copy", "host"):
-            raise ConfigurationError(f'snapshot must be "keep", "copy" or "host", got {snapshot!r}.')
+        require_count("Trainer", "steps_per_call", steps_per_call, at_least=1)
+        require_count("Trainer", "max_in_flight_steps", max_in_flight_steps, at_least=1)
+        require_number("Trainer", "flush_interval_s", flush_interval_s, above=0)
+        require_number("Trainer", "drain_timeout_s", drain_timeout_s, at_least=0)
+        require_choice("Trainer", "snapshot", snapshot, ("keep", "copy", "host"))
+        require_choice("Trainer", "backend", backend, ("asyncio", "trio"))
         self.run_id = uuid.uuid4().hex[:12] if run_id is None else _checked_run_id(run_id)
         folder = (
             Path("runs") / self.run_id if run_dir is None else local_path(run_dir, "Trainer(run_dir=...)")
@@ -301,7 +302,7 @@ class Trainer(Generic[S]):
             SubscriberError: a subscription with ``on_error="fail"`` failed.
             AlreadyRunning: a run of this trainer is in progress.
         """
-        self._check_fit(epochs, steps, eval_data)
+        self._check_fit(epochs, steps, eval_data, resume, progress)
         extra = [ProgressBar()] if (shows_progress() if progress is None else progress) else []
         with self._on_this_thread("fit"):
             return self._fit(data, epochs, steps, eval_data, extra, resume)
@@ -322,7 +323,7 @@ class Trainer(Generic[S]):
         long. It is compiled in the other thread. Cancellation stops the run at the next boundary and delivers what
         was published within ``drain_timeout_s`` before it is raised; the state reached is in ``state``.
         """
-        self._check_fit(epochs, steps, eval_data)
+        self._check_fit(epochs, steps, eval_data, resume, progress)
         extra = [ProgressBar()] if progress else []
         with self._execution.claim("fit_async"):
             return await self._execution.beside_loop(
@@ -355,10 +356,18 @@ class Trainer(Generic[S]):
             yield
         signals.raise_received()
 
-    def _check_fit(self, epochs: int | None, steps: int | None, eval_data: Any) -> None:
+    def _check_fit(
+        self, epochs: int | None, steps: int | None, eval_data: Any, resume: object, progress: object
+    ) -> None:
+        if not fits(resume, bool | str | int | Path):
+            raise ConfigurationError(
+                f"fit: resume must be a bool, a path, a tag or a step, got {shown(resume)}."
+            )
+        if not fits(progress, bool | None):
+            raise ConfigurationError(f"fit: progress must be True, False or None, got {shown(progress)}.")
         if (epochs is None) == (steps is None):
             raise ConfigurationError(
-                f"fit requires exactly one of epochs and steps, got epochs={epochs!r} and steps={steps!r}."
+                f"fit requires exactly one of epochs and steps, got epochs={shown(epochs)} and steps={shown(steps)}."
             )
         _require_positive("epochs", epochs)
         _require_positive("steps", steps)
@@ -412,7 +421,7 @@ class Trainer(Generic[S]):
         resume: bool | str | int | Path,
     ) -> FitResult[S]:
         model = self._model
-        aim = Aim(epochs, steps, len(data) if hasattr(data, "__len__") else None)
+        aim = Aim(epochs, steps, length_of(data))
         with run_directory(self.run_dir, self.run_id, self.subscribers):
             point, left = self._resume(resume, aim, data) if resume is not False else (None, aim)
             if point is not None and is_beyond(point.record.loop, aim):
@@ -433,7 +442,7 @@ class Trainer(Generic[S]):
                 for member in temporary:
                     member.subscription.cancel()
         return self._result(
-            model.epoch - first_epoch, run.ended_by, run.resources.builder.history, run.undelivered
+            model.epoch - first_epoch, run.ended_by, list(run.resources.builder.history), run.undelivered
         )
 
     def _result(
@@ -534,5 +543,7 @@ def _checked_run_id(run_id: object) -> str:
 
 
 def _require_positive(name: str, value: object) -> None:
-    if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
-        raise ConfigurationError(f"{name} must be an integer >= 1, got {value!r}.")
+    if value is not None and (
+        isinstance(value, bool) or not isinstance(value, int) or not 1 <= value < 2**63
+    ):
+        raise ConfigurationError(f"{name} must be an integer >= 1, got {shown(value)}.")

@@ -34,10 +34,13 @@ def require_number(
 
 
 def require_count(owner: str, name: str, value: Any, *, at_least: int = 0, optional: bool = False) -> None:
-    """Raises ConfigurationError unless ``value`` is an integer >= ``at_least``, or None where ``optional``."""
+    """Raises ConfigurationError unless ``value`` is an integer >= ``at_least``, or None where ``optional``.
+
+    It must also be below 2**63, as a size of anything in memory.
+    """
     if value is None and optional:
         return
-    if isinstance(value, bool) or not isinstance(value, int) or value < at_least:
+    if isinstance(value, bool) or not isinstance(value, int) or not at_least <= value < 2**63:
         raise _refusal(owner, name, value, f"an integer >= {at_least}", optional)
 
 

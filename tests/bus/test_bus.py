@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import functools
+import inspect
 import logging
 import threading
 import time
@@ -458,7 +460,7 @@ async def test_a_closed_bus_refuses_events_subscriptions_and_a_second_start() ->
         bus.subscribe(Ping, got)
         bus.publish(Ping(number=1))
         assert await bus.aclose() == {}
-        with pytest.raises(et.BusClosed, match="the bus is closed"):
+        with pytest.raises(et.BusClosed, match="the bus was closed"):
             bus.publish(Ping())
     assert got.numbers == [1]
     assert await bus.aclose() == {}
@@ -468,7 +470,7 @@ async def test_a_closed_bus_refuses_events_subscriptions_and_a_second_start() ->
         await bus.publish_async(Ping())
     with pytest.raises(et.BusClosed):
         await bus.wait_for(Ping)
-    with pytest.raises(et.BusClosed, match="it was closed"):
+    with pytest.raises(et.BusClosed, match="the bus was closed"):
         await bus.__aenter__()
     assert bus.statistics()["Record"].delivered == 1
 
@@ -574,6 +576,64 @@ async def test_an_exception_in_the_block_comes_out_as_it_is() -> None:
 # --- streams ------------------------------------------------------------------------------------------------
 
 
+async def test_a_stream_and_a_wait_that_end_say_why(anyio_backend: object) -> None:
+    reasons: list[str | None] = []
+
+    async def read(bus: et.EventBus, opened: anyio.Event, **options: Any) -> None:
+        async with bus.stream(Ping, **options) as events:
+            assert events.end_reason is None
+            opened.set()
+            async for _ in events:
+                pass
+            reasons.append(events.end_reason)
+
+    async def wait(bus: et.EventBus) -> None:
+        try:
+            await bus.wait_for(Ping | Pong)
+        except et.BusClosed as error:
+            reasons.append(str(error))
+
+    async def end_of(bus: et.EventBus, end: Callable[[], Any], **options: Any) -> None:
+        reasons.clear()
+        async with anyio.create_task_group() as tasks:
+            opened = anyio.Event()
+            tasks.start_soon(functools.partial(read, bus, opened, **options))
+            await opened.wait()
+            await bus.drain()
+            if not options:
+                tasks.start_soon(wait, bus)
+                await anyio.wait_all_tasks_blocked()
+            result = end()
+            if inspect.isawaitable(result):
+                await result
+
+    async with et.EventBus() as bus:
+        await end_of(bus, bus.aclose)
+        assert sorted(map(str, reasons)) == [
+            "No Ping or Pong came: the bus was closed.",
+            "the bus was closed",
+        ]
+    async with et.EventBus() as bus:
+        cancel = lambda: next(s for s in bus.subscriptions if s.name == "mine").cancel()  # noqa: E731
+        await end_of(bus, cancel, name="mine")
+        assert reasons == ["its subscription was cancelled"]
+
+        def fails(event: Ping) -> bool:
+            raise ValueError("broken")
+
+        publish = lambda: [bus.publish(Ping()) for _ in range(100)]  # noqa: E731
+        await end_of(bus, publish, where=fails)
+        assert reasons == [
+            "its subscription was disabled after 100 failures in a row, the last: ValueError: broken"
+        ]
+    bus = et.EventBus()
+    with pytest.raises(ZeroDivisionError):
+        async with bus:
+            1 / 0  # noqa: B018
+    with pytest.raises(et.BusClosed, match=r"the bus was closed \(its block raised ZeroDivisionError"):
+        bus.publish(Ping())
+
+
 async def test_a_stream_gives_what_is_published_and_ends_when_the_bus_closes() -> None:
     numbers: list[int] = []
     opened = anyio.Event()
@@ -636,7 +696,7 @@ async def test_wait_for_gives_the_next_event_or_says_why_not() -> None:
             got.append((await bus.wait_for(Ping, where=lambda event: event.number > 1)).number)
 
         async def wait_in_vain() -> None:
-            with pytest.raises(et.BusClosed, match="before a Pong came"):
+            with pytest.raises(et.BusClosed, match="No Pong came: the bus was closed"):
                 await bus.wait_for(Pong)
             got.append(-1)
 
@@ -659,7 +719,7 @@ async def test_waiting_and_streaming_take_several_classes_and_unions(types: tupl
             got.append(await bus.wait_for(*types, where=lambda event: event.number == 2))
 
         async def wait_in_vain() -> None:
-            with pytest.raises(et.BusClosed, match=r"before a .*Ping or Pong came"):
+            with pytest.raises(et.BusClosed, match=r"No .*Ping or Pong came: the bus was closed"):
                 await bus.wait_for(*types, where=lambda event: event.number > 9)
 
         tasks.start_soon(wait)
@@ -867,3 +927,84 @@ async def test_rows_allowed_follows_the_tightest_lossless_queue() -> None:
     narrow.cancel()
     bus.subscribe(et.StepCompleted, Record(), queue=et.KeepLatest())
     assert stream.rows_allowed(kinds) == 50
+
+
+async def test_notices_of_failures_pass_no_limit_and_their_counts_are_exact(anyio_backend: object) -> None:
+    opened = anyio.Event()
+    seen: list[et.SubscriberFailed] = []
+    async with et.EventBus() as bus:
+
+        async def slow(event: et.SubscriberFailed) -> None:
+            await opened.wait()
+            seen.append(event)
+
+        async def fails(event: Ping | Pong) -> None:
+            raise ValueError("broken")
+
+        reader = bus.subscribe(et.SubscriberFailed, slow, queue=et.Lossless(10))
+        failing = bus.subscribe(Ping | Pong, fails, disable_after=None)
+        most = 0
+        for number in range(4_000):
+            bus.publish(Ping(number=number) if number % 2 else Pong())
+            if number % 100 == 99:
+                await anyio.sleep(0.001)
+                most = max(most, reader.statistics().pending)
+        while failing.statistics().errors < 4_000:  # noqa: ASYNC110
+            await anyio.sleep(0.001)
+        assert max(most, reader.statistics().pending) <= 12
+        opened.set()
+        await bus.drain()
+    assert sum(event.count for event in seen) == 4_000
+    assert {event.event_kind: event.count for event in seen if event.count > 1}.keys() == {"ping", "pong"}
+
+
+async def test_notices_of_a_subscription_that_ends_are_not_held_back(anyio_backend: object) -> None:
+    opened, seen = anyio.Event(), list[et.SubscriberFailed]()
+    async with et.EventBus() as bus:
+
+        async def slow(event: et.SubscriberFailed) -> None:
+            await opened.wait()
+            seen.append(event)
+
+        def fails(event: Ping) -> None:
+            raise ValueError("broken")
+
+        bus.subscribe(et.SubscriberFailed, slow, queue=et.Lossless(2))
+        bus.subscribe(Ping, fails, disable_after=50)
+        for number in range(60):
+            bus.publish(Ping(number=number))
+        while len(bus.subscriptions) == 2 and bus.subscriptions[-1].active:  # noqa: ASYNC110
+            await anyio.sleep(0.001)
+        opened.set()
+        await bus.drain()
+    assert sum(event.count for event in seen) == 50
+
+
+async def test_one_full_queue_holds_up_no_event_of_its_neighbours_and_the_loop_waits_instead(
+    anyio_backend: object,
+) -> None:
+    neighbour = Record()
+    async with et.EventBus() as bus:
+
+        @bus.on(et.EpochStarted, queue=et.Lossless(1))
+        async def stuck(event: et.EpochStarted) -> None:
+            await opened.wait()
+
+        opened = anyio.Event()
+        bus.subscribe(et.StepCompleted | et.EpochStarted, neighbour)
+        await bus.drain()
+        core, stream = core_of(bus), core_of(bus).stream
+        kinds = (et.StepCompleted, et.StepStarted)
+        for epoch in range(4):
+            start = et.EpochStarted(epoch=epoch, hyperparams={}, step=epoch)
+            core.feed([start, series(range(epoch + 1, epoch + 2))])
+        with anyio.fail_after(5):
+            while len(neighbour.events) < 8:  # noqa: ASYNC110
+                await anyio.sleep(0.001)
+        assert stream.rows_allowed(kinds) == stream.rows_routed
+        fullest = stream.fullest(kinds)
+        assert fullest is not None
+        assert "stuck" in fullest.name
+        opened.set()
+        await bus.drain()
+        assert stream.rows_allowed(kinds) > stream.rows_routed

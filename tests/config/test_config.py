@@ -9,9 +9,11 @@ import re
 import subprocess
 import sys
 import traceback
+import tracemalloc
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
+from time import perf_counter
 from typing import TYPE_CHECKING, Annotated, Any
 
 import jsonschema
@@ -600,12 +602,57 @@ def test_yaml_says_the_same_as_toml(tmp_path: Path) -> None:
             "run.yaml is not valid YAML: could not determine a constructor",
         ),
         ("fit: \x01\n", "run.yaml is not valid YAML: "),
-        ("subscribers: &all\n  - type: early_stopping\n    name: *all\n", "Circular reference"),
+        ("subscribers: &all\n  - type: early_stopping\n    name: *all\n", "one that contains itself"),
         ("1: 2\n", "run.yaml: unknown section 1. "),
     ],
 )
 def test_yaml_that_is_wrong_is_told_as_toml_is(text: str, expected: str, refusal: Callable[..., str]) -> None:
     assert expected in refusal(text, name="run.yaml")
+
+
+ALIASES = "a0: &a0 [1, 1]\n" + "".join(f"a{n}: &a{n} [*a{n - 1}, *a{n - 1}]\n" for n in range(1, 40))
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("deep.toml", "x = " + "[" * 100_000),
+        ("deep.toml", "fit = " + "[" * 60 + "]" * 60),
+        ("tables.toml", "[fit" + ".a" * 5_000 + "]"),
+        ("digits.toml", "[fit]\nsteps = " + "9" * 10_000),
+        ("large.toml", "#" * 2_000_000),
+        ("key.toml", f"[{'k' * 500_000}]"),
+        ("many.toml", "[fit]\nx = [" + "1," * 200_000 + "]"),
+        ("deep.yaml", "fit: " + "[" * 5_000),
+        ("aliases.yaml", ALIASES.replace("a39:", "fit:")),
+        ("itself.yaml", "fit: &a\n  x: *a\n"),
+        ("date.yaml", "fit: 2024-99-99"),
+        ("digits.yaml", "fit: " + "9" * 10_000),
+        ("key.yaml", "fit: {[1]: 2}"),
+        ("key.yaml", "? {a: 1}\n: 2"),
+        ("tag.yaml", "fit: !!python/object:os.system {}"),
+        ("null\0.toml", None),
+    ],
+    ids=lambda text: str(text)[:30].replace("\0", "0"),
+)
+def test_a_hostile_file_is_an_error_by_name_and_allocates_little(
+    tmp_path: Path, name: str, text: str | None
+) -> None:
+    path = tmp_path / name
+    if text is not None:
+        path.write_text(text)
+    tracemalloc.start()
+    began_s = perf_counter()
+    try:
+        with pytest.raises(et.ConfigurationError) as raised:
+            et.load_subscribers(path)
+        assert tracemalloc.get_traced_memory()[1] < 2**26
+    finally:
+        tracemalloc.stop()
+    assert perf_counter() - began_s < 20
+    assert len(str(raised.value)) < 20_000
+    with pytest.raises(et.ConfigurationError):
+        et.load_subscribers(tmp_path / "missing.toml", overrides=["fit.steps=" + "9" * 10_000])
 
 
 def test_without_pyyaml_the_extra_is_named(

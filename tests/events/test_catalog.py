@@ -1,12 +1,15 @@
 from __future__ import annotations
 
+import contextlib
 import copy
 import json
 import pickle
+import tracemalloc
 import types
 from datetime import UTC, datetime
 from typing import Any, ClassVar, Literal, Union, get_args, get_origin
 
+import jax.numpy as jnp
 import jsonschema
 import numpy as np
 import pytest
@@ -294,3 +297,182 @@ def test_a_window_is_due_when_a_multiple_lies_in_it(first: int, rows: int, every
 
 def test_no_every_leaves_out_that_a_state_was_put_back() -> None:
     assert et.CheckpointRestored(step=54, restored_step=32).is_multiple_of(32)
+
+
+def window(**column: Any) -> str:
+    fields = {"first_step": 1, "last_step": 1, "epoch": 0, "metrics": {"loss": column}}
+    return json.dumps({"kind": "steps_completed", **fields})
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "[" * 200_000 + "]" * 200_000,
+        '{"kind":' * 100_000,
+        '{"kind": "run_started", "step": ' + "9" * 10_000 + "}",
+        '{"kind": "' + "x" * 10_000_000 + '"}',
+        b"\xff\xfe",
+        "\ud800",
+        '{"kind": "run_started", "run_id": "\ud800"}',
+        '{"kind": "run_started", "step": -1}',
+        '{"kind": "run_started", "step": 1e400}',
+        '{"kind": "run_started", "time": "99999-01-01"}',
+        '{"kind": ["run_started"]}',
+        "null",
+        "",
+        5,
+        None,
+        {"kind": "run_started", "x": object()},
+        {1: 2},
+        window(values=[1]),
+        window(dtype="float32"),
+        window(dtype="nope", values=[1]),
+        window(dtype="O", values=[{}]),
+        window(dtype="datetime64[s]", values=[1]),
+        window(dtype="V1000000000", values=[1]),
+        window(dtype="U300000000", values=["a"]),
+        window(dtype="(1000,1000,1000)float32", values=[1]),
+        window(dtype=5, values=[1]),
+        window(dtype=["float32"], values=[1]),
+        window(dtype="int8", values=[1000]),
+        window(dtype="int8", values=[1.5]),
+        window(dtype="int8", values=["1"]),
+        window(dtype="int64", values=[10**40]),
+        window(dtype="float32", values=["1_0"]),
+        window(dtype="float32", values=[[1.0]]),
+        window(dtype="float32", values="a"),
+        window(dtype="float32", values={"a": 1}),
+        window(dtype="float32", values=[1], shape=[10**9]),
+        json.dumps({"kind": "steps_completed", "metrics": {"loss": ["a" * 1_000_000] + [""] * 100_000}}),
+        json.dumps({"kind": "steps_completed", "metrics": {"loss": [10**400]}}),
+        json.dumps({"kind": "step_completed", "metrics": {str(n): "x" for n in range(20_000)}}),
+    ],
+    ids=lambda text: repr(text)[:60],
+)
+def test_hostile_text_is_an_error_by_name_and_allocates_nothing(text: Any) -> None:
+    tracemalloc.start()
+    try:
+        with pytest.raises(et.EventParseError) as raised:
+            et.parse_event(text)
+        assert tracemalloc.get_traced_memory()[1] < 2**26
+    finally:
+        tracemalloc.stop()
+    assert len(str(raised.value)) < 10_000
+    assert str(raised.value).count("\n") <= 20
+
+
+@given(st.recursive(st.none() | NUMBERS | st.text(), lambda x: st.lists(x) | st.dictionaries(st.text(), x)))
+def test_any_json_is_an_event_or_an_error_by_name(value: Any) -> None:
+    fields = {"first_step": value, "epoch": 0, "metrics": {"loss": value}, "run_id": value, "command": value}
+    for kind in BUILT_IN:
+        for given_fields in (fields, {"metrics": value}, {"step": value}):
+            with contextlib.suppress(et.EventParseError):
+                et.parse_event({"kind": snake_case(kind.__name__), **given_fields})
+
+
+@pytest.mark.parametrize("types", [(int,), 5, [None], et.Event, "Ping"])
+def test_types_that_are_no_event_classes_are_refused(types: Any) -> None:
+    if types is et.Event:
+        assert et.parse_event(et.RunStarted().model_dump_json(), types=types).kind == "run_started"
+        return
+    with pytest.raises(et.ConfigurationError, match="types must be event classes"):
+        et.parse_event("{}", types=types)
+    with pytest.raises(et.ConfigurationError, match="types must be event classes"):
+        et.events_json_schema(types)
+
+
+class Deep(et.Event):
+    """An event of a user with containers in its fields."""
+
+    anything: Any = None
+    numbers: list[int] = []  # noqa: RUF012
+    names: set[str] = set()  # noqa: RUF012
+    table: dict[str, list[float]] = {}  # noqa: RUF012
+    exact: bool | int | float = 0
+    column: et.Column = np.zeros(0)
+    pair: tuple[Any, ...] = ()
+
+
+def deep() -> Deep:
+    return Deep(
+        anything={"a": [1, {"b": {2}}]},
+        numbers=[1, 2],
+        names={"x"},
+        table={"x": [1.0]},
+        column=np.arange(3),
+        pair=([1], {"c": 1}),
+    )
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda event: event.anything.update(a=1),
+        lambda event: event.anything["a"].append(1),
+        lambda event: event.anything["a"][1].clear(),
+        lambda event: event.anything["a"][1]["b"].add(1),
+        lambda event: event.numbers.sort(),
+        lambda event: event.numbers.__setitem__(0, 5),
+        lambda event: event.numbers.__delitem__(0),
+        lambda event: event.numbers.__iadd__([1]),
+        lambda event: event.names.discard("x"),
+        lambda event: event.names.__ior__({"y"}),
+        lambda event: event.table["x"].extend([1]),
+        lambda event: event.pair[0].append(1),
+        lambda event: event.pair[1].pop("c"),
+    ],
+)
+@pytest.mark.parametrize("make", [deep, lambda: Deep(anything={"a": [1, {"b": {2}}]}, pair=([1], {"c": 1}))])
+def test_events_of_users_are_read_only_all_the_way_down(make: Any, change: Any) -> None:
+    for event in (make(), copy.deepcopy(make()), pickle.loads(pickle.dumps(make())), make().model_copy()):
+        before = event.model_dump_json()
+        with pytest.raises((TypeError, KeyError), match=r"read-only|'x'"):
+            change(event)
+        assert event.model_dump_json() == before
+
+
+def test_what_a_user_gave_stays_the_users_and_what_is_read_back_is_equal() -> None:
+    numbers = [1, 2]
+    event = Deep(numbers=numbers, table={"x": [1.0]}, column=np.arange(3), anything={"a": [1, [2.5, None]]})
+    numbers.append(3)
+    assert event.numbers == [1, 2]
+    back = et.parse_event(event.model_dump_json(), types=(Deep,))
+    assert back == event
+    assert isinstance(back, Deep)
+    assert isinstance(event.names, set)
+    assert sorted([*event.numbers, 0]) == [0, 1, 2]
+
+
+@pytest.mark.parametrize(
+    ("given", "python"),
+    [
+        (np.int64(2**53 + 1), 2**53 + 1),
+        (np.uint64(2**64 - 1), 2**64 - 1),
+        (np.bool_(True), True),
+        (np.float32(0.1), 0.10000000149011612),
+        (np.float64(0.1), 0.1),
+        (np.float16(0.5), 0.5),
+    ],
+)
+def test_numpy_scalars_become_the_equal_python_ones(given: Any, python: Any) -> None:
+    event = Deep(exact=given, anything={"a": [given, (given,)]}, pair=(given,))
+    assert (event.exact, type(event.exact)) == (python, type(python))
+    assert type(event.pair[0]) is type(python)
+    assert type(event.anything["a"][0]) is type(event.anything["a"][1][0]) is type(python)
+    assert et.parse_event(Deep(exact=given).model_dump_json(), types=(Deep,)) == Deep(exact=given)
+    metrics = et.StepCompleted(epoch=0, batch=0, metrics={"loss": given}).metrics
+    assert (metrics["loss"], type(metrics["loss"])) == (python, type(python))
+
+
+@pytest.mark.parametrize(
+    "value", [np.zeros(3), np.zeros((2, 2)), np.array(3), np.array(["a"]), [np.zeros(3)], {"a": jnp.zeros(3)}]
+)
+def test_an_array_that_json_cannot_hold_is_refused_with_the_remedy(value: Any) -> None:
+    with pytest.raises(ValidationError, match=r"array\.tolist\(\).*eventtrain\.Column"):
+        Deep(anything=value)
+
+
+@pytest.mark.parametrize("value", [np.longdouble(1), np.datetime64("2020-01-01"), np.complex64(1)])
+def test_a_numpy_scalar_without_an_equal_python_one_is_refused(value: Any) -> None:
+    with pytest.raises(ValidationError, match="an event cannot hold"):
+        Deep(anything=value)

@@ -62,6 +62,9 @@ async def test_waiting_for_an_event_finds_it_before_and_after_the_call(anyio_bac
             TimeoutError, match=r"0 of 1 AlertRaised were recorded within 0\.01 s, among 4 events"
         ):
             await recorder.wait_for(et.AlertRaised, timeout_s=0.01)
+        with pytest.raises(TimeoutError, match="4 of 100 AlertRaised or Ping were recorded"):
+            await recorder.wait_for(et.AlertRaised | Ping, count=100, timeout_s=0.01)
+        assert await recorder.wait_for(et.AlertRaised | Ping) in recorder.of(Ping | et.AlertRaised)
 
 
 def test_a_recorder_of_no_event_class_is_refused() -> None:

@@ -115,6 +115,7 @@ async def waits() -> None:
     async with bus.stream(et.StepCompleted, et.EpochCompleted, every=10) as events:
         async for event in events:
             reveal_type(event)  # T StepCompleted | EpochCompleted
+            reveal_type(events.end_reason)  # T str | None
             print(event.loss)  # E reportAttributeAccessIssue: Cannot access attribute "loss" for class "StepCompleted"
     async with bus.stream(Temperature) as temperatures:
         print((await anext(temperatures)).celsius)

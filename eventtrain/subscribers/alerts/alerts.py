@@ -29,6 +29,7 @@ from eventtrain.subscribers.alerts.rules import AnyRule
 from eventtrain.subscribers.alerts.target import AlertTarget
 from eventtrain.subscribers.alerts.timed_rules import RuleWatcher, TimedRule
 from eventtrain.subscribers.base import RunContext, Subscriber
+from eventtrain.validation.annotations import checked
 from eventtrain.validation.arguments import require_count, require_number
 
 logger = logging.getLogger("eventtrain")
@@ -74,6 +75,7 @@ class Alerts(Subscriber):
         ConfigurationError: no rule, two rules of one name, a URL that cannot work, or a missing package.
     """
 
+    @checked
     def __init__(
         self,
         rules: Sequence[AnyRule],

@@ -9,6 +9,7 @@ from typing import ClassVar, Literal
 from eventtrain.errors import ConfigurationError
 from eventtrain.events import CheckpointCommitted, CheckpointFailed, Event, RunCompleted, RunFailed
 from eventtrain.subscribers.alerts.rule import AlertRule, Findings, Severity
+from eventtrain.validation.annotations import checked
 
 
 @dataclass(frozen=True)
@@ -22,6 +23,7 @@ class EventRule(AlertRule, ABC):
         """Returns what is wrong after ``event``."""
 
 
+@checked
 @dataclass(frozen=True)
 class CheckpointFailedRule(EventRule):
     """A checkpoint failed; resolved by the next one that is committed."""
@@ -50,6 +52,7 @@ class RunEndRule(EventRule):
                 )
 
 
+@checked
 @dataclass(frozen=True)
 class RunFailedRule(RunEndRule):
     """The run ended with an error."""
@@ -64,6 +67,7 @@ class RunFailedRule(RunEndRule):
         return {"": f"after step {event.step}: {event.error}"} if isinstance(event, RunFailed) else {}
 
 
+@checked
 @dataclass(frozen=True)
 class RunCompletedRule(RunEndRule):
     """The run ended by itself, by a command or by an interruption; the message gives the reason."""

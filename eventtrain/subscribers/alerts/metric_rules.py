@@ -20,6 +20,7 @@ from eventtrain.events.names import by_name
 from eventtrain.subscribers._shared.metric_goal import Goal, Mode, make_goal
 from eventtrain.subscribers._shared.rolling_quantile import RollingQuantile
 from eventtrain.subscribers.alerts.rule import AlertRule
+from eventtrain.validation.annotations import checked
 from eventtrain.validation.arguments import require_count, require_number
 
 M = TypeVar("M")
@@ -108,6 +109,7 @@ class MetricRule(AlertRule, ABC, Generic[M]):
         """
 
 
+@checked
 @dataclass(frozen=True)
 class Rule(MetricRule[None]):
     """A metric is beyond a limit, or is not finite.
@@ -174,6 +176,7 @@ class Rule(MetricRule[None]):
         return f"is below {self.below:g}"
 
 
+@checked
 @dataclass(frozen=True)
 class SpikeRule(MetricRule[RollingQuantile]):
     """A metric is more than ``times`` the exact quantile of the values before it.
@@ -243,6 +246,7 @@ class BestSoFar:
     since: int
 
 
+@checked
 @dataclass(frozen=True)
 class NoImprovementRule(MetricRule[BestSoFar]):
     """A metric has not beaten its best value for ``patience`` values in a row (steps, epochs or evaluations).
@@ -344,6 +348,7 @@ def _pairs(count: int) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
     return np.triu_indices(count, 1)
 
 
+@checked
 @dataclass(frozen=True)
 class ForecastRule(MetricRule[TheilSen]):
     """The trend of the last values crosses a limit within ``within`` steps.

@@ -9,6 +9,7 @@ from pydantic import SecretStr
 from eventtrain.errors import ConfigurationError
 from eventtrain.subscribers._shared.optional_imports import import_optional
 from eventtrain.subscribers.alerts.message import Transport
+from eventtrain.validation.annotations import checked
 
 webhook = import_optional(
     "eventtrain.subscribers.alerts.webhook", extra="alerts", used_by="A webhook of Alerts"
@@ -20,6 +21,7 @@ apprise_transport = import_optional(
 )
 
 
+@checked
 @dataclass(frozen=True)
 class AlertTarget:
     """A place where alerts are sent.

@@ -23,6 +23,7 @@ from eventtrain.subscribers.alerts.alert_state import RuleAlerts
 from eventtrain.subscribers.alerts.delivery import Delivery
 from eventtrain.subscribers.alerts.rule import AlertRule, Findings
 from eventtrain.subscribers.base import RunContext
+from eventtrain.validation.annotations import checked
 from eventtrain.validation.arguments import require_count, require_number
 
 logger = logging.getLogger("eventtrain")
@@ -62,6 +63,7 @@ class TimedRule(AlertRule, ABC):
         """
 
 
+@checked
 @dataclass(frozen=True)
 class StallRule(TimedRule):
     """No step was made for ``after_s`` seconds, for any reason: compiling, evaluating and pauses count too."""
@@ -96,6 +98,7 @@ class StallRule(TimedRule):
         return judge
 
 
+@checked
 @dataclass(frozen=True)
 class SlowSubscriberRule(TimedRule):
     """A subscriber is behind: training waits for it, it loses events, is disabled, or has a backlog.
@@ -141,6 +144,7 @@ class SlowSubscriberRule(TimedRule):
         return judge
 
 
+@checked
 @dataclass(frozen=True)
 class LowDiskRule(TimedRule):
     """The disk of ``run_dir`` has fewer free bytes than ``below_bytes``; checked every ``every_s`` seconds."""
@@ -189,6 +193,7 @@ def _moment(given: Any) -> Any:
 Moment = Annotated[datetime, BeforeValidator(_moment)]
 
 
+@checked
 @dataclass(frozen=True)
 class DeadlineRule(TimedRule):
     """At the pace of the last minutes the run will not end in time.

@@ -36,6 +36,7 @@ from eventtrain.subscribers.checkpointing.naming import (
 from eventtrain.subscribers.checkpointing.reader import find_checkpoint, load_state
 from eventtrain.subscribers.checkpointing.retention import Retention
 from eventtrain.subscribers.checkpointing.writer import CheckpointWriter, PendingCheckpoint, WriteOptions
+from eventtrain.validation.annotations import checked
 from eventtrain.validation.arguments import require_choice, require_count, require_number
 
 __all__ = ["Checkpointer", "load_state", "restore_state"]
@@ -120,6 +121,7 @@ class Checkpointer(Subscriber):
 
     disable_after = None  # one full disk must not end all checkpoints
 
+    @checked
     def __init__(
         self,
         directory: str | Path,

@@ -35,6 +35,7 @@ from eventtrain.subscribers.checkpointing.manifest import (
     read_manifest,
 )
 from eventtrain.subscribers.checkpointing.orbax import ocp
+from eventtrain.validation.annotations import checked
 
 logger = logging.getLogger("eventtrain")
 
@@ -187,6 +188,7 @@ def _newest(
     return None
 
 
+@checked
 def load_state(path: str | Path, like: Any = None) -> Any:
     """Reads the state of a checkpoint, bit for bit, or its params alone. Blocks; any thread.
 

@@ -23,6 +23,7 @@ from eventtrain.subscribers.base import RunContext
 from eventtrain.subscribers.loggers.column_names import HYPERPARAMS, metric_column
 from eventtrain.subscribers.loggers.file_logger import FileLogger, FileLoggerState
 from eventtrain.subscribers.loggers.row_file import RowBuffer, RowFile, free_name
+from eventtrain.validation.annotations import checked
 from eventtrain.validation.arguments import require_choice
 
 OWN = {"step": ("step", "epoch", "batch"), "epoch": ("epoch", "step", "steps", "duration_s")}
@@ -212,6 +213,7 @@ class CSVLogger(FileLogger[CSVFile]):
     _urgent = frozenset({EpochCompleted})
     queue = Lossless(limit=256)  # windows of up to 1,024 steps
 
+    @checked
     def __init__(
         self,
         path: str | Path,

@@ -15,6 +15,7 @@ from eventtrain.events.models import Number
 from eventtrain.subscribers._shared.optional_imports import import_optional, require_installed
 from eventtrain.subscribers._shared.state import SavedState
 from eventtrain.subscribers.base import RunContext, Subscriber
+from eventtrain.validation.annotations import checked
 from eventtrain.validation.arguments import require_choice, require_count
 
 if TYPE_CHECKING:
@@ -167,6 +168,7 @@ class History(Subscriber):
         ConfigurationError: an argument is invalid.
     """
 
+    @checked
     def __init__(self, steps: bool = False, *, max_epochs: int = 100_000, max_steps: int = 100_000) -> None:
         require_count("History", "max_epochs", max_epochs, at_least=1)
         require_count("History", "max_steps", max_steps, at_least=1)

@@ -23,6 +23,7 @@ from eventtrain.events.names import EventClass
 from eventtrain.subscribers._shared.step_table import StepTable, json_lines
 from eventtrain.subscribers.loggers.file_logger import FileLogger, FileLoggerState
 from eventtrain.subscribers.loggers.row_file import RowFile
+from eventtrain.validation.annotations import checked
 from eventtrain.validation.arguments import require_choice
 
 WRITTEN = tuple(kind for kind in TRAINING_SEQUENCE if kind is not StepStarted)
@@ -79,6 +80,7 @@ class JSONLLogger(FileLogger[JSONLFile]):
     _state_type = JSONLLoggerState
     _urgent = frozenset({EpochCompleted, RunCompleted, RunFailed})
 
+    @checked
     def __init__(
         self,
         path: str | Path,

@@ -11,6 +11,7 @@ from eventtrain.events import EpochCompleted, Event, StepsCompleted
 from eventtrain.subscribers._shared.optional_imports import import_optional, require_installed
 from eventtrain.subscribers._shared.step_table import StepTable
 from eventtrain.subscribers.loggers.file_logger import FileLogger, FileLoggerState
+from eventtrain.validation.annotations import checked
 from eventtrain.validation.arguments import require_count
 
 if TYPE_CHECKING:
@@ -60,6 +61,7 @@ class ParquetLogger(FileLogger["ParquetFiles"]):
     events = (StepsCompleted, EpochCompleted)
     queue = Lossless(limit=256)  # windows of up to 1,024 steps
 
+    @checked
     def __init__(
         self, path: str | Path, *, rows_per_part: int = 50_000, flush_interval_s: float = 5.0
     ) -> None:

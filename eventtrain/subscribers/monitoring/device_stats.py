@@ -16,6 +16,7 @@ from eventtrain.events import MachineMeasured, RunCompleted, RunFailed
 from eventtrain.subscribers._shared.optional_imports import import_optional, require_installed
 from eventtrain.subscribers._shared.worker_thread import WorkerThread
 from eventtrain.subscribers.base import RunContext, Subscriber
+from eventtrain.validation.annotations import checked
 from eventtrain.validation.arguments import require_number
 
 psutil = import_optional("psutil", extra="machine", used_by="DeviceStats")
@@ -65,6 +66,7 @@ class DeviceStats(Subscriber):
 
     events = (RunCompleted, RunFailed)
 
+    @checked
     def __init__(self, every_s: float = 10.0) -> None:
         require_installed(psutil)
         require_installed(pynvml)

@@ -19,6 +19,7 @@ from eventtrain.events import (
 from eventtrain.events.models import Number
 from eventtrain.subscribers._shared.state import SavedState
 from eventtrain.subscribers.base import RunContext, Subscriber
+from eventtrain.validation.annotations import checked
 from eventtrain.validation.arguments import require_number
 
 logger = logging.getLogger("eventtrain")
@@ -53,6 +54,7 @@ class OverheadMeter(Subscriber):
 
     events = (StepsCompleted, EpochCompleted, RunCompleted)
 
+    @checked
     def __init__(self, budget: float = 0.05, *, every_s: float = 10.0) -> None:
         require_number("OverheadMeter", "budget", budget, at_least=0)
         require_number("OverheadMeter", "every_s", every_s, above=0)

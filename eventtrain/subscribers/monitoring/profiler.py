@@ -13,6 +13,7 @@ from eventtrain.events import ProfileCaptured
 from eventtrain.subscribers._shared.paths import directory_path, require_writable_folder
 from eventtrain.subscribers._shared.worker_thread import in_own_thread
 from eventtrain.subscribers.base import RunContext, Subscriber
+from eventtrain.validation.annotations import checked
 from eventtrain.validation.arguments import require_count
 
 logger = logging.getLogger("eventtrain")
@@ -37,6 +38,7 @@ class Profiler(Subscriber):
         ConfigurationError: ranges are empty or overlap, or the directory is outside of ``run_dir``.
     """
 
+    @checked
     def __init__(
         self,
         steps: tuple[tuple[int, int], ...] = (),

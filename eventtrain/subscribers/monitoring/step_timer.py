@@ -23,6 +23,7 @@ from eventtrain.events import (
 from eventtrain.events.models import Number
 from eventtrain.subscribers._shared.worker_thread import in_own_thread
 from eventtrain.subscribers.base import RunContext, Subscriber
+from eventtrain.validation.annotations import checked
 from eventtrain.validation.arguments import require_count, require_number
 
 WINDOWS_KEPT = 10_000
@@ -54,6 +55,7 @@ class StepTimer(Subscriber):
 
     events = (RunStarted, RunResumed, EpochStarted, EvalCompleted, StepsCompleted, EpochCompleted)
 
+    @checked
     def __init__(
         self,
         *,

@@ -7,6 +7,7 @@ from typing import Any
 from eventtrain.errors import ConfigurationError
 from eventtrain.events import RunStarted
 from eventtrain.subscribers.base import RunContext, Subscriber
+from eventtrain.validation.annotations import checked
 from eventtrain.validation.arguments import require_count, require_number
 
 
@@ -30,6 +31,7 @@ class EvaluateEvery(Subscriber):
         ConfigurationError: no argument is given, or one is not positive.
     """
 
+    @checked
     def __init__(
         self, *, steps: int | None = None, epochs: int | None = None, seconds: float | None = None
     ) -> None:

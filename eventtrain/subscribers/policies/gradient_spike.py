@@ -15,6 +15,7 @@ from eventtrain.subscribers._shared.rolling_quantile import RollingQuantile
 from eventtrain.subscribers._shared.state import SavedState
 from eventtrain.subscribers.base import RunContext
 from eventtrain.subscribers.policies.policy import STEP_LAG, Policy
+from eventtrain.validation.annotations import checked
 from eventtrain.validation.arguments import require_count, require_number
 
 
@@ -58,6 +59,7 @@ class GradientSpike(Policy[GradientSpikeState]):
     _initial = GradientSpikeState(values=[], quiet_until=0)
     events = StepCompleted
 
+    @checked
     def __init__(
         self,
         monitor: str = "grad_norm",

@@ -9,6 +9,7 @@ from eventtrain.bus.options import Lag, OnError
 from eventtrain.errors import ConfigurationError
 from eventtrain.events import Event
 from eventtrain.subscribers.base import Subscriber, event_routes
+from eventtrain.validation.annotations import checked
 
 
 class Lambda(Subscriber):
@@ -37,6 +38,7 @@ class Lambda(Subscriber):
             these arguments.
     """
 
+    @checked
     def __init__(
         self,
         *,

@@ -17,6 +17,7 @@ from eventtrain.subscribers._shared.metric_reader import MetricReader
 from eventtrain.subscribers._shared.state import SavedState
 from eventtrain.subscribers.base import RunContext
 from eventtrain.subscribers.policies.policy import STEP_LAG, Policy
+from eventtrain.validation.annotations import checked
 from eventtrain.validation.arguments import require_choice, require_count, require_number
 
 logger = logging.getLogger("eventtrain")
@@ -138,6 +139,7 @@ class LRFinder(Policy[LRFinderState]):
     events = (RunStarted, StepCompleted)
     on_error = "fail"
 
+    @checked
     def __init__(
         self,
         min_lr: float = 1e-7,

@@ -18,6 +18,7 @@ from eventtrain.events import RunResumed, RunStarted
 from eventtrain.subscribers._shared.state import SavedState
 from eventtrain.subscribers.base import RunContext
 from eventtrain.subscribers.policies.policy import Policy
+from eventtrain.validation.annotations import checked
 from eventtrain.validation.arguments import require_number
 
 
@@ -50,6 +51,7 @@ class MaxTime(Policy[MaxTimeState]):
     events = (RunStarted, RunResumed)
     lag: Lag = {RunStarted: 0}  # noqa: RUF012  # read only
 
+    @checked
     def __init__(
         self,
         max_time: float | str | timedelta,

@@ -18,6 +18,7 @@ from eventtrain.subscribers.policies.metric_monitor import (
     Unit,
     Verdict,
 )
+from eventtrain.validation.annotations import checked
 from eventtrain.validation.arguments import require_count, require_number
 
 
@@ -45,6 +46,7 @@ class ReduceLROnPlateau(MonitorPolicy):
         ConfigurationError: an argument is invalid, or the metric's name does not tell its direction.
     """
 
+    @checked
     def __init__(
         self,
         monitor: str = "val_loss",

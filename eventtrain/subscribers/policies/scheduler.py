@@ -14,6 +14,7 @@ from eventtrain.subscribers._shared.state import SavedState
 from eventtrain.subscribers.base import RunContext
 from eventtrain.subscribers.policies.policy import STEP_LAG, Policy
 from eventtrain.subscribers.policies.schedules import By, CheckedSchedule, Schedule, takes_value
+from eventtrain.validation.annotations import checked
 from eventtrain.validation.arguments import require_choice, require_count
 
 
@@ -54,6 +55,7 @@ class HyperparamScheduler(Policy[ScheduleState]):
     _initial = ScheduleState()
     on_error = "fail"
 
+    @checked
     def __init__(
         self,
         hyperparam: str,
@@ -185,6 +187,7 @@ class LearningRateScheduler(HyperparamScheduler):
         ConfigurationError: ``schedule`` cannot be called like this, or another argument is invalid.
     """
 
+    @checked
     def __init__(
         self,
         schedule: Schedule,

@@ -15,6 +15,7 @@ from eventtrain.subscribers._shared.metric_reader import MetricReader
 from eventtrain.subscribers._shared.state import SavedState
 from eventtrain.subscribers.base import RunContext
 from eventtrain.subscribers.policies.policy import STEP_LAG, Policy
+from eventtrain.validation.annotations import checked
 from eventtrain.validation.arguments import require_choice, require_count, require_number
 
 Action = Literal["stop", "raise", "rollback"]
@@ -79,6 +80,7 @@ class TerminateOnNaN(Policy[TerminateOnNaNState]):
 
     _initial = TerminateOnNaNState()
 
+    @checked
     def __init__(
         self,
         action: Action = "stop",

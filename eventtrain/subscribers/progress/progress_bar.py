@@ -35,6 +35,7 @@ from eventtrain.subscribers.progress.display import (
     texts,
 )
 from eventtrain.subscribers.progress.summary_table import Summary
+from eventtrain.validation.annotations import checked
 
 BEHIND_S = 1.0
 """A subscriber whose oldest unhandled event is older is behind."""
@@ -68,6 +69,7 @@ class ProgressBar(Subscriber):
     )
     queue = KeepLatest()
 
+    @checked
     def __init__(
         self,
         metrics: tuple[str, ...] | None = None,

@@ -22,10 +22,12 @@ from eventtrain.subscribers.remote.upload_manifest import (
     UploadManifest,
     leads_below,
 )
+from eventtrain.validation.annotations import checked
 
 logger = logging.getLogger("eventtrain")
 
 
+@checked
 def download_checkpoint(
     url: str,
     directory: str | Path,

@@ -44,6 +44,7 @@ from eventtrain.subscribers.remote.object_store import (
     keep_secret,
 )
 from eventtrain.subscribers.remote.upload_manifest import UPLOAD_MANIFEST, UploadedFile, UploadManifest
+from eventtrain.validation.annotations import checked
 from eventtrain.validation.arguments import require_count, require_number
 
 logger = logging.getLogger("eventtrain")
@@ -84,6 +85,7 @@ class Uploader(Subscriber):
 
     disable_after = None  # a store that was away for a day may be back
 
+    @checked
     def __init__(
         self,
         url: str,

@@ -15,6 +15,7 @@ from eventtrain.subscribers._shared.paths import file_path, require_writable_fil
 from eventtrain.subscribers._shared.worker_thread import WorkerThread, in_own_thread
 from eventtrain.subscribers.base import RunContext, Subscriber
 from eventtrain.subscribers.reports.run_series import COLLECTED, MOST_PANELS, RunSeries
+from eventtrain.validation.annotations import checked
 from eventtrain.validation.arguments import require_choice, require_count, require_number
 
 plotting = import_optional("eventtrain.subscribers.reports.plotting", extra="plots", used_by="PlotCurves")
@@ -47,6 +48,7 @@ class PlotCurves(Subscriber):
 
     disable_after = None  # it draws again when a full disk has room
 
+    @checked
     def __init__(
         self,
         path: str | Path = "curves.png",

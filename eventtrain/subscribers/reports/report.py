@@ -23,6 +23,7 @@ from eventtrain.subscribers.reports.markdown import to_markdown
 from eventtrain.subscribers.reports.run_series import COLLECTED, MOST_PANELS, RunSeries
 from eventtrain.subscribers.reports.run_summary import REPORTED, RunSummary
 from eventtrain.subscribers.reports.sections import Content, Drawing, Markup, bars, figures, mapped, sections
+from eventtrain.validation.annotations import checked
 from eventtrain.validation.arguments import require_number
 
 plotting = import_optional("eventtrain.subscribers.reports.plotting", extra="plots", used_by="Report")
@@ -60,6 +61,7 @@ class Report(Subscriber):
 
     disable_after = None
 
+    @checked
     def __init__(
         self,
         path: str | Path | None = "report.html",

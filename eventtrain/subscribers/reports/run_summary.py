@@ -234,7 +234,10 @@ class RunSummary(SavedState):
                 self.alerts.add(step, "resolved", event.name, event.message)
                 self.open_alerts = [name for name in self.open_alerts if name != event.name]
             case SubscriberFailed():
-                self.failures.add(step, event.subscriber, f"failed on {event.event_kind}: {event.error}")
+                times = f" ({event.count:,} times)" if event.count > 1 else ""
+                self.failures.add(
+                    step, event.subscriber, f"failed on {event.event_kind}{times}: {event.error}"
+                )
             case SubscriberLagged():
                 self.failures.add(step, event.subscriber, f"{event.dropped:,} events dropped")
             case SubscriberDisabled():

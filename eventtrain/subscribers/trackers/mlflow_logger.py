@@ -27,6 +27,7 @@ from eventtrain.subscribers._shared.step_table import due_steps, step_rows
 from eventtrain.subscribers.base import RunContext
 from eventtrain.subscribers.trackers.curves import HyperparamCurveState, Points, TrackedCurves
 from eventtrain.subscribers.trackers.tracker import Tracker
+from eventtrain.validation.annotations import checked
 from eventtrain.validation.arguments import require_count
 
 if TYPE_CHECKING:
@@ -93,6 +94,7 @@ class MLflowLogger(Tracker):
 
     events = (*TrackedCurves.events, RunCompleted, RunFailed)
 
+    @checked
     def __init__(
         self,
         tracking_uri: str | SecretStr,

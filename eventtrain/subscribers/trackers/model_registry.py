@@ -28,6 +28,7 @@ from eventtrain.subscribers._shared.paths import directory_path
 from eventtrain.subscribers._shared.retry import retry
 from eventtrain.subscribers._shared.worker_thread import WorkerThread
 from eventtrain.subscribers.base import RunContext, Subscriber
+from eventtrain.validation.annotations import checked
 from eventtrain.validation.arguments import require_choice, require_count, require_number
 
 if TYPE_CHECKING:
@@ -71,6 +72,7 @@ class ModelRegistry(Subscriber):
     events = (EpochCompleted, CheckpointCommitted, CheckpointUploaded, RunResumed, RunCompleted, RunFailed)
     disable_after = None
 
+    @checked
     def __init__(
         self,
         name: str,

@@ -28,6 +28,7 @@ from eventtrain.events.models import Number, escape_surrogates
 from eventtrain.subscribers._shared.optional_imports import import_optional, require_installed
 from eventtrain.subscribers.base import RunContext
 from eventtrain.subscribers.trackers.tracker import Tracker
+from eventtrain.validation.annotations import checked
 
 if TYPE_CHECKING:
     from opentelemetry.context import Context
@@ -98,6 +99,7 @@ class OpenTelemetry(Tracker):
         CheckpointFailed,
     )
 
+    @checked
     def __init__(
         self,
         tracer_provider: Any = None,  # Any: OpenTelemetry may not be installed

@@ -36,6 +36,7 @@ from eventtrain.events.models import Number, escape_surrogates
 from eventtrain.subscribers._shared.optional_imports import import_optional, require_installed
 from eventtrain.subscribers._shared.state import SavedState
 from eventtrain.subscribers.base import RunContext, Subscriber
+from eventtrain.validation.annotations import checked
 from eventtrain.validation.arguments import require_count
 
 if TYPE_CHECKING:
@@ -101,6 +102,7 @@ class PrometheusExporter(Subscriber):
         *(CheckpointCommitted, CheckpointFailed, CheckpointSkipped),
     )
 
+    @checked
     def __init__(
         self,
         port: int | None = 9464,

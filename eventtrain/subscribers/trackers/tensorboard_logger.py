@@ -21,6 +21,7 @@ from eventtrain.subscribers.base import RunContext
 from eventtrain.subscribers.trackers.curves import HyperparamCurveState, Points
 from eventtrain.subscribers.trackers.media_tracker import MediaTracker, Record
 from eventtrain.subscribers.trackers.tensorboard_file import OWN_NAME, EventFile, cut, new_event_file
+from eventtrain.validation.annotations import checked
 from eventtrain.validation.arguments import require_number
 
 if TYPE_CHECKING:
@@ -80,6 +81,7 @@ class TensorBoardLogger(MediaTracker):
         ConfigurationError: tensorboardX is not installed, or an argument is invalid.
     """
 
+    @checked
     def __init__(
         self,
         directory: str | Path = "tensorboard",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import uuid
 from collections.abc import Callable, Mapping
 from functools import partial
@@ -24,7 +25,8 @@ from eventtrain.subscribers._shared.worker_thread import in_own_thread
 from eventtrain.subscribers.base import RunContext
 from eventtrain.subscribers.trackers.curves import HyperparamCurveState, Points
 from eventtrain.subscribers.trackers.media_tracker import MediaTracker, Record
-from eventtrain.validation.arguments import require_choice, require_number
+from eventtrain.validation.annotations import checked
+from eventtrain.validation.arguments import require_number
 
 if TYPE_CHECKING:
     from eventtrain.subscribers.trackers.wandb_run import WandbRun
@@ -53,7 +55,8 @@ class WandbLogger(MediaTracker):
 
     Args:
         project, entity, group, tags: as of ``wandb.init``.
-        mode: "online", or "offline": nothing leaves the machine.
+        mode: "online", or "offline": nothing leaves the machine. By default as the variable WANDB_MODE says, else
+            "online".
         directory: in which W&B creates its folder ``wandb``, relative to ``run_dir``; None: ``run_dir``.
         api_key: None: the one that ``wandb login`` saved, or WANDB_API_KEY. Never shown.
         base_url: of a server of your own, which W&B prints and writes to its files; None: W&B's settings.
@@ -77,6 +80,7 @@ class WandbLogger(MediaTracker):
         ConfigurationError: wandb is not installed, or an argument is invalid.
     """
 
+    @checked
     def __init__(
         self,
         project: str,
@@ -84,7 +88,7 @@ class WandbLogger(MediaTracker):
         entity: str | None = None,
         group: str | None = None,
         tags: tuple[str, ...] = (),
-        mode: Literal["online", "offline"] = "online",
+        mode: Literal["online", "offline"] | None = None,
         directory: str | Path | None = None,
         api_key: str | SecretStr | None = None,
         base_url: str | None = None,
@@ -104,7 +108,7 @@ class WandbLogger(MediaTracker):
                 f"WandbLogger(project={project!r}): project must be a name without / \\ # ? % and :."
             )
         _require_open_url(base_url)
-        require_choice("WandbLogger", "mode", mode, ("online", "offline"))
+        chosen_mode = _checked_mode(mode)
         require_number("WandbLogger", "init_timeout_s", init_timeout_s, above=0)
         super().__init__(
             every=every,
@@ -122,7 +126,7 @@ class WandbLogger(MediaTracker):
             wandb_run.WandbRun, api_key=secret, base_url=base_url, init_timeout_s=init_timeout_s
         )
         self._arguments = {
-            "mode": mode,
+            "mode": chosen_mode,
             "project": project,
             "entity": entity,
             "group": group,
@@ -130,8 +134,8 @@ class WandbLogger(MediaTracker):
             "config": dict(hparams or {}),
         }
         self._base_url = base_url
-        self._description = "W&B" if mode == "online" else "the files of W&B"
-        self._needs_key = mode == "online" and secret is None
+        self._description = "W&B" if chosen_mode == "online" else "the files of W&B"
+        self._needs_key = chosen_mode == "online" and secret is None
         self._id = ""
         self._configured = False
         self._newest_step = self._complete_step = -1
@@ -232,6 +236,19 @@ class WandbLogger(MediaTracker):
         self._curves.state, self._curves.evaluated_at = saved.curve, saved.evaluated_at
         self._configured, self._program_written = saved.configured, saved.program_written
         self._saved_rows = saved.volatile
+
+
+def _checked_mode(mode: str | None) -> str:
+    """Returns ``mode``, or what WANDB_MODE says if it is None; raises ConfigurationError if that is neither."""
+    given, source = mode, "mode"
+    if mode is None:
+        given, source = os.environ.get("WANDB_MODE") or "online", "WANDB_MODE"
+        given = {"dryrun": "offline", "run": "online"}.get(given, given)
+    if given not in ("online", "offline"):
+        raise ConfigurationError(
+            f'WandbLogger: {source} must be "online" or "offline", got {given!r}. To log nothing, leave it out.'
+        )
+    return given
 
 
 def _require_open_url(base_url: str | None) -> None:

@@ -426,7 +426,7 @@ def test_a_server_that_never_answers_delays_the_end_by_the_timeout_and_shows_no_
     ("options", "text"),
     [
         ({"project": "a/b"}, "project='a/b'.* must be a name without"),
-        ({"mode": "disabled"}, "mode must be one of .* got 'disabled'"),
+        ({"mode": "disabled"}, "mode must be .* got 'disabled'"),
         ({"directory": "../elsewhere"}, "leads out of run_dir"),
         ({"every": 0}, "every must be an integer >= 1, got 0"),
         ({"arrays": ("params/*",)}, "requires a schedule"),
@@ -490,3 +490,32 @@ def test_a_file_that_is_torn_is_read_up_to_there(rich: Any, tmp_path: Path) -> N
     assert rows[len(whole)] == 15
     assert wandb_run.last_step(tmp_path, tracker.wandb_id) == 15
     assert wandb_run.last_step(tmp_path, "another") == -1
+
+
+@pytest.mark.parametrize(
+    ("variable", "mode", "expected"),
+    [
+        (None, None, "online"),
+        ("", None, "online"),
+        ("offline", None, "offline"),
+        ("dryrun", None, "offline"),
+        ("offline", "online", "online"),
+        ("disabled", "offline", "offline"),
+    ],
+)
+def test_the_mode_of_the_environment_counts_where_none_is_given(
+    monkeypatch: pytest.MonkeyPatch, variable: str | None, mode: Any, expected: str
+) -> None:
+    monkeypatch.delenv("WANDB_MODE", raising=False)
+    if variable is not None:
+        monkeypatch.setenv("WANDB_MODE", variable)
+    assert subs.WandbLogger("project", mode=mode)._arguments["mode"] == expected
+
+
+@pytest.mark.parametrize("variable", ["disabled", "nonsense"])
+def test_a_mode_of_the_environment_that_logs_nothing_is_refused(
+    monkeypatch: pytest.MonkeyPatch, variable: str
+) -> None:
+    monkeypatch.setenv("WANDB_MODE", variable)
+    with pytest.raises(et.ConfigurationError, match='WANDB_MODE must be "online" or "offline"'):
+        subs.WandbLogger("project")
