@@ -27,6 +27,8 @@ class Event(Frozen):
     step: int = Field(default=0, ge=0)
     schema_version: int = 1
 
+    shared: ClassVar[bool] = True
+    """Subscribers share events."""
     lifecycle: ClassVar[bool] = False
     """Lifecycle events (run, epoch, checkpoint, alert) are never dropped by any queue."""
 

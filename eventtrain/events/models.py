@@ -6,7 +6,17 @@ import inspect
 import re
 from collections.abc import Iterable, Mapping
 from datetime import datetime
-from typing import TYPE_CHECKING, Annotated, Any, Literal, NoReturn, Self, TypeVar, dataclass_transform
+from typing import (
+    TYPE_CHECKING,
+    Annotated,
+    Any,
+    ClassVar,
+    Literal,
+    NoReturn,
+    Self,
+    TypeVar,
+    dataclass_transform,
+)
 
 import numpy as np
 from pydantic import (
@@ -255,6 +265,8 @@ class Frozen(BaseModel, metaclass=_FrozenMetaclass):
         frozen=True, extra="forbid", ser_json_inf_nan="strings", validate_default=False, allow_inf_nan=True
     )
 
+    shared: ClassVar[bool] = False
+    """Whether instances are shared by subscribers, so that what their fields hold is made read-only too."""
     kind: str = ""
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
@@ -269,6 +281,8 @@ class Frozen(BaseModel, metaclass=_FrozenMetaclass):
     @model_validator(mode="wrap")
     @classmethod
     def _freeze(cls, given: Any, validate: ModelWrapValidatorHandler[Self]) -> Self:
+        if not cls.shared:
+            return validate(given)
         if isinstance(given, dict):
             for value in given.values():  # pyright: ignore[reportUnknownVariableType]
                 if type(value) not in _IMMUTABLE:  # pyright: ignore[reportUnknownArgumentType]
