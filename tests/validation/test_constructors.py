@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import re
 import warnings
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -224,7 +225,7 @@ def test_a_wrong_value_for_an_argument_of_the_trainer_is_an_error_by_name_or_wor
         {"flush_interval_s": None},
         {"snapshot": "none"},
     ],
-    ids=str,
+    ids=lambda wrong: re.sub(r" at 0x\w+", "", str(wrong)),
 )
 def test_an_argument_of_the_trainer_that_cannot_work_is_refused_by_name(wrong: dict[str, Any]) -> None:
     (name,) = wrong
