@@ -24,7 +24,7 @@ from typing import Any, NamedTuple, Protocol
 import jax
 import numpy as np
 
-from eventtrain.data.sources import Batch, EpochReader, on_device
+from eventtrain.data.sources import Batch, EpochReader, on_device, require_batches
 from eventtrain.device.state import checksum, with_x64_of_caller
 from eventtrain.errors import DataError
 
@@ -94,6 +94,10 @@ class EpochIterator:
         batch_crc32: of the last one of them. If it is made again and is another, that is logged.
         most: batches to take at most; None for all of the epoch.
         leftovers: of the trainer. Without it, what was prefetched from an iterator and not used is lost.
+        name: of the data, in messages; by default "data of epoch <epoch>".
+
+    Raises:
+        DataError: ``data`` is a tuple of whole arrays.
     """
 
     def __init__(
@@ -109,8 +113,11 @@ class EpochIterator:
         batch_crc32: int | None = None,
         most: int | None = None,
         leftovers: Leftovers | None = None,
+        name: str = "",
     ) -> None:
-        self._data, self._epoch = data, epoch
+        self._data = data
+        self._name = name or f"data of epoch {epoch}"
+        require_batches(data, self._name)
         self._waiter = waiter
         self._leftovers = leftovers or Leftovers()
         self._group: BatchGroup | None = None
@@ -156,8 +163,8 @@ class EpochIterator:
             self._group = next(self._direct, None)
         if self._group is None and not self._begun:
             raise DataError(
-                f"The data of epoch {self._epoch} is empty: it ended before its first batch. Check the files and the "
-                "batch size. A generator can be iterated only once, so pass a callable epoch -> iterable instead."
+                f"The {self._name} is empty: it ended before its first batch. Check the files and the batch size. A "
+                "generator can be iterated only once, so pass a callable epoch -> iterable instead."
             )
         self._begun = True
         return self._group

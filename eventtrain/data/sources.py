@@ -52,6 +52,21 @@ def epoch_batches(data: object, epoch: int) -> Iterator[Batch]:
     )
 
 
+def require_batches(data: object, name: str) -> None:
+    """Raises DataError if `data`, called `name`, is a tuple of whole arrays, as other libraries take `(x, y)`."""
+    if not isinstance(data, tuple) or not all(isinstance(part, (np.ndarray, jax.Array)) for part in data):
+        return
+    arrays: tuple[Any, ...] = data
+    rows = {array.shape[:1] for array in arrays}
+    # Batches of one data set differ in their number of rows only.
+    if len(rows) == 1 and len({(array.shape[1:], array.dtype) for array in arrays}) > 1:
+        shapes = ", ".join(str(tuple(array.shape)) for array in arrays)
+        raise DataError(
+            f"The {name} is a tuple of {len(arrays)} arrays of the shapes {shapes}, each of which would be taken for a "
+            "batch. Pass et.ArrayLoader(arrays, batch_size), or a list of batches."
+        )
+
+
 class EpochReader:
     """The batches of one epoch from batch number ``start`` on. Runs the user's code, so every method may block.
 

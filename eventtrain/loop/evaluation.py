@@ -145,6 +145,7 @@ class Evaluations:
             steps_per_call=1,
             sharding=replicated_sharding(carry.leaves),
             waiter=place,
+            name="evaluation data",
         )
         self.in_progress = True
         try:

@@ -138,7 +138,7 @@ class Execution:
 
         Raises:
             AlreadyRunning: something is in progress, or the run of another trainer uses the bus.
-            ConfigurationError: the trainer was closed, or this is one of several JAX processes.
+            ConfigurationError: the trainer was closed, this is one of several JAX processes, or compilation is off.
         """
         if self.closed:
             raise ConfigurationError(f"{name}() cannot start: this trainer was closed. Make a new one.")
@@ -147,6 +147,11 @@ class Execution:
                 f"{name} was called in one of {processes} JAX processes (jax.process_count()). eventtrain runs in one "
                 "process: checkpoints, logs and commands are not coordinated between several. Train on the devices of "
                 "one, without jax.distributed.initialize()."
+            )
+        if jax.config.jax_disable_jit:  # pyright: ignore[reportAttributeAccessIssue]  # made at run time
+            raise ConfigurationError(
+                f"{name} was called while jax.disable_jit() is on, and the step is always compiled. Print with "
+                "jax.debug.print, and call step_fn by itself to step through it."
             )
         if not self._claimed.acquire(blocking=False):
             raise AlreadyRunning(

@@ -44,7 +44,7 @@ class Inference:
         fetcher = Fetcher(builder.take)
         fetcher.start()
         try:
-            with self._open(data) as batches:
+            with self._open(data, "evaluation data") as batches:
                 dispatch_evaluation(
                     model.evaluation(model.leaves),
                     model.leaves_for("eval", model.leaves, model.ext_leaves),
@@ -75,7 +75,7 @@ class Inference:
             self._bus.feed([PredictStepCompleted(step=step, batch=len(done) - 1)])
 
         self._bus.feed([PredictStarted(step=step)])
-        with self._open(data) as batches:
+        with self._open(data, "data to predict on") as batches:
             leaves = model.leaves_for("predict", model.leaves, model.ext_leaves)
             for index, batch in enumerate(batches):
                 if self._waiter.cancelled:
@@ -95,13 +95,14 @@ class Inference:
         return jax.tree.map(_join, *done)
 
     @contextmanager
-    def _open(self, data: Any) -> Generator[Iterator[Any]]:
+    def _open(self, data: Any, name: str) -> Generator[Iterator[Any]]:
         iterator = EpochIterator(
             data,
             self._model.epoch,
             steps_per_call=1,
             sharding=replicated_sharding(self._model.leaves),
             waiter=self._waiter,
+            name=name,
         )
         try:
             yield iterator.batches()
