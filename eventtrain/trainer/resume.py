@@ -23,7 +23,7 @@ from eventtrain.device.hyperparams import find_hyperparams, values_of
 from eventtrain.device.model import Model
 from eventtrain.device.snapshot import Snapshot
 from eventtrain.device.state import split_state
-from eventtrain.errors import ConfigurationError, SnapshotError, StateError
+from eventtrain.errors import ConfigurationError, SnapshotError, StateError, shortened
 from eventtrain.events import Event, RunResumed
 from eventtrain.loop.run_recorder import Aim
 from eventtrain.loop.run_resources import RunResources
@@ -415,10 +415,10 @@ def differences(saved: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
             continues = "; the checkpoint's value continues" if name == "hyperparams" else ""
             then, here = dict(then or {}), dict(here or {})
             found += [
-                f"{name}: {key}={then[key]!r} then, {here[key]!r} now{continues}"
+                f"{name}: {key}={shortened(repr(then[key]))} then, {shortened(repr(here[key]))} now{continues}"
                 for key in sorted(then.keys() & here.keys())
                 if then[key] != here[key]
             ]
         elif then != here:
-            found.append(f"{name}: {then!r} then, {here!r} now")
+            found.append(f"{name}: {shortened(repr(then))} then, {shortened(repr(here))} now")
     return found

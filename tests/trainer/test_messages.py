@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import jax
 import numpy as np
+import optax
 import pytest
 
 import eventtrain as et
-from tests.support.models import batches, examples, make_trainer
+from eventtrain import subscribers as subs
+from tests.support.models import batches, examples, make_trainer, new_state
 
 WHOLE = tuple(examples(8)[name] for name in ("x", "y"))
 
@@ -48,3 +52,38 @@ def test_training_without_compilation_is_refused(tmp_path):
     with jax.disable_jit(), pytest.raises(et.ConfigurationError, match=r"jax\.debug\.print"):
         trainer.fit(batches(1), epochs=1)
     assert trainer.fit(batches(1), epochs=1).step == 1
+
+
+def test_a_state_is_loaded_into_abstract_arrays(tmp_path):
+    trainer = make_trainer(tmp_path, subscribers=[subs.Checkpointer("ck")])
+    trainer.fit(batches(2), epochs=1)
+    (path,) = (tmp_path / "run" / "ck").iterdir()
+    whole = et.load_state(path, like=jax.eval_shape(new_state))
+    assert_same(whole, trainer.state)
+    params = et.load_state(path, like=jax.eval_shape(lambda: new_state()["params"]))
+    assert_same(params, trainer.state["params"])
+
+
+def assert_same(one: Any, other: Any) -> None:
+    assert jax.tree.structure(one) == jax.tree.structure(other)
+    for a, b in zip(jax.tree.leaves(one), jax.tree.leaves(other), strict=True):
+        assert isinstance(a, jax.Array)
+        np.testing.assert_array_equal(a, b)
+
+
+def test_resuming_another_state_is_refused_in_short_and_names_the_trainers(tmp_path, caplog):
+    def trainer(optimiser: Any) -> et.Trainer:
+        params = {f"layer{n:04d}": jax.numpy.zeros(2) for n in range(500)}
+        state = {"params": params, "opt_state": optimiser.init(params)}
+        checkpointer = subs.Checkpointer("ck")
+        return et.Trainer(
+            lambda state, batch: (state, {"loss": batch}), state, run_dir=tmp_path, subscribers=[checkpointer]
+        )
+
+    trainer(optax.adam(0.1)).fit([np.float32(1)], epochs=1)
+    with pytest.raises(
+        et.StateError, match="the structure of the trainer's state: missing nothing"
+    ) as raised:
+        trainer(optax.sgd(0.1)).fit([np.float32(1)], epochs=2, resume=True)
+    assert len(str(raised.value)) < 1000
+    assert max(len(record.getMessage()) for record in caplog.records) < 2000

@@ -244,9 +244,15 @@ def named(leaves: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def named_leaves(tree: Any) -> dict[str, Any]:
-    """Returns the array leaves of a pytree by the stored names of their paths, in order; others are not stored."""
+    """Returns the array leaves of a pytree by the stored names of their paths, in order; others are not stored.
+
+    Abstract arrays, as ``jax.eval_shape`` returns them, stand for arrays.
+    """
     with_paths = jax.tree_util.tree_flatten_with_path(tree)[0]
-    return named({jax.tree_util.keystr(path): leaf for path, leaf in with_paths if is_array(leaf)})
+    arrays = {jax.tree_util.keystr(path): leaf for path, leaf in with_paths}
+    return named(
+        {p: leaf for p, leaf in arrays.items() if is_array(leaf) or isinstance(leaf, jax.ShapeDtypeStruct)}
+    )
 
 
 def named_numbers(tree: Any) -> dict[str, Any]:

@@ -63,7 +63,7 @@ class SavedCheckpoint:
 
     def state(self, like: Any) -> Any:
         """Returns the state, placed as ``like`` is. Raises StateError if it does not fit."""
-        return self._fill(STATE, like)
+        return self._fill(STATE, like, other="the trainer's state")
 
     def extensions(self, like: Mapping[str, Any], tag: str | None = None) -> list[Any]:
         """Returns the leaves of the step extensions, placed as those of ``like``, in its order.
@@ -91,16 +91,18 @@ class SavedCheckpoint:
             return self._fill(STATE, like, params)
         if self.manifest.weights_only and wanted > saved:
             return self._fill(STATE, like, {path: path for path in saved})
-        return self.state(like)
+        return self._fill(STATE, like)
 
-    def _fill(self, part: str, like: Any, places: Mapping[str, str] | None = None) -> Any:
-        """Returns ``like`` with the arrays of a part; ``places``: path in ``like`` -> path in the part."""
+    def _fill(
+        self, part: str, like: Any, places: Mapping[str, str] | None = None, *, other: str = "`like`"
+    ) -> Any:
+        """Returns ``like``, called ``other``, with the arrays of a part; ``places``: path in it -> path in the part."""
         arrays = self.part(part)
         wanted = named_leaves(like) | {
             path: leaf for path, leaf in named_numbers(like).items() if path in arrays
         }
         if places is None:
-            _require_same(wanted.keys(), arrays.keys(), "The state saved", "`like`", self.path)
+            _require_same(wanted.keys(), arrays.keys(), "The state saved", other, self.path)
             places = {path: path for path in wanted}
         values = {
             path: self._placed(part, place, wanted[path], arrays[place]) for path, place in places.items()
@@ -195,7 +197,8 @@ def load_state(path: str | Path, like: Any = None) -> Any:
     Args:
         path: of a committed checkpoint (``CheckpointCommitted.path``).
         like: a state of the same structure: its JAX arrays determine device and sharding of the values, its NumPy
-            arrays stay NumPy, and leaves that are not arrays are taken from it. Or the params of such a state alone. If
+            arrays stay NumPy, and leaves that are not arrays are taken from it. Abstract arrays (``jax.eval_shape``,
+            ``jax.ShapeDtypeStruct`` with a sharding) do the same and take no memory. Or the params of such a state. If
             the checkpoint has weights only, a whole state gets the params and keeps the rest. None: returns a dict from
             path in the state to NumPy array.
 
