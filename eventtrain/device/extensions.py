@@ -46,7 +46,7 @@ class StepExtension(abc.ABC):
     def update(self, ext_state: PyTree, params: PyTree, step: jax.Array) -> PyTree:
         """Returns the state after a step, of the same structure, shapes and dtypes.
 
-        `params` are those after the update; `step`, int32[], counts completed steps.
+        `params` are those after the update; `step`, int32[], counts completed steps, up to 2**31 - 1.
         """
 
     def weights(self, ext_state: PyTree, params: PyTree) -> PyTree:
@@ -55,6 +55,10 @@ class StepExtension(abc.ABC):
         Structure and shapes are those of `params`; floating-point leaves may be wider, and are cast.
         """
         return params
+
+
+LAST_STEP = 2**31 - 1
+"""The count of steps that extensions get stays here: 64 bits need jax_enable_x64, and a negative step is worse."""
 
 
 class ExtensionStates:
@@ -95,7 +99,7 @@ class ExtensionStates:
         if not self._extensions:
             return ext_leaves
         step, states = self.structure.join(ext_leaves)
-        step, params = step + 1, call_user("params", self._params, state)
+        step, params = step + (step < LAST_STEP), call_user("params", self._params, state)
         updated = {
             name: call_user(f"{extension!r}.update", extension.update, states[name], params, step)
             for name, extension in self._extensions.items()
@@ -114,7 +118,7 @@ class ExtensionStates:
             name: call_user(f"{extension!r}.init", extension.init, params)
             for name, extension in self._extensions.items()
         }
-        fresh, structure = partition((np.int32(step), states))
+        fresh, structure = partition((np.int32(min(step, LAST_STEP)), states))
         placed = place([*leaves, *fresh])[len(leaves) :]
         return copy_leaves(placed), structure
 

@@ -216,3 +216,23 @@ def test_several_counters_are_an_error_that_says_where_they_stand() -> None:
     with pytest.raises(ConfigurationError, match=r"2 states.*opt_state\['x'\]; opt_state\['y'\].*prefix"):
         et.nonfinite_metrics(states)
     assert et.nonfinite_metrics(states["x"], prefix="x_")["x_last_finite"]
+
+
+def test_behind_two_billion_steps_the_count_of_an_extension_stays_positive() -> None:
+    class Steps(et.StepExtension):
+        name = "steps"
+
+        def init(self, params: Any) -> Any:
+            return jnp.int32(0)
+
+        def update(self, ext_state: Any, params: Any, step: Any) -> Any:
+            return step
+
+    def step(state: Any, batch: Any) -> Any:
+        return {"params": state["params"] + batch}, {"loss": batch}
+
+    for before in (2**31 - 3, 2**31 + 5):
+        trainer = et.Trainer(step, {"params": jnp.float32(0)}, step_extensions=[Steps()])
+        trainer._model.step = before
+        assert trainer.fit([np.float32(1)] * 4, epochs=1).step == before + 4
+        assert int(trainer.extension_states()["steps"]) == 2**31 - 1
