@@ -40,12 +40,14 @@ class StepOptions:
         steps_per_call: K > 1 compiles one executable for up to K steps per call.
         snapshot: how snapshots are taken; only for "keep" the keeping variant is lowered.
         capacity: rows of the ring: how many steps fit between two `take_ring`.
+        debug: run the step uncompiled as well, before each call.
     """
 
     donate: bool = True
     steps_per_call: int = 1
     snapshot: Literal["keep", "copy", "host"] = "keep"
     capacity: int = 1024
+    debug: bool = False
 
 
 class LoweredStep(NamedTuple):

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 
 from eventtrain.device.compiled_eval import CompiledEval, CompiledPredict
 from eventtrain.device.compiled_step import CompiledStep
+from eventtrain.device.debugged_step import DebuggedStep
 from eventtrain.device.executable_cache import LowerOnCaller, lower_here
 from eventtrain.device.extensions import ParamsLens, StepExtension, Use, checked_uses
 from eventtrain.device.fused_step import StepFn, StepOptions
@@ -101,7 +102,7 @@ class Model:
             self._move_to(batch)
         while self.compiled is None:
             hyperparams = find_hyperparams(self.structure.join(self.leaves))
-            compiled = CompiledStep(
+            compiled = (DebuggedStep if self.options.debug else CompiledStep)(
                 self.step_fn,
                 self.structure,
                 self.leaves,

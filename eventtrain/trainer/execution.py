@@ -150,8 +150,8 @@ class Execution:
             )
         if jax.config.jax_disable_jit:  # pyright: ignore[reportAttributeAccessIssue]  # made at run time
             raise ConfigurationError(
-                f"{name} was called while jax.disable_jit() is on, and the step is always compiled. Print with "
-                "jax.debug.print, and call step_fn by itself to step through it."
+                f"{name} was called while jax.disable_jit() is on, and the step is always compiled. Use "
+                "Trainer(debug=True), which runs step_fn uncompiled before each step."
             )
         if not self._claimed.acquire(blocking=False):
             raise AlreadyRunning(

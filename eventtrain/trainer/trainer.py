@@ -87,6 +87,8 @@ class Trainer(Generic[S]):
             device), "host" (a copy in pinned host memory).
         backend, backend_options: event loop of the bus for ``fit``. ``fit_async`` uses the running one.
         drain_timeout_s: how long the end of a run waits for handlers.
+        debug: run ``step_fn`` uncompiled before each step too, so that ``print`` and ``breakpoint()`` in it see values
+            and a NaN raises FloatingPointError at its operation. Slow. Requires ``steps_per_call=1``.
 
     One run at a time. ``fit`` trains on the calling thread and serves the bus in another; ``fit_async`` trains in a
     thread and serves the bus on the running event loop.
@@ -117,6 +119,7 @@ class Trainer(Generic[S]):
         backend: str = "asyncio",
         backend_options: dict[str, Any] | None = None,
         drain_timeout_s: float = 30.0,
+        debug: bool = False,
     ) -> None:
         require_count("Trainer", "steps_per_call", steps_per_call, at_least=1)
         require_count("Trainer", "max_in_flight_steps", max_in_flight_steps, at_least=1)
@@ -124,6 +127,11 @@ class Trainer(Generic[S]):
         require_number("Trainer", "drain_timeout_s", drain_timeout_s, at_least=0)
         require_choice("Trainer", "snapshot", snapshot, ("keep", "copy", "host"))
         require_choice("Trainer", "backend", backend, ("asyncio", "trio"))
+        if debug and steps_per_call > 1:
+            raise ConfigurationError(
+                f"Trainer(debug=True, steps_per_call={steps_per_call}): debug runs one step at a time. Use "
+                "steps_per_call=1."
+            )
         self.run_id = uuid.uuid4().hex[:12] if run_id is None else _checked_run_id(run_id)
         folder = (
             Path("runs") / self.run_id if run_dir is None else local_path(run_dir, "Trainer(run_dir=...)")
@@ -137,7 +145,7 @@ class Trainer(Generic[S]):
             predict_fn=predict_fn,
             params=params,
             extensions=step_extensions,
-            options=StepOptions(donate=donate, steps_per_call=steps_per_call, snapshot=snapshot),
+            options=StepOptions(donate=donate, steps_per_call=steps_per_call, snapshot=snapshot, debug=debug),
         )
         self._options = RunOptions(
             run_id=self.run_id,

@@ -11,7 +11,7 @@ import pytest
 
 import eventtrain as et
 from eventtrain import subscribers as subs
-from tests.support.models import batches, examples, make_trainer, new_state
+from tests.support.models import batches, examples, make_trainer, new_state, record, step_fn
 
 WHOLE = tuple(examples(8)[name] for name in ("x", "y"))
 
@@ -49,7 +49,7 @@ def test_evaluation_data_that_is_used_up_is_called_so(tmp_path):
 
 def test_training_without_compilation_is_refused(tmp_path):
     trainer = make_trainer(tmp_path)
-    with jax.disable_jit(), pytest.raises(et.ConfigurationError, match=r"jax\.debug\.print"):
+    with jax.disable_jit(), pytest.raises(et.ConfigurationError, match=r"Trainer\(debug=True\)"):
         trainer.fit(batches(1), epochs=1)
     assert trainer.fit(batches(1), epochs=1).step == 1
 
@@ -87,3 +87,33 @@ def test_resuming_another_state_is_refused_in_short_and_names_the_trainers(tmp_p
         trainer(optax.sgd(0.1)).fit([np.float32(1)], epochs=2, resume=True)
     assert len(str(raised.value)) < 1000
     assert max(len(record.getMessage()) for record in caplog.records) < 2000
+
+
+def test_in_debug_mode_step_fn_sees_values_and_the_run_is_the_same(tmp_path, capsys):
+    def printing(state: Any, batch: Any) -> Any:
+        state, metrics = step_fn(state, batch)
+        print("loss", metrics["loss"])
+        return state, metrics
+
+    trainer = et.Trainer(printing, new_state(), run_dir=tmp_path, debug=True)
+    losses = record(trainer, et.StepCompleted)
+    result = trainer.fit(batches(3), epochs=1)
+    printed = [line.split()[1] for line in capsys.readouterr().out.splitlines() if line.startswith("loss ")]
+    values = [float(text) for text in printed if not text.startswith(("Traced", "JitTracer"))]
+    assert values == pytest.approx([event.metrics["loss"] for event in losses])
+    assert_same(result.state, make_trainer(tmp_path / "plain").fit(batches(3), epochs=1).state)
+
+
+def test_in_debug_mode_a_nan_is_raised_at_its_operation_and_the_state_is_that_before(tmp_path):
+    def step(state: Any, batch: Any) -> Any:
+        return {"w": state["w"] + 1}, {"loss": jax.numpy.log(batch)}
+
+    trainer = et.Trainer(step, {"w": jax.numpy.zeros(())}, run_dir=tmp_path, debug=True)
+    with pytest.raises(FloatingPointError, match=r"nan.*log"):
+        trainer.fit([np.float32(1), np.float32(-1)], epochs=1)
+    assert (trainer.step, float(trainer.state["w"])) == (1, 1.0)
+
+
+def test_debug_mode_runs_one_step_at_a_time(tmp_path):
+    with pytest.raises(et.ConfigurationError, match=r"steps_per_call=1\."):
+        make_trainer(tmp_path, debug=True, steps_per_call=4)
