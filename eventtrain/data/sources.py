@@ -6,7 +6,7 @@ import collections
 import inspect
 import itertools
 import json
-from collections.abc import Callable, Iterable, Iterator, Sized
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, TypeAlias
 
 import jax
@@ -96,6 +96,12 @@ class EpochReader:
         self.last_skipped: list[Batch] = []
         self._start_state: Any = None
         seeks = start > 0 and state is None and callable(data) and "start" in _parameters(data)
+        length = length_of(data)
+        if seeks and length is not None and start > length:
+            raise DataError(
+                f"The run resumes at batch {start} of epoch {epoch}, and the data has only {length} batches an epoch "
+                "now. Resume with the data and the batch size of the checkpoint."
+            )
         opened: Any = data(epoch, start=start - 1) if seeks else epoch_batches(data, epoch)
         self._batches: Any = iter(opened)
         self.owned = self._batches is not data
@@ -158,7 +164,8 @@ def describe(data: object) -> dict[str, Any]:
     Raises:
         DataError: `fingerprint()` did not return a dict of plain JSON data.
     """
-    known: dict[str, Any] = {"length": len(data)} if isinstance(data, Sized) else {}
+    length = length_of(data)
+    known: dict[str, Any] = {} if length is None else {"length": length}
     fingerprint = getattr(data, "fingerprint", None)
     if not callable(fingerprint):
         return known

@@ -142,8 +142,9 @@ class Run:
         if self.loop is not None:
             return
         model, point = self._model, self._resume_point
-        if batch is not None:
-            self.recorder.note_batch(shapes_of(batch[0] if self.grouped else batch))
+        for first in (batch or ())[:1] if self.grouped else (batch,):
+            if first is not None:
+                self.recorder.note_batch(shapes_of(first))
         compiled = model.prepare(batch)
         hyperparams = find_hyperparams(model.structure.join(model.leaves))
         if point is not None:

@@ -187,8 +187,10 @@ def controlled_run(tmp_path: Any, seed: int, lag: int | None) -> tuple[list[Any]
             control.scale_hyperparam("learning_rate", 0.9 + event.metrics["loss"] % 0.1, reason=name)
 
     def paced(epoch: int) -> Any:
-        for batch in batches(60):
+        for number, batch in enumerate(batches(60)):
             time.sleep(generator.random() * 0.001)
+            while trainer.step < number - 4:  # it is read ahead, by up to 64 batches
+                time.sleep(0.0005)
             yield batch
 
     result = trainer.fit(paced, epochs=1)

@@ -12,7 +12,7 @@ import sys
 import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from datetime import datetime
+from datetime import UTC, datetime
 from itertools import count
 from pathlib import Path
 from typing import Any
@@ -30,6 +30,7 @@ import eventtrain as et
 from eventtrain import subscribers as subs
 from eventtrain.cli import main as cli
 from eventtrain.subscribers._shared.optional_imports import MissingModule
+from eventtrain.subscribers.checkpointing.manifest import read_manifest
 from eventtrain.subscribers.remote import object_store
 from eventtrain.subscribers.remote import uploader as uploading
 from eventtrain.subscribers.remote.object_store import ObjectStore
@@ -596,8 +597,8 @@ def test_another_checkpoint_of_the_same_name_is_not_touched(
 ) -> None:
     anyio.run(uploaded, place.uploader(), trained, "step-00000004")
     mine = trained / "checkpoints" / "step-00000004"
-    facts = json.loads((mine / "eventtrain.json").read_text())
-    (mine / "eventtrain.json").write_text(json.dumps({**facts, "time": "2030-01-01T00:00:00Z"}))
+    manifest = read_manifest(mine).model_copy(update={"time": datetime(2030, 1, 1, tzinfo=UTC)})
+    (mine / "eventtrain.json").write_text(manifest.to_text())
     (said,) = anyio.run(uploaded, place.uploader(), trained, "step-00000004")
     assert said.url.endswith("checkpoints/step-00000004-2")
     for name in ("step-00000004", "step-00000004-2"):
