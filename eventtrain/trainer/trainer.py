@@ -259,7 +259,7 @@ class Trainer(Generic[S]):
         return Subscription(self._add(subscriber))
 
     def _add(self, subscriber: Subscriber) -> SubscriptionCore:
-        if any(subscriber is other for other in self.subscribers):  # an array, say, has no truth of ``==``
+        if any(subscriber is other for other in self.subscribers):
             raise ConfigurationError(
                 f"This {type(subscriber).__name__} is subscribed already and would get every event twice. Make a "
                 "second one if you want two."

@@ -199,7 +199,7 @@ def moved_clock(monkeypatch: pytest.MonkeyPatch) -> None:
 
     def ask_and_move(self: EpochIterator) -> Any:
         run = getattr(self._data, "__self__", None)
-        if isinstance(run, Run) and run.trainer.step < (self._epoch + 1) * STEPS_PER_EPOCH:
+        if isinstance(run, Run) and run.trainer.step < (run.trainer.epoch + 1) * STEPS_PER_EPOCH:
             run.time.advance(1.0)
         return ask(self)
 
