@@ -220,12 +220,8 @@ class Execution:
         work_in_thread = with_x64_of_caller(work)
 
         def run() -> None:
-            try:
-                outcome.set_result(work_in_thread())
-            except BaseException as error:
-                outcome.set_exception(error)
-            finally:
-                loop.run_soon(finished.set)
+            _settle(outcome, work_in_thread)
+            loop.run_soon(finished.set)
 
         async def run_thread() -> None:
             # A thread of its own, which anyio would abandon if this task were cancelled by other code.
@@ -261,17 +257,18 @@ class Execution:
         return outcome.result()
 
 
+def _settle(future: Future[T], function: Callable[[], T]) -> None:
+    """Gives ``future`` what ``function`` returns or raises."""
+    try:
+        future.set_result(function())
+    except BaseException as error:
+        future.set_exception(error)
+
+
 def _call_on(loop: LoopThread, function: Callable[[], Any]) -> Any:
     """Returns what ``function`` returns on the thread of ``loop``. Blocks; not to be called on that thread."""
     result: Future[Any] = Future()
-
-    def call() -> None:
-        try:
-            result.set_result(function())
-        except BaseException as error:
-            result.set_exception(error)
-
-    if not loop.run_soon(call):
+    if not loop.run_soon(partial(_settle, result, function)):
         raise ConfigurationError(
             "The event loop that called fit_async has ended, so the step cannot be traced on it."
         )
