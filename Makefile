@@ -1,12 +1,11 @@
 # Requires Python, make and a package index. `make demo` shows the library, `make test` tests it.
 PYTHON ?= python3
 VENV ?= .venv
-# Part of the names of results files: cpu, or the accelerator that was measured.
-DEVICE ?= cpu
 VENV_LOWEST ?= .venv-lowest
 PYTEST_ARGS ?=
 CAMPAIGN ?=
 N ?=
+QUICK ?=
 
 BIN := $(VENV)/bin
 # -qq hides the installer's warnings, but not its errors.
@@ -24,7 +23,7 @@ help:
 	@echo "make lint types   check style (ruff) and types (pyright)"
 	@echo "make format       format the code and apply ruff's fixes"
 	@echo "make docs         build the documentation into site/"
-	@echo "make bench        run the benchmarks and fill their tables in the documentation"
+	@echo "make bench        measure on this machine's device and fill the tables of the documentation (QUICK=1)"
 	@echo "make faults       run or continue campaigns of random trials (CAMPAIGN=keras N=2000)"
 	@echo "make faults-slice run a few new trials of each campaign, as in CI"
 	@echo "make mutants      check that tests fail when a promised mechanism is removed"
@@ -54,16 +53,7 @@ docs: $(VENV)/.installed-docs
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 
 bench: $(VENV)/.installed-bench
-	$(BIN)/python -m benchmarks.loop_overhead --json benchmarks/results/loop_overhead-$(DEVICE).json
-	$(BIN)/python -m benchmarks.bus_throughput --json benchmarks/results/bus_throughput-$(DEVICE).json
-	$(BIN)/python -m benchmarks.sinks --json benchmarks/results/sinks-$(DEVICE).json
-	$(BIN)/python -m benchmarks.step_extensions --json benchmarks/results/step_extensions-$(DEVICE).json
-	$(BIN)/python -m benchmarks.checkpoint_stall --json benchmarks/results/checkpoint_stall_120MB-$(DEVICE).json
-	$(BIN)/python -m benchmarks.checkpoint_stall --megabytes 1000 --steps 30 --pairs 3 \
-		--json benchmarks/results/checkpoint_stall_1000MB-$(DEVICE).json
-	$(BIN)/python -m benchmarks.live_sinks --json benchmarks/results/live_sinks-$(DEVICE).json
-	$(BIN)/python -m benchmarks.alert_rules --json benchmarks/results/alert_rules-$(DEVICE).json
-	$(BIN)/python -m benchmarks.memory
+	$(BIN)/python -m benchmarks $(if $(QUICK),--quick)
 	PYTHONPATH=. $(BIN)/python docs/make_pages.py
 
 mutants: $(VENV)/.installed-test

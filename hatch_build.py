@@ -12,16 +12,16 @@ from typing import Any
 
 from hatchling.metadata.plugin.interface import MetadataHookInterface
 
-RELATIVE_LINK = re.compile(r"\[([^\]]+)\]\((?![a-z]+:|#)([^)]+)\)")
+RELATIVE_LINK = re.compile(r"(!?)\[([^\]]+)\]\((?![a-z]+:|#)([^)]+)\)")
 
 
 def with_absolute_links(readme: str, repository: str) -> str:
-    """Returns the README with absolute links or, without an address, with the paths of the files instead of links."""
+    """Returns the README with absolute links or, without an address, with paths instead of links and images."""
 
     def replacement(link: re.Match[str]) -> str:
-        text, path = link.groups()
+        image, text, path = link.groups()
         if repository:
-            return f"[{text}]({repository}/blob/HEAD/{path})"
+            return f"{image}[{text}]({repository}/{'raw' if image else 'blob'}/HEAD/{path})"
         return f"`{path}`" if text == path else f"{text} (`{path}`)"
 
     return RELATIVE_LINK.sub(replacement, readme)

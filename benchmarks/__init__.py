@@ -1,1 +1,1 @@
-"""Benchmarks of the cost of observing a run; ``make bench`` runs them, and results are in ``benchmarks/results/``."""
+"""Benchmarks: ``python -m benchmarks`` is the suite, ``python -m benchmarks.faults`` runs campaigns of faults."""

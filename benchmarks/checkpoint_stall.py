@@ -10,8 +10,9 @@ The loop waits for each step, so that its duration shows the cost. All variants 
 "slowest" is the slowest of the steps around a snapshot (from the one before it to the second after it) over the median
 step of the run, as the median and the maximum over the snapshots. "total" is the time of all steps over that of
 ``none`` in the same pair. It does not include checkpoints that are still being written when the steps end; "afterwards"
-is the time that these take. "states" is the maximum memory on the device after a step, in sizes of the state, beyond
-that of ``none``. The variants alternate within a pair, and the figures are medians.
+is the time that these take, and "ended" is the total with it. "states" is the maximum memory on the device after a
+step, in sizes of the state, beyond that of ``none``. The variants alternate within a pair, and the figures are
+medians.
 
 On a CPU the step uses all cores but one (``NPROC``), because an accelerator leaves the host free. The amount of
 computation grows with the state, as in training.
@@ -170,17 +171,25 @@ def main(
             finally:
                 shutil.rmtree(folder)
     table = Table(title=f"{megabytes} MB of state, {steps} steps, a checkpoint every {EVERY}, {pairs} pairs")
-    for column in ("", "step (ms)", "slowest / median", "worst", "total / none", "afterwards (s)", "states"):
+    columns = (
+        "", "step (ms)", "slowest / median", "worst", "total / none", "ended / none", "afterwards (s)", "states",
+    )  # fmt: skip
+    for column in columns:
         table.add_column(column, justify="right")
     figures: dict[str, Any] = {"megabytes": megabytes, "steps": steps, "every": EVERY, "pairs": pairs}
     for name, results in runs.items():
         totals = [run.total_s / none.total_s for run, none in zip(results, runs["none"], strict=True)]
+        ended = [
+            (run.total_s + run.afterwards_s) / none.total_s
+            for run, none in zip(results, runs["none"], strict=True)
+        ]
         row = {
             "median_step_ms": round(median(run.median_step_ms for run in results), 2),
             "slowest_to_median": round(median(run.slowest for run in results), 3),
             "worst_to_median": round(median(run.worst for run in results), 3),
             "total_to_none": round(median(totals), 3),
             "totals_to_none": [round(total, 3) for total in totals],
+            "ended_to_none": round(median(ended), 3),
             "afterwards_s": round(median(run.afterwards_s for run in results), 2),
             "extra_states": round(
                 max(run.most_bytes - none.most_bytes for run, none in zip(results, runs["none"], strict=True))
@@ -195,7 +204,7 @@ def main(
                 str(row[key])
                 for key in ("median_step_ms", "slowest_to_median", "worst_to_median", "total_to_none")
             ),
-            *(str(row[key]) for key in ("afterwards_s", "extra_states")),
+            *(str(row[key]) for key in ("ended_to_none", "afterwards_s", "extra_states")),
         )
     Console().print(table)
     if json is not None:

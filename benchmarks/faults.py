@@ -13,7 +13,6 @@ import importlib
 import json
 import logging
 import pkgutil
-import subprocess
 import sys
 import time
 from collections import Counter
@@ -130,7 +129,7 @@ def run_batch(campaign: Campaign, seeds: range) -> dict[str, Any]:
         "counts": dict(counts),
         "duration_s": round(time.monotonic() - began_s, 2),
         "date": datetime.now(UTC).date().isoformat(),
-        "revision": revision(),
+        "revision": machine.revision(),
         "machine": machine.describe() | {package: version(package) for package in campaign.packages},
     }
 
@@ -142,13 +141,6 @@ def batches(seeds: Sequence[int], size: int) -> Iterator[range]:
         if index == len(seeds) or index - first == size or seeds[index] != seeds[index - 1] + 1:
             yield range(seeds[first], seeds[index - 1] + 1)
             first = index
-
-
-def revision() -> str:
-    """Returns the tested commit, with the suffix ``-dirty`` if files differ from it."""
-    command = ["git", "describe", "--always", "--dirty"]
-    done = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True)
-    return done.stdout.strip() or "no checkout"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

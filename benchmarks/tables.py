@@ -1,123 +1,140 @@
-"""Renders the results in ``benchmarks/results`` as Markdown tables; docs/make_pages.py puts them into the pages."""
+"""Renders the results of the suite as Markdown; docs/make_pages.py puts them into the pages."""
 
 from __future__ import annotations
 
+import ast
 import json
-from collections.abc import Callable
-from functools import partial
+from collections.abc import Iterable, Sequence
+from math import log
 from pathlib import Path
 from typing import Any
 
-RESULTS = Path(__file__).resolve().parent / "results"
+from benchmarks.suite import CHARTS, RESULTS
+
+Record = dict[str, Any]
+"""One figure of a results file."""
 
 
-def section(name: str) -> str:
-    """Returns the table of one benchmark with machine, date and versions, or the command that measures it."""
-    path = RESULTS / f"{name}-cpu.json"
-    if not path.exists():
-        return f"Not measured yet: `python -m benchmarks.{name} --json benchmarks/results/{path.name}`."
-    document = json.loads(path.read_text())
-    return f"{RENDERERS[name](document['figures'])}\n\n{machine(document)}"
+def of_every_device(parts: Iterable[str] | None = None, *, images: str) -> str:
+    """Returns the report of every results file, each below a heading, or the command that measures."""
+    files = sorted(RESULTS.glob("*.json"))
+    reports = [
+        f"### {path.stem}\n\n{report(json.loads(path.read_text()), parts, images=images)}" for path in files
+    ]
+    return "\n\n".join(reports) or "Not measured yet: `make bench`."
 
 
-def machine(document: dict[str, Any]) -> str:
-    """Returns the line that names date, machine and versions of a measurement."""
+def report(document: Record, parts: Iterable[str] | None = None, *, images: str = "") -> str:
+    """Returns machine, tables and errors of a results file.
+
+    Args:
+        document: the content of the file.
+        parts: those to show; all that were measured, by default.
+        images: path from the page to the folder of the charts; charts that are not there are left out.
+    """
+    lines = [machine(document)]
+    measured = dict.fromkeys([*(one["part"] for one in document["figures"]), *document["errors"]])
+    for part in measured if parts is None else parts:
+        figures = [one for one in document["figures"] if one["part"] == part]
+        if parts is None:
+            lines.append(f"#### `{part}`{title(part)}")
+        if not all(one["missing"] for one in figures):
+            lines.append(table(figures))
+        if left_out := missing(figures):
+            lines.append(left_out)
+        if part in document["errors"]:
+            lines.append(f"Not measured: {document['errors'][part]}.")
+        chart = f"{document['slug']}-{part}.svg"
+        if images and (CHARTS / chart).exists():
+            lines.append(f"![{part} on {document['slug']}]({images}/{chart})")
+    return "\n\n".join(lines)
+
+
+def title(part: str) -> str:
+    """Returns a colon and the first line of the docstring of a part; empty for a part of another package."""
+    path = Path(__file__).parent / "parts" / f"{part}.py"
+    docstring = ast.get_docstring(ast.parse(path.read_text())) if path.exists() else None
+    return f": {docstring.splitlines()[0].rstrip('.')}" if docstring else ""
+
+
+def machine(document: Record) -> str:
+    """Returns the line that names date, machine, versions and commit of a measurement."""
     found = document["machine"]
     versions = ", ".join(f"{package} {found[package]}" for package in ("jax", "anyio", "pydantic"))
+    device = "" if found["backend"] == "cpu" else f"{found['device']}, "
+    quick = "A quick run, with few and short pairs. " if document["quick"] else ""
     return (
-        f"Measured {document['measured']} on {found['processor']}, {found['cores']} cores, {found['backend']} backend; "
-        f"{found['system']}, Python {found['python']}, {versions}."
+        f"{quick}Measured {document['measured']} on {device}{found['processor']}, {found['cores']} cores, load "
+        f"{document['load']}; {found['system']}, Python {found['python']}, {versions}; commit {document['revision']}."
     )
 
 
-def loop_overhead(figures: list[dict[str, Any]]) -> str:
-    """Returns the time of an observed run over that of the bare loop, for each step duration."""
-    lines = [
-        "| bare step | subscribers | steps per call | observed / bare loop | pairs |",
-        "|---|---|---|---|---|",
+def table(figures: Sequence[Record]) -> str:
+    """Returns a row for each case and a column for each size."""
+    measured = [one for one in figures if not one["missing"]]
+    columns, rows = (list(dict.fromkeys(one[key] for one in measured)) for key in ("at", "case"))
+    if all(column.replace(",", "").isdigit() for column in columns):
+        columns.sort(key=lambda column: int(column.replace(",", "")))
+    cells = {(one["case"], one["at"]): _cell(one) for one in measured}
+    baselines = {one["baseline"] for one in measured if one["baseline"]}
+    heading = f"time / {baselines.pop()}" if len(baselines) == 1 else ""
+    lines = [f"| {heading} | {' | '.join(columns)} |", "|---" * (len(columns) + 1) + "|"]
+    lines += [f"| {row} | {' | '.join(cells.get((row, at), '') for at in columns)} |" for row in rows]
+    return "\n".join(lines)
+
+
+def missing(figures: Sequence[Record]) -> str:
+    """Returns a line with the figures that were not measured, and why; empty if there are none."""
+    reasons: dict[tuple[str, str], list[str]] = {}
+    for one in figures:
+        if one["missing"]:
+            reasons.setdefault((one["case"], one["missing"]), []).append(one["at"])
+    parts = [
+        f"{case}{f' ({at})' if (at := ', '.join(filter(None, sizes))) else ''}: {reason}"
+        for (case, reason), sizes in reasons.items()
     ]
-    for figure in figures:
-        lowest, highest = min(figure["ratios"]), max(figure["ratios"])
-        lines.append(
-            f"| {_duration(figure['step_us'])} | {'none' if figure['subscribers'] == 'none' else 'eight'} | "
-            f"{figure['steps_per_call']} | **{figure['ratio_median']:.3f}** ({lowest:.3f} to {highest:.3f}) | "
-            f"{figure['pairs']} |"
-        )
-    return "\n".join(lines)
+    return f"Absent: {'; '.join(parts)}." if parts else ""
 
 
-def live(what: str, figures: list[dict[str, Any]]) -> str:
-    """Returns the time of a run with these subscribers over that of the bare loop, for each step duration."""
-    lines = ["| bare step | subscribers | observed / bare loop | pairs |", "|---|---|---|---|"]
-    for figure in figures:
-        each = figure.get("ratios") or figure["ratios_to_bare"]
-        middle = figure.get("ratio_median") or figure["ratio_to_bare"]
-        lines.append(
-            f"| {_duration(figure['bare_step_us'])} | {what} | **{middle:.3f}** ({min(each):.3f} to {max(each):.3f}) | "
-            f"{figure['pairs']} |"
-        )
-    return "\n".join(lines)
+def compared(one: Record, other: Record) -> str:
+    """Returns a table of two results files: the ratio of each figure that both have, the largest change first.
 
-
-def sinks(figures: dict[str, dict[str, float]]) -> str:
-    """Returns the rows per second of the file loggers."""
-    lines = ["| rows of 3 metrics | rows/s | rows/s over writing row by row |", "|---|---|---|"]
-    for logger, figure in figures.items():
-        ratio = f"**{figure['ratio']:.1f}**" if "ratio" in figure else ""
-        lines.append(f"| {logger} | {figure['rows/s']:,.0f} | {ratio} |")
-    return "\n".join(lines)
-
-
-def bus_throughput(figures: dict[str, dict[str, float]]) -> str:
-    """Returns the time of publishing, and of delivering an event to handlers by each library."""
-    published, one, ten = figures["publish"], figures["1 handler"], figures["10 handlers"]
-    ways = [name for name in one if name.endswith(" / direct")]
-    lines = [
-        "| time / time of awaiting the handlers | 1 handler | 10 handlers |",
-        "|---|---|---|",
-        *(f"| {way.removesuffix(' / direct')} | {one[way]:.1f} | {ten[way]:.1f} |" for way in ways),
-        "",
-        f"`publish` from a thread while the event loop is busy: {published['publish, ns']:.0f} ns, "
-        f"{published['publish / append and check, in a function']:.1f} times a deque append and a flag check "
-        "in a function.",
+    Figures with a baseline are compared by their ratio to it, the others by their value. A star marks a change beyond
+    the quartiles of both.
+    """
+    found = [
+        {(f["part"], f["case"], f["at"], f["unit"]): f for f in document["figures"]}
+        for document in (one, other)
     ]
-    return "\n".join(lines)
+    rows: list[tuple[float, str]] = []
+    for key in found[0].keys() & found[1].keys():
+        pair = [figures[key] for figures in found]
+        by_ratio = all(figure["ratio"] for figure in pair)
+        first, second = (figure["ratio" if by_ratio else "value"] for figure in pair)
+        if not first or not second:
+            continue
+        quartiles = [figure["ratio_quartiles" if by_ratio else "quartiles"] for figure in pair]
+        apart = all(quartiles) and max(low for low, _ in quartiles) > min(high for _, high in quartiles)
+        part, case, at, unit = key
+        shown = " | ".join(f"{value:.4g}{'' if by_ratio else f' {unit}'}" for value in (first, second))
+        change = f"{second / first:.3f}{' *' if apart else ''}"
+        rows.append((abs(log(abs(second / first))), f"| {part} | {case} | {at} | {shown} | {change} |"))
+    lines = [row for _, row in sorted(rows, key=lambda row: (-row[0], row[1]))]
+    names = [f"{document['slug']} {document['revision']}" for document in (one, other)]
+    header = [f"| part | case | at | {names[0]} | {names[1]} | second / first |", "|---|---|---|---|---|---|"]
+    return "\n".join([*header, *lines])
 
 
-def checkpoint_stall(figures: dict[str, Any]) -> str:
-    """Returns the steps around a snapshot and the total time, for each way to write checkpoints."""
-    ways = {
-        "eventtrain": "`Checkpointer`",
-        "orbax async": "Orbax, asynchronous",
-        "orbax sync": "Orbax, synchronous",
-    }
-    steps, every = figures["steps"], figures["every"]
-    lines = [
-        f"| {figures['megabytes']} MB every {every} of {steps} steps of {figures['none']['median_step_ms']:.0f} ms | "
-        "slowest step around a snapshot / median | time / without checkpoints | extra states held |",
-        "|---|---|---|---|",
-    ]
-    for way, what in ways.items():
-        figure = figures[way]
-        lowest, highest = min(figure["totals_to_none"]), max(figure["totals_to_none"])
-        lines.append(
-            f"| {what} | **{figure['slowest_to_median']:.2f}** | **{figure['total_to_none']:.2f}** "
-            f"({lowest:.2f} to {highest:.2f}) | {abs(figure['extra_states']):.0f} |"
-        )
-    return "\n".join(lines)
+def _cell(one: Record) -> str:
+    if one["ratio"] is None:
+        return f"{one['value']:,.4g} {one['unit']}"
+    low, high = one["ratio_quartiles"]
+    value = (
+        "" if one["baseline"] == "bare loop" or one["unit"] == "x" else f", {one['value']:,.4g} {one['unit']}"
+    )
+    return f"**{_short(one['ratio'])}** ({_short(low)} to {_short(high)}){value}"
 
 
-def _duration(microseconds: float) -> str:
-    return f"{microseconds / 1000:.2f} ms" if microseconds >= 1000 else f"{microseconds:.0f} us"
-
-
-RENDERERS: dict[str, Callable[[Any], str]] = {
-    "loop_overhead": loop_overhead,
-    "checkpoint_stall_120MB": checkpoint_stall,
-    "checkpoint_stall_1000MB": checkpoint_stall,
-    "bus_throughput": bus_throughput,
-    "sinks": sinks,
-    "live_sinks": partial(live, "all file loggers, TensorBoard, Prometheus, report and curves"),
-    "alert_rules": partial(live, "twenty alert rules on every step"),
-}
-"""Name of the results -> the function that makes a table of their figures."""
+def _short(ratio: float) -> str:
+    """Returns three digits, and never an exponent."""
+    return f"{ratio:,.0f}" if ratio >= 100 else f"{ratio:.3g}"

@@ -5,8 +5,8 @@ A test fails if one of them is out of date.
 docs/events.md          the events and their fields, from the classes and their docstrings
 docs/promises.md        the mutants of each promise and behaviour, from tests/mutants/mutants.toml
 docs/how-it-works.md    the packages, from tests/test_architecture.py and the first line of each package
-docs/measuring.md       the tables of measurements, from benchmarks/results
-README.md               the first of these tables
+docs/measuring.md       the tables and charts of measurements, from benchmarks/results
+README.md               those of the part loop
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ ROOT = DOCS.parent
 # --- events.md ---------------------------------------------------------------------------------------------
 
 GROUPS = {
-    "The run": ("RunStarted", "RunResumed", "RunCompleted", "RunFailed"),
+    "The run": ("RunStarted", "RunResumed", "RunCompleted", "RunFailed", "PeerLost"),
     "Epochs and steps": ("EpochStarted", "EpochCompleted", "StepStarted", "StepCompleted", "StepsCompleted"),
     "Evaluation and prediction": (
         "EvalStarted",
@@ -39,12 +39,20 @@ GROUPS = {
         "PredictStepCompleted",
         "PredictCompleted",
     ),
-    "Control": ("CommandApplied", "CommandRejected", "HyperparamChanged", "CommandConflict", "SnapshotTaken"),
+    "Control": (
+        "CommandApplied",
+        "CommandRejected",
+        "HyperparamChanged",
+        "CommandConflict",
+        "SnapshotTaken",
+        "ActionRequested",
+    ),
     "Checkpoints": (
         "CheckpointStarted",
         "CheckpointCommitted",
         "CheckpointFailed",
         "CheckpointSkipped",
+        "StagingLimited",
         "CheckpointUploaded",
         "CheckpointUploadFailed",
         "CheckpointRestored",
@@ -158,12 +166,14 @@ def _may_import() -> dict[str, str]:
 # --- README.md, measuring.md -------------------------------------------------------------------------------
 
 
-def results_page(page: str) -> str:
-    """Returns the page with the table of each benchmark that it has markers for."""
-    for name in tables.RENDERERS:
-        if f"<!-- {name}:begin -->" in page:
-            page = between(name, page, tables.section(name))
-    return page
+def measuring_page(page: str) -> str:
+    """Returns the page with every table and chart of every device that was measured."""
+    return between("results", page, tables.of_every_device(images="images"))
+
+
+def readme_page(page: str) -> str:
+    """Returns the page with the table and the chart of the loop."""
+    return between("loop", page, tables.of_every_device(["loop"], images="docs/images"))
 
 
 # --- all of them -------------------------------------------------------------------------------------------
@@ -186,8 +196,8 @@ PAGES: dict[Path, Callable[[str], str]] = {
     DOCS / "events.md": events_page,
     DOCS / "promises.md": promises_page,
     DOCS / "how-it-works.md": packages_page,
-    DOCS / "measuring.md": results_page,
-    ROOT / "README.md": results_page,
+    DOCS / "measuring.md": measuring_page,
+    ROOT / "README.md": readme_page,
 }
 
 if __name__ == "__main__":

@@ -13,6 +13,7 @@ from eventtrain._version import __version__ as __version__
 from eventtrain.bus.bus import EventBus
 from eventtrain.bus.event_stream import EventStream
 from eventtrain.bus.queues import DropNewest, DropOldest, KeepLatest, Lossless, Queue
+from eventtrain.bus.step_series import StepSeries
 from eventtrain.bus.subscription import Subscription, SubscriptionStatistics
 from eventtrain.control.control import Control
 from eventtrain.control.loop_statistics import LoopStatistics
@@ -24,25 +25,28 @@ from eventtrain.device.extensions import StepExtension
 from eventtrain.device.hyperparams import nonfinite_metrics
 from eventtrain.device.weight_averaging import EMA, SWA
 from eventtrain.errors import *  # noqa: F403
-from eventtrain.events import Event, events_json_schema, parse_event
+from eventtrain.events import AnyEvent, Event, events_json_schema, parse_event
 from eventtrain.events import catalog as _catalog
 from eventtrain.events.catalog import *  # noqa: F403
-from eventtrain.events.commands import Cause, Command
+from eventtrain.events.commands import AnyCommand, Cause, Command
 from eventtrain.events.models import Column
 from eventtrain.subscribers._shared.log_filter import PrintableLog as _PrintableLog
 from eventtrain.subscribers.base import Subscriber
-from eventtrain.trainer.fit import FitResult
+from eventtrain.trainer.fit_result import FitResult
 from eventtrain.trainer.session import Session
 from eventtrain.trainer.trainer import Trainer
 
 if _TYPE_CHECKING:
     from eventtrain.config.load import load_subscribers
     from eventtrain.config.subscriber_config import subscriber_config
+    from eventtrain.runs.reading import EventReader, read_events
     from eventtrain.subscribers.checkpointing.reader import load_state
 
 __all__ = [
     "EMA",
     "SWA",
+    "AnyCommand",
+    "AnyEvent",
     "ArrayLoader",
     "Cause",
     "Column",
@@ -52,6 +56,7 @@ __all__ = [
     "DropOldest",
     "Event",
     "EventBus",
+    "EventReader",
     "EventStream",
     "FitResult",
     "KeepLatest",
@@ -63,6 +68,7 @@ __all__ = [
     "Session",
     "StepExtension",
     "StepProgram",
+    "StepSeries",
     "Subscriber",
     "Subscription",
     "SubscriptionStatistics",
@@ -73,17 +79,21 @@ __all__ = [
     "load_subscribers",
     "nonfinite_metrics",
     "parse_event",
+    "read_events",
     "subscriber_config",
 ]
 __all__ += errors.__all__
 __all__.remove("CommandRejected")  # the alias of an exception; here it is the event
+__all__.remove("PeerLost")  # the exception; here it is the event
 __all__ += _catalog.__all__
 
 _logging.getLogger("eventtrain").addFilter(_PrintableLog())
 
 _LAZY = {  # rarely needed, or slow to import, as Orbax is
+    "EventReader": "eventtrain.runs.reading",
     "load_state": "eventtrain.subscribers.checkpointing.reader",
     "load_subscribers": "eventtrain.config.load",
+    "read_events": "eventtrain.runs.reading",
     "subscriber_config": "eventtrain.config.subscriber_config",
 }
 

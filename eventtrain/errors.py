@@ -16,6 +16,7 @@
     ├── StateInUse              ``trainer.state`` was read during a run
     ├── AlreadyRunning          a second fit, evaluate or predict of one trainer
     ├── RunDirInUse             another run writes to the run_dir
+    ├── RunNotReachable         no run answers at the control socket of a run_dir
     ├── BusError                the event bus cannot accept or deliver an event
     │   ├── BusClosed
     │   ├── QueueFull
@@ -23,6 +24,8 @@
     │   └── WaitsForItself
     ├── NonFiniteMetric         a metric is NaN or infinite, and a policy was told to fail the run
     ├── SubscriberError         a subscription with ``on_error="fail"`` failed
+    ├── PeerLost                another process of the run failed, or gives no sign of life
+    ├── ProcessesDiverged       the processes of a run do not run the same program
     └── EventParseError         text is not the JSON of a known event
 
 ``CommandRejected`` is an alias of ``CommandRejectedError``. ``eventtrain.CommandRejected`` is the *event*.
@@ -48,8 +51,11 @@ __all__ = [
     "HyperparamError",
     "MetricsError",
     "NonFiniteMetric",
+    "PeerLost",
+    "ProcessesDiverged",
     "QueueFull",
     "RunDirInUse",
+    "RunNotReachable",
     "ScheduledHyperparam",
     "SnapshotError",
     "StateError",
@@ -170,6 +176,26 @@ class NonFiniteMetric(EventTrainError):
 
 class SubscriberError(EventTrainError):
     """A subscription with ``on_error="fail"`` failed, which ends the run."""
+
+
+class RunNotReachable(EventTrainError):
+    """No run answers at the control socket of a ``run_dir``."""
+
+
+class PeerLost(EventTrainError):
+    """Another process of the run failed, or gives no sign of life, so this one cannot continue.
+
+    Attributes:
+        process: ``jax.process_index()`` of the other process.
+    """
+
+    def __init__(self, message: str, process: int) -> None:
+        super().__init__(message)
+        self.process = process
+
+
+class ProcessesDiverged(EventTrainError):
+    """The processes of a run do not run the same program, or were given different numbers of batches."""
 
 
 class EventParseError(EventTrainError, ValueError):

@@ -2,24 +2,26 @@
 
     GET  /status     step, epoch, hyperparameters and the latest metrics, at any time
     GET  /events     the run's events as they happen (server-sent events; ?kinds=epoch_completed,hyperparam_changed)
-    POST /commands   {"learning_rate": 0.001} changes the learning rate; the answer names the step
+    /dashboard   a page that shows the run and steers it; the program prints its address with a token
 
-Run it with ``python examples/service.py`` (pip install 'eventtrain[service]') and talk to it with curl:
+Run it with ``python examples/service.py`` (pip install 'eventtrain[dashboard,service]') and talk to it with curl:
 
     curl localhost:8000/status
     curl -N localhost:8000/events?kinds=epoch_completed
-    curl --json '{"learning_rate": 0.001}' localhost:8000/commands
+    curl -H "Authorization: Bearer $DASHBOARD_TOKEN" --json \
+        '{"run": "sine", "command": {"kind": "set_hyperparam", "name": "learning_rate", "value": 0.001}}' \
+        localhost:8000/dashboard/api/commands
 
 A page of another site could send requests to it through the browser of someone who can reach it. So it answers only to
-the names in ``HOSTS``, refuses requests that carry a foreign Origin, and takes commands only as application/json, which
-a browser does not send to another site without asking first.
+the names in ``HOSTS``, GET changes nothing, and what steers the run is the dashboard's, whose guard refuses a foreign
+Host or Origin, other content types, and requests without its token.
 """
 
 import math
+import os
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager, suppress
 from typing import Any
-from urllib.parse import urlsplit
 
 import anyio
 import jax
@@ -32,12 +34,12 @@ from starlette.middleware import Middleware
 from starlette.middleware.trustedhost import TrustedHostMiddleware
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
-from starlette.routing import Route
+from starlette.routing import Mount, Route
 
 import eventtrain as et
+from eventtrain import subscribers as subs
 
 KEEP_ALIVE_S = 15.0
-ANSWER_TIMEOUT_S = 10.0
 HOSTS = ("localhost", "127.0.0.1")
 SHOWN = (
     et.EpochStarted,
@@ -57,8 +59,11 @@ KINDS = {
 class Training:
     """One trainer, its bus, and the figures that /status shows. Everything here runs on the service's event loop."""
 
-    def __init__(self, trainer: et.Trainer, fit: Callable[[et.Trainer], Any]) -> None:
+    def __init__(
+        self, trainer: et.Trainer, fit: Callable[[et.Trainer], Any], dashboard: subs.Dashboard
+    ) -> None:
         self.trainer = trainer
+        self.dashboard = dashboard
         self.state = "starting"
         self.epochs_completed = 0
         self.metrics: dict[str, Any] = {}
@@ -92,6 +97,7 @@ class Training:
         self._scope.cancel()
         await self._ended.wait()
         await self.trainer.bus.aclose()
+        self.dashboard.close()
 
     def status(self) -> dict[str, Any]:
         return {
@@ -142,54 +148,17 @@ async def _server_sent(bus: et.EventBus, kinds: tuple[type[et.Event], ...]) -> A
             )
 
 
-async def post_command(request: Request) -> Response:
-    training: Training = request.app.state.training
-    origin = request.headers.get("origin")
-    if origin is not None and urlsplit(origin).netloc != request.headers.get("host"):
-        return JSONResponse({"error": "requests from pages of other sites are refused"}, 403)
-    if request.headers.get("content-type", "").partition(";")[0].strip().lower() != "application/json":
-        return JSONResponse({"error": "expected Content-Type: application/json"}, 415)
-    try:
-        body = await request.json()
-    except (ValueError, RecursionError):  # not JSON, or not even text
-        return JSONResponse({"error": 'expected a JSON body such as {"learning_rate": 0.001}'}, 400)
-    value = body.get("learning_rate") if isinstance(body, dict) and len(body) == 1 else None
-    if not is_rate(value):
-        return JSONResponse({"error": 'expected {"learning_rate": x} with a finite number x >= 0'}, 400)
-    try:
-        with anyio.fail_after(ANSWER_TIMEOUT_S):
-            command = training.trainer.control.set_hyperparam("learning_rate", value, reason="POST /commands")
-            applied = await command.result()
-    except et.CommandRejectedError as error:
-        return JSONResponse({"error": error.reason}, 409)
-    except TimeoutError:
-        return JSONResponse(
-            {"error": f"training did not answer within {ANSWER_TIMEOUT_S:g} s; the command is still pending"},
-            504,
-        )
-    # The bus stamps these three when it publishes the event, which may be after this answer.
-    text = applied.model_dump_json(exclude={"run_id", "seq", "time"})
-    return Response(text, media_type="application/json")
-
-
-def is_rate(value: object) -> bool:
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        return False
-    try:
-        return math.isfinite(value) and value >= 0
-    except OverflowError:  # an integer of 400 digits
-        return False
-
-
 def make_app(
-    make_trainer: Callable[[et.EventBus], et.Trainer], fit: Callable[[et.Trainer], Any]
+    make_trainer: Callable[[et.EventBus, subs.Dashboard], et.Trainer],
+    fit: Callable[[et.Trainer], Any],
+    dashboard: subs.Dashboard,
 ) -> Starlette:
     """Returns the service around a trainer. ``fit`` starts training: ``lambda t: t.fit_async(data, epochs=n)``."""
 
     @asynccontextmanager
     async def lifespan(app: Starlette) -> AsyncIterator[None]:
         async with et.EventBus() as bus:
-            training = app.state.training = Training(make_trainer(bus), fit)
+            training = app.state.training = Training(make_trainer(bus, dashboard), fit, dashboard)
             async with anyio.create_task_group() as tasks:
                 tasks.start_soon(training.run)
                 yield
@@ -199,7 +168,7 @@ def make_app(
         routes=[
             Route("/status", get_status),
             Route("/events", get_events),
-            Route("/commands", post_command, methods=["POST"]),
+            Mount("/dashboard", dashboard.asgi_app(hosts=HOSTS)),
         ],
         middleware=[Middleware(TrustedHostMiddleware, allowed_hosts=HOSTS)],
         lifespan=lifespan,
@@ -231,7 +200,7 @@ def mean_error(params: Any, batch: Any) -> jax.Array:
     return jnp.mean((hidden @ params["out"] - y) ** 2)
 
 
-def example_trainer(bus: et.EventBus) -> et.Trainer:
+def example_trainer(bus: et.EventBus, dashboard: subs.Dashboard) -> et.Trainer:
     one, two = jax.random.split(jax.random.key(0))
     params = {
         "in": jax.random.normal(one, (1, 256)),
@@ -239,7 +208,14 @@ def example_trainer(bus: et.EventBus) -> et.Trainer:
         "out": jax.random.normal(two, (256, 1)) / 16,
     }
     state = {"params": params, "opt_state": optimiser.init(params)}
-    return et.Trainer(train_step, state, eval_fn=lambda s, b: {"loss": mean_error(s["params"], b)}, bus=bus)
+    return et.Trainer(
+        train_step,
+        state,
+        eval_fn=lambda s, b: {"loss": mean_error(s["params"], b)},
+        subscribers=[dashboard],
+        bus=bus,
+        run_id="sine",
+    )
 
 
 def example_fit(trainer: et.Trainer) -> Any:
@@ -250,6 +226,8 @@ def example_fit(trainer: et.Trainer) -> Any:
 
 
 if __name__ == "__main__":
-    app = make_app(example_trainer, example_fit)
+    dashboard = subs.Dashboard(None, token=os.environ.get("DASHBOARD_TOKEN"))
+    app = make_app(example_trainer, example_fit, dashboard)
+    print(f"Dashboard: http://127.0.0.1:8000/dashboard/#token={dashboard.token}", flush=True)
     with suppress(KeyboardInterrupt):  # uvicorn raises it again after the shutdown
         Server(uvicorn.Config(app, host="127.0.0.1", port=8000, timeout_graceful_shutdown=5)).run()

@@ -108,6 +108,8 @@ def recorded_blocking_calls() -> Iterator[list[str]]:
             # Orbax runs an event loop of its own, on the thread that is kept for it (see test_checkpointer.py).
             check.can_block_in("eventtrain/subscribers/checkpointing/store.py", {"_fill", "close"})
             check.can_block_in("eventtrain/subscribers/checkpointing/reader.py", {"_read_arrays"})
+            # So has the client of a broker, on the thread that sends.
+            check.can_block_in("eventtrain/subscribers/brokers/redis_events.py", {"open"})
         patch.setattr(blockbuster.blockbuster, "BlockingError", RecordedBlockingError)
         yield calls
 

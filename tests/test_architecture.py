@@ -24,17 +24,19 @@ MAY_IMPORT = {
     "errors": "",
     "events": "errors",
     "validation": "errors",
+    "notebook": "errors",
+    "runs": "errors validation events",
     "device": "errors validation",
     "bus": "errors validation events",
     "data": "errors validation device",
-    "control": "errors validation events device bus",
+    "control": "errors validation notebook events device bus",
     "loop": "errors validation events device bus data control",
-    "subscribers": "_version errors validation events bus control",
-    "trainer": "errors validation events device bus data control loop subscribers",
+    "subscribers": "_version errors validation notebook events runs bus control",
+    "trainer": "errors validation notebook events runs device bus data control loop subscribers",
     "config": "errors validation events bus subscribers",
     "testing": "errors validation events bus subscribers",
-    "__init__": "_version errors events device bus data control subscribers trainer config",
-    "cli": "errors events config subscribers __init__",
+    "__init__": "_version errors events runs device bus data control subscribers trainer config",
+    "cli": "errors validation events runs config subscribers __init__",
 }
 """Package, or module at the top -> the packages that it may import besides itself; lowest floor first."""
 
@@ -47,10 +49,12 @@ SUBSCRIBERS_MAY_IMPORT = {
     "loggers": "base _shared",
     "trackers": "base _shared",
     "alerts": "base _shared",
+    "brokers": "base _shared",
+    "dashboard": "base _shared",
     "reports": "base _shared",
     "monitoring": "base _shared",
     "progress": "base _shared",
-    "__init__": "policies checkpointing remote loggers trackers alerts reports monitoring progress",
+    "__init__": "policies checkpointing remote loggers trackers alerts brokers dashboard reports monitoring progress",
 }
 """The same for the groups of subscribers: they share ``base`` and ``_shared``, and do not know one another."""
 
@@ -59,7 +63,13 @@ MOST_MODULES_AT_THE_TOP = 4
 
 ARRAYS = {"jax", "jaxlib", "optax", "orbax", "flax", "equinox"}
 EVENT_LOOPS = {"anyio", "asyncio", "trio", "uvloop", "sniffio"}
-NEVER_IMPORTED_BY = {"errors": ARRAYS, "events": ARRAYS, "bus": ARRAYS, "device": EVENT_LOOPS}
+NEVER_IMPORTED_BY = {
+    "errors": ARRAYS,
+    "events": ARRAYS,
+    "bus": ARRAYS,
+    "runs": ARRAYS | EVENT_LOOPS,
+    "device": EVENT_LOOPS,
+}
 
 OPTIONAL = "import_optional"
 """Imports what may not be installed; the only import that may be inside a function."""

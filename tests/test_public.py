@@ -44,6 +44,7 @@ DESIGN = [
     "CommandRejected",
     "CommandConflict",
     "SnapshotTaken",
+    "StagingLimited",
     "CheckpointStarted",
     "CheckpointCommitted",
     "CheckpointFailed",

@@ -90,16 +90,14 @@ def delayed(delay_s: float, taken_s: Mapping[int, float]) -> Generator[dict[int,
         atomic_files.make_folder = make_folder
 
 
-def run(
-    seed: int, *, together: int = TOGETHER, delay_s: float = DELAY_S, stage: str = "device"
-) -> list[Written]:
+def run(seed: int, *, together: int = TOGETHER, delay_s: float = DELAY_S) -> list[Written]:
     """Takes ``together`` checkpoints, and trains until all of them are written."""
     steps = sorted(Random(seed).sample(range(1, LAST_TAKEN), together))
     taken_s: dict[int, float] = {}
     began_at: dict[int, int] = {}
     through = threading.Event()
     checkpointer = subs.Checkpointer(
-        "ck", max_to_keep=None, at_end=False, fsync=False, max_in_flight=together, retries=0, stage=stage
+        "ck", max_to_keep=None, at_end=False, fsync=False, max_in_flight=together, retries=0
     )
     with tempfile.TemporaryDirectory() as folder:
         state = {"words": jnp.asarray(first_words(seed)), "count": jnp.int32(0)}

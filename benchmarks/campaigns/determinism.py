@@ -231,7 +231,7 @@ def load(seed: int | None) -> Generator[None]:
 
 def repeatable(event: et.Event) -> str:
     """Returns an event as JSON, without the fields that a rerun does not repeat."""
-    return event.model_dump_json(exclude={"run_id", "seq", "time", "duration_s"})
+    return event.model_dump_json(exclude={"run_id", "attempt", "seq", "time", "duration_s"})
 
 
 # --- the trial ----------------------------------------------------------------------------------------------------

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from benchmarks.campaign import Campaign
-from benchmarks.killing.jobs import compare, error_of, jobs, require, rows
+from benchmarks.killing.jobs import LOG, compare, error_of, jobs, require, rows
 
 PHASES = ("compile", "epoch", "eval", "service")
 GRACE_S = 15.0
@@ -41,7 +41,7 @@ def trial(seed: int) -> Mapping[str, int]:
         wanted = {0, -signal.SIGTERM} if phase == "service" else {128 + signal.SIGTERM}
         require(status in wanted, f"in {phase} it ended with {status}: {error_of(folder)}")
         require(took_s < GRACE_S, f"in {phase} it took {took_s:.1f} s to end")
-        last = rows(folder)[-1]
+        last = rows(folder / LOG)[-1]
         require(
             (last["kind"], last["reason"]) == ("run_completed", "preempted"),
             f"in {phase} it ended with {last}",

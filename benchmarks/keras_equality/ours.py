@@ -143,6 +143,9 @@ class ModelledRun:
         self._final_restores: list[tuple[str, Callable[[], bool]]] = []
         self._commands: list[Callable[[], None]] = []
 
+    def require_params(self, subject: str) -> None:
+        """The weights are known."""
+
     async def deliver(self, event: et.Event, policies: list[Any]) -> None:
         """Passes ``event`` to its handlers, then applies their commands."""
         for policy in policies:

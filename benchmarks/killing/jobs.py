@@ -5,61 +5,32 @@ from __future__ import annotations
 import atexit
 import functools
 import json
-import os
-import subprocess
-import sys
 import tempfile
 import time
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from benchmarks.killing.job import EPOCHS, RESULT, STEPS
+from benchmarks.killing.fork_server import ForkServer
+from benchmarks.killing.job import RESULT
 
-LEFT_OUT = {"run_id", "time", "duration_s", "seq"}
+LOG = "events.jsonl"
+LEFT_OUT = {"run_id", "attempt", "time", "duration_s", "seq"}
 """Fields that may differ in a rerun."""
 
 
-class Jobs:
+class Jobs(ForkServer):
     """The process that forks jobs (``benchmarks.killing.job``)."""
 
     def __init__(self) -> None:
-        environment = os.environ | {"JAX_PLATFORMS": "cpu"}
-        self._process = subprocess.Popen(
-            [sys.executable, "-m", "benchmarks.killing.job"],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL,
-            text=True,
-            env=environment,
-            cwd=Path(__file__).parents[2],
-        )
-
-    def close(self) -> None:
-        """Ends the process."""
-        assert self._process.stdin is not None
-        assert self._process.stdout is not None
-        self._process.kill()
-        self._process.wait()
-        self._process.stdin.close()
-        self._process.stdout.close()
+        super().__init__("benchmarks.killing.job", {}, quiet=True)
 
     def start(self, folder: Path, how: str = "fit") -> int:
         """Starts a job; returns its process id."""
-        assert self._process.stdin is not None
-        self._process.stdin.write(f"{how} {folder}\n")
-        self._process.stdin.flush()
-        return int(self._answer())
+        return self.ask(f"{how} {folder}")
 
     def wait(self) -> int:
         """Returns the exit status of the job; negative if a signal ended it."""
-        return int(self._answer())
-
-    def _answer(self) -> str:
-        assert self._process.stdout is not None
-        answer = self._process.stdout.readline()
-        if not answer:
-            raise RuntimeError("the process that forks jobs has died")
-        return answer
+        return self.answer()
 
 
 @functools.cache
@@ -71,13 +42,21 @@ def jobs() -> Jobs:
 
 
 class Undisturbed(NamedTuple):
-    """Result of a run that is not killed."""
+    """Result of a run to which nothing happens."""
 
     result: dict[str, Any]
     rows: list[dict[str, Any]]
     took_s: float
     folder: Path
     """Its folder, which is removed at the end of this process."""
+
+    def require_same(self, reached: dict[str, Any], found: list[dict[str, Any]]) -> None:
+        """Raises AssertionError unless another run has reached the same result, with the same rows."""
+        require(reached == self.result, f"it reached {reached}, and the undisturbed run {self.result}")
+        steps = [row["step"] for row in found if row["kind"] == "step_completed"]
+        expected = [row["step"] for row in self.rows if row["kind"] == "step_completed"]
+        require(steps == expected, f"rows of the steps are {steps}")
+        require(found == self.rows, "the log differs from the undisturbed run's")
 
 
 @functools.cache
@@ -89,7 +68,7 @@ def undisturbed(how: str = "fit") -> Undisturbed:
     jobs().start(folder, how)
     require(jobs().wait() == 0, f"the undisturbed run failed: {error_of(folder)}")
     took_s = time.monotonic() - began_s
-    return Undisturbed(json.loads((folder / RESULT).read_text()), rows(folder), took_s, folder)
+    return Undisturbed(json.loads((folder / RESULT).read_text()), rows(folder / LOG), took_s, folder)
 
 
 def compare(folder: Path, how: str = "fit") -> None:
@@ -101,16 +80,12 @@ def compare(folder: Path, how: str = "fit") -> None:
     expected = undisturbed(how)
     jobs().start(folder, how)
     require(jobs().wait() == 0, f"the resumed run failed: {error_of(folder)}")
-    reached, found = json.loads((folder / RESULT).read_text()), rows(folder)
-    require(reached == expected.result, f"it reached {reached}, and the undisturbed run {expected.result}")
-    steps = [row["step"] for row in found if row["kind"] == "step_completed"]
-    require(steps == list(range(1, EPOCHS * STEPS + 1)), f"rows of the steps are {steps}")
-    require(found == expected.rows, "the log differs from the undisturbed run's")
+    expected.require_same(json.loads((folder / RESULT).read_text()), rows(folder / LOG))
 
 
-def rows(folder: Path) -> list[dict[str, Any]]:
-    """Returns the log without the fields that a rerun need not repeat. A torn row is an error."""
-    lines = (folder / "events.jsonl").read_text().splitlines()
+def rows(path: Path) -> list[dict[str, Any]]:
+    """Returns a log without the fields that a rerun need not repeat. A torn row is an error."""
+    lines = path.read_text().splitlines()
     return [{k: v for k, v in json.loads(line).items() if k not in LEFT_OUT} for line in lines]
 
 

@@ -86,7 +86,7 @@ class EventBus:
         """Publishes ``event``. Any thread, also inside handlers; never blocks.
 
         Before the bus is started events are kept, for the subscriptions made by then. The bus stamps ``run_id``,
-        ``seq`` and ``time`` before delivery.
+        ``attempt``, ``stream``, ``seq`` and ``time`` before delivery.
 
         Raises:
             QueueFull: a Lossless queue that wants it is at its limit (or the buffer is); nothing was published.
@@ -114,6 +114,8 @@ class EventBus:
         **options: Unpack[SubscriptionOptions[E]],
     ) -> Subscription:
         """Calls ``handler`` for events of ``event_type``. Any thread; never blocks.
+
+        In a notebook a function replaces one of the same name that an earlier cell subscribed, with a warning.
 
         Args:
             event_type: a class, a base class (``Event`` for everything), a union or a tuple.

@@ -11,7 +11,8 @@ whichever handler fails first; every waiter learns of it, as of all else, throug
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator, Callable, Coroutine, Iterable, Mapping
+import logging
+from collections.abc import AsyncGenerator, Callable, Coroutine, Iterable, Mapping, Sequence
 from concurrent.futures import Future
 from contextlib import asynccontextmanager
 from contextvars import copy_context
@@ -27,7 +28,16 @@ from anyio.lowlevel import cancel_shielded_checkpoint, checkpoint_if_cancelled
 from eventtrain.bus.cancellation import persist
 from eventtrain.bus.clock import Clock
 from eventtrain.bus.event_stream import EventStream, handler_of_this_task, require_no_wait_for_itself
-from eventtrain.bus.handlers import CommandTransaction, Handler, describe, require_annotation, takes_control
+from eventtrain.bus.failures import Notices
+from eventtrain.bus.handlers import (
+    CommandTransaction,
+    Handler,
+    describe,
+    is_redefined,
+    notebook_cell,
+    require_annotation,
+    takes_control,
+)
 from eventtrain.bus.options import Options, event_classes
 from eventtrain.bus.publish_queue import PublishQueue
 from eventtrain.bus.routing_table import RoutingTable
@@ -37,6 +47,7 @@ from eventtrain.bus.termination import on_termination
 from eventtrain.bus.training_stream import StreamItem, TrainingStream
 from eventtrain.bus.wakeup import CrossLoopCondition
 from eventtrain.bus.watchdog import Watchdog
+from eventtrain.bus.worker import SeriesHandler
 from eventtrain.errors import (
     AlreadyRunning,
     BusClosed,
@@ -47,6 +58,8 @@ from eventtrain.errors import (
 )
 from eventtrain.events import Event
 from eventtrain.validation.annotations import fits, shown
+
+logger = logging.getLogger("eventtrain")
 
 T = TypeVar("T")
 
@@ -73,6 +86,7 @@ class BusCore:
         progress: notified whenever a handler has handled something, a subscription has ended, or the bus has failed,
             closed or stopped.
         failure: set when a subscription with ``on_error="fail"`` has failed.
+        notices: those of the training side that can come without end: of rejected commands, stalls and traces.
         control_source: makes the controls of handlers that take ``(event, control)``; None without a trainer.
     """
 
@@ -93,6 +107,7 @@ class BusCore:
         self.table = RoutingTable()
         self.publish_queue = PublishQueue(self.table, self.progress, buffer_limit)
         self.publish_queue.run_id = run_id
+        self.notices = Notices(self.notify, self.has_room_for_notice)
         self.stream = TrainingStream(
             self.table,
             self.publish_queue,
@@ -116,6 +131,27 @@ class BusCore:
     def run_id(self, run_id: str) -> None:
         self.publish_queue.run_id = run_id
 
+    @property
+    def attempt(self) -> int:
+        """Stamped on events that carry none; 0 before the first run of a trainer."""
+        return self.publish_queue.attempt
+
+    @attempt.setter
+    def attempt(self, attempt: int) -> None:
+        self.publish_queue.attempt = attempt
+
+    @property
+    def forward(self) -> Callable[[Sequence[Event]], None] | None:
+        """Gets the events that were published here, numbered, in groups of one class. Must not block.
+
+        Not those of the training stream.
+        """
+        return self.publish_queue.forward
+
+    @forward.setter
+    def forward(self, forward: Callable[[Sequence[Event]], None] | None) -> None:
+        self.publish_queue.forward = forward
+
     # --- publishing -----------------------------------------------------------------------------------------
 
     def publish(self, event: Event) -> None:
@@ -126,9 +162,9 @@ class BusCore:
         """Publishes an event of the bus or the training loop itself. Never refused, so that no failure is lost."""
         self.publish_queue.notify(event)
 
-    def has_room_for_notice(self, event_type: type[Event]) -> bool:
-        """Returns whether ``notify`` may publish an event of this class without passing the limit of a queue."""
-        return self.publish_queue.has_room_for_notice(event_type)
+    def has_room_for_notice(self, event_type: type[Event], ahead: int = 0) -> bool:
+        """Returns whether an event of this class passes no limit of a queue behind ``ahead`` more of them."""
+        return self.publish_queue.has_room_for_notice(event_type, ahead)
 
     async def publish_async(self, event: Event) -> None:
         """See ``EventBus.publish_async``."""
@@ -183,8 +219,10 @@ class BusCore:
         handler: Handler,
         options: Mapping[str, Any],
         *,
+        take_series: SeriesHandler | None = None,
         save: Save | None = None,
         attach: bool = True,
+        owner: object = None,
     ) -> SubscriptionCore:
         """See ``EventBus.subscribe``.
 
@@ -192,13 +230,15 @@ class BusCore:
             event_types: a class, a base class, a union or a tuple.
             handler: of ``(event)`` or ``(event, control)``.
             options: ``SubscriptionOptions``.
+            take_series: handles a ``StepSeries``, where the options allow it.
             save: gives the state that belongs to a checkpoint, if the handler has one.
             attach: False: it receives nothing before ``attach``.
+            owner: what it belongs to, if not to the bus: a function replaces only those of the same owner.
         """
         types, name = event_classes(event_types), describe(handler)
         takes_control(handler)
         require_annotation(handler, types, name)
-        return self._add(types, handler, options, name, save, attach=attach)
+        return self._add(types, handler, options, name, take_series, save, attach=attach, owner=owner)
 
     def _add(
         self,
@@ -206,9 +246,11 @@ class BusCore:
         handler: Handler | None,
         given: Mapping[str, Any],
         default_name: str,
+        take_series: SeriesHandler | None = None,
         save: Save | None = None,
         *,
         attach: bool = True,
+        owner: object = None,
     ) -> SubscriptionCore:
         if self.publish_queue.closed:
             raise BusClosed(
@@ -221,16 +263,46 @@ class BusCore:
             )
         name = name or default_name
         options = Options(given, name, types)
+        cell = notebook_cell()
+        if handler is not None and cell is not None:
+            self._replace_earlier(handler, types, cell, owner)
         subscription = self.table.create(
             name,
             lambda name, index: SubscriptionCore(
-                self, types, options, name=name, index=index, handler=handler, save=save
+                self,
+                types,
+                options,
+                name=name,
+                index=index,
+                handler=handler,
+                take_series=take_series,
+                save=save,
             ),
         )
+        subscription.owner, subscription.cell = owner, cell
         if attach:
             with self.table.delivery_lock:
                 self.publish_queue.join(subscription)
         return subscription
+
+    def _replace_earlier(
+        self, handler: Handler, types: tuple[type[Event], ...], cell: int, owner: object
+    ) -> None:
+        """Cancels what an earlier cell subscribed: a function of the same name, or the same one to the same events."""
+        for earlier in self.subscriptions:
+            if (
+                earlier.active
+                and earlier.owner is owner
+                and earlier.cell not in (None, cell)
+                and is_redefined(earlier.handler, handler)
+                and (earlier.handler is not handler or earlier.types == types)
+            ):
+                logger.warning(
+                    "The handler %s of cell %d replaces the one of cell %d, which receives no more events. To have "
+                    "both, give the functions different names.",
+                    earlier.name, cell, earlier.cell,
+                )  # fmt: skip
+                earlier.cancel()
 
     def attach(self, subscription: SubscriptionCore) -> None:
         """Routes events to a detached subscription from now on; ``start_worker`` has them handled.
@@ -456,6 +528,7 @@ class BusCore:
             self._report_all_drops()  # a variable here would keep a subscription alive until the next report
 
     def _report_all_drops(self) -> None:
+        self.notices.publish()
         for subscription in self.table.active:
             subscription.report_drops()
 

@@ -1,12 +1,16 @@
-"""Failures of one subscription's handler: counted, logged, published as events, and kept as dead letters."""
+"""Failures of one subscription's handler: counted, logged, published as events, and kept as dead letters.
+
+``Notices`` publishes such events: while a queue that wants them is at its limit, they wait and are added up.
+"""
 
 from __future__ import annotations
 
 import logging
 import threading
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Hashable, Iterable
 from typing import NamedTuple
+from weakref import ref
 
 from eventtrain.events import Event, SubscriberFailed, SubscriberLagged
 
@@ -29,23 +33,91 @@ class DeadLetter(NamedTuple):
     error: Exception
 
 
+class Notices:
+    """Publishes notices, at most one for each key beyond the limit of a queue. Any thread; never blocks.
+
+    Args:
+        notify: publishes an event of the bus itself.
+        has_room: whether a notice of that class, behind that many others, passes no limit of a queue.
+    """
+
+    def __init__(self, notify: Callable[[Event], None], has_room: Callable[[type[Event], int], bool]) -> None:
+        self._notify = notify
+        self._has_room = has_room
+        self._held: dict[Hashable, Event] = {}
+        # On their way through the training stream, oldest first. Weak, because the end of a run may drop them.
+        self._ahead: deque[ref[Event]] = deque()
+        self._lock = threading.Lock()
+
+    def add(
+        self,
+        key: Hashable,
+        notice: Event,
+        *,
+        total: str = "count",
+        emit: Callable[[Event], None] | None = None,
+    ) -> None:
+        """Publishes ``notice`` where there is room. Otherwise the newest notice of ``key`` waits.
+
+        Args:
+            key: notices of one class that have it in common may share one.
+            notice: the event.
+            total: the field that is added up over the notices that share one.
+            emit: publishes it in the training stream; None: it has no place there. A notice that waited has none.
+        """
+        with self._lock:
+            held = self._held.get(key)
+            if emit is not None and held is None and self._fits(notice):
+                self._ahead.append(ref(notice))
+            else:
+                emit = None
+                if held is not None:
+                    amount = getattr(held, total) + getattr(notice, total)
+                    notice = notice.model_copy(update={total: amount})
+                self._held[key] = notice
+        if emit is None:
+            self.publish()
+        else:
+            emit(notice)
+
+    def _fits(self, notice: Event) -> bool:
+        ahead = self._ahead
+        while ahead and ((first := ahead[0]()) is None or first.seq):  # numbered: the queues have it
+            ahead.popleft()
+        return self._has_room(type(notice), len(ahead))
+
+    def publish(self, *, at_once: bool = False) -> None:
+        """Publishes the notices that wait, where there is room or ``at_once``."""
+        while self._held:
+            with self._lock:
+                key = next(iter(self._held), None)
+                if key is None or not (at_once or self._fits(self._held[key])):
+                    return
+                notice = self._held.pop(key)
+            self._notify(notice)
+
+
 class Failures:
     """The failures of one subscription.
 
     Args:
         subscriber: name of the subscription.
         notify: publishes an event of the bus itself.
-        has_room: whether a notice of that class passes no limit of a queue.
+        has_room: whether a notice of that class, behind that many others, passes no limit of a queue.
+        has_subscribers: whether anything receives events of that class. Without it none is made: 4 us a failure.
     """
 
     def __init__(
-        self, subscriber: str, notify: Callable[[Event], None], has_room: Callable[[type[Event]], bool]
+        self,
+        subscriber: str,
+        notify: Callable[[Event], None],
+        has_room: Callable[[type[Event], int], bool],
+        has_subscribers: Callable[[type[Event]], bool],
     ) -> None:
         self._subscriber = subscriber
-        self._notify = notify
-        self._has_room = has_room
-        self._held: dict[str, SubscriberFailed] = {}
-        self._lock = threading.Lock()  # of _held: handlers fail on the event loop, a `where` on any thread
+        self._has_subscribers = has_subscribers
+        self.notices = Notices(notify, has_room)
+        """Those that were not published yet, one for each kind of event."""
         self.attempts = 0
         """Failed attempts, retried ones included."""
         self.consecutive = 0
@@ -65,31 +137,20 @@ class Failures:
                 self._subscriber, event.kind, event.step, attempt, self.attempts, type(error).__name__, error,
                 exc_info=error if self.attempts == 1 else None,
             )  # fmt: skip
-        if not isinstance(event, NOTICES):
-            with self._lock:
-                held = self._held.get(event.kind)
-                self._held[event.kind] = SubscriberFailed(
-                    step=event.step,
-                    subscriber=self._subscriber,
-                    event_kind=event.kind,
-                    error=f"{type(error).__name__}: {error}",
-                    attempt=attempt,
-                    count=1 if held is None else held.count + 1,
-                )
-            self.publish_held()
+        if not isinstance(event, NOTICES) and self._has_subscribers(SubscriberFailed):
+            failed = SubscriberFailed(
+                step=event.step,
+                subscriber=self._subscriber,
+                event_kind=event.kind,
+                error=f"{type(error).__name__}: {error}",
+                handler_attempt=attempt,
+            )
+            self.notices.add(event.kind, failed)
 
-    def publish_held(self, *, at_once: bool = False) -> None:
-        """Publishes the notices that wait, one for each kind of event, where there is room or ``at_once``."""
-        while self._held and (at_once or self._has_room(SubscriberFailed)):
-            with self._lock:
-                notice = self._held.pop(next(iter(self._held))) if self._held else None
-            if notice is not None:
-                self._notify(notice)
-
-    def add_dead_letter(self, event: Event, error: Exception) -> None:
-        """Keeps ``event``, for which no further attempt is made."""
+    def add_dead_letters(self, events: Iterable[Event], error: Exception) -> None:
+        """Keeps ``events``, on which the handler failed at once and for which no further attempt is made."""
         self.consecutive += 1
-        self.dead_letters.append(DeadLetter(event, error))
+        self.dead_letters.extend(DeadLetter(event, error) for event in events)
 
     def take_dead_letters(self) -> list[DeadLetter]:
         """Removes and returns all dead letters, oldest first. Any thread."""

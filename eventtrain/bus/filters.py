@@ -56,6 +56,10 @@ class EventFilter:
             self._lags[event_type] = lag
         return self._lags[event_type]
 
+    def takes_whole_series(self) -> bool:
+        """Whether nothing but ``every`` chooses among the steps of a window, and no lag counts them."""
+        return self._every_s is None and self._where is None and not self._once and not self.decides
+
     def is_due(self, event: Event) -> bool:
         """Returns whether ``every`` lets ``event`` pass."""
         return self._every == 1 or event.is_multiple_of(self._every)

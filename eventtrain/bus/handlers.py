@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import inspect
+import sys
 from collections import deque
 from collections.abc import Awaitable, Callable
 from functools import partial
 from time import thread_time
-from types import SimpleNamespace, UnionType
+from types import FunctionType, SimpleNamespace, UnionType
 from typing import Any, Protocol, TypeVar, Union, get_args, get_origin, get_type_hints, overload
 
 import anyio.to_thread
@@ -132,6 +133,28 @@ def describe(handler: object) -> str:
     while isinstance(handler, partial):
         handler = handler.func
     return getattr(handler, "__qualname__", None) or type(handler).__qualname__
+
+
+def notebook_cell() -> int | None:
+    """Returns the number of the cell that IPython executes; None outside of a notebook or of IPython's shell."""
+    ipython = sys.modules.get("IPython")
+    return getattr(ipython.get_ipython(), "execution_count", None) if ipython is not None else None
+
+
+def is_redefined(earlier: Handler | None, handler: Handler) -> bool:
+    """Returns whether ``handler`` has the name of ``earlier``, both of them functions written in a cell.
+
+    A method, a lambda, a function written in a function, and one named ``_`` have no name of their own.
+    """
+    if not (isinstance(earlier, FunctionType) and isinstance(handler, FunctionType)):
+        return False
+    name = handler.__qualname__
+    return (
+        earlier.__module__ == handler.__module__ == "__main__"
+        and earlier.__qualname__ == name
+        and name.isidentifier()
+        and name != "_"
+    )
 
 
 def in_thread(

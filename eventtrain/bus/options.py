@@ -62,6 +62,8 @@ class SubscriptionOptions(StreamOptions[E], Generic[E], total=False):
     """Number of failures in a row after which the subscription is disabled; None for never. Default 100."""
     timeout_s: float | None
     """An attempt that takes longer is cancelled and counts as failed."""
+    per_host: bool
+    """In a run of several processes, whether each of them has the subscription. Default False: process 0 alone."""
 
 
 OPTION_NAMES = tuple(SubscriptionOptions.__annotations__)
@@ -82,6 +84,7 @@ class OptionDefaults:
     retry_delay_s: float = 0.1
     disable_after: int | None = 100
     timeout_s: float | None = None
+    per_host: bool = False
     name: str | None = None
 
 
@@ -134,8 +137,10 @@ class Options(OptionDefaults):
             )
         if not fits(self.on_error, OnError):
             raise self._refusal(f'on_error must be "isolate", "retry" or "fail", got {shown(self.on_error)}.')
-        if not fits(self.once, bool):
-            raise self._refusal(f"once must be True or False, got {shown(self.once)}.")
+        for name in ("once", "per_host"):
+            value = getattr(self, name)
+            if not fits(value, bool):
+                raise self._refusal(f"{name} must be True or False, got {shown(value)}.")
         if self.where is not None:
             if not callable(self.where):
                 raise self._refusal(
@@ -161,6 +166,10 @@ class Options(OptionDefaults):
             )
         if self.concurrency != 1:
             raise self._refusal("a finite lag requires concurrency=1, because decisions are made in order.")
+        if self.per_host:
+            raise self._refusal(
+                "a finite lag and per_host=True exclude each other, because process 0 decides for all."
+            )
         if self.every_s is not None:
             raise self._refusal(
                 "a finite lag and every_s= exclude each other, because a rerun would choose other events."

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import os
 from collections import deque
+from collections.abc import Callable, Sequence
 from datetime import UTC, datetime
 from typing import Any
 from weakref import WeakSet
@@ -50,9 +51,13 @@ class PublishQueue:
     def __init__(self, table: RoutingTable, progress: CrossLoopCondition, limit: int) -> None:
         self.run_id = ""
         """Stamped on events that carry none."""
+        self.attempt = 0
+        """Stamped likewise: of the run in progress, or of the last one."""
         self.closed = False
         self.close_reason = ""
         """Why it is closed, as a whole clause."""
+        self.forward: Callable[[Sequence[Event]], None] | None = None
+        """Gets the events that were numbered, in groups of one class. Must not block."""
         self.forked = False
         """Whether this process was forked from the one whose event loop served the bus."""
         self._table = table
@@ -132,9 +137,12 @@ class PublishQueue:
             return f"{len(self._entries)} events wait and the bus is not routing them (was it started?)"
         return None
 
-    def has_room_for_notice(self, event_type: type[Event]) -> bool:
-        """Returns whether a notice fits below every limit, with all that waits unrouted counted as if it came first."""
-        waiting = len(self._entries)
+    def has_room_for_notice(self, event_type: type[Event], ahead: int = 0) -> bool:
+        """Returns whether a notice fits below every limit, with all that waits unrouted counted as if it came first.
+
+        ``ahead``: how many more events of its class are on their way to the queues.
+        """
+        waiting = len(self._entries) + ahead
         rooms = (subscription.queue.room() for subscription in self._table.bounded_route(event_type))
         return waiting < self._limit and all(room is None or room > waiting for room in rooms)
 
@@ -188,7 +196,7 @@ class PublishQueue:
         self._is_routing = True
         try:
             popleft = self._entries.popleft
-            seq, now, run_id = self._seq, datetime.now(UTC), self.run_id
+            seq, now, run_id, attempt = self._seq, datetime.now(UTC), self.run_id, self.attempt
             batch_type: type[Event | SubscriptionCore] = Event
             batch: list[Event] = []  # consecutive events of one class are delivered together
             for _ in range(min(len(self._entries), ROUTE_BATCH)):
@@ -203,8 +211,11 @@ class PublishQueue:
                 fields: Any = entry.__dict__
                 fields["seq"] = seq
                 fields["time"] = now
+                fields["stream"] = "published"
                 if not fields["run_id"]:
                     fields["run_id"] = run_id
+                if not fields["attempt"]:
+                    fields["attempt"] = attempt
                 batch.append(entry)
             self._deliver(batch)
         finally:
@@ -222,6 +233,8 @@ class PublishQueue:
         if events:
             for subscription in self._table.route(type(events[0])):
                 subscription.offer(events)
+            if self.forward is not None:
+                self.forward(events)
 
     def measure_headroom(self) -> None:
         """Computes how many events may be published before a publisher has to look at the queues."""

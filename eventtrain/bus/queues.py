@@ -56,29 +56,42 @@ class EventQueue(ABC):
         return steps
 
 
-class _LosslessQueue(EventQueue):
-    """A deque, whose methods are atomic, so that no lock is needed."""
+class LosslessQueue(EventQueue):
+    """A deque, whose methods are atomic, so that no lock is needed.
+
+    A series is one item that counts as its events. It is put and taken on the event loop's thread.
+    """
 
     def __init__(self, limit: int) -> None:
         self.limit = limit
         self._items: deque[Any] = deque()
+        self._within_series = 0
         # The deque's own methods, so that a queue without a policy costs no more than the deque.
         self.put = self._items.extend
         self.take = self._items.popleft
 
-    def oldest(self) -> Any | None:
+    def oldest(self) -> Any | None:  # noqa: D102  inherited
         try:
             return self._items[0]
         except IndexError:
             return None
 
     def __len__(self) -> int:
-        return len(self._items)
+        return len(self._items) + self._within_series
 
-    def waiting(self) -> list[Any]:
+    def put_series(self, series: Any, events: int) -> None:
+        """Adds a series of so many events."""
+        self._within_series += events - 1
+        self._items.append(series)
+
+    def series_taken(self, events: int) -> None:
+        """Records that ``take`` has returned a series of so many events."""
+        self._within_series -= events - 1
+
+    def waiting(self) -> list[Any]:  # noqa: D102  inherited
         return list(self._items)
 
-    def clear(self) -> int:
+    def clear(self) -> int:  # noqa: D102  inherited
         # One by one: the worker may take at the same time, and each item must be counted on one side only.
         count = 0
         for _ in range(len(self._items)):
@@ -87,10 +100,11 @@ class _LosslessQueue(EventQueue):
             except IndexError:
                 break
             count += 1
+        count, self._within_series = count + self._within_series, 0
         return count
 
-    def room(self) -> int:
-        return self.limit - len(self._items)
+    def room(self) -> int:  # noqa: D102  inherited
+        return self.limit - len(self)
 
 
 class _DroppingQueue(EventQueue):
@@ -192,7 +206,7 @@ class Lossless(Queue):
             )
 
     def open(self) -> EventQueue:  # noqa: D102  inherited
-        return _LosslessQueue(self.limit)
+        return LosslessQueue(self.limit)
 
 
 @checked

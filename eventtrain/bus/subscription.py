@@ -36,9 +36,10 @@ from eventtrain.bus.handlers import (
     with_timeout,
 )
 from eventtrain.bus.options import Options
-from eventtrain.bus.queues import Lossless
+from eventtrain.bus.queues import Lossless, LosslessQueue
+from eventtrain.bus.step_series import StepSeries
 from eventtrain.bus.wakeup import CrossLoopCondition
-from eventtrain.bus.worker import CountedEvent, Worker
+from eventtrain.bus.worker import CountedEvent, SeriesHandler, Worker
 from eventtrain.errors import ConfigurationError
 from eventtrain.events import BUILT_IN, Event, SubscriberDisabled, SubscriberLagged
 from eventtrain.validation.callables import is_async
@@ -91,8 +92,12 @@ class SubscriptionHost(Protocol):
         """Publishes an event of the bus itself."""
         ...
 
-    def has_room_for_notice(self, event_type: type[Event]) -> bool:
-        """Whether ``notify`` would pass no limit of a queue."""
+    def has_subscribers(self, event_type: type[Event]) -> bool:
+        """Whether any subscription receives events of this class."""
+        ...
+
+    def has_room_for_notice(self, event_type: type[Event], ahead: int = 0) -> bool:
+        """Whether an event of this class passes no limit of a queue behind ``ahead`` others."""
         ...
 
     def begin_transaction(self, subscription: SubscriptionCore, event: Event) -> CommandTransaction:
@@ -169,6 +174,7 @@ class SubscriptionCore:
         name: unique among the subscriptions of the bus.
         index: grows in the order of subscribing; orders the commands of several handlers.
         handler: None for a stream, whose reader takes events from the queue itself.
+        take_series: handles a ``StepSeries`` as ``handler`` would its events.
         save: gives the state that belongs to a checkpoint, if there is one.
     """
 
@@ -181,6 +187,7 @@ class SubscriptionCore:
         name: str,
         index: int,
         handler: Handler | None,
+        take_series: SeriesHandler | None = None,
         save: Save | None = None,
     ) -> None:
         self.types = types
@@ -199,11 +206,15 @@ class SubscriptionCore:
             once=options.once,
             lag=options.lag,
         )
-        self.failures = Failures(name, host.notify, host.has_room_for_notice)
+        self.failures = Failures(name, host.notify, host.has_room_for_notice, host.has_subscribers)
         self.progress = host.progress
         self.state: State = "active"
         self.attached = False
         """Whether events are routed to it now. Those of a trainer are detached between its runs."""
+        self.owner: object = None
+        """The object that it belongs to, if not to the bus, such as a trainer."""
+        self.cell: int | None = None
+        """Number of the notebook cell that made it."""
         self.end_reason = ""
         """Why it has ended, as a whole clause."""
         self.run = 0
@@ -212,7 +223,14 @@ class SubscriptionCore:
         self._reported_drops = 0
         self._host = host
         self._lock = threading.Lock()
-        self.worker = Worker(self, self._assemble(handler), options.concurrency)
+        self.takes_series = (
+            take_series is not None
+            and isinstance(self.queue, LosslessQueue)
+            and self.filter.takes_whole_series()
+            and (options.concurrency, options.timeout_s, options.on_error == "retry") == (1, None, False)
+        )
+        """Whether steps come as ``StepSeries``, which no option forbids."""
+        self.worker = Worker(self, self._assemble(handler), options.concurrency, take_series)
 
     def _assemble(self, handler: Handler | None) -> Call:
         if handler is None:
@@ -253,6 +271,13 @@ class SubscriptionCore:
         elif self.state == "active" and self.run:
             due = [event for event in events if self.filter.is_due(event)]
             self._put([CountedEvent(event if self._passes(event) else None, self.run) for event in due])
+
+    def offer_series(self, series: StepSeries) -> None:
+        """Queues a series, if it ``takes_series``. On the event loop's thread."""
+        if self.state == "active":
+            assert isinstance(self.queue, LosslessQueue)
+            self.queue.put_series(series, len(series))
+            self._put(())
 
     def _put(self, items: Iterable[Any]) -> None:
         self.queue.put(items)
@@ -297,10 +322,12 @@ class SubscriptionCore:
         decided_on: list[bool] = []
         for item in waiting:
             counted = isinstance(item, CountedEvent)
-            event = item.event if counted else item
-            if event is not None and type(event) in BUILT_IN:  # others cannot be read back from a checkpoint
-                unhandled.append(event)
-                decided_on.append(counted)
+            events = item.events() if isinstance(item, StepSeries) else [item.event if counted else item]
+            for event in events:
+                # Others cannot be read back from a checkpoint.
+                if event is not None and type(event) in BUILT_IN:
+                    unhandled.append(event)
+                    decided_on.append(counted)
         saved = SubscriptionCheckpoint()
         try:
             if self._save is not None:
@@ -335,10 +362,15 @@ class SubscriptionCore:
         """The handler failed on ``event`` for good."""
         self._give_up(event, error, self.options.retries + 1 if self.options.on_error == "retry" else 1)
 
-    def _give_up(self, event: Event, error: Exception, attempt: int) -> None:
+    def series_failed(self, series: StepSeries, error: Exception) -> None:
+        """The handler failed on ``series``. One failure, with a dead letter for each event."""
+        events = series.events()
+        self._give_up(events[0], error, 1, *events[1:])
+
+    def _give_up(self, event: Event, error: Exception, attempt: int, *others: Event) -> None:
         options, failures = self.options, self.failures
         failures.add_attempt(event, error, attempt)
-        failures.add_dead_letter(event, error)
+        failures.add_dead_letters((event, *others), error)
         if options.on_error == "fail":
             self._host.subscription_failed(self, error)
         if options.disable_after is not None and failures.consecutive >= options.disable_after:
@@ -351,7 +383,7 @@ class SubscriptionCore:
 
         While there is no room for these notices they wait and are added up; at the end of the subscription they do not.
         """
-        self.failures.publish_held(at_once=not self.active)
+        self.failures.notices.publish(at_once=not self.active)
         if self.active and not self._host.has_room_for_notice(SubscriberLagged):
             return
         with self._lock:

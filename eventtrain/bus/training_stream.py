@@ -13,7 +13,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
-from typing import Any
+from weakref import ref
 
 from anyio.lowlevel import checkpoint
 
@@ -21,6 +21,7 @@ from eventtrain.bus.barrier import Marker, SubscriptionCheckpoint, SubscriptionR
 from eventtrain.bus.clock import Clock
 from eventtrain.bus.publish_queue import PublishQueue
 from eventtrain.bus.routing_table import RoutingTable
+from eventtrain.bus.step_series import StepColumns, StepSeries, stamp
 from eventtrain.bus.subscription import SubscriptionCore
 from eventtrain.bus.wakeup import CrossLoopCondition, Wakeup
 from eventtrain.events import Event
@@ -35,7 +36,9 @@ class EventSeries:
 
     event_type: type[Event]
     steps: range
-    build: Callable[[Iterable[int]], Sequence[Event]]
+    build: Callable[[Sequence[int]], Sequence[Event]]
+    columns: StepColumns | None = None
+    """Their metrics, for handlers that take a ``StepSeries``."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,7 +83,8 @@ class TrainingStream:
         self._items: deque[StreamItem] = deque()
         self.seq = 0
         """Number of the last event that was delivered."""
-        self._overfull: tuple[SubscriptionCore, ...] = ()
+        # Weak: a stream without events would keep the subscriptions of a trainer that is gone.
+        self._overfull: tuple[ref[SubscriptionCore], ...] = ()
         self.rows_routed = 0
         """Number of events of series that were routed, whether wanted or not."""
 
@@ -105,8 +109,14 @@ class TrainingStream:
         bounded = (s for event_type in event_types for s in self._table.bounded_route(event_type))
         return min(bounded, key=_free_rows, default=None)
 
+    @property
+    def overfull(self) -> bool:
+        """Whether single events have filled a queue beyond its limit."""
+        return bool(self._overfull) and bool(self._overfull_now())
+
     def _overfull_now(self) -> tuple[SubscriptionCore, ...]:
-        return tuple(s for s in self._overfull if s.active and _room(s) < 0)
+        found = (known() for known in self._overfull)
+        return tuple(s for s in found if s is not None and s.active and _room(s) < 0)
 
     def continue_from(self, seq: int) -> None:
         """Numbers the next event ``seq + 1``, as the run that is resumed would have done."""
@@ -148,12 +158,14 @@ class TrainingStream:
             # Never waits: the events behind this one may be for others, who have room. The training loop waits
             # instead, before its next step, so that a queue exceeds its limit by the events of one step.
             with self._table.delivery_lock:
-                self._stamp([item])
+                self.seq += 1
+                queue = self._publish_queue
+                stamp(item, self.seq, datetime.now(UTC), queue.run_id, queue.attempt)
                 for subscription in self._table.route(type(item)):
                     subscription.offer_from_loop([item])
                 bounded = self._table.bounded_route(type(item))
                 if any(_room(subscription) < 0 for subscription in bounded):
-                    self._overfull = tuple(dict.fromkeys((*self._overfull_now(), *bounded)))
+                    self._overfull = tuple(map(ref, dict.fromkeys((*self._overfull_now(), *bounded))))
                 self._publish_queue.measure_headroom()
 
     def _pass_marker(self, marker: Marker) -> None:
@@ -178,7 +190,11 @@ class TrainingStream:
     async def _deliver_series(self, series: EventSeries) -> None:
         steps = series.steps
         while steps:
-            room = min(await self._wait_for_room(series.event_type), BUILD_BATCH)
+            room = await self._wait_for_room(series.event_type)
+            if series.columns is None or not all(
+                s.takes_series for s in self._table.route(series.event_type)
+            ):
+                room = min(room, BUILD_BATCH)
             chunk, steps = steps[:room], steps[room:]
             self._items[0] = replace(series, steps=steps)
             with self._table.delivery_lock:
@@ -194,28 +210,36 @@ class TrainingStream:
     def _deliver_chosen(
         self, series: EventSeries, chunk: range, choices: list[tuple[SubscriptionCore, range]]
     ) -> None:
-        needed: Iterable[int] = chunk
-        if all(len(chosen) < len(chunk) for _, chosen in choices):
-            needed = sorted({step for _, chosen in choices for step in chosen})
-        events = series.build(needed)
-        self._stamp(events)
+        wanted = _union(chunk, [chosen for _, chosen in choices])
+        first, now = self.seq + 1, datetime.now(UTC)
+        run_id, attempt = self._publish_queue.run_id, self._publish_queue.attempt
+        self.seq += len(wanted)
+
+        def seqs(steps: Sequence[int]) -> Sequence[int]:
+            if len(steps) == len(wanted):
+                return range(first, first + len(wanted))
+            places = {step: seq for seq, step in enumerate(wanted, first)}
+            return [places[step] for step in steps]
+
+        if (columns := series.columns) is not None:
+            for subscription, chosen in choices:
+                if subscription.takes_series:
+                    whole = StepSeries(columns, chosen, seqs(chosen), now, run_id, attempt, series.build)
+                    subscription.offer_series(whole)
+            choices = [choice for choice in choices if not choice[0].takes_series]
+            if not choices:
+                return
+        built = _union(chunk, [chosen for _, chosen in choices])
+        events = series.build(built)
+        for event, seq in zip(events, seqs(built), strict=True):
+            stamp(event, seq, now, run_id, attempt)
         by_step = None
         for subscription, chosen in choices:
             if len(chosen) == len(events):
                 subscription.offer_from_loop(events)
             else:
-                by_step = by_step or dict(zip(needed, events, strict=True))
+                by_step = by_step or dict(zip(built, events, strict=True))
                 subscription.offer_from_loop([by_step[step] for step in chosen])
-
-    def _stamp(self, events: Sequence[Event]) -> None:
-        now, run_id, seq = datetime.now(UTC), self._publish_queue.run_id, self.seq
-        for event in events:
-            seq += 1
-            fields: Any = event.__dict__  # of the frozen model itself, as in publish_queue.py
-            fields["seq"] = seq
-            fields["time"] = now
-            fields["run_id"] = run_id
-        self.seq = seq
 
     async def _wait_for_room(self, event_type: type[Event]) -> int:
         """Waits until every Lossless queue that wants ``event_type`` has room; returns for how many events."""
@@ -237,6 +261,13 @@ class TrainingStream:
             if not has_moved():
                 fullest.disable_stalled(fullest.stall_timeout_s)
         return self._most_rows
+
+
+def _union(chunk: range, chosen: Sequence[range]) -> Sequence[int]:
+    """Returns the steps of ``chunk`` that any of these has, in order."""
+    if any(len(steps) == len(chunk) for steps in chosen):
+        return chunk
+    return chosen[0] if len(chosen) == 1 else sorted({step for steps in chosen for step in steps})
 
 
 def _room(subscription: SubscriptionCore) -> int:

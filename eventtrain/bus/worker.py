@@ -19,7 +19,8 @@ from anyio.lowlevel import checkpoint
 from eventtrain.bus.cancellation import own_failure, persist
 from eventtrain.bus.failures import Failures
 from eventtrain.bus.handler_cost import HandlerCost, fresh_context, measured
-from eventtrain.bus.queues import EventQueue
+from eventtrain.bus.queues import EventQueue, LosslessQueue
+from eventtrain.bus.step_series import StepSeries
 from eventtrain.bus.wakeup import CrossLoopCondition, LoopThread, Wakeup
 from eventtrain.events import Event
 from eventtrain.validation.callables import settle
@@ -29,6 +30,9 @@ SLICE_TARGET_S = 0.0005
 STRIDE = 8
 """Events between two readings of the clock once the first was quick: a reading costs as much as half a cheap
 handler."""
+
+
+SeriesHandler = Callable[[StepSeries], Awaitable[None]]
 
 
 class CountedEvent(NamedTuple):
@@ -63,6 +67,10 @@ class WorkerHost(Protocol):
         """The handler failed on ``event`` for good."""
         ...
 
+    def series_failed(self, series: StepSeries, error: Exception) -> None:
+        """The handler failed on ``series``."""
+        ...
+
     def finish(self) -> None:
         """Ends the subscription: ``once`` is fulfilled."""
         ...
@@ -72,10 +80,15 @@ class Worker:
     """Handles the events of one subscription."""
 
     def __init__(
-        self, host: WorkerHost, call: Callable[[Event], Awaitable[object]], concurrency: int
+        self,
+        host: WorkerHost,
+        call: Callable[[Event], Awaitable[object]],
+        concurrency: int,
+        take_series: SeriesHandler | None = None,
     ) -> None:
         self._host = host
         self._call = call
+        self._take_series = take_series
         self._concurrency = concurrency
         self.task_ids: set[int] = set()
         """The tasks in which the handler is called."""
@@ -176,6 +189,8 @@ class Worker:
                     return
                 if type(event) is CountedEvent:
                     await self._handle_counted(event)
+                elif type(event) is StepSeries:
+                    await self._handle_series(event)
                 else:
                     try:
                         if (result := await call(event)) is not None:
@@ -207,6 +222,19 @@ class Worker:
         if counted.run == self._host.run:
             self.passed += 1
             self._host.progress.notify_all()
+
+    async def _handle_series(self, series: StepSeries) -> None:
+        host, queue = self._host, self._host.queue
+        assert self._take_series is not None
+        assert isinstance(queue, LosslessQueue)
+        queue.series_taken(len(series))
+        try:
+            await self._take_series(series)
+        except BaseException as error:
+            host.series_failed(series, own_failure(error))
+        else:
+            self.delivered += len(series)
+            host.failures.consecutive = 0
 
     async def _handle(self, event: Event) -> None:
         try:

@@ -6,6 +6,7 @@ that the policies have something to recover from.
 
 from __future__ import annotations
 
+import sys
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -26,7 +27,7 @@ from rich.text import Text
 
 import eventtrain as et
 from eventtrain import subscribers as subs
-from eventtrain.subscribers._shared.optional_imports import import_optional
+from eventtrain.validation.optional_imports import import_optional
 
 BATCH_SIZE = 32
 ACCURACY_WANTED = 0.97
@@ -260,7 +261,13 @@ def run_demo(out: Path | None = None, *, console: Console | None = None) -> str 
     ):
         console.print(f"  {out / name}  {contents}", soft_wrap=True, highlight=False)
     console.print(f"\nTotal time: {perf_counter() - began_s:.1f} s.")
+    console.print(f"Its dashboard: {_command()} dashboard {out}", soft_wrap=True, highlight=False)
     return _problem(accuracy, printer, result.stop_reason)
+
+
+def _command() -> str:
+    """Returns how this program was called, such as ``.venv/bin/eventtrain``."""
+    return sys.argv[0] if Path(sys.argv[0]).stem == "eventtrain" else "eventtrain"
 
 
 def _problem(accuracy: float, printer: EventPrinter, stop_reason: str) -> str | None:
@@ -289,7 +296,7 @@ def measure(batches: Sequence[Batch], validation: Batch, run_dir: Path) -> tuple
     Both donate, use the same batches on the device, and are timed from the first dispatch until the last step is
     complete.
     """
-    on_device = [jax.device_put(batches[i % len(batches)]) for i in range(MEASURED_STEPS)]
+    on_device = [jax.tree.map(jnp.asarray, batches[i % len(batches)]) for i in range(MEASURED_STEPS)]
     bare_step = jax.jit(train_step, donate_argnums=0)
     state = new_state(seed=1)
 

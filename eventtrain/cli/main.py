@@ -9,12 +9,16 @@ from typing import Annotated, Any
 import typer
 
 import eventtrain
-from eventtrain.cli import checkpoints
+from eventtrain.cli import checkpoints, ctl, runs
+from eventtrain.cli.dashboard import dashboard
 from eventtrain.cli.demo import run_demo
-from eventtrain.cli.script import Job, imported, passed_through, prepare
-from eventtrain.config.load import FitConfig, load_run, run_json_schema
+from eventtrain.cli.launch import OPTIONS_END_AT_THE_SCRIPT, launch
+from eventtrain.cli.script import Job, imported, length_of, passed_through, prepare
+from eventtrain.config.load import FitConfig, RunConfig, described, load_run, run_json_schema
 from eventtrain.errors import printable
-from eventtrain.subscribers import ProgressBar
+from eventtrain.subscribers import CommandReplay, ProgressBar
+
+TEMPLATE = (Path(__file__).parent / "template.toml").read_text(encoding="utf-8")
 
 app = typer.Typer(
     help="Event-driven training loops for JAX.",
@@ -22,6 +26,11 @@ app = typer.Typer(
     pretty_exceptions_enable=False,  # they show local variables, which may contain secrets
 )
 app.add_typer(checkpoints.app, name="checkpoints")
+app.add_typer(ctl.app, name="ctl")
+app.command(context_settings=OPTIONS_END_AT_THE_SCRIPT)(launch)
+app.command()(dashboard)
+for command in (runs.ls, runs.show, runs.tail):
+    app.command()(command)
 
 
 def _show_version(wanted: bool) -> None:
@@ -62,11 +71,32 @@ def schema(
 
 
 @app.command()
+def init(
+    path: Annotated[Path, typer.Argument(help="The file to write.")] = Path("run.toml"),
+) -> None:
+    """Write a configuration file for `eventtrain run`, with comments. An existing file is left alone."""
+    try:
+        with path.open("x", encoding="utf-8") as file:
+            file.write(TEMPLATE)
+    except OSError as error:
+        reason = "it exists" if isinstance(error, FileExistsError) else error.strerror or error
+        typer.echo(printable(f"Error: {path} was not written: {reason}.", lines=True), err=True)
+        raise typer.Exit(2) from None
+    typer.echo(printable(f"Wrote {path}. Train with: eventtrain run SCRIPT.py --config {path}"))
+
+
+@app.command()
 def run(
     script: Annotated[
         Path, typer.Argument(help="Python file that defines make_trainer(), and data or make_data().")
     ],
-    config: Annotated[Path, typer.Option(help="TOML or YAML file with the sections fit and subscribers.")],
+    config: Annotated[
+        Path | None,
+        typer.Option(
+            help="TOML or YAML file with the sections fit and subscribers; `eventtrain init` writes one. Default: the "
+            "script has its own subscribers, and sets `epochs` or `steps`."
+        ),
+    ] = None,
     overrides: Annotated[
         list[str] | None,
         typer.Option("--set", metavar="SECTION.KEY=VALUE", help="Override a value of the file. Repeatable."),
@@ -81,19 +111,39 @@ def run(
             "Trainer(run_dir=...).",
         ),
     ] = False,
+    replay_commands: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="RUN_DIR",
+            help="Repeat the commands that steered the run in RUN_DIR from outside, at the same steps.",
+        ),
+    ] = None,
+    print_config: Annotated[
+        bool,
+        typer.Option("--print-config", help="Print the settings of the file with all overrides, and exit."),
+    ] = False,
 ) -> None:
-    """Train the model of a script with the subscribers of a configuration file."""
+    """Train the model of a script, with the subscribers of a configuration file if one is given."""
     if epochs is not None and steps is not None:
         raise typer.BadParameter("expected --epochs or --steps, not both.")
+    if config is None and overrides:
+        raise typer.BadParameter("--set changes values of a configuration file, so it requires --config.")
     try:
-        settings = load_run(config, overrides or ())
+        settings = RunConfig(FitConfig(), []) if config is None else load_run(config, overrides or ())
         fit = settings.fit if epochs is None and steps is None else FitConfig(epochs=epochs, steps=steps)
-        if fit.epochs is None and fit.steps is None:
-            raise eventtrain.ConfigurationError(
-                f"{config} does not set the length of the training. Add `epochs = 20` to [fit], or use --epochs 20."
+        if print_config:
+            tables = [] if config is None else described(config, overrides or ())
+            typer.echo(
+                json.dumps({"fit": fit.model_dump(exclude_none=True), "subscribers": tables}, indent=2)
             )
+            return
+        subscribers = settings.subscribers
+        if replay_commands is not None:
+            subscribers = [*subscribers, CommandReplay(replay_commands)]
         with imported(script) as module:
-            job = prepare(module, settings.subscribers)
+            if fit.epochs is None and fit.steps is None:
+                fit = length_of(module, config)
+            job = prepare(module, subscribers)
             typer.echo(_summary(_train(job, fit, resume), job.trainer.epoch))
     except eventtrain.EventTrainError as error:
         if isinstance(error, eventtrain.StepError) or passed_through(error, script):

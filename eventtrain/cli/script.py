@@ -13,14 +13,18 @@ from traceback import walk_tb
 from types import ModuleType
 from typing import Any
 
+from pydantic import ValidationError
+
 import eventtrain as et
+from eventtrain.config.load import FitConfig
 
 EXAMPLE = """For example:
 
     def make_trainer(subscribers):
         return et.Trainer(step_fn, state, subscribers=subscribers)
 
-    data = et.ArrayLoader((inputs, targets), batch_size=32)  # or make_data(); also eval_data"""
+    data = et.ArrayLoader((inputs, targets), batch_size=32)  # or make_data(); also eval_data
+    epochs = 20  # or steps; --epochs and a configuration file come first"""
 
 
 @dataclass(frozen=True)
@@ -97,6 +101,33 @@ def prepare(module: ModuleType, subscribers: Sequence[et.Subscriber]) -> Job:
     for subscriber in missing:
         job.trainer.subscribe(subscriber)
     return job
+
+
+def length_of(module: ModuleType, config: Path | None) -> FitConfig:
+    """Returns how long to train: ``epochs`` or ``steps`` of the script.
+
+    Raises:
+        ConfigurationError: it defines neither, or what cannot be one.
+    """
+    given = {
+        name: value for name in ("epochs", "steps") if (value := getattr(module, name, None)) is not None
+    }
+    if not given:
+        place = (
+            f"Add `epochs = 20` to [fit] of {config}"
+            if config
+            else f"Define `epochs = 20` in {module.__file__}"
+        )
+        raise et.ConfigurationError(
+            f"{config or module.__file__} does not set the length of the training. {place}, or use --epochs 20."
+        )
+    try:
+        return FitConfig.model_validate(given)
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        raise et.ConfigurationError(
+            f"{module.__file__}: {' and '.join(given)}: {first['msg']}. Define `epochs` or `steps`, an integer >= 1."
+        ) from error
 
 
 def passed_through(error: BaseException, path: Path) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Generator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -10,6 +11,7 @@ from textwrap import indent
 from typing import Annotated, Any, Self, Union
 
 from pydantic import BaseModel, Discriminator, Field, create_model, model_validator
+from pydantic_core import to_jsonable_python
 
 from eventtrain.bus.bus import EventBus, core_of
 from eventtrain.config.run_file import Table, read_run_file
@@ -18,6 +20,9 @@ from eventtrain.config.validation import TABLE, json_schema, validated
 from eventtrain.errors import ConfigurationError, EventTrainError, first_lines
 from eventtrain.subscribers.base import Subscriber, subscribe
 from eventtrain.validation.annotations import checked
+
+SECRET = re.compile(r"token|secret|password|passwd|key|credential|header|auth|option", re.IGNORECASE)
+"""Names of parameters whose values are not printed, as are all URLs."""
 
 
 class FitConfig(BaseModel):
@@ -70,6 +75,24 @@ def load_run(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
     with _naming(file.fit):
         fit = validated(FitConfig, file.fit)
     return RunConfig(fit, [_subscriber(table) for table in file.subscribers])
+
+
+def described(path: str | Path, overrides: Sequence[str] = ()) -> list[dict[str, Any]]:
+    """Returns the tables of subscribers as JSON data, with ``overrides``; values that may hold a secret are "..."."""
+    file = read_run_file(path)
+    for text in overrides:
+        file.override(text)
+    return [to_jsonable_python(_without_secrets(table.values), fallback=str) for table in file.subscribers]
+
+
+def _without_secrets(value: Any, key: str = "") -> Any:
+    if isinstance(value, dict):
+        items: Any = value.items()  # pyright: ignore[reportUnknownVariableType]
+        return {name: _without_secrets(each, str(name)) for name, each in items}
+    if isinstance(value, list):
+        return [_without_secrets(each, key) for each in value]  # pyright: ignore[reportUnknownVariableType]
+    is_secret = SECRET.search(key) or (isinstance(value, str) and "://" in value)
+    return "..." if is_secret and value is not None else value
 
 
 def run_json_schema() -> dict[str, Any]:

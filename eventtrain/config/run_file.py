@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from eventtrain.errors import ConfigurationError, did_you_mean, shortened
-from eventtrain.subscribers._shared.optional_imports import import_optional, require_installed
 from eventtrain.subscribers._shared.paths import local_path
+from eventtrain.validation.optional_imports import import_optional, require_installed
 
 yaml: Any = import_optional("yaml", extra="yaml", used_by="A YAML file")
 

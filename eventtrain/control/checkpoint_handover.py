@@ -184,7 +184,7 @@ def _record_of(barrier: Barrier[RunPart], timeout_s: float) -> RunRecord:
     batch = barrier.run.last_batch
     found = {
         "orders": tuple(_commands_of(barrier, shares)),
-        "batch_crc32": None if batch is None else checksum(batch),
+        "batch_crc32": None if batch is None else checksum(batch()),
     }
     return RunRecord(
         loop=loop.model_copy(update=found),

@@ -7,6 +7,7 @@ import threading
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from datetime import UTC, datetime
 from typing import Any, Protocol
 
 from eventtrain.bus.barrier import Barrier
@@ -34,13 +35,13 @@ class RunPart:
         loop: the state of the loop; None until it was recorded.
         stream: the state of the training stream; None until the marker has passed the fetch thread.
         commands: commands that were not due, or arrived while the barrier was open.
-        last_batch: the one trained on last; None if it is not known.
+        last_batch: reads the one trained on last, and may wait for the device; None if it is not known.
     """
 
     loop: LoopRecord | None = None
     stream: StreamRecord | None = None
     commands: list[PendingCommand] = field(default_factory=list["PendingCommand"])
-    last_batch: Any = None
+    last_batch: Callable[[], Any] | None = None
 
 
 class EventSink(Protocol):
@@ -63,6 +64,10 @@ class PendingCommand:
     """Which of its handler's commands this is, from 0."""
     run: int | None = None
     """The run that it is meant for, by ``CommandQueue.run``; None: the one in progress."""
+    ask: str | None = None
+    """The number of the request by which another process of the run asked for it."""
+    signal: int | None = None
+    """The signal behind a ``Stop``, which a process of the run has received; None if there is none."""
 
     @property
     def rank(self) -> tuple[float, int, int, int]:
@@ -81,12 +86,14 @@ class CommandQueue:
         arrived: commands that nothing has looked at yet. The training loop tests its truth before every step;
             appending and popping are atomic.
         due: commands of a finite lag that wait for their boundary. Training thread only.
+        held: commands without a boundary that arrived where nothing could be decided. Training thread only.
         run: number of the run in progress, or of the last one.
     """
 
     def __init__(self, bus: BusCore, view: RunView) -> None:
         self.arrived: deque[PendingCommand] = deque()
         self.due: list[PendingCommand] = []
+        self.held: list[PendingCommand] = []
         self.run = 0
         self._bus = bus
         self._view = view
@@ -98,6 +105,11 @@ class CommandQueue:
         self._closed: str | None = "no run is in progress"
 
     # --- any thread -------------------------------------------------------------------------------------------
+
+    @property
+    def is_open(self) -> bool:
+        """Whether ``post`` accepts commands."""
+        return self._closed is None
 
     def post(self, commands: list[PendingCommand]) -> None:
         """Add commands, together and in order. Rejects them at once if no run is in progress. Never blocks."""
@@ -120,9 +132,9 @@ class CommandQueue:
         for command in commands:
             self.reject(command, reason)
 
-    def ask_to_stop(self, reason: str) -> None:
+    def ask_to_stop(self, reason: str, signal: int | None = None) -> None:
         """Add a ``Stop``. Also for signal handlers: it takes no lock and wakes no thread."""
-        self.arrived.append(PendingCommand(Stop(reason=reason), CrossLoopFuture()))
+        self.arrived.append(PendingCommand(Stop(reason=reason), CrossLoopFuture(), signal=signal))
 
     def wake(self) -> None:
         """Wake the training thread if it waits. Not for signal handlers, which may interrupt the owner of the lock."""
@@ -143,10 +155,17 @@ class CommandQueue:
             CommandRejectedError(f"The command {kind} was rejected: {reason}", reason=reason)
         )
         event = CommandRejected(step=self._view.step, command=pending.command, reason=reason)
-        if sink is None:
-            self._bus.notify(event)
-        else:
-            sink.emit(event)
+        emit = None if sink is None else sink.emit
+        self._bus.notices.add((CommandRejected, kind), event, emit=emit)
+
+    def answer(self, pending: PendingCommand, applied: CommandApplied) -> None:
+        """Answers one command with a copy of ``applied``, stamped here: the bus will stamp the event itself later.
+
+        The copy has no ``seq``, because the steps before the command may not be numbered yet. Waiting for that could
+        make a handler wait for room in its own queue.
+        """
+        stamps = {"run_id": self._bus.run_id, "attempt": self._bus.attempt, "stream": "training"}
+        pending.reply.set_result(applied.model_copy(update={**stamps, "time": datetime.now(UTC), "seq": 0}))
 
     # --- training thread --------------------------------------------------------------------------------------
 
@@ -164,9 +183,9 @@ class CommandQueue:
         """Reject commands from now on: the run ends. Returns the commands that were not applied."""
         with self._lock:
             self._closed = reason
-            left = [*self.due, *self.arrived]
-            self.due.clear()
-            self.arrived.clear()
+            left = [*self.due, *self.held, *self.arrived]
+            for commands in (self.due, self.held, self.arrived):
+                commands.clear()
         return left
 
     def open_barrier(self, barrier: Barrier[RunPart]) -> None:

@@ -32,6 +32,10 @@ from eventtrain.events.commands import (
     TakeSnapshot,
 )
 from eventtrain.events.models import Number
+from eventtrain.notebook import html
+
+MOST_SHOWN = 30
+"""Hyperparameters in a repr."""
 
 
 class Control:
@@ -49,13 +53,22 @@ class Control:
         transaction: Transaction | None = None,
         *,
         run: int | None = None,
+        source: str | None = None,
     ) -> None:
         self._queue = queue
         self._view = view
         self._transaction = transaction
-        self._run = (
-            run  # the run that commands without a transaction are meant for; None: the one in progress
-        )
+        # The run that commands without a transaction are meant for; None: the one in progress.
+        self._run = run
+        self._source = source
+
+    def with_source(self, source: str) -> Control:
+        """Returns this control for commands that come from outside the program, which then name their ``source``.
+
+        For a service that lets people steer a run: ``JSONLLogger`` writes such commands, and
+        ``eventtrain run --replay-commands`` repeats them.
+        """
+        return Control(self._queue, self._view, self._transaction, run=self._run, source=source)
 
     # --- commands -------------------------------------------------------------------------------------------
 
@@ -173,6 +186,18 @@ class Control:
         """Steps dispatched so far. The device may be some steps behind."""
         return self._view.step
 
+    def __repr__(self) -> str:
+        values = ", ".join(f"{html.plain(name)}={value:.4g}" for name, value in self._shown())
+        return f"<Control at step {self.step}{': ' if values else ''}{values}>"
+
+    def _repr_html_(self) -> str:
+        kept = ", ".join(map(str, self.snapshots))
+        facts = [*self._shown(), *([("snapshots", kept)] if kept else [])]
+        return html.box(html.title("Control", f"at step {self.step:,}"), html.facts(facts))
+
+    def _shown(self) -> list[tuple[str, Number]]:
+        return [*self.hyperparams.items()][:MOST_SHOWN]
+
     # --- sending --------------------------------------------------------------------------------------------
 
     def _send(self, kind: type[Command], at_step: int | None = None, /, **fields: Any) -> Command:
@@ -191,7 +216,7 @@ class Control:
             if lag is not None and kind is not Resume:
                 due = max(event.step + lag, at_step or 0)
         try:
-            command: Any = kind(cause=cause, due=due, **fields)
+            command: Any = kind(cause=cause, due=due, source=self._source, **fields)
         except ValueError as error:
             raise ConfigurationError(f"Cannot issue {kind.__name__}: {error}") from error
         reply: CrossLoopFuture[CommandApplied] = CrossLoopFuture()

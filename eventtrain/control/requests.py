@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from time import monotonic
 from typing import Literal
+
+from eventtrain.events.commands import AnyCommand
 
 WhenFull = Literal["skip", "wait", "fail"]
 """Effect on a checkpoint that is due while ``max_in_flight`` of them are being written."""
@@ -44,6 +47,7 @@ class CheckpointRequest(PeriodicRequest):
         max_in_flight: how many may be taken and not written yet. Each holds a state.
         when_full: what happens to one more.
         wait_timeout_s: how long training waits with ``when_full="wait"``.
+        paths: of the arrays of the state that are written; None: all, and those of extensions.
         in_flight: how many are taken and not written yet. Changed under the lock of ``CheckpointHandover``.
         taken: identifies the state that was taken for it last: step, number of changes by commands, why the run
             ended.
@@ -54,6 +58,7 @@ class CheckpointRequest(PeriodicRequest):
     max_in_flight: int = 2
     when_full: WhenFull = "wait"
     wait_timeout_s: float = 600.0
+    paths: frozenset[str] | None = None
     in_flight: int = 0
     taken: tuple[int, int, str | None] | None = None
 
@@ -84,6 +89,19 @@ class FinalRestore:
     where: Callable[[], bool]
 
 
+@dataclass(frozen=True)
+class ReplayedCommand:
+    """A command that another run got from outside, to be applied where it was applied there.
+
+    Attributes:
+        command: with the boundary as its ``due``.
+        after: how many commands of a finite lag were applied at that boundary before it.
+    """
+
+    command: AnyCommand
+    after: int = 0
+
+
 @dataclass
 class RunRequests:
     """The requests of one run. Subscribers add to them in ``start``; the training thread reads them afterwards."""
@@ -94,8 +112,15 @@ class RunRequests:
     traces: list[TraceRequest] = field(default_factory=list[TraceRequest])
     """A command that asks for a trace uses the folder of the first one."""
     final_restores: list[FinalRestore] = field(default_factory=list[FinalRestore])
+    replayed: deque[ReplayedCommand] = field(default_factory=deque[ReplayedCommand])
+    """In the order in which they are applied. The training thread takes them out."""
+    reads_snapshots: bool = False
+    """Arrays of snapshots are read on the host, also if no Checkpointer writes them."""
 
     def clear(self) -> None:
         """Forget the requests of the run before."""
-        for requests in (self.checkpoints, self.evaluations, self.traces, self.final_restores):
+        for requests in (
+            self.checkpoints, self.evaluations, self.traces, self.final_restores, self.replayed,
+        ):  # fmt: skip
             requests.clear()
+        self.reads_snapshots = False

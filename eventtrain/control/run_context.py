@@ -17,6 +17,7 @@ from eventtrain.control.requests import (
     CheckpointRequest,
     FinalRestore,
     PeriodicRequest,
+    ReplayedCommand,
     RunRequests,
     TraceRequest,
     WhenFull,
@@ -39,12 +40,37 @@ class RunFigures(Protocol):
         ...
 
 
+class Exchange(Protocol):
+    """Keys and values that all processes of a run share. Any thread but one that trains; calls block."""
+
+    def set(self, key: str, value: str) -> None:
+        """Sets a key, once."""
+        ...
+
+    def wait_for(self, key: str, timeout_s: float) -> str | None:
+        """Returns the value of a key, once it has one; None after ``timeout_s`` seconds.
+
+        Raises:
+            PeerLost: another process has failed or is gone.
+        """
+        ...
+
+    def delete(self, key: str) -> None:
+        """Deletes a key, or all that begin with it and a slash. Call it once no process waits for them any more."""
+        ...
+
+
+EXCHANGE_POLL_S = 0.5
+"""How often a wait for a key of the ``Exchange`` looks whether it has to end."""
+
+
 @dataclass(frozen=True)
 class RunContext:
     """The run that starts, and the requests that a subscriber may make to it.
 
     Attributes:
         run_id: the run's identity, stamped on its events.
+        attempt: how many times it has begun or been resumed, from 1; stamped likewise.
         run_dir: the folder that relative paths of subscribers are in; it exists.
         control: commands without a cause and without a lag; usable for the whole run, on any thread.
         publish: ``EventBus.publish``.
@@ -56,7 +82,12 @@ class RunContext:
         resumed: the run continues from a checkpoint, with RunResumed instead of RunStarted.
         restarts: the run was to resume but nothing was saved, so it repeats the steps of an earlier attempt.
         ended: of a resumed run that had reached its end, so that nothing is trained: the reason; else None.
-        params: path of each array of the lens ``params`` -> its path in the state; None if it is not a leaf of it.
+        params: path of each array of the lens ``params`` -> its path in the state; None if it is not a leaf of it. Call
+            ``require_params`` before you rely on it.
+        unknown_params: why the trainer cannot tell which arrays are the weights, and ``params`` is empty; else None.
+        process_index, process_count: ``jax.process_index()``, ``jax.process_count()``. Subscribers with ``per_host``
+            run in each process, the others in process 0.
+        exchange: for what subscribers with ``per_host`` have to agree on; None with one process.
     """
 
     run_id: str
@@ -70,10 +101,15 @@ class RunContext:
     steps_per_epoch: int | None = None
     start_epoch: int = 0
     can_evaluate: bool = False
+    attempt: int = 1
     resumed: bool = False
     restarts: bool = False
     ended: str | None = None
     params: Mapping[str, str | None] = field(default_factory=dict[str, str | None])
+    unknown_params: str | None = None
+    process_index: int = 0
+    process_count: int = 1
+    exchange: Exchange | None = None
     _bus: BusCore | None = None
     _figures: RunFigures | None = None
     _hyperparams: tuple[Hyperparam, ...] = ()
@@ -139,7 +175,23 @@ class RunContext:
         """
         return labels(self._hyperparams)[resolve(self._hyperparams, name, path).path]
 
+    def require_params(self, subject: str) -> None:
+        """Checks that the trainer knows the weights.
+
+        Args:
+            subject: the subscriber, and the option of it that needs them; begins the message.
+
+        Raises:
+            ConfigurationError: it does not; the message lists what is in the state, and how to name the weights.
+        """
+        if self.unknown_params is not None:
+            raise ConfigurationError(f"{subject} requires the weights, but {self.unknown_params}")
+
     # --- requests, while the subscriber starts ----------------------------------------------------------------
+
+    def replay_commands(self, commands: Sequence[ReplayedCommand]) -> None:
+        """Applies commands that another run got from outside, each at its boundary."""
+        self._requests.replayed.extend(commands)
 
     def restore_at_end(
         self,
@@ -159,7 +211,12 @@ class RunContext:
             part: the whole state, or its params only.
             where: evaluated on the training thread when all handlers with a finite lag have finished; if it is false,
                 the snapshot is only released.
+
+        Raises:
+            ConfigurationError: ``part`` is "params", and the trainer cannot tell which arrays are the weights.
         """
+        if part == "params":
+            self.require_params(f"restore_at_end({tag!r})")
         self._requests.final_restores.append(FinalRestore(tag, part, where))
 
     def schedule_evaluations(
@@ -213,6 +270,7 @@ class RunContext:
         on_command: bool = True,
         max_in_flight: int = 2,
         when_full: WhenFull = "wait",
+        paths: frozenset[str] | None = None,
     ) -> None:
         """Keeps the state at exactly these boundaries, and publishes ``SnapshotTaken`` for each.
 
@@ -226,6 +284,7 @@ class RunContext:
             on_command: also for commands without an addressee, if another subscriber does not serve them.
             max_in_flight: how many claimed and unfinished snapshots there may be; each holds a state.
             when_full: what happens to one more.
+            paths: of the arrays of the state that will be read, for which host memory is pinned; None: all.
 
         Raises:
             ConfigurationError: another subscriber of that name has called this.
@@ -246,14 +305,23 @@ class RunContext:
                 on_command=on_command,
                 max_in_flight=max_in_flight,
                 when_full=when_full,
+                paths=paths,
             )
         )
+
+    def read_snapshots(self) -> None:
+        """Announces that snapshots will be read on the host (``snapshot.to_host()``), so that training never waits.
+
+        Without it, and without a Checkpointer, the first one to be read pins host memory beside the steps, which may
+        hold them up on a GPU: 0.3 s per GB.
+        """
+        self._requests.reads_snapshots = True
 
     def unclaimed(self, owner: str) -> list[SnapshotTaken]:
         """Returns the announcements of snapshots that ``owner`` has not claimed, for ``Subscriber.rescue``."""
         assert self._plane is not None
         return [
-            taken.model_copy(update={"run_id": self.run_id})
+            taken.model_copy(update={"run_id": self.run_id, "attempt": self.attempt, "stream": "training"})
             for taken in self._plane.handover.unclaimed(owner)
         ]
 

@@ -60,6 +60,7 @@ class LoopRecord(Frozen):
         orders: commands that were not due.
         deterministic: nothing that depends on timing has taken effect.
         fingerprint: what an exact continuation depends on: versions, devices, options.
+        attempt: of the run, when the checkpoint was taken.
     """
 
     kind: Literal["loop_facts"] = "loop_facts"
@@ -81,6 +82,7 @@ class LoopRecord(Frozen):
     orders: tuple[SavedCommand, ...] = ()
     deterministic: bool = True
     fingerprint: dict[str, Any] = Field(default_factory=dict)
+    attempt: int = Field(default=1, ge=1)
 
     @model_validator(mode="after")
     def _agrees_with_itself(self) -> Self:
@@ -176,10 +178,31 @@ class SavedSubscription(Frozen):
         )
 
 
+class HostRecord(Frozen):
+    """The part of another process than process 0 in a ``RunRecord``.
+
+    Attributes:
+        data, batch_crc32: as in ``LoopRecord``.
+        shares: of the subscriptions with ``per_host``.
+    """
+
+    kind: Literal["host_facts"] = "host_facts"
+    data: Any = None
+    batch_crc32: int | None = None
+    shares: dict[str, SavedSubscription] = Field(default_factory=dict)
+
+    @classmethod
+    def of(cls, record: RunRecord) -> HostRecord:
+        """Returns the part of the process that made ``record``."""
+        return cls(data=record.loop.data, batch_crc32=record.loop.batch_crc32, shares=record.shares)
+
+
 class RunRecord(Frozen):
     """Everything of one checkpoint that is not an array.
 
     Attributes:
+        processes: of the run.
+        hosts: the parts of the processes 1, 2 and so on, by their index.
         before_end: if the end of a run had begun: the run before it, from which one with a higher aim continues. Its
             snapshots have the tags of ``BEFORE_END``.
     """
@@ -189,7 +212,32 @@ class RunRecord(Frozen):
     loop: LoopRecord
     stream: StreamRecord
     shares: dict[str, SavedSubscription]
+    processes: int = Field(default=1, ge=1)
+    hosts: dict[int, HostRecord] = Field(default_factory=dict)
     before_end: RunRecord | None = None
+
+    def of_process(self, index: int) -> RunRecord:
+        """Returns the record as the process with this index resumes from it.
+
+        A process that was not part of the run has neither a state of its data's iterator nor of its own subscribers.
+        """
+        if index == 0:
+            return self
+        host = self.hosts.get(index, HostRecord())
+        loop = self.loop.model_copy(update={"data": host.data, "batch_crc32": host.batch_crc32, "orders": ()})
+        before_end = None if self.before_end is None else self.before_end.of_process(index)
+        return self.model_copy(update={"loop": loop, "shares": host.shares, "before_end": before_end})
+
+    def with_hosts(self, others: Mapping[int, RunRecord]) -> RunRecord:
+        """Returns the record of process 0 with the parts of the other processes."""
+        hosts = {index: HostRecord.of(record) for index, record in others.items()}
+        before_end = self.before_end
+        if before_end is not None:
+            ends = {index: one.before_end for index, one in others.items() if one.before_end is not None}
+            before_end = before_end.with_hosts(ends)
+        return self.model_copy(
+            update={"processes": len(others) + 1, "hosts": hosts, "before_end": before_end}
+        )
 
     @model_validator(mode="after")
     def _agrees_with_itself(self) -> Self:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import anyio.to_thread
@@ -10,10 +11,16 @@ from eventtrain.device.snapshot import Snapshot
 
 
 class KeptSnapshot:
-    """The device state of one step, kept while training continues. Its memory is freed when it is released."""
+    """The device state of one step, kept while training continues. Its memory is freed when it is released.
 
-    def __init__(self, snapshot: Snapshot) -> None:
+    Args:
+        snapshot: on the device.
+        release: releases it; by default ``snapshot.release``.
+    """
+
+    def __init__(self, snapshot: Snapshot, release: Callable[[], None] | None = None) -> None:
         self._snapshot = snapshot
+        self._release = snapshot.release if release is None else release
 
     @property
     def step(self) -> int:
@@ -36,5 +43,8 @@ class KeptSnapshot:
         return await anyio.to_thread.run_sync(self._snapshot.host_state, abandon_on_cancel=True)
 
     def release(self) -> None:
-        """Free the memory. Idempotent; any thread."""
-        self._snapshot.release()
+        """Free the memory. Idempotent; any thread.
+
+        In a run of several processes it is freed on all of them, also if one of them calls this.
+        """
+        self._release()

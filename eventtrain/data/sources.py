@@ -192,11 +192,6 @@ def length_of(data: object) -> int | None:
         return None
 
 
-def on_device(batch: Batch) -> bool:
-    """Whether every leaf of `batch` is a JAX array already, so that no transfer is needed."""
-    return all(isinstance(leaf, jax.Array) for leaf in jax.tree_util.tree_leaves(batch))
-
-
 def _parameters(function: Callable[..., Any]) -> frozenset[str]:
     try:
         return frozenset(inspect.signature(function).parameters)

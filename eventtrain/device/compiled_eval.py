@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import abc
 from collections.abc import Callable, Mapping, Sequence
+from functools import cached_property
 from typing import Any, ClassVar
 
 import jax
 import numpy as np
 
-from eventtrain.device.executable_cache import ExecutableCache, LowerOnCaller, lower_here
+from eventtrain.device.executable_cache import ExecutableCache, LowerOnCaller, compile_lowered, lower_here
 from eventtrain.device.metric_codec import MetricLayout
 from eventtrain.device.metric_ring import MetricRings, RingCarry, TakenRing, write_row
+from eventtrain.device.placement import own_shards
 from eventtrain.device.state import Leaves, PyTree, TreeStructure, abstract, replicated_sharding
 from eventtrain.device.validation import call_user, check_leaves
 from eventtrain.errors import StepError
@@ -40,6 +42,7 @@ class _StateReader(abc.ABC):
         self._leaf_types = abstract(leaves) if leaf_types is None else list(leaf_types)
         self._lower_on_caller = lower_on_caller
         self._executables = ExecutableCache[Callable[..., Any]](self._name, self._build)
+        self._replicated = replicated_sharding(leaves)
 
     @property
     def compilations(self) -> int:
@@ -96,8 +99,7 @@ class CompiledEval(_StateReader):
     ) -> None:
         super().__init__(eval_fn, structure, leaves, leaf_types=leaf_types, lower_on_caller=lower_on_caller)
         self.capacity = capacity
-        self._sharding = replicated_sharding(leaves)
-        self._rings = MetricRings(self._name, capacity, self._sharding)
+        self._rings = MetricRings(self._name, capacity, self._replicated)
 
     def initial(self) -> RingCarry:
         """Returns the carry to start an evaluation with, after `prepare`."""
@@ -120,7 +122,7 @@ class CompiledEval(_StateReader):
     def _build(self, batch: PyTree) -> Callable[..., Any]:
         layout, lowered = self._lower_on_caller(lambda: self._lower(batch))
         self._rings.adopt(layout)
-        return lowered.compile()
+        return compile_lowered(lowered)
 
     def _lower(self, batch: PyTree) -> tuple[MetricLayout, jax.stages.Lowered]:
         layouts: list[MetricLayout] = []
@@ -138,7 +140,7 @@ class CompiledEval(_StateReader):
         ) -> tuple[jax.Array, jax.Array]:
             return write_row(ring, cursor, traced_once(leaves, batch))
 
-        jitted = jax.jit(call, donate_argnums=1, out_shardings=self._sharding)
+        jitted = jax.jit(call, donate_argnums=1, out_shardings=self._replicated)
         return layouts[0], jitted.lower(self._leaf_types, *self._rings.types(layouts[0]), batch)
 
 
@@ -148,12 +150,26 @@ class CompiledPredict(_StateReader):
     _name = "predict_fn"
 
     def __call__(self, leaves: Sequence[jax.Array], batch: PyTree) -> PyTree:
-        """Dispatches predict_fn on one batch and returns its outputs, not computed yet; errors as in `prepare`."""
-        return self._dispatch(leaves, batch)
+        """Dispatches predict_fn on one batch and returns its outputs, not computed yet; errors as in `prepare`.
+
+        Outputs of which other processes have parts are replicated, by a computation of its own: within predict_fn it
+        could change how that is partitioned, and with it the last bits.
+        """
+        outputs, treedef = jax.tree_util.tree_flatten(self._dispatch(leaves, batch))
+        parted = [index for index, output in enumerate(outputs) if own_shards(output) is None]
+        if parted:
+            whole = self._gather([outputs[index] for index in parted])
+            for index, output in zip(parted, whole, strict=True):
+                outputs[index] = output
+        return jax.tree_util.tree_unflatten(treedef, outputs)
+
+    @cached_property
+    def _gather(self) -> Callable[[Sequence[jax.Array]], list[jax.Array]]:
+        return jax.jit(lambda outputs: outputs, out_shardings=self._replicated)
 
     def _build(self, batch: PyTree) -> Callable[..., Any]:
         lowered = self._lower_on_caller(lambda: jax.jit(self._outputs).lower(self._leaf_types, batch))
-        return lowered.compile()
+        return compile_lowered(lowered)
 
     def _outputs(self, leaves: Leaves, batch: PyTree) -> PyTree:
         outputs = self._call(leaves, batch)

@@ -26,10 +26,11 @@ from typing import Any
 import jax
 import numpy as np
 
-from eventtrain.device.executable_cache import ExecutableCache, LowerOnCaller, lower_here
+from eventtrain.device.executable_cache import ExecutableCache, LowerOnCaller, compile_lowered, lower_here
 from eventtrain.device.extensions import ExtensionStates, ParamsLens, StepExtension
 from eventtrain.device.fused_step import FusedStep, LoweredStep, StepFn, StepOptions
 from eventtrain.device.metric_ring import MetricRings, RingCarry, TakenRing
+from eventtrain.device.placement import put
 from eventtrain.device.state import Leaves, PyTree, TreeStructure, abstract, copy_leaves, replicated_sharding
 from eventtrain.device.validation import check_leaves
 from eventtrain.errors import SnapshotError, first_lines
@@ -95,7 +96,7 @@ class CompiledStep:
             options=options,
         )
         counts = range(options.steps_per_call + 1)
-        self._counts = [jax.device_put(np.int32(count), sharding) for count in counts]
+        self._counts = [put(np.int32(count), sharding) for count in counts]
         self._lower_on_caller = lower_on_caller
         self._executables = ExecutableCache("step_fn", self._build)
         # Of the current executable: one look-up less at every step. Before prepare() it raises.
@@ -235,6 +236,8 @@ class CompiledStep:
         self._donating = executable.donating
         call, leaves, ext_leaves = executable.donating, carry.leaves, carry.ext_leaves
         try:
+            if jax.process_count() > 1:
+                executable.finish_keeping()  # every process dispatches the same programs
             if executable.keeping is not None:
                 call = executable.keeping
             elif self._fused.options.donate:
@@ -259,13 +262,14 @@ class _Variants:
     """
 
     def __init__(self, lowered: LoweredStep) -> None:
-        self.donating = lowered.donating.compile()
+        self.donating = compile_lowered(lowered.donating)
         self.jaxpr = lowered.jaxpr
         self.keeping: Callable[..., Any] | None = None
         self.thread: threading.Thread | None = None
         self._lowered = lowered.keeping
 
     def start_keeping(self) -> None:
+        """Starts to compile the keeping variant in a thread, once."""
         if self._lowered is None:
             return
         self.thread = threading.Thread(
@@ -277,9 +281,15 @@ class _Variants:
         self._lowered = None
         self.thread.start()
 
+    def finish_keeping(self) -> None:
+        """Waits until the keeping variant is compiled, or cannot be."""
+        self.start_keeping()
+        if self.thread is not None:
+            self.thread.join()
+
     def _compile_keeping(self, lowered: jax.stages.Lowered) -> None:
         try:
-            self.keeping = lowered.compile()
+            self.keeping = compile_lowered(lowered)
         except Exception as error:  # out of memory, most likely
             _logger.warning(
                 "Cannot compile the keeping variant of the step (%s: %s). Each snapshot takes a copy on the device "

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
 from eventtrain.device.compiled_step import Carry, CompiledStep
 from eventtrain.device.state import PyTree
@@ -27,5 +28,5 @@ class DebuggedStep(CompiledStep):
     ) -> None:
         """As ``CompiledStep``, behind the uncompiled run, whose exceptions pass unchanged."""
         with jax.disable_jit(), jax.debug_nans(True):
-            self._step_fn(self._structure.join(carry.leaves), batch)
+            self._step_fn(self._structure.join(carry.leaves), jax.tree.map(jnp.asarray, batch))
         super().__call__(carry, batch, start, stop, keep=keep)

@@ -31,6 +31,25 @@ def lower_here(function: Callable[[], Any]) -> Any:
     return function()
 
 
+def compile_lowered(lowered: jax.stages.Lowered) -> jax.stages.Compiled:
+    """Compiles `lowered`. It takes arrays of int4 and the like, committed ones too, as a jitted function does.
+
+    Before 0.12, JAX refuses to call a compiled executable with a committed array whose elements are smaller than a
+    byte, its own outputs included: the executable reports a layout with 4 bits an element, and each array one with 0.
+    No public setting of layouts avoids that, so what JAX compares with is removed. Jitted functions do not compare.
+    """
+    executable = lowered.compile()
+    inner: Any = getattr(executable, "_executable", None)
+    layouts: Any = getattr(inner, "_xla_in_layouts", ())
+    if any(_is_sub_byte(layout) for layout in layouts):
+        inner._xla_in_layouts = [None if _is_sub_byte(layout) else layout for layout in layouts]
+    return executable
+
+
+def _is_sub_byte(layout: Any) -> bool:
+    return bool(getattr(layout, "sub_byte_element_size_in_bits", 0))
+
+
 class ExecutableCache(Generic[E]):
     """Maps each batch signature met so far to what `build` made for it. Training thread only.
 

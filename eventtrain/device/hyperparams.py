@@ -20,6 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from eventtrain.device.metric_codec import is_real
+from eventtrain.device.placement import put
 from eventtrain.device.state import PyTree, is_array
 from eventtrain.errors import (
     AmbiguousHyperparam,
@@ -67,7 +68,7 @@ def find_hyperparams(state: PyTree) -> list[Hyperparam]:
         if not is_array(leaf):
             continue
         index += 1
-        names = [_name(key) for key in path]
+        names = [entry_name(key) for key in path]
         # The innermost dict counts; flax.nnx puts one more key, `value`, behind the name.
         end = len(names) - 1 if names and names[-1] == "value" else len(names)
         if end < 2 or names[end - 2] != "hyperparams" or leaf.shape != ():
@@ -168,7 +169,7 @@ def write(leaf: jax.Array, value: object) -> jax.Array:
             f"Cannot write {value!r} to a hyperparameter of dtype {kind}, which cannot hold it. Pass a number in its "
             "range, or build the optimiser with hyperparam_dtype=jnp.float32."
         )
-    return jax.device_put(np.asarray(number, kind), leaf.sharding)
+    return put(np.asarray(number, kind), leaf.sharding)
 
 
 def nonfinite_metrics(opt_state: PyTree, *, prefix: str = "") -> dict[str, jax.Array]:
@@ -214,7 +215,7 @@ def _number(value: object) -> float | int | bool:
     )
 
 
-def _name(key: Any) -> object:
+def entry_name(key: Any) -> object:
     """Returns the name in an entry of a key path: attribute, dict key or index."""
     for attribute in ("name", "key", "idx"):
         if hasattr(key, attribute):
@@ -233,7 +234,7 @@ def _scheduled(tree: PyTree, prefix: tuple[object, ...]) -> Iterator[tuple[objec
         yield from ((*prefix, "hyperparams", name) for name in own)
     for path, node in jax.tree_util.tree_flatten_with_path(tree, is_leaf=holds_schedules)[0]:
         if holds_schedules(node):
-            yield from _scheduled(node, (*prefix, *map(_name, path)))
+            yield from _scheduled(node, (*prefix, *map(entry_name, path)))
 
 
 def _schedules(node: Any) -> list[object] | None:

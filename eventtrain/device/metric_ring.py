@@ -25,6 +25,7 @@ from jax import lax
 from jax.sharding import Sharding
 
 from eventtrain.device.metric_codec import Column, MetricLayout
+from eventtrain.device.placement import put
 from eventtrain.errors import StepError
 
 
@@ -88,7 +89,7 @@ class MetricRings:
         self._capacity = capacity
         self._sharding = sharding
         self._layout: MetricLayout | None = None
-        self._zero_cursor = jax.device_put(np.uint32(0), sharding)  # never donated: serves every ring
+        self._zero_cursor = put(np.uint32(0), sharding)  # never donated: serves every ring
         self._zeros: Callable[[], Any] = self._require_layout  # which raises until there is one
 
     def types(self, layout: MetricLayout) -> tuple[jax.ShapeDtypeStruct, jax.ShapeDtypeStruct]:
@@ -102,11 +103,17 @@ class MetricRings:
             self._layout.require_same(layout, self._function)
             return
         self._layout = layout
-        zeros = partial(jnp.zeros, (self._capacity, layout.words), jnp.uint32)
-        self._zeros = jax.jit(zeros, out_shardings=self._sharding)
+        shape = (self._capacity, layout.words)
+        if self._sharding.is_fully_addressable:
+            self._zeros = jax.jit(partial(jnp.zeros, shape, jnp.uint32), out_shardings=self._sharding)
+        else:  # no computation of all processes: each of them ends its windows by its own clock
+            self._zeros = lambda: put(np.zeros(shape, np.uint32), self._sharding)
 
     def fresh(self) -> tuple[jax.Array, jax.Array]:
-        """Returns an empty ring and its cursor; one jitted call, 8 us. Raises a StepError before `adopt`."""
+        """Returns an empty ring and its cursor; one jitted call, 8 us. Raises a StepError before `adopt`.
+
+        Over the devices of several processes it is a transfer instead.
+        """
         return self._zeros(), self._zero_cursor
 
     def take(self, carry: RingCarry, window: Any) -> TakenRing:

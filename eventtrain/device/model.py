@@ -11,10 +11,12 @@ import jax.numpy as jnp
 from eventtrain.device.compiled_eval import CompiledEval, CompiledPredict
 from eventtrain.device.compiled_step import CompiledStep
 from eventtrain.device.debugged_step import DebuggedStep
-from eventtrain.device.executable_cache import LowerOnCaller, lower_here
+from eventtrain.device.default_params import find_params
+from eventtrain.device.executable_cache import LowerOnCaller, compile_lowered, lower_here
 from eventtrain.device.extensions import ParamsLens, StepExtension, Use, checked_uses
 from eventtrain.device.fused_step import StepFn, StepOptions
 from eventtrain.device.hyperparams import find_hyperparams
+from eventtrain.device.placement import put
 from eventtrain.device.state import (
     Leaves,
     PyTree,
@@ -47,6 +49,7 @@ class Model:
         leaves: of the state; empty while a run owns it.
         ext_leaves: of the step extensions; None before the first run.
         step, epoch: completed.
+        unknown_params: why the default of ``params`` cannot tell the weights in the state; None if it can.
         lower_on_caller: another one while a run trains on another thread than the one that called ``fit``.
 
     Raises:
@@ -81,7 +84,10 @@ class Model:
         self._weak = {path for path, leaf in zip(self.structure.paths, leaves, strict=True) if is_weak(leaf)}
         self.ext_leaves: Leaves | None = None
         self.step_fn, self.eval_fn, self.predict_fn = step_fn, eval_fn, predict_fn
-        self.params, self.extensions, self.options = params or _default_params, tuple(extensions), options
+        self.params, self.extensions, self.options = params or find_params, tuple(extensions), options
+        self.unknown_params = _unknown_params(self.structure, leaves) if params is None else None
+        for extension in self.extensions:
+            self.require_params(f"{extension!r} of step_extensions")
         self.step = self.epoch = 0
         self.compiled: CompiledStep | None = None
         self.lower_on_caller: LowerOnCaller = lower_here
@@ -139,7 +145,7 @@ class Model:
         if self._may_move and arrays:
             sharding = replicated_sharding(arrays)
             if sharding.device_set != replicated_sharding(self.leaves).device_set:
-                self.leaves = [jax.device_put(leaf, sharding) for leaf in self.leaves]
+                self.leaves = [put(leaf, sharding) for leaf in self.leaves]
                 self._forget_compiled()
 
     def _promote(self, error: PromotionError) -> None:
@@ -186,6 +192,11 @@ class Model:
 
     def _lower(self, function: Callable[[], Any]) -> Any:
         return self.lower_on_caller(function)
+
+    def require_params(self, subject: str) -> None:
+        """Raises a ConfigurationError for ``subject``, which needs the weights, if they are unknown."""
+        if self.unknown_params is not None:
+            raise ConfigurationError(f"{subject} requires the weights, but {self.unknown_params}")
 
     def params_indices(self) -> list[int]:
         """Returns the indices of the leaves that the params lens selects."""
@@ -260,7 +271,7 @@ class ParamsOverride:
             lowered: jax.stages.Lowered = self._lower_on_caller(
                 lambda: self._lower(leaves, ext_leaves, ext_structure)
             )
-            self._compiled = lowered.compile()
+            self._compiled = compile_lowered(lowered)
         replaced = list(leaves)
         weights = self._compiled(list(leaves), ext_leaves)
         for index, weight in zip(self._indices, weights, strict=True):
@@ -342,10 +353,13 @@ def _params_overrides(
     return overrides
 
 
-def _default_params(state: PyTree) -> PyTree:
-    if isinstance(state, Mapping):
-        return state.get("params", state)  # pyright: ignore[reportUnknownVariableType, reportUnknownMemberType]
-    return getattr(state, "params", state)
+def _unknown_params(structure: TreeStructure, leaves: Sequence[Any]) -> str | None:
+    """Returns why `find_params` cannot tell the weights; None if it can."""
+    try:
+        find_params(structure.join(leaves))
+    except ConfigurationError as error:
+        return str(error)
+    return None
 
 
 def _unplaced(leaves: Sequence[Any]) -> list[jax.ShapeDtypeStruct]:

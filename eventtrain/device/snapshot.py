@@ -1,9 +1,7 @@
 """Snapshot: the state as of one step, on the device while training continues.
 
-Nothing is copied when it is taken: it refers to arrays of the carry, and the step that follows leaves them alone. For
-storage it moves to pinned host memory, from where a transfer needs no copy of its own. On an H200, reading 8.6 GB
-directly from the device beside 134 ms steps stalled the loop for 3.4 s; through pinned memory that was used once before
-it took 0.17 s and stalled it for 1 ms.
+Nothing is copied when it is taken: it refers to arrays of the carry, and the step that follows leaves them alone.
+Whatever reads it on the host reads it through pinned host memory, leaf by leaf; for storage it moves there.
 """
 
 from __future__ import annotations
@@ -17,27 +15,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from eventtrain.device.pinned_memory import PinnedPool, is_key, must_move
+from eventtrain.device.placement import own_shards, read
 from eventtrain.device.state import Leaves, PyTree, TreeStructure
 from eventtrain.errors import SnapshotError, StateError
-
-_PINNED = "pinned_host"
-
-
-def is_on_host(leaf: jax.Array) -> bool:
-    """Whether it takes no memory of an accelerator: it is on a CPU, or in pinned host memory."""
-    return leaf.sharding.memory_kind == _PINNED or all(device.platform == "cpu" for device in leaf.devices())
-
-
-def has_pinned_host(leaf: jax.Array) -> bool:
-    """Whether all its devices have pinned host memory."""
-    return all(
-        any(memory.kind == _PINNED for memory in device.addressable_memories()) for device in leaf.devices()
-    )
-
-
-def to_pinned_host(leaves: Sequence[jax.Array]) -> Leaves:
-    """Returns copies of ``leaves`` in pinned host memory, sharded as they are; does not wait for the transfers."""
-    return [jax.device_put(leaf, leaf.sharding.with_memory_kind(_PINNED)) for leaf in leaves]
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -67,6 +48,7 @@ class Snapshot:
             copy.
         tag: the name under which it can be restored.
         extensions, extension_paths: the extension leaves of the same step, and their names.
+        pool: the pinned host memory of the run; None: its own, without a limit.
     """
 
     def __init__(
@@ -78,10 +60,12 @@ class Snapshot:
         tag: str | None = None,
         extensions: Sequence[jax.Array] = (),
         extension_paths: Sequence[str] = (),
+        pool: PinnedPool | None = None,
     ) -> None:
         self.step = step
         self.tag = tag
         self.extension_paths = tuple(extension_paths)
+        self.pool = pool or PinnedPool()
         self.size_bytes = sum(leaf.nbytes for leaf in (*leaves, *extensions))
         self._structure = structure
         self._lock = threading.Lock()
@@ -118,25 +102,13 @@ class Snapshot:
         """
         return self._structure.join(self._references()[0])
 
-    def host_state(self) -> PyTree:
-        """Returns the state with every array as a NumPy copy, typed PRNG keys as `HostKey`.
+    def leaves_by_path(self, only: Container[str] | None = None) -> dict[str, jax.Array | HostKey]:
+        """Returns the arrays of the state, or those of the paths `only`, where they are; keys as `HostKey`.
 
-        Blocks until the step was computed and its state has been transferred: not for the training thread. All
-        transfers are started before the first is waited for. A `release` meanwhile does not disturb it.
+        Never donate them. Blocks only to read keys.
 
         Raises:
             SnapshotError: after `release`, or if a leaf was donated against the rules.
-        """
-        leaves, _ = self._references()
-        return self._structure.join([_copied(leaf) for leaf in self._fetch(leaves)])
-
-    def host_leaves(self, only: Container[str] | None = None) -> dict[str, Any]:
-        """Returns the arrays of the state by path, or those of the paths `only`, read-only; as `host_state`.
-
-        Where the device's memory is the host's (CPU) they are views, which keep that memory alive: a copy of 120 MB
-        took 0.26 s on 2 cores, most of it to get the pages, and slowed the training beside it.
-
-        Raises:
             StateError: two of them have the same path.
         """
         leaves, _ = self._references()
@@ -145,8 +117,7 @@ class Snapshot:
             for path, leaf in zip(self._structure.paths, leaves, strict=True)
             if only is None or path in only
         ]
-        fetched = self._fetch([leaf for _, leaf in named])
-        by_path = {path: leaf for (path, _), leaf in zip(named, fetched, strict=True)}
+        by_path = {path: self._stored(path, leaf) for path, leaf in named}
         if len(by_path) < len(named):
             raise StateError(
                 "Two leaves of the state have the same path, as jax.tree_util.keystr writes it. Register its classes "
@@ -154,10 +125,34 @@ class Snapshot:
             )
         return by_path
 
-    def host_extensions(self) -> dict[str, Any]:
-        """Returns the extensions' arrays by path; as `host_leaves`."""
+    def extensions_by_path(self) -> dict[str, jax.Array | HostKey]:
+        """Returns the extensions' arrays; as `leaves_by_path`."""
         _, extensions = self._references()
-        return dict(zip(self.extension_paths, self._fetch(extensions), strict=True))
+        return dict(
+            zip(self.extension_paths, map(self._stored, self.extension_paths, extensions), strict=True)
+        )
+
+    def host_state(self) -> PyTree:
+        """Returns the state with every array as a NumPy copy, typed PRNG keys as `HostKey`.
+
+        Blocks until the step was computed and its state has been transferred: not for the training thread. A `release`
+        meanwhile does not disturb it.
+
+        Raises:
+            SnapshotError: after `release`, if a leaf was donated against the rules, or if other processes have parts of
+                a leaf that this one lacks.
+        """
+        leaves, _ = self._references()
+        named = zip(self._structure.paths, leaves, strict=True)
+        return self._structure.join([self._copied(path, self._stored(path, leaf)) for path, leaf in named])
+
+    def host_leaves(self, only: Container[str] | None = None) -> dict[str, np.ndarray[Any, Any] | HostKey]:
+        """Returns copies of the arrays of the state by path, or of those of the paths `only`; as `host_state`.
+
+        Raises:
+            StateError: two of them have the same path.
+        """
+        return {path: self._copied(path, leaf) for path, leaf in self.leaves_by_path(only).items()}
 
     def share(self) -> Snapshot:
         """Returns another snapshot of the same arrays, to be released on its own.
@@ -165,41 +160,68 @@ class Snapshot:
         Raises:
             SnapshotError: after `release`.
         """
-        return self.with_extensions(self.extensions, self.extension_paths)
-
-    def with_extensions(self, extensions: Sequence[jax.Array], paths: Sequence[str]) -> Snapshot:
-        """Returns what `share` does, with other extension leaves, named `paths`."""
+        leaves, extensions = self._references()
         return Snapshot(
             self.step,
-            self.leaves,
+            leaves,
             self._structure,
             tag=self.tag,
             extensions=extensions,
-            extension_paths=paths,
+            extension_paths=self.extension_paths,
+            pool=self.pool,
         )
 
-    def move_to_host(self) -> bool:
-        """Moves the arrays from accelerators to pinned host memory; returns whether none takes theirs any more.
+    def add_extensions(self, leaves: Sequence[jax.Array], paths: Sequence[str]) -> None:
+        """Adds the extension leaves of the same step, named `paths`, which it lacks. Does nothing after `release`."""
+        with self._lock:
+            if self._held is None:
+                return
+            self._held = self._held[0], list(leaves)
+            self.extension_paths = tuple(paths)
+            self.size_bytes += sum(leaf.nbytes for leaf in leaves)
 
-        Blocks until the step was computed and its state has been transferred. Where a device has no pinned host memory
-        it does nothing and returns False. On a CPU there is nothing to move.
+    def keep_only(self, paths: Container[str]) -> None:
+        """Drops all arrays but those of the state at `paths`, which frees the memory of the others.
+
+        Its state is a dict of these by path then. For the one that reads it alone.
 
         Raises:
             SnapshotError: after `release`.
         """
-        held = self._references()
-        # Keys stay: they are small, and reading one is a computation, which needs it on the device.
-        on_device = [leaf for part in held for leaf in part if not (is_on_host(leaf) or _is_key(leaf))]
-        if not on_device:
-            return True
-        if not all(has_pinned_host(leaf) for leaf in on_device):
-            return False
-        there = dict(zip(map(id, on_device), to_pinned_host(on_device), strict=True))
-        jax.block_until_ready(list(there.values()))
-        leaves, extensions = ([there.get(id(leaf), leaf) for leaf in part] for part in held)
         with self._lock:
-            if self._held is held:  # it was not released meanwhile
-                self._held = leaves, extensions
+            leaves, _ = self._references()
+            kept = {
+                path: leaf for path, leaf in zip(self._structure.paths, leaves, strict=True) if path in paths
+            }
+            kept = dict(sorted(kept.items()))
+            self._structure = TreeStructure(jax.tree_util.tree_structure(kept), tuple(kept), ())
+            self.extension_paths = ()
+            self.size_bytes = sum(leaf.nbytes for leaf in kept.values())
+            self._held = (list(kept.values()), [])
+
+    def move_to_host(self) -> bool:
+        """Moves the arrays from accelerators to pinned host memory; returns whether none takes theirs any more.
+
+        Each leaf leaves the device as soon as it has arrived. Where a device has no pinned host memory, or the pool has
+        no room for all of them, it does nothing and returns False. Blocks until the step was computed and its state has
+        been transferred. On a CPU there is nothing to move. Keys stay.
+
+        Raises:
+            SnapshotError: after `release`, or if a leaf was donated against the rules.
+        """
+        held = self._references()
+        for leaf in (*held[0], *held[1]):
+            self._require_alive(leaf)
+        size_bytes = sum(leaf.nbytes for part in held for leaf in part if must_move(leaf))
+        if not self.pool.has_room(size_bytes):
+            return False
+        for part in held:
+            for index in range(len(part)):
+                if must_move(part[index]):
+                    moved = self.pool.put(part[index])
+                    if moved is None:
+                        return False
+                    part[index] = moved
         return True
 
     def release(self) -> None:
@@ -216,26 +238,42 @@ class Snapshot:
             )
         return held
 
-    def _fetch(self, leaves: Sequence[jax.Array]) -> list[np.ndarray[Any, Any] | HostKey]:
-        """Transfers all leaves to the host, views on a CPU; blocks."""
-        for leaf in leaves:
-            if leaf.is_deleted():
-                raise SnapshotError(
-                    f"The snapshot of step {self.step} was destroyed: its state was donated to a jitted function. "
-                    "Pass such a function a copy of snapshot.state."
-                )
-            leaf.copy_to_host_async()
-        return [
-            HostKey(np.array(jax.random.key_data(leaf)), str(jax.random.key_impl(leaf)))
-            if _is_key(leaf)
-            else np.asarray(leaf)
-            for leaf in leaves
-        ]
+    def _stored(self, path: str, leaf: jax.Array) -> jax.Array | HostKey:
+        self._require_alive(leaf)
+        if not is_key(leaf):
+            return leaf
+        parts = own_shards(leaf)
+        if parts is None:
+            raise self._is_elsewhere(path, leaf)
+        read = [(place, np.array(jax.random.key_data(part))) for place, part in parts]
+        data = read[0][1] if len(read) == 1 else np.empty((*leaf.shape, read[0][1].shape[-1]), np.uint32)
+        for place, part in read if len(read) > 1 else ():
+            data[place] = part
+        return HostKey(data, str(jax.random.key_impl(leaf)))
 
+    def _is_elsewhere(self, path: str, leaf: jax.Array) -> SnapshotError:
+        remedy = (
+            "Let a Checkpointer write it (each process writes its own part), return what you need of it as a metric of "
+            "step_fn or eval_fn, or read it after the run."
+        )
+        if is_key(leaf):
+            remedy = "Replicate the keys, or keep jax.random.key_data(keys) in the state."
+        return SnapshotError(
+            f"{path or 'The state'} ({leaf.dtype}{list(leaf.shape)}) of the snapshot of step {self.step} is sharded "
+            f"over several processes, so process {jax.process_index()} cannot read all of it. {remedy}"
+        )
 
-def _is_key(leaf: jax.Array) -> bool:
-    return jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
+    def _require_alive(self, leaf: jax.Array) -> None:
+        if leaf.is_deleted():
+            raise SnapshotError(
+                f"The snapshot of step {self.step} was destroyed: its state was donated to a jitted function. "
+                "Pass such a function a copy of snapshot.state."
+            )
 
-
-def _copied(leaf: Any) -> Any:
-    return leaf if isinstance(leaf, HostKey) else np.array(leaf)
+    def _copied(self, path: str, leaf: jax.Array | HostKey) -> Any:
+        if isinstance(leaf, HostKey):
+            return leaf
+        copy = read(leaf, self.pool.read)
+        if copy is None:
+            raise self._is_elsewhere(path, leaf)
+        return np.array(copy)

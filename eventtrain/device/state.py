@@ -17,6 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec, Sharding, SingleDeviceSharding
 
+from eventtrain.device.placement import put, read
 from eventtrain.errors import StateError, listed
 
 T = TypeVar("T")
@@ -138,7 +139,7 @@ def _default_placement(leaves: Sequence[Leaf]) -> tuple[Sharding, frozenset[Any]
     if meshes:
         widest = max(meshes, key=lambda sharding: len(sharding.device_set))
         return NamedSharding(widest.mesh, PartitionSpec()), frozenset(widest.device_set)
-    default = arrays[0] if arrays else jax.device_put(np.uint32(0))
+    default = arrays[0] if arrays else put(np.uint32(0))
     devices = next(iter(spans), frozenset(default.sharding.device_set))
     if len(devices) > 1:  # sharded without a mesh
         mesh = jax.sharding.Mesh(np.array(sorted(devices, key=lambda d: d.id)), ("devices",))
@@ -159,8 +160,8 @@ def place(leaves: Sequence[Leaf]) -> Leaves:
 
     A leaf that already spans the state's devices keeps its sharding. The others, NumPy leaves too, are replicated over
     the mesh of the state, or go to its device; if there is none, to JAX's default device. A leaf that is placed already
-    is not copied: donate the result only after `copy_leaves`. Blocks at most for the host-to-device transfer of NumPy
-    leaves. To be called on the training thread, before the first step.
+    is not copied unless its layout in memory is not JAX' own: donate the result only after `copy_leaves`. Blocks at
+    most for the host-to-device transfer of NumPy leaves. To be called on the training thread, before the first step.
 
     Raises:
         StateError: the leaves are committed to several devices, or span several sets of them.
@@ -169,13 +170,27 @@ def place(leaves: Sequence[Leaf]) -> Leaves:
     placed: Leaves = []
     for leaf in leaves:
         if not isinstance(leaf, jax.Array):
-            placed.append(jax.device_put(np.asarray(leaf), default))
+            placed.append(put(np.asarray(leaf), default))
             continue
         on_devices = frozenset(leaf.sharding.device_set) == devices
         on_mesh = isinstance(leaf.sharding, NamedSharding) or not isinstance(default, NamedSharding)
         keeps = on_devices and (on_mesh or len(devices) > 1)
-        placed.append(jax.device_put(leaf, leaf.sharding if keeps else default))
+        placed.append(put(leaf, leaf.sharding if keeps else default))
+    others = [index for index, leaf in enumerate(placed) if not _is_row_major(leaf)]
+    if others:
+        for index, copy in zip(others, copy_leaves([placed[index] for index in others]), strict=True):
+            placed[index] = copy
     return placed
+
+
+def _is_row_major(leaf: jax.Array) -> bool:
+    """Whether the last dimension is the fastest in memory, as in what a compiled function takes unless told otherwise.
+
+    `jax.jit` takes any layout and returns this one. An executable compiled ahead of time refuses the others.
+    """
+    layout: Any = getattr(getattr(leaf, "format", None), "layout", None)  # typed PRNG keys have none
+    order = getattr(layout, "major_to_minor", None)
+    return order is None or tuple(order) == tuple(range(leaf.ndim))
 
 
 def _copies(leaves: Leaves) -> Leaves:
@@ -196,17 +211,21 @@ def copy_leaves(leaves: Sequence[jax.Array]) -> Leaves:
 def checksum(tree: PyTree) -> int | None:
     """Returns the CRC-32 of the arrays of a tree, with their dtypes and shapes; keys count by dtype and shape only.
 
-    Waits for the device: not on the training thread. None if an array was deleted or is not on this host.
+    Waits for the device: not on the training thread. None if an array was deleted, or if other processes have parts of
+    it that this one lacks.
     """
     crc = 0
     for leaf in partition(tree)[0]:
         crc = zlib.crc32(f"{leaf.dtype}{leaf.shape}".encode(), crc)
         if isinstance(leaf, jax.Array):
-            if leaf.is_deleted() or not leaf.is_fully_addressable:
+            if leaf.is_deleted():
                 return None
             if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
                 continue
-        octets: Any = np.ascontiguousarray(np.asarray(leaf)).reshape(-1).view(np.uint8)
+        value = read(leaf) if isinstance(leaf, jax.Array) else leaf
+        if value is None:
+            return None
+        octets: Any = np.ascontiguousarray(value).reshape(-1).view(np.uint8)
         crc = zlib.crc32(octets, crc)
     return crc
 

@@ -81,8 +81,9 @@ class SWA(StepExtension):
     """Stochastic weight averaging: the uniform mean of the weights after steps start, start + every, ...
 
     Before the first of these its weights are the params themselves. The state is `{"count": int32[], "average": tree
-    like params}`. Statistics that a model has beside its params, such as those of batch normalisation, are not
-    averaged: they belong to the newest weights, and need a pass over the training data with the average.
+    like params}`. Statistics that a model has beside its params, such as those of batch normalisation, are
+    averaged only if `Trainer(params=...)` selects them. Otherwise they belong to the newest weights, and need a pass
+    over the training data with the average, which is more exact.
 
     After Izmailov et al., "Averaging Weights Leads to Wider Optima and Better Generalization" (2018), arXiv:1803.05407.
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from datetime import UTC, datetime
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 from pydantic import Field
 
@@ -20,9 +20,16 @@ class Event(Frozen):
     """
 
     run_id: str = ""
+    attempt: int = 0
+    """How many times the run had begun or been resumed, from 1; 0 until published, and outside a run. A resumed run
+    publishes other events under the same ``seq``: (run_id, attempt, stream, seq) names one event."""
+    stream: Literal["training", "published"] | None = None
+    """The sequence that ``seq`` counts in: events of the training loop, or those that handlers and services publish.
+    None until published."""
     seq: int = 0
-    """Position in its sequence, from 1; 0 until published. Events of the training loop are numbered in one sequence,
-    those that handlers and services publish in another."""
+    """Position in its sequence, from 1; 0 until published."""
+    process: int | None = None
+    """Of an event that another process of the run has published: its ``jax.process_index()``. None: this process."""
     time: datetime = UNPUBLISHED
     step: int = Field(default=0, ge=0)
     schema_version: int = 1

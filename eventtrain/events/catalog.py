@@ -1,23 +1,22 @@
 """The built-in events: frozen Pydantic models of plain numbers, never device arrays.
 
 ``step`` is always the number of optimiser updates completed when the event happened. Subclass ``Event`` for your own
-events. The bus stamps ``run_id``, ``seq`` and ``time`` when an event is published.
+events. The bus stamps ``run_id``, ``attempt``, ``stream``, ``seq`` and ``time`` when an event is
+published.
 """
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterable, Mapping
-from typing import Any, Literal
+from typing import Annotated, Literal
 
-from pydantic import Field, TypeAdapter
+from pydantic import Field
 
-from eventtrain.errors import ConfigurationError, EventParseError, first_lines, shortened
 from eventtrain.events.base import EpochEvent, Event, LifecycleEvent, RunEvent
 from eventtrain.events.commands import Cause, CommandApplied, CommandRejected
-from eventtrain.events.models import Columns, FrozenDict, Number, Numbers, Text
+from eventtrain.events.models import ByKind, Columns, FrozenDict, Number, Numbers, Text
 
 __all__ = [
+    "ActionRequested",
     "AlertRaised",
     "AlertResolved",
     "CheckpointCommitted",
@@ -38,6 +37,7 @@ __all__ = [
     "HyperparamChanged",
     "LoopStalled",
     "MachineMeasured",
+    "PeerLost",
     "PredictCompleted",
     "PredictStarted",
     "PredictStepCompleted",
@@ -47,6 +47,7 @@ __all__ = [
     "RunResumed",
     "RunStarted",
     "SnapshotTaken",
+    "StagingLimited",
     "StepCompleted",
     "StepStarted",
     "StepsCompleted",
@@ -90,6 +91,19 @@ class RunFailed(RunEvent):
     """The run ended with ``error`` ("Type: message"). No event of its training sequence follows."""
 
     kind: Literal["run_failed"] = "run_failed"
+    error: Text
+
+
+class PeerLost(RunEvent):
+    """Another process of the run failed, or gives no sign of life: this one cannot continue.
+
+    If ``fit`` does not return because it waits for the other process inside a computation, the process ends itself
+    with exit code 75 within 15 s.
+    """
+
+    kind: Literal["peer_lost"] = "peer_lost"
+    process: int  # pyright: ignore[reportIncompatibleVariableOverride, reportGeneralTypeIssues]  # never forwarded, so never None
+    """``jax.process_index()`` of the other process."""
     error: Text
 
 
@@ -227,6 +241,17 @@ class SnapshotTaken(Event):
     """The subscriber whose schedule requested it; None if a command did."""
 
 
+class ActionRequested(LifecycleEvent):
+    """A person pressed the button ``name`` of a dashboard (``subscribers.Dashboard(actions=...)``)."""
+
+    kind: Literal["action_requested"] = "action_requested"
+    name: str
+
+    def is_multiple_of(self, every: int) -> bool:
+        """Returns True: a person who asks does not look at the step."""
+        return True
+
+
 class CheckpointStarted(LifecycleEvent):
     """A Checkpointer begins to write the state of ``step`` to ``path``."""
 
@@ -313,7 +338,7 @@ class SubscriberFailed(Event):
     subscriber: str
     event_kind: str
     error: Text
-    attempt: int = 1
+    handler_attempt: int = 1
     count: int = 1
     """The number of failed attempts that it stands for."""
 
@@ -354,11 +379,30 @@ class AlertResolved(LifecycleEvent):
 
 
 class LoopStalled(Event):
-    """Training has waited ``waited_s`` seconds for ``subscriber``, whose Lossless queue is at its limit."""
+    """Training has waited ``waited_s`` seconds for ``subscriber``.
+
+    Its Lossless queue is at its limit, it has not handled an event on which a step depends (finite lag), or it has not
+    written its checkpoints yet (``when_full="wait"``).
+    """
 
     kind: Literal["loop_stalled"] = "loop_stalled"
     subscriber: str
     waited_s: float
+
+
+class StagingLimited(LifecycleEvent):
+    """The state of ``step`` stays on the device until it is written: pinned host memory has no room for all of it.
+
+    A longer wait for the disk then takes memory of the device, which may refuse the next checkpoint.
+    """
+
+    kind: Literal["staging_limited"] = "staging_limited"
+    subscriber: str
+    """Name of the Checkpointer that writes it."""
+    size_bytes: int
+    """Of the arrays to be written."""
+    limit_bytes: int
+    """Of the pinned host memory of the run, also for the checkpoints before this one; 0 if the device has none."""
 
 
 class MachineMeasured(Event):
@@ -408,82 +452,45 @@ LOOP_EVENTS: tuple[type[Event], ...] = tuple(
 )
 """Events that a subscription with a finite lag may react to: published by the loop, and not an answer to a command."""
 
-
-def _event_classes(function: str, types: Any) -> tuple[type[Event], ...]:
-    classes: tuple[Any, ...] = (
-        tuple(types) if isinstance(types, Iterable) and not hasattr(types, "shape") else (types,)
-    )
-    for found in classes:
-        if not (isinstance(found, type) and issubclass(found, Event)):
-            raise ConfigurationError(
-                f"{function}: types must be event classes, such as (MyEvent,), got {type(found).__name__}."
-            )
-    return classes
-
-
-def parse_event(source: str | bytes | Mapping[str, Any], types: Iterable[type[Event]] = ()) -> Event:
-    """Parses one event from its JSON, or from the dict that its JSON holds.
-
-    Args:
-        source: ``event.model_dump_json()``, or ``event.model_dump(mode="json")``.
-        types: your own event classes. The built-in ones are always known.
-
-    Returns:
-        An event equal to the original, NaN and infinities included.
-
-    Raises:
-        EventParseError: not a JSON object, an unknown ``kind``, a newer ``schema_version``, or wrong fields.
-    """
-    classes = _event_classes("parse_event", types)
-    data: Any = source
-    try:
-        text = json.dumps(dict(source)) if isinstance(source, Mapping) else source
-        data = json.loads(text)
-    except (ValueError, TypeError, RecursionError) as error:
-        raise EventParseError(
-            f"Cannot parse an event: the text is not JSON ({first_lines(str(error))})."
-        ) from error
-    if not isinstance(data, Mapping) or not isinstance(data.get("kind"), str):
-        raise EventParseError("Cannot parse an event: expected a JSON object with a 'kind'.")
-    kind = data["kind"]
-    event_type = {_kind_of(known): known for known in (*BUILT_IN, *classes)}.get(kind)
-    if event_type is None:
-        raise EventParseError(
-            f"Cannot parse an event of kind {shortened(kind)!r}: no known class has that kind. "
-            "Pass your own event classes as types=(YourEvent,)."
-        )
-    version, newest = data.get("schema_version"), event_type.model_fields["schema_version"].default
-    if isinstance(version, int) and version > newest:
-        raise EventParseError(
-            f"Cannot parse this {kind}: it has schema_version {version}, and this program knows versions up to "
-            f"{newest}. Parse it with the version of eventtrain that wrote it, or a newer one."
-        )
-    try:
-        return event_type.model_validate_json(text)
-    except Exception as error:  # a ValidationError, or whatever a validator of the user's class raises
-        raise EventParseError(f"Cannot parse this {kind}: {first_lines(str(error))}") from error
-
-
-def events_json_schema(types: Iterable[type[Event]] = ()) -> dict[str, Any]:
-    """Returns the JSON Schema of all events, built-in and given, as one union discriminated by ``kind``.
-
-    Raises:
-        ConfigurationError: one of ``types`` is not an event class.
-    """
-    classes = (*BUILT_IN, *_event_classes("events_json_schema", types))
-    _, schema = TypeAdapter.json_schemas(
-        [(_kind_of(event_type), "serialization", TypeAdapter(event_type)) for event_type in classes],
-        title="eventtrain events",
-    )
-    references = {_kind_of(event_type): f"#/$defs/{event_type.__name__}" for event_type in classes}
-    return {
-        "$schema": "https://json-schema.org/draft/2020-12/schema",
-        "title": "eventtrain events",
-        "oneOf": [{"$ref": reference} for reference in references.values()],
-        "discriminator": {"propertyName": "kind", "mapping": references},
-        "$defs": schema["$defs"],
-    }
-
-
-def _kind_of(event_type: type[Event]) -> str:
-    return event_type.model_fields["kind"].default
+AnyEvent = Annotated[
+    ActionRequested
+    | AlertRaised
+    | AlertResolved
+    | CheckpointCommitted
+    | CheckpointFailed
+    | CheckpointRestored
+    | CheckpointSkipped
+    | CheckpointStarted
+    | CheckpointUploadFailed
+    | CheckpointUploaded
+    | CommandApplied
+    | CommandConflict
+    | CommandRejected
+    | EpochCompleted
+    | EpochStarted
+    | EvalCompleted
+    | EvalStarted
+    | EvalStepCompleted
+    | HyperparamChanged
+    | LoopStalled
+    | MachineMeasured
+    | PeerLost
+    | PredictCompleted
+    | PredictStarted
+    | PredictStepCompleted
+    | ProfileCaptured
+    | RunCompleted
+    | RunFailed
+    | RunResumed
+    | RunStarted
+    | SnapshotTaken
+    | StagingLimited
+    | StepCompleted
+    | StepStarted
+    | StepsCompleted
+    | SubscriberDisabled
+    | SubscriberFailed
+    | SubscriberLagged,
+    ByKind(),
+]
+"""Any built-in event, told apart by ``kind``: for annotations, and for ``pydantic.TypeAdapter(et.AnyEvent)``."""

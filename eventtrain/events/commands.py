@@ -39,6 +39,8 @@ class Command(Frozen):
     cause: Cause | None = None
     due: int | None = None
     """The boundary at which it takes effect; None: as soon as it arrives."""
+    source: Text | None = None
+    """The way by which it came from outside the program, such as "control socket"; None: the program issued it."""
 
     _reply: Reply | None = PrivateAttr(default=None)
 
@@ -48,7 +50,8 @@ class Command(Frozen):
         Cancelling the wait leaves the command in force.
 
         Returns:
-            The ``CommandApplied`` event, whose ``step`` is the boundary at which the command took effect.
+            The ``CommandApplied`` event, whose ``step`` is the boundary at which the command took effect. It is a copy
+            without ``seq``: the event gets its number when the steps before it were published.
 
         Raises:
             CommandRejectedError: the loop rejected the command, with the reason. Inside a handler with a finite lag,
@@ -164,8 +167,14 @@ class CommandApplied(Event):
 
 
 class CommandRejected(Event):
-    """``command`` was not carried out, for the ``reason`` given."""
+    """``command`` was not carried out, for the ``reason`` given.
+
+    While a Lossless queue that wants these notices is at its limit, commands of one kind share a notice: the newest
+    one, with their ``count``.
+    """
 
     kind: Literal["command_rejected"] = "command_rejected"
     command: AnyCommand
     reason: Text
+    count: int = 1
+    """The number of rejected commands that it stands for."""

@@ -25,11 +25,20 @@ class Backpressure:
         self._status = status
         self._place = place
         self._offset = bus.stream.rows_routed - status.step
+        self._free_until = 0
+        self._known: object = None
         self._waited_s: dict[str, float] = {}
 
     def free_steps(self) -> int:
-        """Returns how many steps may be dispatched before a Lossless queue could overflow."""
-        return self._bus.stream.rows_allowed(ROW_EVENTS) - self._offset - self._status.step
+        """Returns how many steps may be dispatched before a Lossless queue could overflow.
+
+        All queues are looked at when those steps are used up, or other subscriptions are there.
+        """
+        bus, step = self._bus, self._status.step
+        if step >= self._free_until or bus.table.active is not self._known or bus.stream.overfull:
+            self._known = bus.table.active
+            self._free_until = bus.stream.rows_allowed(ROW_EVENTS) - self._offset
+        return self._free_until - step
 
     def make_room(self) -> bool:
         """Wait until a step may be dispatched. Returns False if the run has to end first."""
@@ -67,6 +76,7 @@ class Backpressure:
     def _report(self, name: str, waited_s: float) -> None:
         waited_s += self._waited_s.get(name, 0.0)
         if waited_s >= STALL_REPORT_S:
-            self._bus.notify(LoopStalled(step=self._status.step, subscriber=name, waited_s=waited_s))
+            stalled = LoopStalled(step=self._status.step, subscriber=name, waited_s=waited_s)
+            self._bus.notices.add((LoopStalled, name), stalled, total="waited_s")
             waited_s = 0.0
         self._waited_s[name] = waited_s

@@ -1,5 +1,7 @@
 """Between two steps: decisions, commands, a pause. The one place where the training thread waits for other threads.
 
+In a run of several processes it also waits for process 0, and carries out its orders; see ``agreement``.
+
 Every wait serves the command queue, and ends when the run has to end or the bus is no longer served. The answers to
 commands do not pass through event queues. So a handler may await the result of a command while the loop waits for
 that handler, and neither blocks the other for ever.
@@ -15,9 +17,22 @@ from time import monotonic, perf_counter
 
 from eventtrain.bus.core import BusCore
 from eventtrain.bus.training_stream import Activation
-from eventtrain.control.command_queue import POLL_S
+from eventtrain.bus.wakeup import CrossLoopFuture
+from eventtrain.control.command_queue import POLL_S, PendingCommand
 from eventtrain.errors import BusClosed
-from eventtrain.events import LoopStalled
+from eventtrain.events import LoopStalled, StepStarted
+from eventtrain.loop.agreement.agreement import Agreement
+from eventtrain.loop.agreement.log import (
+    AnnounceStep,
+    ApplyCommand,
+    BeginEnd,
+    EndRun,
+    Order,
+    ReleaseSnapshots,
+    RestoreSnapshot,
+    RunEvaluation,
+    TakeCheckpoint,
+)
 from eventtrain.loop.checkpoints import Checkpoints
 from eventtrain.loop.command_executor import CommandExecutor
 from eventtrain.loop.evaluation import Evaluations
@@ -46,15 +61,23 @@ class Boundary:
     executor: CommandExecutor
     checkpoints: Checkpoints
     evaluations: Evaluations
+    agreement: Agreement
     deadline_s: float = math.inf
 
     def __post_init__(self) -> None:
         self._gates = self.resources.gates
         self._queue = self.resources.plane.queue
+        self._replayed = self.resources.plane.requests.replayed
+        # A step, and how many commands of a finite lag were applied at its boundary.
+        self._applied_due = 0, 0
+        self.end: EndRun | None = None
 
     def settle(self) -> bool:
         """Wait for due deciders, apply commands, hold while paused. Returns False if the run has to end."""
+        if not self.agreement.decides:
+            return self._follow()
         gates, status = self._gates, self.status
+        self.agreement.check()
         self.admit_deciders()
         while True:
             self.apply_arrived()
@@ -75,15 +98,27 @@ class Boundary:
 
     def admit_deciders(self) -> None:
         """Count the events of subscriptions with a finite lag that came since the last look."""
-        if self._gates.stale:
+        if self._gates.stale and self.agreement.is_open(self.status):
             self.windows.flush()  # the open window was announced by the deciders known until now
+            announced = self._gates.announces_steps
             for newcomer in self._gates.refresh(self.status.step):
                 self.windows.put(Activation(newcomer))
+            if announced and not self._gates.announces_steps:
+                self.agreement.record(self.status, AnnounceStep(active=False))
+
+    def announce_step(self) -> None:
+        """Publish StepStarted of the next step, if that was not done yet."""
+        status = self.status
+        if status.announced_step != status.step:
+            status.announced_step = status.step
+            self.agreement.record(status, AnnounceStep())
+            self.windows.emit(StepStarted(step=status.step, epoch=status.epoch, batch=status.batch))
 
     def next_due(self) -> int:
         """Returns the next boundary at which a decider or a command is due; NEVER if none is."""
         commands = min((pending.command.due or 0 for pending in self._queue.due), default=NEVER)
-        return min(self._gates.next_due, commands)
+        replayed = self._replayed[0].command.due or 0 if self._replayed else NEVER
+        return min(self._gates.next_due, commands, replayed)
 
     def _pass_gate(self) -> bool:
         """Wait for every decider on which this boundary depends. Returns False if the run has to end first."""
@@ -118,13 +153,25 @@ class Boundary:
     # --- commands ---------------------------------------------------------------------------------------------
 
     def apply_arrived(self) -> None:
-        """Apply the commands that have no boundary to wait for. Those that arrived together are ordered by rank."""
-        queue = self._queue
-        while queue.arrived:
-            arrived = [queue.arrived.popleft() for _ in range(len(queue.arrived))]
-            queue.due += [pending for pending in arrived if pending.command.due is not None]
-            at_once = [pending for pending in arrived if pending.command.due is None]
-            for pending in sorted(at_once, key=lambda pending: pending.rank):
+        """Apply the commands that have no boundary to wait for. Those that arrived together are ordered by rank.
+
+        Not those that arrive meanwhile: a service that issues them without end must not hold up the loop, nor the
+        events of the open window. At a moment that was promised to other processes they are held until the next one
+        that was not.
+        """
+        queue, agreement = self._queue, self.agreement
+        if not agreement.decides:
+            self._take_orders()
+            return
+        if not (queue.arrived or queue.held):
+            return
+        arrived = [queue.arrived.popleft() for _ in range(len(queue.arrived))]
+        queue.due += [pending for pending in arrived if pending.command.due is not None]
+        at_once = [pending for pending in arrived if pending.command.due is None]
+        queue.held += sorted(at_once, key=lambda pending: pending.rank)
+        if agreement.is_open(self.status):
+            commands, queue.held = queue.held, []
+            for pending in commands:
                 self.executor.apply(pending)
 
     def _apply_due(self) -> None:
@@ -133,8 +180,155 @@ class Boundary:
         due = [pending for pending in queue.due if (pending.command.due or 0) <= step]
         if due:
             queue.due = [pending for pending in queue.due if (pending.command.due or 0) > step]
-            for pending in sorted(due, key=lambda pending: pending.rank):
+        for pending in sorted(due, key=lambda pending: pending.rank):
+            self._replay()
+            if self.executor.apply(pending):
+                at_step, count = self._applied_due
+                self._applied_due = step, count + 1 if at_step == step else 1
+        self._replay()
+
+    def _replay(self, *, late: bool = False) -> bool:
+        """Apply the commands of another run whose turn it is; ``late``: every one that is due. Returns if it did."""
+        at_step, count = self._applied_due
+        step, did = self.status.step, False
+        while self._replayed and (due := self._replayed[0].command.due or 0) <= step:
+            passed = count if at_step == step else 0
+            if not (late or due < step or self._replayed[0].after <= passed):
+                break
+            self.executor.apply(PendingCommand(self._replayed.popleft().command, CrossLoopFuture()))
+            did = True
+        return did
+
+    def replay_late(self) -> bool:
+        """Apply what another run had at this boundary, and this one not yet. Returns False if the run has to end."""
+        return not self._replay(late=True) or self.settle()
+
+    # --- other processes --------------------------------------------------------------------------------------
+
+    def begin_phase(self) -> None:
+        """Begin the next phase of the run, behind every order of the one that ends."""
+        if not self.agreement.decides:
+            self._await_promise()
+        self.status.begin_phase()
+
+    def promise(self, until: int) -> int:
+        """Let the other processes pass this boundary, before a step is dispatched. Returns the step to look again.
+
+        Args:
+            until: the last step after which nothing is due.
+        """
+        status, agreement = self.status, self.agreement
+        if not agreement.is_shared:
+            return NEVER
+        if agreement.decides:
+            if agreement.is_open(status):
+                self.executor.announce_released()
+            by_clock = self.checkpoints.schedule.waits() or self.evaluations.schedule.waits()
+            if self._queue.held or self._gates.stale or by_clock:
+                until = status.step  # they need a moment that is not promised
+        return agreement.promise(status, max(status.step, until))
+
+    def steps_of_call(self, most: int, left: int) -> int:
+        """Agree with the other processes on how many steps the call at this boundary runs, which is settled.
+
+        Args:
+            most: until something may be due, as far as this process knows.
+            left: in the group of batches of the call.
+        """
+        status, agreement = self.status, self.agreement
+        if agreement.is_open(status):
+            self.executor.announce_released()
+        while (steps := agreement.steps_of_call(status, most, left)) is None:
+            self._take_orders()
+            self._wait_for_process_0(lambda: agreement.steps_of_call(status, most, left) is not None)
+        return steps
+
+    def agree(self) -> bool:
+        """Agree that a batch of an evaluation is dispatched now. Returns False if the run has to end."""
+        self.apply_arrived()
+        if self.agreement.is_shared and self.status.stop_reason is None:
+            if self.agreement.decides:
+                self.agreement.promise(self.status, self.status.step if self._queue.held else NEVER)
+            else:
+                self._await_promise()
+        return self.status.stop_reason is None
+
+    def follow_to_end(self) -> EndRun:
+        """Carry out the orders of process 0 until the one that ends the run, and return that."""
+        while self.end is None:
+            self._take_orders(at_end=True)
+            self._queue.wait(lambda: self.agreement.has_order, POLL_S)
+            require_served(self.resources.bus)
+        return self.end
+
+    def _follow(self) -> bool:
+        """``settle``, where another process decides."""
+        status = self.status
+        while True:
+            self._await_promise()
+            if status.stop_reason is not None:
+                return False
+            if not self.evaluations.requested:
+                return True
+            self.evaluations.run(self)
+
+    def _await_promise(self) -> None:
+        """Carry out every order of the present moment. Waits until process 0 has passed it."""
+        agreement, status = self.agreement, self.status
+        while True:
+            is_promised = agreement.is_promised(status)
+            self._take_orders()
+            if is_promised or status.stop_reason is not None:
+                return
+            self._wait_for_process_0(lambda: agreement.is_promised(status))
+
+    def _wait_for_process_0(self, ready: Callable[[], object]) -> None:
+        """Wait for a record that makes ``ready()`` true, for a short time."""
+        if self.windows.open and perf_counter() >= self.windows.flush_at_s:
+            self.windows.flush()
+        self._queue.wait(ready, POLL_S)
+        require_served(self.resources.bus)
+
+    def _take_orders(self, *, at_end: bool = False) -> None:
+        """Send the commands that arrived here to process 0, and carry out its orders for the present moment.
+
+        Once the run has to end, orders are carried out as they come: nothing is dispatched between them.
+        """
+        queue, agreement = self._queue, self.agreement
+        agreement.check()
+        if queue.arrived:
+            agreement.ask([queue.arrived.popleft() for _ in range(len(queue.arrived))])
+        while (
+            order := agreement.next_order(self.status, at_end=at_end or self.status.stop_reason is not None)
+        ) is not None:
+            self._carry_out(order)
+
+    def _carry_out(self, order: Order) -> None:
+        match order:
+            case ApplyCommand():
+                asked = self.agreement.asked(order.ask)
+                pending = asked or PendingCommand(order.command, CrossLoopFuture(), signal=order.signal)
                 self.executor.apply(pending)
+            case TakeCheckpoint():
+                self.checkpoints.take_ordered(order)
+            case RunEvaluation():
+                self.evaluations.request_ordered(order)
+            case AnnounceStep():
+                if self._gates.announces_steps != order.active:
+                    self.windows.flush()
+                    self._gates.announces_steps = order.active
+                if order.active:
+                    self.announce_step()
+            case BeginEnd():
+                self.checkpoints.begin_end(order)
+            case RestoreSnapshot():
+                self.executor.restore_ordered(order)
+            case ReleaseSnapshots():
+                self.executor.release(order.tags)
+            case EndRun():
+                self.end = order
+            case _:  # the agreement has carried it out (a rejection), or the loop does (the end of a group)
+                pass
 
     # --- waiting ----------------------------------------------------------------------------------------------
 
@@ -149,6 +343,7 @@ class Boundary:
             if self.status.stop_reason is not None or monotonic() >= self.deadline_s:
                 return False
             require_served(self.resources.bus)
+            self.agreement.check()
             now_s = perf_counter()
             if windows.open and now_s >= windows.flush_at_s:
                 windows.flush()
@@ -179,7 +374,7 @@ class Boundary:
         gates, queue, last = self._gates, self._queue, NEVER - 1
         while gates.blocking(last) is not None and monotonic() < deadline_s and self.resources.bus.running:
             queue.wait(lambda: gates.blocking(last) is None)
-            while queue.arrived:
+            for _ in range(len(queue.arrived)):
                 pending = queue.arrived.popleft()
                 queue.due.append(pending)
                 if pending.command.kind == "stop" and pending.command.due is None:

@@ -7,7 +7,7 @@ the loop was. None of it waits, unless a Checkpointer with ``when_full="wait"`` 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from time import monotonic
 
@@ -19,6 +19,8 @@ from eventtrain.device.snapshot import Snapshot
 from eventtrain.errors import SnapshotError
 from eventtrain.events import CheckpointFailed, CheckpointSkipped, LoopStalled, SnapshotTaken
 from eventtrain.events.commands import SaveCheckpoint
+from eventtrain.loop.agreement.agreement import Agreement
+from eventtrain.loop.agreement.log import BeginEnd, TakeCheckpoint
 from eventtrain.loop.backpressure import STALL_REPORT_S
 from eventtrain.loop.evaluation import Evaluations
 from eventtrain.loop.metric_windows import MetricWindows
@@ -55,6 +57,7 @@ class Checkpoints:
     ledger: SnapshotLedger
     recorder: RunRecorder
     evaluations: Evaluations
+    agreement: Agreement
     requested: list[SaveCheckpoint] = field(default_factory=list[SaveCheckpoint])
     no_step_follows: bool = False
 
@@ -69,17 +72,21 @@ class Checkpoints:
             raise SnapshotError(
                 "no Checkpointer is subscribed. Add subs.Checkpointer(...) to the subscribers."
             )
-        self.requested.append(command)
+        if self.agreement.decides:  # else process 0 orders what is taken for it
+            self.requested.append(command)
 
     def take_due(self, place: WaitingPlace) -> bool:
         """Take what is due at this boundary by step and by clock. Returns whether anything was."""
+        if not self.agreement.is_open(self.status):
+            return False
         due = self.schedule.take_due()
         self._take([request.owner for request in due], place)
         return bool(due)
 
     def take_epoch(self, epochs: int, place: WaitingPlace) -> None:
         """Take what is due at the end of the ``epochs``-th epoch."""
-        self._take([request.owner for request in self.schedule.take_epoch(epochs)], place)
+        if self.agreement.decides:
+            self._take([request.owner for request in self.schedule.take_epoch(epochs)], place)
 
     def take_requested(self, place: WaitingPlace) -> None:
         """Take what commands asked for at this boundary."""
@@ -123,22 +130,39 @@ class Checkpoints:
         return name if name in owners else None
 
     def _take_one(self, tag: str | None, requested_by: str | None, place: WaitingPlace) -> None:
-        status, plane, windows = self.status, self.resources.plane, self.windows
-        requests = plane.handover.requests_of(requested_by)
+        requests = self.resources.plane.handover.requests_of(requested_by)
         requests = [request for request in requests if self._has_room(request, tag, place)]
-        if not requests:
-            return
+        if requests:
+            owners, kept = tuple(request.owner for request in requests), self.ledger.share_needed_at_end()
+            order = TakeCheckpoint(tag=tag, requested_by=requested_by, owners=owners, kept=tuple(kept))
+            self.agreement.record(self.status, order)
+            self._take_for(requests, order, kept)
+
+    def take_ordered(self, order: TakeCheckpoint) -> None:
+        """Take one that process 0 has taken. There is room: it waits until all processes have written theirs."""
+        requests = self.resources.plane.requests.checkpoints
+        chosen = [request for request in requests if request.owner in order.owners]
+        self._take_for(chosen, order, self._shared(order.kept))
+
+    def _shared(self, tags: Sequence[str]) -> dict[str, Snapshot]:
+        """Returns the snapshots that process 0 has shared. Here they are released by its orders alone."""
+        return {tag: self.ledger.find(tag).device.share() for tag in tags}
+
+    def _take_for(
+        self, requests: list[CheckpointRequest], order: TakeCheckpoint, kept: dict[str, Snapshot]
+    ) -> None:
+        status, plane, windows = self.status, self.resources.plane, self.windows
         for request in requests:
             request.taken = self._now
         barrier = self._send_barrier()
         taken = SnapshotTaken(
             step=status.step,
-            tag=tag or f"step-{status.step}",
+            tag=order.tag or f"step-{status.step}",
             purpose="checkpoint",
             epoch=status.epoch,
-            requested_by=requested_by,
+            requested_by=order.requested_by,
         )
-        snapshot, kept, before = self.ledger.take(taken), self.ledger.needed_at_end(), self._before_end
+        snapshot, before = self.ledger.take(taken), self._before_end
         if before is not None:
             kept |= {f"{BEFORE_END}/{tag}": snapshot for tag, snapshot in before.kept.items()}
             if before.changes != status.changes:
@@ -165,7 +189,7 @@ class Checkpoints:
         self.windows.put(Marker(barrier))
         return barrier
 
-    def begin_end(self) -> None:
+    def begin_end(self, order: BeginEnd | None = None) -> None:
         """Keep the run as it is now for the checkpoints behind: from here one with a higher aim continues.
 
         What follows (the end of an epoch that the aim cut short, the best weights put back) belongs to the end of this
@@ -173,9 +197,15 @@ class Checkpoints:
         """
         if self._before_end is not None or not self.resources.plane.requests.checkpoints:
             return
+        if order is None and not self.agreement.decides:
+            return  # process 0 orders it
+        if order is None:
+            kept = self.ledger.share_needed_at_end()
+            self.agreement.record(self.status, BeginEnd(kept=tuple(kept)))
+        else:
+            kept = self._shared(order.kept)
         barrier, status = self._send_barrier(), self.status
         taken = SnapshotTaken(step=status.step, tag=BEFORE_END, purpose="checkpoint", epoch=status.epoch)
-        kept = self.ledger.needed_at_end()
         self._before_end = _BeforeEnd(barrier, self.ledger.take(taken), kept, status.changes)
 
     # --- room -------------------------------------------------------------------------------------------------
@@ -204,16 +234,26 @@ class Checkpoints:
 
         Commands are served meanwhile: the writer may wait for a handler that awaits the result of one.
         """
-        began_s = monotonic()
-        deadline_s = began_s + request.wait_timeout_s
+        began_s = reported_s = monotonic()
+        deadline_s, report_s = began_s + request.wait_timeout_s, began_s + STALL_REPORT_S
         self.windows.flush()
 
         def has_room() -> bool:
             return request.in_flight < request.max_in_flight or self.resources.plane.handover.is_gone(request)
 
-        continues = place.wait_for_observers(lambda: has_room() or monotonic() >= deadline_s)
-        waited_s = monotonic() - began_s
-        if waited_s >= STALL_REPORT_S:
-            stalled = LoopStalled(step=self.status.step, subscriber=request.owner, waited_s=waited_s)
-            self.resources.bus.notify(stalled)
-        return not continues or has_room()
+        def has_room_or_is_late() -> bool:
+            return has_room() or monotonic() >= min(report_s, deadline_s)
+
+        while True:
+            continues = place.wait_for_observers(has_room_or_is_late)
+            now_s = monotonic()
+            if now_s - began_s >= STALL_REPORT_S:  # while it still waits too, whenever the wait has doubled
+                stalled = LoopStalled(
+                    step=self.status.step, subscriber=request.owner, waited_s=now_s - reported_s
+                )
+                self.resources.bus.notices.add((LoopStalled, request.owner), stalled, total="waited_s")
+                reported_s, report_s = now_s, 2 * now_s - began_s
+            if not continues or has_room():
+                return True
+            if now_s >= deadline_s:
+                return False

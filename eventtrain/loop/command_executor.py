@@ -4,14 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 from eventtrain.bus.subscription import SubscriptionCore
 from eventtrain.control.command_queue import PendingCommand
 from eventtrain.control.control_plane import ControlPlane
-from eventtrain.control.snapshots import KeptSnapshot
 from eventtrain.device.compiled_step import Carry
 from eventtrain.device.hyperparams import Hyperparam, labels, read, resolve, write
-from eventtrain.errors import EventTrainError
+from eventtrain.device.snapshot import Snapshot
+from eventtrain.errors import EventTrainError, ProcessesDiverged
 from eventtrain.events import CommandApplied, CommandConflict, Event, HyperparamChanged, SnapshotTaken
 from eventtrain.events.commands import (
     Evaluate,
@@ -26,6 +27,8 @@ from eventtrain.events.commands import (
     TakeSnapshot,
 )
 from eventtrain.events.models import Number
+from eventtrain.loop.agreement.agreement import Agreement
+from eventtrain.loop.agreement.log import ApplyCommand, RejectCommand, ReleaseSnapshots, RestoreSnapshot
 from eventtrain.loop.checkpoints import Checkpoints
 from eventtrain.loop.evaluation import Evaluations
 from eventtrain.loop.metric_windows import MetricWindows
@@ -43,6 +46,7 @@ class CommandExecutor:
         hyperparams: all that the optimiser state holds.
         status, plane, windows: of the run.
         ledger, checkpoints, evaluations, profiler: do what commands ask for.
+        agreement: with the other processes of the run.
     """
 
     carry: Carry
@@ -54,16 +58,22 @@ class CommandExecutor:
     checkpoints: Checkpoints
     evaluations: Evaluations
     profiler: StepProfiler
+    agreement: Agreement
 
     def __post_init__(self) -> None:
         self._labels = labels(self.hyperparams)
         self._values: dict[str, Number] = {}
         # Path of a hyperparameter -> the step at which, and the subscription by which, it was set last.
         self._setters: dict[str, tuple[int, SubscriptionCore]] = {}
+        self._known_kept: set[str] = set()
         self._read_values()
 
-    def apply(self, pending: PendingCommand) -> None:
-        """Apply ``pending`` at this boundary, or reject it with the reason. Never raises for a bad command."""
+    def apply(self, pending: PendingCommand) -> bool:
+        """Apply ``pending`` at this boundary, or reject it with the reason. Never raises for a bad command.
+
+        Returns:
+            Whether it was applied.
+        """
         command, step = pending.command, self.status.step
         events: list[Event] = []
         try:
@@ -71,16 +81,16 @@ class CommandExecutor:
                 case SetHyperparam() | ScaleHyperparam():
                     events = self._change_hyperparam(command, pending)
                 case Stop():
-                    self.status.stop(command.reason or "stopped", final=command.final)
+                    self.status.stop(command.reason or "stopped", final=command.final, signal=pending.signal)
                 case SaveCheckpoint():
                     self.checkpoints.request(command)
                 case TakeSnapshot():
                     taken = SnapshotTaken(step=step, tag=command.tag, epoch=self.status.epoch)
-                    self.plane.view.snapshots[command.tag] = KeptSnapshot(self.ledger.take(taken))
+                    self.plane.view.keep(command.tag, self.ledger.take(taken))
                     events = [taken]
                 case Restore():
                     kept = self.ledger.find(command.target)
-                    events = [self.ledger.restore(kept, command.part)]
+                    events = [self.ledger.restore(kept.device, command.part)]
                     self._read_values()
                 case Pause():
                     self.status.paused = True
@@ -91,15 +101,25 @@ class CommandExecutor:
                 case Profile():
                     self.profiler.request(command.steps)
         except (EventTrainError, OverflowError) as error:
-            self.plane.queue.reject(pending, f"at step {step}: {error}", self.windows)
-            return
+            if not self.agreement.decides:
+                raise ProcessesDiverged(
+                    f"Process 0 has applied {command.kind} at step {step}, and this process cannot: {error}"
+                ) from error
+            reason = f"at step {step}: {error}"
+            self.plane.queue.reject(pending, reason, self.windows)
+            if pending.ask is not None:
+                self.agreement.record(self.status, RejectCommand(ask=pending.ask, reason=reason))
+            return False
+        order = ApplyCommand(command=command, ask=pending.ask, signal=pending.signal)
+        self.agreement.record(self.status, order)
         if command.due is None and self._changes_the_run(command):
             self.status.deterministic = False
         applied = CommandApplied(step=step, command=command)
         self.windows.emit(applied)
         for event in events:
             self.windows.emit(event)
-        pending.reply.set_result(applied)
+        self.plane.queue.answer(pending, applied)
+        return True
 
     def _changes_the_run(self, command: object) -> bool:
         """Whether a rerun without this command would differ."""
@@ -111,12 +131,39 @@ class CommandExecutor:
         """Restore what subscribers requested for the end of the run, and release it. Whole states before params."""
         requests = self.plane.requests.final_restores
         for request in sorted(requests, key=lambda request: request.part == "params"):
-            kept = self.plane.view.kept().get(request.tag)
-            if kept is not None:
-                if request.where():
-                    self.windows.emit(self.ledger.restore(kept, request.part))
-                    self._read_values()
-                kept.release()
+            share = self.ledger.share_kept(request.tag)
+            if share is None:
+                continue
+            if request.where():
+                self.agreement.record(self.status, RestoreSnapshot(tag=request.tag, part=request.part))
+                self._restore(share, request.part)
+            else:
+                self.agreement.record(self.status, ReleaseSnapshots(tags=(request.tag,)))
+            share.release()
+            self.release((request.tag,))
+
+    def restore_ordered(self, order: RestoreSnapshot) -> None:
+        """Restore what process 0 restores at the end of the run, and release it."""
+        self._restore(self.ledger.find(order.tag).device, order.part)
+        self.release((order.tag,))
+
+    def _restore(self, snapshot: Snapshot, part: Literal["all", "params"]) -> None:
+        self.windows.emit(self.ledger.restore(snapshot, part))
+        self._read_values()
+
+    def release(self, tags: Sequence[str]) -> None:
+        """Release snapshots that were taken by tag."""
+        kept = self.plane.view.kept()
+        for tag in tags:
+            if tag in kept:
+                kept[tag].device.release()
+
+    def announce_released(self) -> None:
+        """Have the other processes release what was released here since the last call."""
+        kept = {tag for tag in self.plane.view.kept() if isinstance(tag, str)}
+        if gone := self._known_kept - kept:
+            self.agreement.record(self.status, ReleaseSnapshots(tags=tuple(sorted(gone))))
+        self._known_kept = kept
 
     # --- hyperparameters --------------------------------------------------------------------------------------
 

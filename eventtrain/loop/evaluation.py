@@ -11,14 +11,16 @@ from typing import Any, Literal
 import jax
 
 from eventtrain.control.requests import PeriodicRequest
-from eventtrain.data.prefetch import EpochIterator
+from eventtrain.data.epoch_iterator import EpochIterator
 from eventtrain.device.compiled_eval import CompiledEval
 from eventtrain.device.compiled_step import Carry
 from eventtrain.device.fetcher import Fetcher
 from eventtrain.device.model import Model
 from eventtrain.device.state import replicated_sharding
-from eventtrain.errors import ConfigurationError, DataError
+from eventtrain.errors import ConfigurationError
 from eventtrain.events import EvalCompleted, EvalStarted, EvalStepCompleted
+from eventtrain.loop.agreement.agreement import Agreement
+from eventtrain.loop.agreement.log import RunEvaluation
 from eventtrain.loop.event_builder import EvalEnd, EvalWindow
 from eventtrain.loop.lag_gates import LagGates
 from eventtrain.loop.metric_windows import MetricWindows
@@ -65,6 +67,7 @@ class Evaluations:
     windows: MetricWindows
     ahead: RunAhead
     profiler: StepProfiler
+    agreement: Agreement
     requested: int = 0
     evaluated_batches: int | None = None
     in_progress: bool = False
@@ -95,11 +98,15 @@ class Evaluations:
 
     def take_due(self) -> None:
         """Request the evaluations that are due at this boundary by step and by clock."""
+        if not self.agreement.is_open(self.status):
+            return
         for request in self.schedule.take_due():
             self._request_if_new(request)
 
     def take_epoch(self) -> None:
         """Request the evaluations that are due at the end of the epoch in progress."""
+        if not self.agreement.decides:
+            return
         self.take_due()
         for request in self.schedule.take_epoch(self.status.epoch + 1):
             self._request_if_new(request)
@@ -110,8 +117,15 @@ class Evaluations:
         """Request one, unless the state of this boundary was evaluated already."""
         if self._evaluated == self._present:
             return
+        deterministic = request is None or request.every_s is None
+        order = RunEvaluation(deterministic=deterministic)
+        self.agreement.record(self.status, order)
+        self.request_ordered(order)
+
+    def request_ordered(self, order: RunEvaluation) -> None:
+        """Evaluate at this boundary."""
         self.requested += 1
-        if request is not None and request.every_s is not None:
+        if not order.deterministic:
             self.status.deterministic = False
 
     def resume(self, state: Literal["none", "pending", "done"], evaluated_batches: int | None) -> None:
@@ -135,10 +149,6 @@ class Evaluations:
         evaluation = source.model.evaluation(carry.leaves)
         leaves = source.model.leaves_for("eval", carry.leaves, carry.ext_leaves)
 
-        def continues() -> bool:
-            place.apply_arrived()
-            return status.stop_reason is None
-
         batches = EpochIterator(
             source.data,
             status.epoch,
@@ -148,6 +158,7 @@ class Evaluations:
             name="evaluation data",
         )
         self.in_progress = True
+        status.begin_phase()
         try:
             self.evaluated_batches = dispatch_evaluation(
                 evaluation,
@@ -156,13 +167,14 @@ class Evaluations:
                 status,
                 fetcher=self.resources.fetcher,
                 ahead=self.ahead,
-                continues=continues,
+                continues=place.agree,
                 gates=gates,
                 done=self.evaluated_batches,
             )
         finally:
             self.in_progress = False
             batches.close()
+        status.begin_phase()
         if self.evaluated_batches is None:
             self._evaluated = self._present
             gates.note(EvalCompleted, status.step)
@@ -195,9 +207,6 @@ def dispatch_evaluation(
 
     Returns:
         None at its end, with EvalCompleted on its way; else the number of batches after which it stopped.
-
-    Raises:
-        DataError: there was no batch.
     """
     step, epoch = status.step, status.epoch
     began_s, count, carry = perf_counter(), done or 0, None
@@ -223,13 +232,12 @@ def dispatch_evaluation(
         if gates is not None:
             gates.note(EvalStepCompleted, step)
         count += 1
+        status.evaluated += 1
         if carry.rows >= evaluation.capacity:
             flush()
     if carry is not None:
         flush()  # also if it ends early: what was dispatched is published
     if not continues():
         return count
-    if not count:
-        raise DataError("The evaluation data is empty: it ended before its first batch.")
     fetcher.put(EvalEnd(step, epoch, count, began_s))
     return None

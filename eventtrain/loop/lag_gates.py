@@ -102,14 +102,28 @@ class LagGates:
         """The next boundary that depends on a decider; NEVER if none does."""
         return self._gates[0][0] if self._gates else NEVER
 
+    def next_undecided(self, step: int) -> int:
+        """Returns the next boundary that can depend on a step that is not dispatched at ``step``; NEVER if none can."""
+        if self.announces_steps:
+            return step + 1
+        due = [
+            (step // s.options.every + 1) * s.options.every + lag
+            for s in self._known
+            if (lag := _lag(s, StepCompleted)) is not None
+        ]
+        return min(due, default=NEVER)
+
     def blocking(self, step: int) -> SubscriptionCore | None:
-        """Returns the decider for which boundary ``step`` has to wait; None if the gate is open."""
-        while self._gates and self._gates[0][0] <= step:
-            _, _, expected, subscription = self._gates[0]
+        """Returns the decider for which boundary ``step`` has to wait; None if the gate is open.
+
+        What was handled before it is due is forgotten, so that ``next_due`` is not at every step.
+        """
+        while self._gates:
+            due, _, expected, subscription = self._gates[0]
             # Until the stream delivers its activation, ``passed`` is the count of an earlier run.
             counting = subscription.run >= self._counts_from[subscription]
             if subscription.state == "active" and not (counting and subscription.passed >= expected):
-                return subscription
+                return subscription if due <= step else None
             heapq.heappop(self._gates)
         return None
 

@@ -130,6 +130,8 @@ class StepProfiler:
             self._report_failure(request, RuntimeError(reason))
             return
         path = request.folder / f"steps-{first}-{last}"
+        if jax.process_count() > 1:  # on one machine, JAX would give their files the same name
+            path /= f"process-{jax.process_index()}"
         try:
             path.mkdir(parents=True, exist_ok=True)
             self._carry.cursor.block_until_ready()
@@ -145,14 +147,13 @@ class StepProfiler:
             mark.__exit__(None, None, None)
 
     def _report_failure(self, request: TraceRequest, error: Exception) -> None:
-        self._bus.notify(
-            SubscriberFailed(
-                step=self._status.step,
-                subscriber=request.owner,
-                event_kind="profile",
-                error=f"{type(error).__name__}: {error}",
-            )
+        failed = SubscriberFailed(
+            step=self._status.step,
+            subscriber=request.owner,
+            event_kind="profile",
+            error=f"{type(error).__name__}: {error}",
         )
+        self._bus.notices.add((SubscriberFailed, request.owner), failed)
 
 
 def _options(python: bool) -> Any:

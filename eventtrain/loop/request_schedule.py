@@ -29,6 +29,11 @@ class RequestSchedule(Generic[R]):
         """Whether a request goes by the clock, so that ``take_due`` has to be asked again and again."""
         return any(request.every_s is not None for request in self._requests)
 
+    def waits(self) -> bool:
+        """Returns whether a request that goes by the clock is due."""
+        now_s = monotonic()
+        return any(r.at_start or (r.every_s is not None and now_s >= r.next_s) for r in self._requests)
+
     def next_step(self) -> int:
         """Returns the next step after which a request is due; NEVER if none is."""
         step = self._status.step

@@ -3,47 +3,57 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from functools import partial
+from typing import Any, Literal, TypeAlias
 
 from eventtrain.control.run_state import LoopRecord, pack
+from eventtrain.data.batch_group import BatchGroup
 from eventtrain.errors import listed
 from eventtrain.loop.lag_gates import LagGates
 from eventtrain.loop.run_status import RunStatus
 
 logger = logging.getLogger("eventtrain")
 
+_Part: TypeAlias = "tuple[int, tuple[Any, ...], BatchGroup | None]"
+"""Number of the first batch of a group, the states after each of its batches, and the group where it is kept."""
+
 
 class DataPosition:
     """The last batch trained on, and the state of the data's iterator after it. Later ones may be prefetched."""
 
     def __init__(self, batch: int = 0, state: Any = None) -> None:
-        self._first_batch = batch
-        self._states: Sequence[Any] = ()
-        self._batches: Sequence[Any] = ()
-        self._before: tuple[Any, Any] = (state, None)
+        self._state = state
+        self._before: _Part = (batch, (), None)
+        self._present: _Part = (batch, (), None)
 
-    def begin_group(self, batch: int, states: Sequence[Any], batches: Sequence[Any] = ()) -> None:
-        """The next batches are those from number ``batch`` of the epoch on; ``states`` follow each of them."""
-        self._before = (self.after(batch), self.last_batch(batch))
-        self._first_batch, self._states, self._batches = batch, states, batches
+    def begin_group(self, batch: int, group: BatchGroup | None, *, keeps: bool) -> None:
+        """The next batches are those of ``group``, from number ``batch`` of the epoch on.
+
+        Args:
+            keeps: whether ``last_batch`` may be asked for them.
+        """
+        self._before = self._present
+        self._present = batch, () if group is None else group.positions, group if keeps else None
 
     def begin_epoch(self) -> None:
         """No batch of the epoch was trained on."""
-        self._first_batch, self._states, self._batches, self._before = 0, (), (), (None, None)
+        self._state, self._before, self._present = None, (0, (), None), (0, (), None)
 
     def after(self, batch: int) -> Any:
         """Returns the state after ``batch`` batches of the epoch; None if the iterator has no state."""
-        count = batch - self._first_batch
-        return self._states[count - 1] if 0 < count <= len(self._states) else self._before[0]
+        for first, positions, _ in (self._present, self._before):
+            if first < batch <= first + len(positions):
+                return positions[batch - first - 1]
+        return self._state
 
-    def last_batch(self, batch: int) -> Any:
-        """Returns the last one of ``batch`` batches of the epoch; None if it was not given."""
-        count = batch - self._first_batch
-        if count == 0:
-            return self._before[1]
-        return self._batches[count - 1] if 0 < count <= len(self._batches) else None
+    def last_batch(self, batch: int) -> Callable[[], Any] | None:
+        """Returns what reads the last one of ``batch`` batches of the epoch, not on this thread; None if not known."""
+        for first, _, group in (self._present, self._before):
+            if group is not None and first < batch <= first + len(group):
+                return partial(group.__getitem__, batch - first - 1)
+        return None
 
 
 @dataclass(frozen=True)
@@ -63,6 +73,7 @@ class RunRecorder:
         aim: of this call of ``fit``.
         fingerprint: what an exact continuation depends on.
         resumed: the record from which the run resumes. The run then began where that run began.
+        attempt: how many times the run has begun or been resumed.
     """
 
     def __init__(
@@ -72,8 +83,11 @@ class RunRecorder:
         aim: Aim,
         fingerprint: Mapping[str, Any],
         resumed: LoopRecord | None = None,
+        *,
+        attempt: int = 1,
     ) -> None:
         self.aim = aim
+        self.attempt = attempt
         self.data = DataPosition()
         self.start_step, self.start_epoch = start_step, start_epoch
         self._fingerprint = dict(fingerprint)
@@ -126,6 +140,7 @@ class RunRecorder:
             data=pack(self.data.after(status.batch)),
             deterministic=status.deterministic and not gates.timed_out(),
             fingerprint=dict(self._fingerprint),
+            attempt=self.attempt,
         )
 
     def unchanged(self, status: RunStatus) -> bool:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from eventtrain.events import TO_BE_CONTINUED
+from eventtrain.loop.agreement.log import Moment
 
 
 @dataclass(slots=True)
@@ -21,9 +22,13 @@ class RunStatus:
             never.
         paused: a command holds the loop.
         stop_reason: why the run has to end; None while it continues.
+        signal: number of the signal behind it, on whichever process that arrived; None if there was none.
         ended: the same if the run is not to be resumed with the same aim.
         deterministic: nothing that depends on timing has taken effect.
         changes: how often something other than a step has changed the state.
+        phase: number of epochs and evaluations that began or ended.
+        phase_step: updates dispatched when the phase began.
+        evaluated: batches of an evaluation dispatched in the phase.
     """
 
     step: int
@@ -34,17 +39,32 @@ class RunStatus:
     announced_step: int = -1
     paused: bool = False
     stop_reason: str | None = None
+    signal: int | None = None
     ended: str | None = None
     deterministic: bool = True
     changes: int = 0
+    phase: int = 0
+    phase_step: int = 0
+    evaluated: int = 0
+
+    @property
+    def moment(self) -> Moment:
+        """The present moment: the same on every process of the run that has dispatched and published as much."""
+        return Moment(self.phase, self.step - self.phase_step + self.evaluated)
+
+    def begin_phase(self) -> None:
+        """Begin the next phase: something other than a step is about to be dispatched or published."""
+        self.phase += 1
+        self.phase_step = self.step
+        self.evaluated = 0
 
     @property
     def cut_short(self) -> bool:
         """Whether the run has to end for a reason from outside, so that another run may continue from its state."""
         return self.stop_reason in TO_BE_CONTINUED
 
-    def stop(self, reason: str, *, final: bool) -> None:
+    def stop(self, reason: str, *, final: bool, signal: int | None = None) -> None:
         """End the run at this boundary; only the first reason counts."""
         if self.stop_reason is None:
-            self.stop_reason = reason
+            self.stop_reason, self.signal = reason, signal
             self.ended = reason if final and not self.cut_short else None

@@ -12,7 +12,9 @@ from eventtrain.control.control_plane import ControlPlane
 from eventtrain.control.snapshots import KeptSnapshot
 from eventtrain.device.compiled_step import Carry, CompiledStep
 from eventtrain.device.model import Model
-from eventtrain.device.snapshot import Snapshot, to_pinned_host
+from eventtrain.device.pinned_memory import PinnedPool
+from eventtrain.device.placement import move
+from eventtrain.device.snapshot import Snapshot
 from eventtrain.errors import SnapshotError
 from eventtrain.events import CheckpointFailed, CheckpointRestored, SnapshotTaken
 from eventtrain.loop.metric_windows import MetricWindows
@@ -37,8 +39,9 @@ class SnapshotLedger:
 
     def __post_init__(self) -> None:
         self._to_host = self.model.options.snapshot == "host"
-        self._params = self.model.params_indices()
+        self._params = [] if self.model.unknown_params else self.model.params_indices()
         self._unconfirmed: list[tuple[Snapshot, SnapshotTaken]] = []
+        self._pool = self._warmed_pool()
         # Something outside the ledger refers to the present leaves: their first owner, or a restored snapshot.
         self._shared = True
 
@@ -72,24 +75,56 @@ class SnapshotLedger:
         """Returns the snapshot that ``taken`` announces: the state of this boundary."""
         leaves, extensions = self.carry.leaves, self.carry.ext_leaves
         if self._to_host:
-            leaves, extensions = to_pinned_host(leaves), to_pinned_host(extensions)
+            leaves, extensions = map(self._pool.copy, leaves), map(self._pool.copy, extensions)
         snapshot = Snapshot(
             taken.step,
-            leaves,
+            list(leaves),
             self.model.structure,
             tag=taken.tag,
-            extensions=extensions,
+            extensions=list(extensions),
+            pool=self._pool,
             extension_paths=tuple(self.compiled.extension_types),
         )
         if not self._to_host:
             self._unconfirmed.append((snapshot, taken))
         return snapshot
 
-    def needed_at_end(self) -> dict[str, Snapshot]:
-        """Returns the kept snapshots that the end of the run needs, by tag."""
-        kept = self.plane.view.kept()
-        tags = {restore.tag for restore in self.plane.requests.final_restores if restore.tag in kept}
-        return {tag: kept[tag].device.share() for tag in tags}
+    def _warmed_pool(self) -> PinnedPool:
+        """Returns the pinned memory through which snapshots leave the device: pinned now, before the first step."""
+        requests, carry = self.plane.requests, self.carry
+        leaves = [*carry.leaves, *carry.ext_leaves]
+        if not requests.checkpoints:
+            if self._to_host:
+                return PinnedPool.warmed(leaves)
+            if requests.reads_snapshots:  # one leaf at a time
+                return PinnedPool.warmed([max(leaves, key=lambda leaf: leaf.nbytes)])
+            return PinnedPool()
+        paths, wanted = self.model.structure.paths, list[jax.Array]()
+        for request in requests.checkpoints:
+            only = request.paths
+            if only is None or self._to_host:
+                written = leaves
+            else:
+                written = [leaf for path, leaf in zip(paths, carry.leaves, strict=True) if path in only]
+            wanted += written * request.max_in_flight
+        return PinnedPool.warmed(wanted)
+
+    def share_needed_at_end(self) -> dict[str, Snapshot]:
+        """Returns the kept snapshots that the end of the run needs, each to be released on its own."""
+        tags = sorted({restore.tag for restore in self.plane.requests.final_restores})
+        shares = {tag: self.share_kept(tag) for tag in tags}
+        return {tag: share for tag, share in shares.items() if share is not None}
+
+    def share_kept(self, tag: str) -> Snapshot | None:
+        """Returns the snapshot ``tag``, to be released on its own; None if it is not kept.
+
+        Another thread may release what it looks up at any moment, but not what this returns.
+        """
+        kept = self.plane.view.snapshots.get(tag)
+        try:
+            return None if kept is None else kept.device.share()
+        except SnapshotError:
+            return None
 
     def find(self, tag_or_step: str | int) -> KeptSnapshot:
         """Returns the kept snapshot of this tag, or of this step. Raises SnapshotError if there is none."""
@@ -102,26 +137,33 @@ class SnapshotLedger:
             )
         return found
 
-    def restore(self, kept: KeptSnapshot, part: Literal["all", "params"]) -> CheckpointRestored:
-        """Make the state of ``kept``, or its params, the present one. The step count stays."""
-        carry, source = self.carry, self._on_device(kept.device.leaves, self.carry.leaves)
+    def restore(self, snapshot: Snapshot, part: Literal["all", "params"]) -> CheckpointRestored:
+        """Make the state of ``snapshot``, or its params, the present one. The step count stays.
+
+        Raises:
+            SnapshotError: it was released.
+            ConfigurationError: ``part`` is "params", and the trainer cannot tell which arrays are the weights.
+        """
+        if part == "params":
+            self.model.require_params('restore(part="params")')
+        carry, source = self.carry, self._on_device(snapshot.leaves, self.carry.leaves)
         if part == "params":
             leaves = list(carry.leaves)
             for index in self._params:
                 leaves[index] = source[index]
         else:
             leaves = list(source)
-            extensions = self._on_device(kept.device.extensions, carry.ext_leaves)
+            extensions = self._on_device(snapshot.extensions, carry.ext_leaves)
             # The first extension leaf is the number of completed steps, which never goes back.
             carry.ext_leaves = [*carry.ext_leaves[:1], *extensions[1:]]
         carry.leaves = leaves
         self.status.changes += 1
         self._shared = True
         return CheckpointRestored(
-            step=self.status.step, tag=kept.device.tag, part=part, restored_step=kept.step
+            step=self.status.step, tag=snapshot.tag, part=part, restored_step=snapshot.step
         )
 
     def _on_device(self, leaves: Sequence[jax.Array], places: Sequence[jax.Array]) -> Sequence[jax.Array]:
         if not self._to_host:
             return leaves
-        return [jax.device_put(leaf, place.sharding) for leaf, place in zip(leaves, places, strict=True)]
+        return [move(leaf, place.sharding) for leaf, place in zip(leaves, places, strict=True)]

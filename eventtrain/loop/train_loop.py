@@ -28,13 +28,16 @@ from eventtrain.control.run_state import LoopRecord
 from eventtrain.device.compiled_step import Carry, CompiledStep
 from eventtrain.device.hyperparams import Hyperparam, labels
 from eventtrain.errors import SnapshotError
-from eventtrain.events import EpochCompleted, EpochStarted, StepStarted
+from eventtrain.events import EpochCompleted, EpochStarted
+from eventtrain.loop.agreement.agreement import Agreement
+from eventtrain.loop.agreement.log import EndRun
 from eventtrain.loop.backpressure import Backpressure
 from eventtrain.loop.boundary import Boundary
 from eventtrain.loop.checkpoints import Checkpoints
 from eventtrain.loop.command_executor import CommandExecutor
 from eventtrain.loop.evaluation import Evaluations, EvaluationSource
 from eventtrain.loop.event_builder import EpochEnd
+from eventtrain.loop.lag_gates import NEVER
 from eventtrain.loop.metric_windows import MetricWindows
 from eventtrain.loop.profiling import StepProfiler
 from eventtrain.loop.run_ahead import RunAhead
@@ -61,6 +64,7 @@ class TrainingLoop:
         carry: the state to start from. The loop owns it from now on.
         hyperparams: all that the optimiser state holds.
         status, resources, recorder: of the run.
+        agreement: with the other processes of the run.
         pace: how far to run ahead.
 
     Attributes:
@@ -77,6 +81,7 @@ class TrainingLoop:
         status: RunStatus,
         resources: RunResources,
         recorder: RunRecorder,
+        agreement: Agreement,
         pace: Pace,
     ) -> None:
         plane, bus = resources.plane, resources.bus
@@ -99,6 +104,7 @@ class TrainingLoop:
             windows=windows,
             ahead=self._ahead,
             profiler=self.profiler,
+            agreement=agreement,
         )
         self.checkpoints = Checkpoints(
             status=status,
@@ -107,6 +113,7 @@ class TrainingLoop:
             ledger=self.ledger,
             recorder=recorder,
             evaluations=self.evaluations,
+            agreement=agreement,
         )
         self._executor = CommandExecutor(
             carry=carry,
@@ -118,6 +125,7 @@ class TrainingLoop:
             checkpoints=self.checkpoints,
             evaluations=self.evaluations,
             profiler=self.profiler,
+            agreement=agreement,
         )
         self.boundary = Boundary(
             status=status,
@@ -126,6 +134,7 @@ class TrainingLoop:
             executor=self._executor,
             checkpoints=self.checkpoints,
             evaluations=self.evaluations,
+            agreement=agreement,
         )
         self._backpressure = Backpressure(bus, windows, status, self.boundary)
         self._gates = resources.gates
@@ -133,6 +142,9 @@ class TrainingLoop:
         self._queue = plane.queue
         self._view = plane.view
         self._attention = 0
+        shares_calls = agreement.is_shared and compiled.grouped
+        self._agrees_from = 1 if shares_calls else 2
+        self._promises_calls = shares_calls and agreement.decides
         self._epoch_began_s = perf_counter()
         names = labels(hyperparams)
         resources.builder.watch({h.leaf_index: names[h.path] for h in hyperparams if h.scheduled})
@@ -149,8 +161,8 @@ class TrainingLoop:
         status, gates = self.status, self._gates
         if (self._queue.arrived or status.step >= self._attention) and not self._settle():
             return 0
-        if stop - start > 1:
-            stop = min(stop, start + self._steps_until_due())
+        if stop - start >= self._agrees_from:
+            stop = start + self._steps_of_call(stop - start)
         if len(self._ahead.tokens) >= self._ahead.limit:
             self._ahead.make_room()
         began_s = perf_counter()
@@ -183,31 +195,42 @@ class TrainingLoop:
         self.evaluations.take_due()
         if not self._backpressure.make_room() or not boundary.settle():
             return False
+        if not boundary.replay_late():
+            return False
         if self.checkpoints.take_due(boundary) and not boundary.settle():
             return False  # it waited for a writer, and the run was stopped meanwhile
         if self._gates.announces_steps:
-            if status.announced_step != status.step:
-                status.announced_step = status.step
-                self.windows.emit(StepStarted(step=status.step, epoch=status.epoch, batch=status.batch))
+            boundary.announce_step()
             if not boundary.settle():
                 return False
             self.profiler.before_step()
+            boundary.promise(status.step)
             return True  # and look again before every step
         self.profiler.before_step()
+        due = min(
+            boundary.next_due(), self.checkpoints.schedule.next_step(), self.evaluations.schedule.next_step()
+        )
         self._attention = min(
-            boundary.next_due(),
-            self.checkpoints.schedule.next_step(),
-            self.evaluations.schedule.next_step(),
+            due,
             self.profiler.next_step(),
             status.step + self._backpressure.free_steps(),
+            NEVER
+            if self._promises_calls
+            else boundary.promise(min(due, self._gates.next_undecided(status.step)) - 1),
         )
         return True
 
-    def _steps_until_due(self) -> int:
-        """How many steps one dispatch may run: up to the next boundary at which anything can be due; at least 1."""
-        gates, step = self._gates, self.status.step
+    def _steps_of_call(self, left: int) -> int:
+        """How many of the steps ``left`` in a group one dispatch runs: up to the next boundary at which anything can be
+        due, and at least 1. The same on every process."""
+        gates, step, room = self._gates, self.status.step, self.compiled.capacity - self.carry.rows
         until_due = min(self._attention, gates.next_step_event, max(gates.flush_by, step + 1)) - step
-        return max(1, min(until_due, self.compiled.capacity - self.carry.rows))
+        steps = max(1, min(until_due, room, left))
+        if self._agrees_from == 1:
+            steps = self.boundary.steps_of_call(steps, left)
+            if steps > room:
+                self._flush()
+        return steps
 
     def _dispatch_keeping(self, batch: Any, start: int, stop: int) -> None:
         """Dispatch a step that leaves the state before it alone, because something else refers to it."""
@@ -239,6 +262,7 @@ class TrainingLoop:
         status = self.status
         if (self._queue.arrived or status.stop_reason is not None) and not self.boundary.settle():
             return False
+        self.boundary.begin_phase()
         self.boundary.admit_deciders()
         self.windows.begin_epoch()
         status.epoch_first_step = status.step
@@ -253,6 +277,7 @@ class TrainingLoop:
         """Evaluate, publish EpochCompleted, apply what is decided on it. Returns False if the run has to end."""
         status = self.status
         self.profiler.end_due()
+        self.boundary.begin_phase()
         self.evaluations.take_epoch()
         continues = self.boundary.settle()
         self.evaluations.requested = 0
@@ -265,6 +290,7 @@ class TrainingLoop:
         )
         status.epoch += 1
         status.in_epoch = False
+        self.boundary.begin_phase()
         self.windows.begin_epoch()
         continues = self.boundary.settle() and continues
         self.checkpoints.take_epoch(status.epoch, self.boundary)
@@ -284,6 +310,7 @@ class TrainingLoop:
 
     def finish(self, deadline_s: float) -> None:
         """Settle the last boundary, send the last window, wait for the deciders until ``deadline_s`` (monotonic)."""
+        self.boundary.begin_phase()
         if self.status.stop_reason is None:
             self.boundary.settle()
         self.checkpoints.no_step_follows = True
@@ -291,6 +318,13 @@ class TrainingLoop:
         self.windows.flush()
         if not self.status.cut_short:  # else the run that resumes from here delivers them their events again
             self.boundary.wait_for_deciders(deadline_s)
+
+    def follow_to_end(self) -> EndRun:
+        """``finish``, where process 0 decides. Returns the order by which it ended the run."""
+        self.checkpoints.no_step_follows = True
+        end = self.boundary.follow_to_end()
+        self.windows.flush()
+        return end
 
     def restore_at_end(self) -> None:
         """Restore what subscribers requested for the end of a run that was not cut short. After ``finish``."""

@@ -21,6 +21,10 @@ class WaitingPlace(Protocol):
         """Apply the commands that have arrived and have no boundary to wait for."""
         ...
 
+    def agree(self) -> bool:
+        """Agree with the other processes that a batch of an evaluation is dispatched now. False: the run has to end."""
+        ...
+
     def wake(self) -> None:
         """Make ``wait`` ask ``ready`` again. Any thread."""
         ...

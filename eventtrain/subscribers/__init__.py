@@ -19,8 +19,11 @@ if TYPE_CHECKING:
     from eventtrain.subscribers.alerts.timed_rules import LowDiskRule as LowDiskRule
     from eventtrain.subscribers.alerts.timed_rules import SlowSubscriberRule as SlowSubscriberRule
     from eventtrain.subscribers.alerts.timed_rules import StallRule as StallRule
+    from eventtrain.subscribers.brokers.nats_events import NATSEvents as NATSEvents
+    from eventtrain.subscribers.brokers.redis_events import RedisEvents as RedisEvents
     from eventtrain.subscribers.checkpointing.checkpointer import Checkpointer as Checkpointer
     from eventtrain.subscribers.checkpointing.checkpointer import restore_state as restore_state
+    from eventtrain.subscribers.dashboard.dashboard import Dashboard as Dashboard
     from eventtrain.subscribers.loggers.csv_logger import CSVLogger as CSVLogger
     from eventtrain.subscribers.loggers.history import History as History
     from eventtrain.subscribers.loggers.jsonl_logger import JSONLLogger as JSONLLogger
@@ -29,6 +32,7 @@ if TYPE_CHECKING:
     from eventtrain.subscribers.monitoring.overhead_meter import OverheadMeter as OverheadMeter
     from eventtrain.subscribers.monitoring.profiler import Profiler as Profiler
     from eventtrain.subscribers.monitoring.step_timer import StepTimer as StepTimer
+    from eventtrain.subscribers.policies.command_replay import CommandReplay as CommandReplay
     from eventtrain.subscribers.policies.early_stopping import EarlyStopping as EarlyStopping
     from eventtrain.subscribers.policies.evaluate_every import EvaluateEvery as EvaluateEvery
     from eventtrain.subscribers.policies.gradient_spike import GradientSpike as GradientSpike
@@ -57,6 +61,8 @@ _LAZY = {
     "CSVLogger": "eventtrain.subscribers.loggers.csv_logger",
     "CheckpointFailedRule": "eventtrain.subscribers.alerts.event_rules",
     "Checkpointer": "eventtrain.subscribers.checkpointing.checkpointer",
+    "CommandReplay": "eventtrain.subscribers.policies.command_replay",
+    "Dashboard": "eventtrain.subscribers.dashboard.dashboard",
     "DeadlineRule": "eventtrain.subscribers.alerts.timed_rules",
     "DeviceStats": "eventtrain.subscribers.monitoring.device_stats",
     "EarlyStopping": "eventtrain.subscribers.policies.early_stopping",
@@ -73,6 +79,7 @@ _LAZY = {
     "MLflowLogger": "eventtrain.subscribers.trackers.mlflow_logger",
     "MaxTime": "eventtrain.subscribers.policies.max_time",
     "ModelRegistry": "eventtrain.subscribers.trackers.model_registry",
+    "NATSEvents": "eventtrain.subscribers.brokers.nats_events",
     "NoImprovementRule": "eventtrain.subscribers.alerts.metric_rules",
     "OpenTelemetry": "eventtrain.subscribers.trackers.opentelemetry",
     "OverheadMeter": "eventtrain.subscribers.monitoring.overhead_meter",
@@ -82,6 +89,7 @@ _LAZY = {
     "ProgressBar": "eventtrain.subscribers.progress.progress_bar",
     "PrometheusExporter": "eventtrain.subscribers.trackers.prometheus_exporter",
     "ReduceLROnPlateau": "eventtrain.subscribers.policies.reduce_lr_on_plateau",
+    "RedisEvents": "eventtrain.subscribers.brokers.redis_events",
     "Report": "eventtrain.subscribers.reports.report",
     "Rule": "eventtrain.subscribers.alerts.metric_rules",
     "RunCompletedRule": "eventtrain.subscribers.alerts.event_rules",

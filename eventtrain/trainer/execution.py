@@ -117,6 +117,11 @@ class Execution:
         """Whether something is in progress. Any thread."""
         return self._claimed.locked()
 
+    @property
+    def functions(self) -> tuple[SubscriptionCore, ...]:
+        """The subscriptions of functions. Any thread."""
+        return tuple(self._functions)
+
     def add(self, function: SubscriptionCore) -> None:
         """Route events to this detached subscription while something is in progress."""
         self._functions.append(function)
@@ -129,6 +134,8 @@ class Execution:
             function.cancel()
 
     def _attach(self, function: SubscriptionCore) -> None:
+        if jax.process_index() > 0 and not function.options.per_host:
+            return
         self._bus.attach(function)
         self._bus.start_worker(function)
 
@@ -138,16 +145,10 @@ class Execution:
 
         Raises:
             AlreadyRunning: something is in progress, or the run of another trainer uses the bus.
-            ConfigurationError: the trainer was closed, this is one of several JAX processes, or compilation is off.
+            ConfigurationError: the trainer was closed, or compilation is off.
         """
         if self.closed:
             raise ConfigurationError(f"{name}() cannot start: this trainer was closed. Make a new one.")
-        if (processes := jax.process_count()) > 1:
-            raise ConfigurationError(
-                f"{name} was called in one of {processes} JAX processes (jax.process_count()). eventtrain runs in one "
-                "process: checkpoints, logs and commands are not coordinated between several. Train on the devices of "
-                "one, without jax.distributed.initialize()."
-            )
         if jax.config.jax_disable_jit:  # pyright: ignore[reportAttributeAccessIssue]  # made at run time
             raise ConfigurationError(
                 f"{name} was called while jax.disable_jit() is on, and the step is always compiled. Use "

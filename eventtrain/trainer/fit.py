@@ -2,42 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
-from typing import Any, Generic, TypeVar
+from typing import Any
 
 from eventtrain.control.run_state import LoopRecord
-from eventtrain.data.prefetch import BatchGroup, EpochIterator, Leftovers
+from eventtrain.data.batch_group import BatchGroup
+from eventtrain.data.epoch_iterator import EpochIterator, Leftovers
 from eventtrain.errors import DataError
-from eventtrain.events import EpochCompleted
 from eventtrain.loop.run_recorder import Aim
 from eventtrain.trainer.resume import ResumePoint
 from eventtrain.trainer.run import Run
-
-S = TypeVar("S")
-
-
-@dataclass(frozen=True)
-class FitResult(Generic[S]):
-    """The result of ``fit``. Its repr leaves out the state and the history, which may fill many screens.
-
-    Attributes:
-        state: the state reached, on the device. It belongs to the caller. With a step extension whose ``use_for`` has
-            "final" it holds the weights of the extension; ``trainer.state`` holds those that training continues with.
-        step: updates completed over the trainer's life.
-        epochs_completed: of this call.
-        stop_reason: "completed", or the reason given to ``control.stop``, "interrupted", "preempted", "cancelled".
-        history: the EpochCompleted events of this call, of more than 10,000 epochs the newest 10,000. All are in a log,
-            and ``subscribers.History(max_epochs=...)`` keeps as many as you want.
-        undelivered: subscription name -> events not handled within ``drain_timeout_s``; empty if all were.
-    """
-
-    state: S = field(repr=False)
-    step: int
-    epochs_completed: int
-    stop_reason: str
-    history: list[EpochCompleted] = field(repr=False)
-    undelivered: Mapping[str, int]
 
 
 def train(run: Run, data: Any, aim: Aim, leftovers: Leftovers, point: ResumePoint | None = None) -> None:
@@ -72,7 +45,7 @@ def train(run: Run, data: Any, aim: Aim, leftovers: Leftovers, point: ResumePoin
             record = None
             while group is not None and steps_left != 0 and group.steps:
                 count = group.steps if steps_left is None else min(group.steps, steps_left)
-                done = run.advance(group.batches, count, group.positions)
+                done = run.advance(group.call, count, group)
                 batches.used(done)
                 if done < count:
                     return
@@ -106,12 +79,12 @@ def _prepare_without_a_step(run: Run, data: Any, leftovers: Leftovers) -> None:
 
 def _prepare(run: Run, group: BatchGroup) -> None:
     """Compile for a group. Without a batch in it, an earlier run must have compiled."""
-    if not group.batches and run.source.model.compiled is None:
+    if group.call is None and run.source.model.compiled is None:
         raise DataError(
             f"The data of epoch {run.status.epoch} ended before the batch from which the run resumes, and has none to "
             "compile the step for. Pass the data from its beginning: a new iterator, or a callable epoch -> iterable."
         )
-    run.prepare(group.batches if run.grouped else group.batches[0] if group.batches else None)
+    run.prepare(group.call)
 
 
 def _open(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Generator, Iterator
+from concurrent.futures import CancelledError
 from contextlib import contextmanager
 from time import perf_counter
 from typing import Any
@@ -13,32 +14,64 @@ import numpy as np
 
 from eventtrain.bus.core import BusCore
 from eventtrain.control.command_queue import CommandQueue
+from eventtrain.control.control_plane import ControlPlane
 from eventtrain.control.loop_statistics import LoopClock
 from eventtrain.control.run_view import RunView
-from eventtrain.data.prefetch import EpochIterator
+from eventtrain.data.epoch_iterator import EpochIterator
 from eventtrain.device.fetcher import Fetcher
 from eventtrain.device.model import Model
+from eventtrain.device.placement import read
 from eventtrain.device.state import PyTree, replicated_sharding
 from eventtrain.events import PredictCompleted, PredictStarted, PredictStepCompleted
 from eventtrain.events.models import Number
+from eventtrain.loop.agreement.agreement import Agreement
 from eventtrain.loop.evaluation import dispatch_evaluation
 from eventtrain.loop.event_builder import EventBuilder
 from eventtrain.loop.run_ahead import RunAhead
 from eventtrain.loop.run_status import RunStatus
+from eventtrain.trainer.processes import joined
 from eventtrain.trainer.run import RunOptions
+
+TOGETHER_S = 0.05
+"""Outputs of `predict` are fetched one by one if a batch takes longer."""
 
 
 class Inference:
     """Runs eval_fn and predict_fn over data on the calling thread, while the bus is served elsewhere. Blocks."""
 
-    def __init__(self, model: Model, options: RunOptions, bus: BusCore, queue: CommandQueue) -> None:
+    def __init__(self, model: Model, options: RunOptions, bus: BusCore, plane: ControlPlane) -> None:
         self._model = model
         self._options = options
         self._bus = bus
-        self._waiter = _BlockingWaiter(queue)
+        self._plane = plane
+        self._waiter = _BlockingWaiter(plane.queue)
 
     def evaluate(self, data: Any) -> dict[str, Number]:
         """Returns the means of eval_fn's metrics, in float64."""
+        with self._joined():
+            return self._evaluate(data)
+
+    def predict(self, data: Any) -> PyTree:
+        """Returns the outputs of predict_fn as NumPy arrays, joined along the first axis: on each process all rows."""
+        with self._joined():
+            return self._predict(data)
+
+    @contextmanager
+    def _joined(self) -> Generator[None]:
+        """Join the other processes, if the state is on devices of several: what fails on one of them ends all."""
+        if all(leaf.is_fully_addressable for leaf in self._model.leaves):
+            yield
+            return
+        with joined(self._bus, self._plane, lambda lost: None) as agreement:
+            self._waiter.agreement = agreement
+            try:
+                yield
+                if self._waiter.cancelled:
+                    agreement.leave(CancelledError("it was cancelled"))
+            finally:
+                self._waiter.agreement = None
+
+    def _evaluate(self, data: Any) -> dict[str, Number]:
         model = self._model
         builder = EventBuilder(self._bus, RunView(), weight=self._options.weight)
         fetcher = Fetcher(builder.take)
@@ -64,15 +97,18 @@ class Inference:
         assert builder.evaluated is not None
         return dict(builder.evaluated)
 
-    def predict(self, data: Any) -> PyTree:
-        """Returns the outputs of predict_fn as NumPy arrays, joined along the first axis."""
+    def _predict(self, data: Any) -> PyTree:
         model, step = self._model, self._model.step
         prediction = model.prediction()
         began_s, waiting, done = perf_counter(), deque[PyTree](), list[PyTree]()
+        fetched_s = began_s
 
-        def fetch_oldest() -> None:
-            done.append(jax.tree.map(np.array, waiting.popleft()))
-            self._bus.feed([PredictStepCompleted(step=step, batch=len(done) - 1)])
+        def fetch(count: int) -> None:
+            nonlocal fetched_s
+            first, fetched_s = len(done), perf_counter()
+            done.extend(jax.tree.map(read, waiting.popleft()) for _ in range(count))
+            if self._bus.has_subscribers(PredictStepCompleted):
+                self._bus.feed([PredictStepCompleted(step=step, batch=n) for n in range(first, len(done))])
 
         self._bus.feed([PredictStarted(step=step)])
         with self._open(data, "data to predict on") as batches:
@@ -84,9 +120,9 @@ class Inference:
                     prediction.prepare(batch)
                 waiting.append(prediction(leaves, batch))
                 if len(waiting) > self._options.pace.max_in_flight_calls:
-                    fetch_oldest()
-        while waiting:
-            fetch_oldest()
+                    # Short ones together: to wake the event loop for each would cost more than they do.
+                    fetch(len(waiting) // 2 if perf_counter() - fetched_s < TOGETHER_S else 1)
+        fetch(len(waiting))
         if self._waiter.cancelled:
             return None
         duration_s = perf_counter() - began_s
@@ -114,13 +150,21 @@ class Inference:
 
 
 class _BlockingWaiter:
-    """Waits for the prefetch thread until a stop arrives: the caller was cancelled. Nothing else can be served."""
+    """Waits for the prefetch thread until a stop arrives: the caller was cancelled. Nothing else can be served.
+
+    Attributes:
+        agreement: with the other processes; None without any.
+    """
 
     def __init__(self, queue: CommandQueue) -> None:
         self._queue = queue
+        self.agreement: Agreement | None = None
 
     @property
     def cancelled(self) -> bool:
+        """Whether the caller was cancelled. Raises PeerLost if another process has failed or is gone."""
+        if self.agreement is not None:
+            self.agreement.check()
         return bool(self._queue.arrived)
 
     def wait(self, ready: Callable[[], object]) -> bool:

@@ -18,7 +18,6 @@ from eventtrain.bus.wakeup import CrossLoopFuture
 from eventtrain.control.command_queue import PendingCommand
 from eventtrain.control.run_state import BEFORE_END, LoopRecord, RunRecord, SavedRun, unpack
 from eventtrain.control.run_view import RunView
-from eventtrain.control.snapshots import KeptSnapshot
 from eventtrain.device.hyperparams import find_hyperparams, values_of
 from eventtrain.device.model import Model
 from eventtrain.device.snapshot import Snapshot
@@ -205,6 +204,7 @@ def take_over(
             f"Cannot resume from {saved.path}: it holds weights only. Start with them: "
             "Trainer(state=et.load_state(path, like=state))."
         )
+    record = record.of_process(jax.process_index())
     ended = why_ended(record.loop, aim, named=named)
     left = remaining(record.loop, aim)
     before_end = record.before_end if ended is None and 0 not in (left.epochs, left.steps) else None
@@ -236,7 +236,7 @@ def take_over(
     model.step, model.epoch = loop_record.step, loop_record.epoch
     for tag, on_disk in tags.items():
         step, state = kept[on_disk]
-        view.snapshots[tag] = KeptSnapshot(Snapshot(step, _leaves_of(state), model.structure, tag=tag))
+        view.keep(tag, Snapshot(step, _leaves_of(state), model.structure, tag=tag))
     record = record.model_copy(update={"loop": loop_record})
     return ResumePoint(saved, record, backup, shares, tags, state_tag, ended)
 
@@ -307,8 +307,7 @@ def take_over_extensions(
         return None
     for tag, on_disk in point.kept.items():
         if tag in kept:
-            whole = kept[tag].device.with_extensions(saved.extensions(types, on_disk), tuple(types))
-            view.snapshots[tag] = KeptSnapshot(whole)
+            kept[tag].device.add_extensions(saved.extensions(types, on_disk), tuple(types))
     return saved.extensions(types, point.state_tag)
 
 
@@ -320,7 +319,7 @@ def resume_stream(point: ResumePoint, resources: RunResources) -> None:
     record, bus, fetcher = point.record, resources.bus, resources.fetcher
     bus.stream.continue_from(record.stream.seq)
     resources.builder.resume(record.stream)
-    names = {subscription.name: subscription for subscription in bus.subscriptions}
+    names = {subscription.name: subscription for subscription in (*bus.table.active, *bus.table.disabled)}
     for name, share in point.shares.items():
         subscription = names.get(name)
         if subscription is None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+import os
+import threading
 from collections.abc import Callable, Generator, Sequence
 from concurrent.futures import Future
 from contextlib import contextmanager
@@ -14,19 +16,34 @@ from typing import Any
 import jax
 
 from eventtrain.bus.core import BusCore
+from eventtrain.bus.handlers import takes_control
 from eventtrain.bus.training_stream import Activation
 from eventtrain.control.command_queue import POLL_S
 from eventtrain.control.control_plane import ControlPlane
 from eventtrain.control.loop_statistics import LoopClock, LoopStatistics
 from eventtrain.control.run_context import RunContext
 from eventtrain.control.run_view import NONE
+from eventtrain.data.batch_group import BatchGroup
 from eventtrain.data.sources import shapes_of
 from eventtrain.device.compiled_step import StepProgram
 from eventtrain.device.fetcher import Fetcher
+from eventtrain.device.fused_step import first_batch
 from eventtrain.device.hyperparams import find_hyperparams, values_of
 from eventtrain.device.state import replicated_sharding
-from eventtrain.errors import BusClosed, ConfigurationError, StepError
-from eventtrain.events import RunCompleted, RunFailed, RunStarted
+from eventtrain.errors import BusClosed, ConfigurationError, PeerLost, StepError
+from eventtrain.events import (
+    CommandApplied,
+    EpochCompleted,
+    EpochStarted,
+    EvalCompleted,
+    RunCompleted,
+    RunFailed,
+    RunStarted,
+    StepsCompleted,
+)
+from eventtrain.loop.agreement.agreement import Agreement
+from eventtrain.loop.agreement.log import ApplyCommand, EndRun
+from eventtrain.loop.backpressure import ROW_EVENTS
 from eventtrain.loop.boundary import require_served
 from eventtrain.loop.evaluation import EvaluationSource
 from eventtrain.loop.event_builder import EventBuilder
@@ -66,6 +83,7 @@ class Run:
         bus, plane: of the trainer.
         subscribers: to be started and stopped.
         recorder: has the aim, and what a checkpoint says of the beginning.
+        agreement: with the other processes of the run.
         resume_point: where the run resumes.
         restarts: it should have resumed, and nothing was saved.
 
@@ -85,6 +103,7 @@ class Run:
         subscribers: Sequence[RunSubscriber],
         *,
         recorder: RunRecorder,
+        agreement: Agreement,
         resume_point: ResumePoint | None = None,
         restarts: bool = False,
     ) -> None:
@@ -109,7 +128,13 @@ class Run:
         builder = EventBuilder(bus, plane.view, weight=options.weight)
         fetcher = Fetcher(builder.take, self._fetch_failed)
         self.resources = RunResources(bus, plane, LagGates(bus), builder, fetcher, LoopClock())
+        self._agreement = agreement
         self._bus_failed = False
+        self._ending = threading.Lock()
+        self._ended_beside = False
+        self._is_untouched = False
+        self._agreed_stop: str | None = None
+        self._agreed_end: EndRun | None = None
 
     # --- reading: any thread ----------------------------------------------------------------------------------
 
@@ -117,10 +142,31 @@ class Run:
         """Returns where the training thread's time went so far. Any thread; never blocks."""
         return self.resources.clock.read(self.status.step, self.status.step - self._first_step)
 
+    def report(self) -> dict[str, Any]:
+        """Returns where the run is, as JSON data, for those who steer it from outside. Any thread; never blocks."""
+        status, aim, options = self.status, self.recorder.aim, self.options
+        state = "starting" if self.loop is None else "paused" if status.paused else "running"
+        return {
+            "state": "ending" if status.stop_reason is not None else state,
+            "run_id": options.run_id,
+            "attempt": self.recorder.attempt,
+            "pid": os.getpid(),
+            "step": self._plane.view.step,
+            "epoch": status.epoch,
+            "epochs": aim.epochs,
+            "steps": aim.steps,
+            "hyperparams": dict(self._plane.control.hyperparams),
+        }
+
     def program(self) -> StepProgram | None:
         """Returns what the step was compiled to; None before the first one. Any thread; never blocks."""
         compiled = self._model.compiled
         return compiled.program() if compiled is not None else None
+
+    @property
+    def decides(self) -> bool:
+        """Whether this process makes the decisions of the run."""
+        return self._agreement.decides
 
     @property
     def grouped(self) -> bool:
@@ -142,9 +188,8 @@ class Run:
         if self.loop is not None:
             return
         model, point = self._model, self._resume_point
-        for first in (batch or ())[:1] if self.grouped else (batch,):
-            if first is not None:
-                self.recorder.note_batch(shapes_of(first))
+        if batch is not None:
+            self.recorder.note_batch(shapes_of(first_batch(batch) if self.grouped else batch))
         compiled = model.prepare(batch)
         hyperparams = find_hyperparams(model.structure.join(model.leaves))
         if point is not None:
@@ -158,6 +203,7 @@ class Run:
             status=self.status,
             resources=self.resources,
             recorder=self.recorder,
+            agreement=self._agreement,
             pace=self.options.pace,
         )
         # The loop owns the state: a reference would keep its memory.
@@ -165,27 +211,26 @@ class Run:
         if point is not None:
             resume_loop(point, self.loop)
 
-    def advance(self, batches: tuple[Any, ...], count: int, positions: Sequence[Any] = ()) -> int:
-        """Run the first ``count`` steps of a group. Returns how many were dispatched before the run had to end.
+    def advance(self, batch: Any, count: int, group: BatchGroup | None = None) -> int:
+        """Run the first ``count`` steps of a call. Returns how many were dispatched before the run had to end.
 
         Args:
-            batches: a tuple of ``steps_per_call`` batches.
+            batch: what the compiled step is called with: as for ``prepare``.
             count: steps to run.
-            positions: the states of the data's iterator after each batch.
+            group: has the batches one by one, and the states of the data's iterator after each; None if not known.
         """
         self.require_open()
-        self.prepare(batches if self.grouped else batches[0])
+        self.prepare(batch)
         loop = self.loop
         assert loop is not None
         if not self.status.in_epoch and not self.begin_epoch():
             return 0
-        known = batches if positions and self._plane.requests.checkpoints else ()
-        self.recorder.data.begin_group(self.status.batch, positions, known)
+        self.recorder.data.begin_group(self.status.batch, group, keeps=bool(self._plane.requests.checkpoints))
         if not self.grouped:
-            return loop.step(batches[0])
+            return loop.step(batch)
         done = 0
         while done < count:
-            dispatched = loop.step(batches, done, count)
+            dispatched = loop.step(batch, done, count)
             if not dispatched:
                 break
             done += dispatched
@@ -214,9 +259,40 @@ class Run:
         """End the epoch that the aim has cut short, if it was. A run with a higher aim continues before this."""
         self.require_open()
         if self.loop is not None and self.status.in_epoch:
+            self._report_endless_epoch()
+            self.loop.boundary.begin_phase()
             self.loop.boundary.settle()
             self.loop.checkpoints.begin_end()
         self.end_epoch()
+
+    def _report_endless_epoch(self) -> None:
+        """Log what goes by epochs, if the aim is reached within the first one: there was nothing for it to decide."""
+        status, requests, length = self.status, self._plane.requests, self.recorder.aim.steps_per_epoch
+        if status.epoch > 0 or (length is not None and status.batch >= length):
+            return
+        by_epochs = (EpochStarted, EpochCompleted)
+        if not any(request.every or request.every_s for request in requests.evaluations):
+            by_epochs = (*by_epochs, EvalCompleted)
+        deciders = [
+            subscription.name
+            for subscription in self._bus.table.active
+            if subscription.handler is not None
+            and takes_control(subscription.handler)
+            and any(issubclass(kind, subscription.types) for kind in by_epochs)
+            and not any(issubclass(kind, subscription.types) for kind in (*ROW_EVENTS, StepsCompleted))
+        ]
+        owners = [
+            request.owner
+            for request in (*requests.checkpoints, *requests.evaluations)
+            if request.every_epochs and not request.every and not request.every_s
+        ]
+        if deciders or owners:
+            logger.warning(
+                "No epoch of the data ended within %d steps. These go by epochs, so they decided nothing between the "
+                "first step and the last: %s. Use data that ends, or let them go by steps, for example "
+                'patience_unit="steps", by="step", every=... or EvaluateEvery(steps=...).',
+                status.step, ", ".join(dict.fromkeys([*deciders, *owners])),
+            )  # fmt: skip
 
     def wait(self, ready: Callable[[], object]) -> bool:
         """Wait until ``ready()``, serving commands. Returns False if the run has to end first."""
@@ -225,6 +301,7 @@ class Run:
         queue = self._plane.queue
         while not ready():
             known = len(queue.arrived)  # before the loop is made, only a stop can be served
+            self._agreement.check()
             if self._early_stop() is not None:
                 return False
             require_served(self._bus)
@@ -264,7 +341,10 @@ class Run:
                 self._begin()
                 yield
             except BaseException as error:
-                self._finish(error)
+                lost = self._lost_behind(error) if is_raised_by_jax(error) else None
+                self._finish(lost or error)
+                if lost is not None:
+                    raise lost from error
                 raise
             self._finish()
         finally:
@@ -277,7 +357,7 @@ class Run:
         plane.requests.clear()
         plane.queue.begin()
         self._bus.control_source = plane
-        self._bus.run_id = self.options.run_id
+        self._bus.run_id, self._bus.attempt = self.options.run_id, self.recorder.attempt
         hyperparams = tuple(find_hyperparams(model.structure.join(model.leaves)))
         plane.view.step = model.step
         plane.view.hyperparams = values_of(hyperparams, model.leaves)
@@ -294,10 +374,15 @@ class Run:
             steps_per_epoch=aim.steps_per_epoch,
             start_epoch=self.recorder.start_epoch,
             can_evaluate=self.source.available,
+            attempt=self.recorder.attempt,
             resumed=point is not None,
             restarts=self._restarts,
             ended=point.ended if point is not None else None,
-            params=model.params_paths() if self._subscribers else {},
+            params={} if model.unknown_params or not self._subscribers else model.params_paths(),
+            unknown_params=model.unknown_params,
+            process_index=jax.process_index(),
+            process_count=jax.process_count(),
+            exchange=self._agreement.exchange,
             _bus=self._bus,
             _figures=self,
             _hyperparams=hyperparams,
@@ -326,6 +411,8 @@ class Run:
         deadline_s = monotonic() + self.options.drain_timeout_s
         plane, builder, clock = self._plane, self.resources.builder, self.resources.clock
         status, error = self.status, raised
+        begun = status.phase > 0 or status.step > self._first_step
+        self._is_untouched = self._agreement.is_shared and not begun
         if self.loop is not None:
             self.loop.boundary.deadline_s = deadline_s
             for leave in (self._leave_loop, self._take_final):
@@ -336,30 +423,45 @@ class Run:
         clock.stop()
         self._give_state_back()
         error = error or self._bus.failure or self._device_failure()
-        reason = (status.stop_reason if self.loop is not None else self._early_stop()) or "completed"
+        early_stop = self._early_stop() if self.loop is None else None
+        reason = status.stop_reason or early_stop or "completed"
         self.ended_by = reason = reason if error is None else "failed"
         left = plane.queue.close(_never_due(reason, error))
         self.resources.fetcher.close()
         # The fetch thread has ended: from here on this thread feeds the stream.
         for pending in left:  # not a fault: a lag may reach beyond the last step
-            plane.queue.reject(pending, _never_due(reason, error), builder, logging.INFO)
+            if (
+                early_stop is not None
+                and pending.command.kind == "stop"
+                and pending.command.source is not None
+            ):
+                applied = CommandApplied(step=status.step, command=pending.command)
+                builder.emit(applied)
+                plane.queue.answer(pending, applied)
+            else:
+                plane.queue.reject(pending, _never_due(reason, error), builder, logging.INFO)
         try:
             # A handler that may fail the run has to be heard before the last event.
             self._lifecycle.drain(deadline_s)
         except BusClosed as closed:
             error = error or closed
         error = error or self._bus.failure or self._device_failure()
+        by_time = status.cut_short or early_stop is not None or self.resources.gates.timed_out()
+        deterministic = status.deterministic and not by_time
+        try:
+            deterministic = self._agree_on_end(deterministic, error, reason)
+        except PeerLost as lost:
+            error = lost
         if error is not None:
             self.ended_by = reason = "failed"
             plane.queue.close(_never_due(reason, error))
-        if error is None:
-            deterministic = (
-                status.deterministic and not status.cut_short and not self.resources.gates.timed_out()
-            )
-            builder.emit(RunCompleted(step=status.step, reason=reason, deterministic=deterministic))
-        else:
-            builder.emit(RunFailed(step=status.step, error=f"{type(error).__name__}: {error}"))
-        self.undelivered = self._lifecycle.stop(deadline_s, status.step)
+        with self._ending:
+            if not self._ended_beside:
+                if error is None:
+                    builder.emit(RunCompleted(step=status.step, reason=reason, deterministic=deterministic))
+                else:
+                    builder.emit(RunFailed(step=status.step, error=f"{type(error).__name__}: {error}"))
+                self.undelivered = self._lifecycle.stop(deadline_s, status.step)
         if self.undelivered:
             listing = ", ".join(f"{name}: {count}" for name, count in self.undelivered.items())
             logger.warning("Events were not handled within %.1f s: %s", self.options.drain_timeout_s, listing)
@@ -370,10 +472,28 @@ class Run:
         if error is not None and raised is None:
             raise error
 
+    def end_beside(self, lost: BaseException) -> None:
+        """Publish RunFailed and stop the subscribers, beside a training thread that hangs. Another thread; blocks.
+
+        Does nothing if that is done, or if the training thread is doing it.
+        """
+        if not self._ending.acquire(blocking=False):
+            return
+        try:
+            if not self._ended_beside:
+                self._ended_beside = True
+                self._bus.notify(RunFailed(step=self.status.step, error=f"{type(lost).__name__}: {lost}"))
+                self._lifecycle.stop(monotonic() + self.options.drain_timeout_s, self.status.step)
+        finally:
+            self._ending.release()
+
     def _leave_loop(self, loop: TrainingLoop, deadline_s: float, raised: BaseException | None) -> None:
         """Settle the last boundary, and send the last window."""
         loop.profiler.close()
         if raised is None and self._bus.failure is None and self.resources.fetcher.failure is None:
+            if not self._agreement.decides:
+                self._agreed_end = loop.follow_to_end()
+                return
             loop.finish(deadline_s)
         if loop.windows.open:
             loop.windows.flush()
@@ -382,8 +502,31 @@ class Run:
                 loop.checkpoints.begin_end()
             loop.restore_at_end()
 
+    def _agree_on_end(self, deterministic: bool, error: BaseException | None, reason: str) -> bool:
+        """Leave the run as one of several processes. Returns whether it was deterministic, as process 0 says.
+
+        Raises:
+            PeerLost: another process has failed, so that this one has, too.
+        """
+        agreement = self._agreement
+        if not agreement.is_shared:
+            return deterministic
+        if error is None and reason == "failed":
+            agreement.wait_for_failure()
+        if error is None:
+            agreement.check()
+        if agreement.decides and error is None:
+            agreement.record(self.status, EndRun(deterministic=deterministic))
+        elif self._agreed_end is not None:
+            deterministic = self._agreed_end.deterministic
+        for pending in agreement.end(error):
+            self._plane.queue.reject(pending, _never_due(reason, error), self.resources.builder, logging.INFO)
+        return deterministic
+
     def _take_final(self, loop: TrainingLoop, deadline_s: float, raised: BaseException | None) -> None:
-        if self.resources.fetcher.failure is None:
+        if self._is_untouched:
+            return  # another process may not have its first batch yet, and so nothing to save
+        if self.resources.fetcher.failure is None and self._agreement.decides:
             loop.checkpoints.take_final(loop.boundary)
 
     def _give_state_back(self) -> None:
@@ -406,19 +549,50 @@ class Run:
 
     def _device_failure(self) -> BaseException | None:
         fetcher = self.resources.fetcher
-        if fetcher.failure is not None and not isinstance(fetcher.failure, StepError):
-            failure = StepError(
-                f"The device failed while computing a step: {type(fetcher.failure).__name__}: {fetcher.failure}. The "
-                "state is lost. Resume from a checkpoint."
+        failed = fetcher.failure
+        if failed is not None and not isinstance(failed, (StepError, PeerLost)):
+            failure = self._lost_behind(failed) or StepError(
+                f"The device failed while computing a step: {type(failed).__name__}: {failed}. The state is lost. "
+                "Resume from a checkpoint."
             )
-            failure.__cause__ = fetcher.failure
+            failure.__cause__ = failed
             fetcher.failure = failure
         return fetcher.failure
 
+    def _lost_behind(self, error: BaseException) -> PeerLost | None:
+        """Returns the loss of another process, if that is why a computation failed. Waits until it can be known."""
+        agreement = self._agreement
+        if not agreement.is_shared or isinstance(error, PeerLost):
+            return None
+        agreement.wait_for_failure()
+        try:
+            agreement.check()
+        except PeerLost as lost:
+            return lost
+        return None
+
     def _early_stop(self) -> str | None:
         """The reason of a stop that arrived before the loop was made."""
-        arrived = list(self._plane.queue.arrived)
-        return next((p.command.reason for p in arrived if p.command.kind == "stop"), None)
+        agreement, queue = self._agreement, self._plane.queue
+        if self._agreed_stop is None and not agreement.decides:
+            if queue.arrived:
+                agreement.ask([queue.arrived.popleft() for _ in range(len(queue.arrived))])
+            if (order := agreement.early_stop(self.status)) is not None:
+                self._agreed_stop, self.status.signal = order.command.reason, order.signal
+        arrived = list(queue.arrived)
+        stop = next((pending for pending in arrived if pending.command.kind == "stop"), None)
+        if stop is not None and self._agreed_stop is None:
+            self._agreed_stop, self.status.signal = stop.command.reason, stop.signal
+            agreement.record(self.status, ApplyCommand(command=stop.command, signal=stop.signal))
+        return self._agreed_stop
+
+
+def is_raised_by_jax(error: BaseException) -> bool:
+    """Returns whether JAX has raised ``error``, and not a function of the user or of eventtrain."""
+    traceback, module = error.__traceback__, ""
+    while traceback is not None:
+        module, traceback = traceback.tb_frame.f_globals.get("__name__", ""), traceback.tb_next
+    return module.partition(".")[0] in ("jax", "jaxlib")
 
 
 def _never_due(reason: str, error: BaseException | None) -> str:

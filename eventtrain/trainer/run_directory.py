@@ -11,18 +11,15 @@ from __future__ import annotations
 import errno
 import logging
 import os
-import platform
 from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager, suppress
-from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
 
-from pydantic import BaseModel, Field, ValidationError
-
 from eventtrain.errors import ConfigurationError, RunDirInUse
+from eventtrain.runs.owner import ATTEMPTS, LOCK, Owner, owner_of
+from eventtrain.subscribers._shared.atomic_files import open_replacement
 from eventtrain.subscribers._shared.paths import require_writable_folder
-from eventtrain.subscribers._shared.processes import THIS_PROCESS, is_running
 from eventtrain.subscribers.base import Subscriber
 
 try:
@@ -32,36 +29,21 @@ except ImportError:  # not on Windows
 
 logger = logging.getLogger("eventtrain")
 
-LOCK = ".eventtrain.lock"
 CANNOT_LOCK = {errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL}
 """Errors of file systems without ``flock``."""
 
 
-class Owner(BaseModel):
-    """The run that holds a lock, as its file says."""
-
-    pid: int = Field(default_factory=os.getpid, ge=1)
-    host: str = Field(default_factory=platform.node)
-    process: str = THIS_PROCESS
-    since: datetime = Field(default_factory=lambda: datetime.now(UTC))
-    run_id: str
-
-    def __str__(self) -> str:
-        return f"the run {self.run_id} (process {self.pid} on {self.host}, since {self.since:%Y-%m-%d %H:%M:%S} UTC)"
-
-    @property
-    def may_run(self) -> bool:
-        """Whether its process may still run; True if it is on another machine."""
-        if self.host != platform.node():
-            return True
-        return self.process == THIS_PROCESS if self.pid == os.getpid() else is_running(self.pid)
-
-
 @contextmanager
-def run_directory(path: Path, run_id: str, subscribers: Sequence[Subscriber]) -> Generator[None]:
+def run_directory(
+    path: Path, run_id: str, subscribers: Sequence[Subscriber], *, is_new: bool = False
+) -> Generator[None]:
     """Creates and locks run_dir for the length of the block, if the run has subscribers.
 
     Folders that were created and are still empty at the end are removed.
+
+    Args:
+        path, run_id, subscribers: of the run.
+        is_new: the run_id was made for this trainer, so that a folder with nothing but the attempts may be removed.
 
     Raises:
         ConfigurationError: nothing can be written there, or two subscribers write to one path.
@@ -80,9 +62,34 @@ def run_directory(path: Path, run_id: str, subscribers: Sequence[Subscriber]) ->
         finally:
             release()
     finally:
+        if is_new and path in created and os.listdir(path) == [ATTEMPTS]:
+            (path / ATTEMPTS).unlink(missing_ok=True)
         for folder in created:
             with suppress(OSError):  # not empty
                 folder.rmdir()
+
+
+def next_attempt(run_dir: Path, known: int) -> int:
+    """Returns the number of the attempt that begins in run_dir, and records it there before its first event.
+
+    Args:
+        run_dir: locked by this run.
+        known: an attempt that has begun, as a checkpoint or this trainer knows; 0 if there is none.
+    """
+    file = run_dir / ATTEMPTS
+    try:
+        text = file.read_text()
+        known = max(known, int(text) if text.isascii() and text.isdecimal() and len(text) < 10 else 0)
+    except FileNotFoundError:
+        pass
+    except (OSError, ValueError) as error:
+        logger.warning("%s cannot be read: %s", file, error)
+    try:
+        with open_replacement(file.with_name(f"{ATTEMPTS}.new"), file) as opened:
+            opened.write(str(known + 1).encode())
+    except OSError as error:  # the events of the next attempt may have the identity of these
+        logger.warning("The attempt %d was not recorded in %s: %s", known + 1, file, error)
+    return known + 1
 
 
 def _require_different_paths(run_dir: Path, subscribers: Sequence[Subscriber]) -> None:
@@ -151,7 +158,7 @@ def _flock(descriptor: int) -> bool | None:
 
 def _lock_by_name(file: Path, owner: Owner) -> Callable[[], None]:
     """``_lock`` where there is no ``flock``: the run that creates the file has the lock."""
-    left = _owner_in(file)
+    left = owner_of(file.parent)
     if left is not None and left.may_run:
         raise _in_use(file)
     _report_left_behind(file)
@@ -164,21 +171,15 @@ def _lock_by_name(file: Path, owner: Owner) -> Callable[[], None]:
     return partial(file.unlink, missing_ok=True)
 
 
-def _owner_in(file: Path) -> Owner | None:
-    try:
-        return Owner.model_validate_json(file.read_bytes())
-    except (OSError, ValidationError):
-        return None
-
-
 def _in_use(file: Path) -> RunDirInUse:
+    owner = owner_of(file.parent) or "another run"
     return RunDirInUse(
-        f"{file.parent} is in use by {_owner_in(file) or 'another run'}: two runs must not write to one run_dir. Wait "
-        f"for it, stop it, or pass another Trainer(run_dir=...). If nothing of that run is left, delete {file}."
+        f"{file.parent} is in use by {owner}: two runs must not write to one run_dir. Wait for it, "
+        f"stop it, or pass another Trainer(run_dir=...). If nothing of that run is left, delete {file}."
     )
 
 
 def _report_left_behind(file: Path) -> None:
-    left = _owner_in(file)
+    left = owner_of(file.parent)
     if left is not None:
         logger.warning("%s did not end properly; this run takes over its lock of %s.", left, file.parent)

@@ -10,10 +10,12 @@ import jax
 
 from eventtrain.control.control import Control
 from eventtrain.control.loop_statistics import LoopStatistics
+from eventtrain.data.global_batches import require_global
 from eventtrain.device.compiled_step import StepProgram
 from eventtrain.errors import ConfigurationError
 from eventtrain.events import EpochCompleted
 from eventtrain.trainer.run import Run
+from eventtrain.trainer.tracebacks import UserFrames
 from eventtrain.validation.callables import require_plain
 
 
@@ -30,6 +32,8 @@ class Session:
     def __init__(self, run: Run, control: Control) -> None:
         self._run = run
         self._control = control
+        self._has_peers = jax.process_count() > 1
+        self._user_frames = UserFrames(everything=run.source.model.options.debug)
 
     @property
     def control(self) -> Control:
@@ -76,11 +80,19 @@ class Session:
 
         Raises:
             StepError, StateError, MetricsError, DataError: step_fn or the batch is invalid; at its first call.
+            DataError: the batch has NumPy arrays, in a run of several processes.
         """
         run = self._run
-        if run.status.in_epoch and run.loop is not None and not (run.grouped or run.ended_by):
-            return run.loop.step(batch) == 1
-        return run.advance((batch,) * run.source.model.options.steps_per_call, 1) == 1
+        try:
+            if self._has_peers:
+                require_global(batch, "session.step was given")
+            if run.status.in_epoch and run.loop is not None and not (run.grouped or run.ended_by):
+                return run.loop.step(batch) == 1
+            steps_per_call = run.source.model.options.steps_per_call
+            return run.advance((batch,) * steps_per_call if run.grouped else batch, 1) == 1
+        except BaseException as error:  # a block with UserFrames costs each step 0.2 us
+            self._user_frames.remove_from(error)
+            raise
 
     def prepare(self, batch: Any) -> None:
         """Compile the step for ``batch`` before its first use; once per run. Blocks until compiled.
@@ -88,7 +100,10 @@ class Session:
         Args:
             batch: as for ``step``; a tuple of ``steps_per_call`` batches if that is above 1.
         """
-        self._run.prepare(batch)
+        with self._user_frames:
+            if self._has_peers:
+                require_global(batch, "session.prepare was given")
+            self._run.prepare(batch)
 
     def begin_epoch(self) -> bool:
         """Begin an epoch, and publish EpochStarted. Returns False if the run has to end.
@@ -110,7 +125,8 @@ class Session:
             )
         if eval_data is not None and self._run.status.in_epoch:
             source.data = eval_data
-        return self._run.end_epoch()
+        with self._user_frames:
+            return self._run.end_epoch()
 
     def statistics(self) -> LoopStatistics:
         """Returns where the training thread's time went so far. Any thread; never blocks."""

@@ -7,23 +7,26 @@ exception is raised when state and bus are settled. A second signal aborts.
 
 from __future__ import annotations
 
+import logging
 import signal
 import threading
 from collections.abc import Callable
 from types import FrameType, TracebackType
 from typing import Any, Self
 
+logger = logging.getLogger("eventtrain")
+
 REASONS = {signal.SIGINT: "interrupted", signal.SIGTERM: "preempted"}
 
 
 class SignalGuard:
-    """Replaces the default handlers of SIGINT and SIGTERM by ``ask_to_stop(reason)`` while entered on the main
-    thread.
+    """Replaces the default handlers of SIGINT and SIGTERM by ``ask_to_stop(reason, number)`` while entered on the
+    main thread.
 
     Other handlers, for example those of a server, stay as they are. On other threads it does nothing.
     """
 
-    def __init__(self, ask_to_stop: Callable[[str], None]) -> None:
+    def __init__(self, ask_to_stop: Callable[[str, int], None]) -> None:
         self._ask_to_stop = ask_to_stop
         self._before: dict[signal.Signals, Any] = {}
         self.received: signal.Signals | None = None
@@ -48,11 +51,19 @@ class SignalGuard:
         if self.received is not None:
             raise KeyboardInterrupt("A second signal aborts the run at once.")
         self.received = signal.Signals(number)
-        self._ask_to_stop(REASONS[self.received])
+        self._ask_to_stop(REASONS[self.received], self.received)
 
-    def raise_received(self) -> None:
-        """Raise the exception of the signal received: KeyboardInterrupt, or SystemExit(143) for SIGTERM."""
-        if self.received is signal.SIGINT:
+    def raise_received(self, elsewhere: int | None = None) -> None:
+        """Raise the exception of the signal received: KeyboardInterrupt, or SystemExit(143) for SIGTERM.
+
+        Args:
+            elsewhere: number of the signal that ended the run, if another process of the run has received it.
+        """
+        received = self.received
+        if received is None and elsewhere is not None:
+            received = signal.Signals(elsewhere)
+            logger.warning("The run has ended because another process of it received %s.", received.name)
+        if received == signal.SIGINT:
             raise KeyboardInterrupt
-        if self.received is signal.SIGTERM:
+        if received == signal.SIGTERM:
             raise SystemExit(128 + signal.SIGTERM)

@@ -5,9 +5,12 @@ from __future__ import annotations
 import re
 import uuid
 from collections.abc import Callable, Generator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Generic, Literal, Self, TypeVar, Unpack
+
+import jax
 
 from eventtrain.bus.bus import EventBus, core_of
 from eventtrain.bus.handlers import Handler, HandlerDecorator
@@ -15,25 +18,31 @@ from eventtrain.bus.options import SubscriptionOptions, event_classes
 from eventtrain.bus.subscription import Subscription, SubscriptionCore
 from eventtrain.control.control import Control
 from eventtrain.control.control_plane import ControlPlane
-from eventtrain.data.prefetch import Leftovers
+from eventtrain.control.run_state import SavedRun
+from eventtrain.data.epoch_iterator import Leftovers
 from eventtrain.data.sources import describe, length_of
 from eventtrain.device.extensions import StepExtension
 from eventtrain.device.fused_step import StepOptions
 from eventtrain.device.model import Model
 from eventtrain.device.state import PyTree
-from eventtrain.errors import AlreadyRunning, ConfigurationError, StateInUse
+from eventtrain.errors import AlreadyRunning, ConfigurationError, PeerLost, StateInUse
 from eventtrain.events import EpochCompleted, Event
 from eventtrain.events.models import Number
+from eventtrain.loop.agreement.agreement import Agreement
 from eventtrain.loop.evaluation import EvaluationSource
 from eventtrain.loop.run_recorder import Aim, RunRecorder
 from eventtrain.loop.train_loop import Pace
+from eventtrain.notebook import html
 from eventtrain.subscribers._shared.paths import local_path
 from eventtrain.subscribers.base import Subscriber, subscribe
 from eventtrain.subscribers.progress.display import shows_progress
 from eventtrain.subscribers.progress.progress_bar import ProgressBar
 from eventtrain.trainer.execution import Execution
-from eventtrain.trainer.fit import FitResult, train
+from eventtrain.trainer.fit import train
+from eventtrain.trainer.fit_result import FitResult
 from eventtrain.trainer.inference import Inference
+from eventtrain.trainer.processes import Opening, joined
+from eventtrain.trainer.remote_control import RemoteControl
 from eventtrain.trainer.resume import (
     ResumePoint,
     find_saved_run,
@@ -44,10 +53,12 @@ from eventtrain.trainer.resume import (
     take_over,
 )
 from eventtrain.trainer.run import Run, RunOptions
-from eventtrain.trainer.run_directory import run_directory
+from eventtrain.trainer.run_directory import next_attempt, run_directory
 from eventtrain.trainer.session import Session
+from eventtrain.trainer.shared_paths import MARK, check_paths, marked
 from eventtrain.trainer.signals import SignalGuard
 from eventtrain.trainer.subscriber_lifecycle import RunSubscriber
+from eventtrain.trainer.tracebacks import UserFrames
 from eventtrain.validation.annotations import checked, fits, shown
 from eventtrain.validation.arguments import require_choice, require_count, require_number
 
@@ -69,8 +80,9 @@ class Trainer(Generic[S]):
             arrays are static; a Python number that step_fn changes becomes an array, as under ``jax.jit``.
         eval_fn: ``(state, batch) -> metrics``, for ``eval_data`` and ``evaluate``.
         predict_fn: ``(state, batch) -> outputs``, a pytree of arrays, for ``predict``.
-        params: lens ``state -> weights``. By default ``state.params`` or ``state["params"]`` if there, else the whole
-            state.
+        params: lens ``state -> weights``, any tree of arrays of the state. By default ``state.params`` or
+            ``state["params"]``, parts named so further inside, the ``nnx.Param`` variables of Flax NNX, or what is
+            beside an optax state. If these do not tell, everything that needs the weights is refused.
         subscribers: ``Subscriber`` objects. Functions subscribe with ``trainer.on``.
         step_extensions: run inside the jitted step, for example ``EMA(0.999)``.
         bus: a running EventBus to share with a service, which stays its owner. None: the trainer makes one.
@@ -88,7 +100,10 @@ class Trainer(Generic[S]):
         backend, backend_options: event loop of the bus for ``fit``. ``fit_async`` uses the running one.
         drain_timeout_s: how long the end of a run waits for handlers.
         debug: run ``step_fn`` uncompiled before each step too, so that ``print`` and ``breakpoint()`` in it see values
-            and a NaN raises FloatingPointError at its operation. Slow. Requires ``steps_per_call=1``.
+            and a NaN raises FloatingPointError at its operation. Slow. Requires ``steps_per_call=1``. Tracebacks keep
+            the frames of eventtrain and JAX.
+        remote_control: serve ``run_dir/control.sock`` during each run that has subscribers, for ``eventtrain ctl``, and
+            look for the files STOP and CHECKPOINT in run_dir. Only the user of the run may connect.
 
     One run at a time. ``fit`` trains on the calling thread and serves the bus in another; ``fit_async`` trains in a
     thread and serves the bus on the running event loop.
@@ -120,6 +135,7 @@ class Trainer(Generic[S]):
         backend_options: dict[str, Any] | None = None,
         drain_timeout_s: float = 30.0,
         debug: bool = False,
+        remote_control: bool = True,
     ) -> None:
         require_count("Trainer", "steps_per_call", steps_per_call, at_least=1)
         require_count("Trainer", "max_in_flight_steps", max_in_flight_steps, at_least=1)
@@ -132,6 +148,7 @@ class Trainer(Generic[S]):
                 f"Trainer(debug=True, steps_per_call={steps_per_call}): debug runs one step at a time. Use "
                 "steps_per_call=1."
             )
+        self._attempt = 0
         self.run_id = uuid.uuid4().hex[:12] if run_id is None else _checked_run_id(run_id)
         folder = (
             Path("runs") / self.run_id if run_dir is None else local_path(run_dir, "Trainer(run_dir=...)")
@@ -155,6 +172,7 @@ class Trainer(Generic[S]):
             weight=weight,
             drain_timeout_s=drain_timeout_s,
         )
+        self._remote_control = remote_control
         self._fingerprint = fingerprint(self._model)
         self._core = core_of(self.bus)
         self._plane = ControlPlane(self._core)
@@ -163,13 +181,42 @@ class Trainer(Generic[S]):
         self._members: tuple[RunSubscriber, ...] = ()
         for subscriber in subscribers:
             self._add(subscriber)
-        self._inference = Inference(self._model, self._options, self._core, self._plane.queue)
+        self._inference = Inference(self._model, self._options, self._core, self._plane)
         self._execution = Execution(self._model, self._plane.queue, self._core, backend, backend_options)
         self._run: Run | None = None
+        self._signal: int | None = None
         self._leftovers = Leftovers()
+        self._user_frames = UserFrames(everything=debug)
 
     def __enter__(self) -> Self:
         return self
+
+    def __repr__(self) -> str:
+        return f"<Trainer {self.run_id!r} {self._position()}, {len(self.subscribers)} subscribers>"
+
+    def _repr_html_(self) -> str:
+        leaves = self._model.leaves
+        size = f"{sum(leaf.size for leaf in leaves):,} numbers, {sum(leaf.nbytes for leaf in leaves):,} bytes"
+        facts = [
+            ("run_dir", self.run_dir),
+            ("state", f"{len(leaves):,} arrays: {size}" if leaves else "in use by the run"),
+            *self.control.hyperparams.items(),
+        ]
+        statistics = [one.statistics() for one in self._subscriptions()]
+        rows = [
+            (one.name, one.delivered, one.pending, one.errors, one.dropped, one.state) for one in statistics
+        ]
+        head = ("subscriber", "handled", "pending", "failures", "dropped", "state")
+        table = html.table(head, rows) if rows else ""
+        return html.box(html.title(f"Trainer {self.run_id}", self._position()), html.facts(facts[:30]), table)
+
+    def _position(self) -> str:
+        doing = "closed" if self._execution.closed else self._execution.name
+        return f"at step {self.step:,}, epoch {self.epoch:,}" + (f", {doing}" if doing else "")
+
+    def _subscriptions(self) -> list[SubscriptionCore]:
+        subscriptions = [*(member.subscription for member in self._members), *self._execution.functions]
+        return [one for one in subscriptions if one.state != "cancelled"]
 
     def __exit__(self, *raised: object) -> None:
         self.close()
@@ -234,7 +281,10 @@ class Trainer(Generic[S]):
         event_classes(event_type)  # @trainer.on without arguments would subscribe nothing: refuse it now
 
         def subscribe_function(handler: Handler) -> Handler:
-            self._execution.add(self._core.subscribe(event_type, handler, options, attach=False))
+            subscription = self._core.subscribe(
+                event_type, handler, options, attach=False, owner=self._execution
+            )
+            self._execution.add(subscription)
             return handler
 
         return subscribe_function
@@ -292,11 +342,12 @@ class Trainer(Generic[S]):
         """Train for ``epochs`` epochs or ``steps`` steps more, on this thread. Blocks until everything has settled.
 
         Ctrl-C stops at the next boundary, delivers what was published, and then raises KeyboardInterrupt; the state
-        reached is in ``state``. SIGTERM does the same and raises SystemExit(143).
+        reached is in ``state``. SIGTERM does the same and raises SystemExit(143). In a run of several processes every
+        one of them raises it, whichever got the signal.
 
         Args:
             data: an iterable of batches, iterated again in each epoch; or a callable ``epoch -> iterable``, such as
-                ``ArrayLoader``. NumPy batches are put on the device ahead of time.
+                ``ArrayLoader``. Large NumPy batches are put on the device ahead of time.
             epochs, steps: of this call; exactly one of them. The last epoch ends where its data or ``steps`` end.
             eval_data: like ``data``; evaluated at the end of each epoch. Requires ``eval_fn``.
             resume: continue from the newest checkpoint (True) of this trainer's Checkpointers, or from the one with
@@ -310,10 +361,11 @@ class Trainer(Generic[S]):
             SubscriberError: a subscription with ``on_error="fail"`` failed.
             AlreadyRunning: a run of this trainer is in progress.
         """
-        self._check_fit(epochs, steps, eval_data, resume, progress)
-        extra = [ProgressBar()] if (shows_progress() if progress is None else progress) else []
-        with self._on_this_thread("fit"):
-            return self._fit(data, epochs, steps, eval_data, extra, resume)
+        with self._user_frames:
+            self._check_fit(epochs, steps, eval_data, resume, progress)
+            extra = [ProgressBar()] if (shows_progress() if progress is None else progress) else []
+            with self._on_this_thread("fit"):
+                return self._fit(data, epochs, steps, eval_data, extra, resume)
 
     async def fit_async(
         self,
@@ -331,9 +383,9 @@ class Trainer(Generic[S]):
         long. It is compiled in the other thread. Cancellation stops the run at the next boundary and delivers what
         was published within ``drain_timeout_s`` before it is raised; the state reached is in ``state``.
         """
-        self._check_fit(epochs, steps, eval_data, resume, progress)
-        extra = [ProgressBar()] if progress else []
-        with self._execution.claim("fit_async"):
+        with self._user_frames, self._execution.claim("fit_async"):
+            self._check_fit(epochs, steps, eval_data, resume, progress)
+            extra = [ProgressBar()] if progress else []
             return await self._execution.beside_loop(
                 lambda: self._fit(data, epochs, steps, eval_data, extra, resume)
             )
@@ -350,19 +402,21 @@ class Trainer(Generic[S]):
             self._require_eval_fn("session(eval_data=...)")
         with (
             self._on_this_thread("session"),
-            run_directory(self.run_dir, self.run_id, self.subscribers),
+            self._joined() as agreement,
+            self._run_directory(agreement),
         ):
-            run = self._new_run(Aim(), eval_data)
+            self._begin(agreement, None)
+            run = self._new_run(Aim(), eval_data, agreement=agreement)
             with self._running(run):
                 yield Session(run, self._plane.control)
 
     @contextmanager
     def _on_this_thread(self, name: str) -> Generator[None]:
         """Claim the trainer, handle signals, and have the bus served, for the length of the block."""
-        execution, queue = self._execution, self._plane.queue
+        execution, queue, self._signal = self._execution, self._plane.queue, None
         with execution.claim(name), SignalGuard(queue.ask_to_stop) as signals, execution.serving():
             yield
-        signals.raise_received()
+        signals.raise_received(self._signal)
 
     def _check_fit(
         self, epochs: int | None, steps: int | None, eval_data: Any, resume: object, progress: object
@@ -382,6 +436,10 @@ class Trainer(Generic[S]):
         if eval_data is not None:
             self._require_eval_fn("fit(eval_data=...)")
 
+    def _subscribers_here(self) -> tuple[Subscriber, ...]:
+        """The subscribers that run in this process: all in process 0, those ``per_host`` in the others."""
+        return tuple(one for one in self.subscribers if one.per_host or jax.process_index() == 0)
+
     def _new_run(
         self,
         aim: Aim,
@@ -389,6 +447,7 @@ class Trainer(Generic[S]):
         extra: Sequence[RunSubscriber] = (),
         point: ResumePoint | None = None,
         *,
+        agreement: Agreement,
         restarts: bool = False,
         data: Any = None,
     ) -> Run:
@@ -398,26 +457,47 @@ class Trainer(Generic[S]):
             self._options,
             self._core,
             self._plane,
-            (*(member for member in self._members if member.subscription.state != "cancelled"), *extra),
+            (
+                *(
+                    member
+                    for member in self._members
+                    if member.subscription.state != "cancelled"
+                    and (agreement.decides or member.subscriber.per_host)
+                ),
+                *extra,
+            ),
             recorder=RunRecorder(
                 model.step,
                 model.epoch,
                 aim,
                 {**self._fingerprint, "data": describe(data)},
                 point.record.loop if point is not None else None,
+                attempt=self._attempt if agreement.is_shared else self._begin_attempt(point),
             ),
+            agreement=agreement,
             resume_point=point,
             restarts=restarts,
         )
 
+    def _begin_attempt(self, point: ResumePoint | None) -> int:
+        """Returns the number of the attempt that begins: higher than any of this run before, in other processes too."""
+        known = max(self._attempt, point.record.loop.attempt if point is not None else 0)
+        self._attempt = next_attempt(self.run_dir, known) if self.subscribers else known + 1
+        return self._attempt
+
     @contextmanager
     def _running(self, run: Run) -> Generator[None]:
-        self._run = run
+        self._run, remote = run, None
         try:
             with run.running():
+                if self._remote_control and run.decides and self._subscribers_here():
+                    remote = RemoteControl(self.run_dir, self._plane.control_of_run(), run.report)
+                    remote.start()
                 yield
         finally:
-            self._run = None
+            if remote is not None:  # not before: until the run has settled, commands are answered
+                remote.close()
+            self._run, self._signal = None, run.status.signal
 
     def _fit(
         self,
@@ -430,14 +510,23 @@ class Trainer(Generic[S]):
     ) -> FitResult[S]:
         model = self._model
         aim = Aim(epochs, steps, length_of(data))
-        with run_directory(self.run_dir, self.run_id, self.subscribers):
-            point, left = self._resume(resume, aim, data) if resume is not False else (None, aim)
+        with (
+            self._joined() as agreement,
+            self._run_directory(agreement),
+        ):
+            saved = self._find_saved(resume) if resume is not False and agreement.decides else None
+            saved = self._begin(agreement, saved)
+            point, left = self._resume(saved, aim, data, named=resume is not True) if saved else (None, aim)
             if point is not None and is_beyond(point.record.loop, aim):
                 point.backup.discard()
                 return self._result(0, "completed", [], {})
             restarts = resume is not False and point is None
-            temporary = [RunSubscriber(one, subscribe(self._core, one)) for one in extra]
-            run = self._new_run(aim, eval_data, temporary, point, restarts=restarts, data=data)
+            temporary = [
+                RunSubscriber(one, subscribe(self._core, one)) for one in (extra if agreement.decides else ())
+            ]
+            run = self._new_run(
+                aim, eval_data, temporary, point, restarts=restarts, data=data, agreement=agreement
+            )
             first_epoch = model.epoch
             try:
                 with self._running(run):
@@ -466,19 +555,69 @@ class Trainer(Generic[S]):
             undelivered=undelivered,
         )
 
-    def _resume(self, resume: bool | str | int | Path, aim: Aim, data: Any) -> tuple[ResumePoint | None, Aim]:
-        """Take over the checkpoint that ``resume`` names. Returns it, if there is one, and what is left of ``aim``."""
-        run_dir = self.run_dir
-        saved = find_saved_run(resume, run_dir, self.subscribers)
+    def _joined(self) -> AbstractContextManager[Agreement]:
+        """Join the other processes, if there are any, for the length of one run."""
+        return joined(self._core, self._plane, self._end_events)
+
+    def _end_events(self, lost: PeerLost) -> None:
+        """Publish the end of the run, and deliver everything, beside a training thread that hangs."""
+        run = self._run
+        if run is not None:
+            run.end_beside(lost)
+
+    def _run_directory(self, agreement: Agreement) -> AbstractContextManager[None]:
+        """Create and lock run_dir, where this process decides."""
+        members = self._subscribers_here() if agreement.decides else ()
+        return run_directory(self.run_dir, self.run_id, members, is_new=self._options.run_dir_is_new)
+
+    def _begin(self, agreement: Agreement, saved: SavedRun | None) -> SavedRun | None:
+        """Agree on the run_id, the attempt, and the checkpoint to resume from. Returns that.
+
+        Raises:
+            ConfigurationError: the processes do not share a directory, or write to one path.
+        """
+        if not agreement.is_shared:
+            return saved
+        path, known = None, self._attempt
+        if agreement.decides:
+            if saved is not None and saved.facts is not None:
+                known = max(known, saved.facts.loop.attempt)
+            known = next_attempt(self.run_dir, known) if self.subscribers else known + 1
+        if saved is not None:
+            inside = saved.path.is_relative_to(self.run_dir)
+            path = saved.path.relative_to(self.run_dir) if inside else saved.path
+        mark, here = f"{MARK}{uuid.uuid4().hex[:12]}", self._subscribers_here()
+        with marked(self.run_dir, here if agreement.decides else (), mark):
+            mine = Opening(run_id=self.run_id, attempt=known, resume=path, mark=mark)
+            opening = Opening.model_validate_json(agreement.begin(mine.model_dump_json()))
+            self._attempt = opening.attempt
+            if opening.run_id != self.run_id:
+                folder = Path("runs") / opening.run_id if self._options.run_dir_is_new else self.run_dir
+                self.run_id, self.run_dir = opening.run_id, folder.absolute()
+                self._options = replace(self._options, run_id=self.run_id, run_dir=self.run_dir)
+            check_paths(agreement, self._plane.queue, self.run_dir, here, opening.mark)
+        if opening.resume is None or agreement.decides:
+            return saved
+        return find_saved_run(self.run_dir / opening.resume, self.run_dir, self.subscribers)
+
+    def _find_saved(self, resume: bool | str | int | Path) -> SavedRun | None:
+        """Return the checkpoint that ``resume`` names; None if there is none yet."""
+        saved = find_saved_run(resume, self.run_dir, self.subscribers)
         if saved is None:
             hint = ""
             if self._options.run_dir_is_new:
                 hint = " Pass Trainer(run_dir=...): without it, each trainer has a new directory."
-            logger.warning("No checkpoint is in %s yet, so the run starts from scratch.%s", run_dir, hint)
-            return None, aim
+            logger.warning(
+                "No checkpoint is in %s yet, so the run starts from scratch.%s", self.run_dir, hint
+            )
+        return saved
+
+    def _resume(self, saved: SavedRun, aim: Aim, data: Any, *, named: bool) -> tuple[ResumePoint, Aim]:
+        """Take over ``saved``. Returns it, and what is left of ``aim``."""
+        run_dir = self.run_dir
         now = {**self._fingerprint, "data": describe(data)}
         point = take_over(
-            saved, self._model, self._plane.view, self.subscribers, now, aim, named=resume is not True
+            saved, self._model, self._plane.view, self._subscribers_here(), now, aim, named=named
         )
         record, ended = point.record.loop, point.ended
         if ended is not None:
@@ -500,31 +639,32 @@ class Trainer(Generic[S]):
             ConfigurationError: there is no eval_fn. DataError: there is no batch.
         """
         self._require_eval_fn("evaluate()")
-        with self._execution.claim("evaluate"), self._execution.serving():
+        with self._user_frames, self._execution.claim("evaluate"), self._execution.serving():
             return self._inference.evaluate(data)
 
     async def evaluate_async(self, data: Any) -> dict[str, Number]:
         """Like ``evaluate``, in a thread beside the running event loop. Cancellation waits for it to end."""
         self._require_eval_fn("evaluate_async()")
-        with self._execution.claim("evaluate_async"):
+        with self._user_frames, self._execution.claim("evaluate_async"):
             return await self._execution.beside_loop(lambda: self._inference.evaluate(data))
 
     def predict(self, data: Any) -> PyTree:
         """Return the outputs of predict_fn over ``data`` as NumPy arrays, joined along the first axis. Blocks.
 
-        Outputs of shape () are stacked. Publishes PredictStarted, PredictStepCompleted and PredictCompleted.
+        Outputs of shape () are stacked. In a run of several processes each of them gets all rows: outputs that are
+        sharded over processes are gathered. Publishes PredictStarted, PredictStepCompleted and PredictCompleted.
 
         Raises:
             ConfigurationError: there is no predict_fn. DataError: there is no batch.
         """
         self._require_predict_fn()
-        with self._execution.claim("predict"), self._execution.serving():
+        with self._user_frames, self._execution.claim("predict"), self._execution.serving():
             return self._inference.predict(data)
 
     async def predict_async(self, data: Any) -> PyTree:
         """Like ``predict``, in a thread beside the running event loop. Cancellation waits for it to end."""
         self._require_predict_fn()
-        with self._execution.claim("predict_async"):
+        with self._user_frames, self._execution.claim("predict_async"):
             return await self._execution.beside_loop(lambda: self._inference.predict(data))
 
     def _require_eval_fn(self, what: str) -> None:

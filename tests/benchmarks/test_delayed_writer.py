@@ -16,15 +16,20 @@ import eventtrain as et
 from benchmarks.campaigns import delayed_writer
 from eventtrain import subscribers as subs
 from eventtrain.subscribers._shared import atomic_files
+from tests.support.accelerator import as_on_an_accelerator
 
 SHAPE = (70_001,)
 """Of a state that nothing else in this process is like."""
 
 
-@pytest.mark.parametrize("stage", ["device", "host"])
-def test_what_a_delayed_writer_saves_is_the_state_of_its_step_bit_for_bit(stage: str) -> None:
+@pytest.mark.parametrize("device", ["cpu", "accelerator"])
+def test_what_a_delayed_writer_saves_is_the_state_of_its_step_bit_for_bit(
+    monkeypatch: pytest.MonkeyPatch, device: str
+) -> None:
     """A part of one run of the campaign, with a shorter delay."""
-    written = delayed_writer.run(1_000_000, together=8, delay_s=0.5, stage=stage)
+    if device == "accelerator":
+        as_on_an_accelerator(monkeypatch)
+    written = delayed_writer.run(1_000_000, together=8, delay_s=0.5)
     assert len(written) == 8
     assert all(one.equal for one in written)
     assert min(one.late_s for one in written) >= 0.5

@@ -785,7 +785,7 @@ async def test_a_failure_is_said_as_an_event_and_a_handler_that_fails_on_it_does
             raise ValueError("worse")
 
         bus.publish(Ping(step=7))
-    assert [(event.subscriber, event.event_kind, event.step, event.attempt) for event in said] == [
+    assert [(event.subscriber, event.event_kind, event.step, event.handler_attempt) for event in said] == [
         ("wrong", "ping", 7, 1)
     ]
     assert bus.statistics()["worse"].errors == 1

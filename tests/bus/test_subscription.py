@@ -175,7 +175,7 @@ async def test_retries_wait_twice_as_long_each_time_and_say_each_attempt() -> No
         bus.publish(Ping())
         await clock.advance(10.0)
     assert moments == [0.0, 1.0, 3.0, 7.0]
-    assert [event.attempt for event in said.events] == [1, 2, 3]
+    assert [event.handler_attempt for event in said.events] == [1, 2, 3]
     assert bus.statistics()[list(bus.statistics())[-1]].delivered == 1
 
 

@@ -54,6 +54,7 @@ def test_the_whole_demo(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
     assert steps == list(range(1, len(steps) + 1))
     assert str(out / "report.html") in shown
     assert str(out / "curves.png") in shown
+    assert shown.rstrip().endswith(f"eventtrain dashboard {out}")
     with Image.open(out / "curves.png") as image:
         image.verify()
     report = (out / "report.html").read_text()

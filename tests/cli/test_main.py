@@ -127,6 +127,92 @@ def test_options_of_the_command_line_count_more_than_the_file(
     assert result.stdout.startswith(f"step {steps} after ")
 
 
+OWN_SCRIPT = SCRIPT.replace("subscribers=subscribers", "subscribers=[JSONLLogger('events.jsonl')]").replace(
+    "def make_trainer(subscribers)", "from eventtrain.subscribers import JSONLLogger\n\ndef make_trainer()"
+)
+
+
+@pytest.mark.parametrize(
+    ("length", "options", "steps"),
+    [("epochs = 2", [], 8), ("steps = 3", [], 3), ("epochs = 2", ["--steps", "5"], 5)],
+)
+def test_a_script_that_says_everything_needs_no_file(
+    tmp_path: Path, length: str, options: list[str], steps: int
+) -> None:
+    (tmp_path / "train_it.py").write_text(f"{OWN_SCRIPT}\n{length}\n")
+    result = runner.invoke(cli.app, ["run", str(tmp_path / "train_it.py"), *options])
+    assert result.exit_code == 0, result.output
+    assert result.stdout.startswith(f"step {steps} after ")
+
+
+@pytest.mark.parametrize(
+    ("length", "options", "expected"),
+    [
+        ("", [], "Define `epochs = 20` in"),
+        ("epochs = 0", [], "Define `epochs` or `steps`, an integer >= 1"),
+        ("epochs = 1\nsteps = 2", [], "expected epochs or steps, not both"),
+        ("epochs = 1", ["--set", "fit.epochs=2"], "--set changes values"),
+        ("epochs = 1", ["--replay-commands", "missing"], "missing does not exist"),
+    ],
+)
+def test_what_a_script_without_a_file_lacks_is_named(
+    tmp_path: Path, length: str, options: list[str], expected: str
+) -> None:
+    (tmp_path / "train_it.py").write_text(f"{OWN_SCRIPT}\n{length}\n")
+    result = runner.invoke(cli.app, ["run", str(tmp_path / "train_it.py"), *options], terminal_width=300)
+    assert result.exit_code == 2
+    assert expected in result.stderr
+
+
+def test_commands_of_another_run_are_repeated(tmp_path: Path) -> None:
+    (tmp_path / "one.py").write_text(OWN_SCRIPT + "\nsteps = 8\n")
+    assert runner.invoke(cli.app, ["run", str(tmp_path / "one.py")]).exit_code == 0
+    log = tmp_path / "run" / "events.jsonl"
+    applied = et.CommandApplied(
+        step=5, run_id="r", command=et.events.commands.Stop(reason="enough", source="control socket")
+    )
+    (tmp_path / "other.jsonl").write_text(applied.model_dump_json() + "\n")
+    log.unlink()
+    options = ["--replay-commands", str(tmp_path / "other.jsonl")]
+    result = runner.invoke(cli.app, ["run", str(tmp_path / "one.py"), *options])
+    assert result.stdout.startswith("step 5 after 1 epoch (enough)")
+
+
+def test_init_writes_a_file_that_works_and_overwrites_none(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert runner.invoke(cli.app, ["init"]).exit_code == 0
+    (tmp_path / "train_it.py").write_text(SCRIPT)
+    result = runner.invoke(cli.app, ["run", "train_it.py", "--config", "run.toml", "--epochs", "1"])
+    assert result.exit_code == 0, result.output
+    result = runner.invoke(cli.app, ["init"])
+    assert result.exit_code == 2
+    assert "it exists" in result.stderr
+    commented = (tmp_path / "run.toml").read_text().replace("# [[", "[[").replace("# type", "type")
+    for key in ("monitor", "patience", "factor", "directory"):
+        commented = commented.replace(f"# {key}", key)
+    (tmp_path / "all.toml").write_text(commented)
+    assert len(et.load_subscribers("all.toml")) == 6
+
+
+def test_print_config_shows_what_counts_and_no_secret(tmp_path: Path) -> None:
+    table = '[[subscribers]]\ntype = "nats_events"\nurl = "nats://me:planted@localhost"\n'
+    arguments = [
+        *in_folder(tmp_path, config=CONFIG + table),
+        "--set",
+        "early_stopping.patience=7",
+        "--print-config",
+    ]
+    result = runner.invoke(cli.app, [*arguments, "--epochs", "9"])
+    assert result.exit_code == 0, result.output
+    printed = json.loads(result.stdout)
+    assert printed["fit"] == {"epochs": 9}
+    assert printed["subscribers"][0] == {"type": "early_stopping", "patience": 7}
+    assert "planted" not in result.output
+    assert not (tmp_path / "run").exists()
+
+
 def test_a_progress_bar_of_the_file_is_the_only_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("eventtrain.trainer.trainer.shows_progress", lambda: True)
     bar = '[[subscribers]]\ntype = "progress_bar"\n'
@@ -149,7 +235,7 @@ def test_a_progress_bar_of_the_file_is_the_only_one(tmp_path: Path, monkeypatch:
             SCRIPT,
             "",
             [],
-            "run.toml does not set the length of the training. Add `epochs = 20` to [fit], or use --epochs 20.",
+            "run.toml does not set the length of the training. Add `epochs = 20` to [fit] of ",
         ),
         (
             SCRIPT.replace("make_trainer", "trainer"),
@@ -293,7 +379,7 @@ def test_the_example_runs_as_its_users_would_run_it(tmp_path: Path) -> None:
         "epoch 2", "epoch 4", "epoch 6", "run completed at step 168",
     ]  # fmt: skip
     (run_dir,) = (tmp_path / "runs").iterdir()
-    assert {path.name for path in run_dir.iterdir()} == {"checkpoints", "epochs.jsonl"}
+    assert {path.name for path in run_dir.glob("[!.]*")} == {"checkpoints", "epochs.jsonl"}
 
 
 def test_schema_of_a_file_names_every_type() -> None:

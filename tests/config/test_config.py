@@ -27,7 +27,7 @@ from eventtrain.config import run_file
 from eventtrain.config.load import load_run, run_json_schema
 from eventtrain.config.subscriber_config import build, subscriber_type, type_names
 from eventtrain.events.models import snake_case
-from eventtrain.subscribers._shared.optional_imports import MissingModule
+from eventtrain.validation.optional_imports import MissingModule
 from tests.conftest import python_path
 
 if TYPE_CHECKING:
@@ -37,6 +37,8 @@ TYPES = {
     "Alerts": "alerts",
     "CSVLogger": "csv_logger",
     "Checkpointer": "checkpointer",
+    "Dashboard": "dashboard",
+    "CommandReplay": "command_replay",
     "DeviceStats": "device_stats",
     "EarlyStopping": "early_stopping",
     "EvaluateEvery": "evaluate_every",
@@ -50,6 +52,7 @@ TYPES = {
     "MLflowLogger": "mlflow_logger",
     "MaxTime": "max_time",
     "ModelRegistry": "model_registry",
+    "NATSEvents": "nats_events",
     "OpenTelemetry": "open_telemetry",
     "OverheadMeter": "overhead_meter",
     "ParquetLogger": "parquet_logger",
@@ -57,6 +60,7 @@ TYPES = {
     "Profiler": "profiler",
     "ProgressBar": "progress_bar",
     "PrometheusExporter": "prometheus_exporter",
+    "RedisEvents": "redis_events",
     "ReduceLROnPlateau": "reduce_lr_on_plateau",
     "StepTimer": "step_timer",
     "Report": "report",
@@ -71,6 +75,7 @@ REQUIRED: dict[str, dict[str, Any]] = {
     "Alerts": {"rules": [{"metric": "loss", "above": 1.0}]},
     "CSVLogger": {"path": "metrics.csv"},
     "Checkpointer": {"directory": "checkpoints"},
+    "CommandReplay": {"run_dir": "runs/other"},
     "EvaluateEvery": {"steps": 10},
     "HyperparamScheduler": {
         "hyperparam": "weight_decay",
@@ -83,7 +88,9 @@ REQUIRED: dict[str, dict[str, Any]] = {
     "MaxTime": {"max_time": "00:00:10:00"},
     "MLflowLogger": {"tracking_uri": "sqlite:///mlflow.db"},
     "ModelRegistry": {"name": "digits", "tracking_uri": "sqlite:///mlflow.db"},
+    "NATSEvents": {"url": "nats://trainer@host"},
     "ParquetLogger": {"path": "metrics"},
+    "RedisEvents": {"url": "redis://host"},
     "Uploader": {"url": "s3://bucket/prefix"},
     "WandbLogger": {"project": "digits"},
 }

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 import time
+from datetime import UTC, datetime
 from typing import Any
 
 import anyio
@@ -127,6 +129,24 @@ async def test_one_event_decided_twice_without_a_lag_is_a_conflict_too(tmp_path,
     assert conflicts[0].cause_step == 3
 
 
+async def test_the_answer_to_a_command_is_stamped_and_never_changes(tmp_path, anyio_backend):
+    trainer = make_trainer(tmp_path, run_id="mine")
+    published = record(trainer, et.CommandApplied)
+    began = datetime.now(UTC)
+    async with anyio.create_task_group() as tasks:
+        tasks.start_soon(lambda: trainer.fit_async(endless, epochs=1))
+        await trainer.bus.wait_for(et.StepCompleted, timeout_s=20)
+        answer = await trainer.control.set_hyperparam("learning_rate", 0.25).result()
+        text = answer.model_dump_json()
+        assert (answer.run_id, answer.attempt, answer.stream) == ("mine", 1, "training")
+        assert began <= answer.time <= datetime.now(UTC)
+        await trainer.control.stop("done").result()
+    assert published[0].seq > 0  # the bus has stamped the event by now
+    assert answer.model_dump_json() == text
+    same = {"run_id", "attempt", "stream", "step", "command"}
+    assert published[0].model_dump(include=same) == answer.model_dump(include=same)
+
+
 async def test_a_snapshot_by_a_service_is_read_and_released(tmp_path, anyio_backend):
     trainer = make_trainer(tmp_path)
     async with anyio.create_task_group() as tasks:
@@ -182,3 +202,39 @@ def test_a_limit_stops_a_scaling_and_draws_nothing_towards_it(tmp_path: Any) -> 
 
     trainer.fit(batches(6), epochs=1)
     assert [(event.step, event.new) for event in changes] == [(2, 0.25)]  # what changes nothing is no change
+
+
+@pytest.mark.parametrize(("count", "in_a_run"), [(200_000, False), (20_000, True)])
+async def test_rejected_commands_pass_no_limit_and_their_counts_are_exact(
+    tmp_path: Any, anyio_backend: object, caplog: pytest.LogCaptureFixture, count: int, in_a_run: bool
+) -> None:
+    caplog.set_level(logging.CRITICAL, "eventtrain")
+    opened, seen = anyio.Event(), list[et.CommandRejected]()
+    async with et.EventBus() as bus, anyio.create_task_group() as tasks:
+        trainer = make_trainer(tmp_path, bus=bus)
+
+        async def slow(event: et.CommandRejected) -> None:
+            await opened.wait()
+            seen.append(event)
+
+        reader = bus.subscribe(et.CommandRejected, slow, queue=et.Lossless(50))
+        await bus.drain()  # it has joined
+        if in_a_run:
+            tasks.start_soon(lambda: trainer.fit_async(endless, epochs=1))
+            await bus.wait_for(et.StepCompleted, timeout_s=20)
+        command = trainer.control.set_hyperparam("nope", 0.5)
+        for number in range(1, count):
+            command = trainer.control.set_hyperparam("nope", 0.5)
+            if number % 1_000 == 0:
+                await anyio.sleep(0.001)
+        with anyio.fail_after(60), pytest.raises(et.CommandRejectedError):
+            await command.result()
+        with anyio.fail_after(10):
+            while reader.statistics().pending < 50:  # noqa: ASYNC110
+                await anyio.sleep(0.001)
+        opened.set()
+        await bus.drain()
+        if in_a_run:
+            trainer.control.stop()
+    assert 50 <= len(seen) <= 55
+    assert sum(event.count for event in seen) == count

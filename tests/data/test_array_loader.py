@@ -8,6 +8,8 @@ import pytest
 
 from eventtrain.data.array_loader import ArrayLoader
 from eventtrain.errors import ConfigurationError, DataError
+from tests.conftest import RunOnDevices
+from tests.support.several_processes import run_processes
 
 ARRAYS = {"x": np.arange(20.0).reshape(10, 2), "y": (np.arange(10), np.arange(10) * 2)}
 
@@ -103,3 +105,190 @@ def test_arrays_and_options_that_cannot_work_are_refused(
 def test_epochs_and_starts_outside_the_data_are_refused(epoch: int, start: int) -> None:
     with pytest.raises(ConfigurationError, match=f"epoch={epoch}, start={start}"):
         ArrayLoader(ARRAYS, 3)(epoch, start)
+
+
+SHARDED = """
+import sys
+import jax
+import jax.experimental.multihost_utils
+import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec as P
+from eventtrain import ArrayLoader
+
+jax.distributed.initialize()
+mesh = jax.make_mesh((2, 2), ("data", "model"))
+arrays = {"x": np.arange(80.0).reshape(20, 4), "y": np.arange(20)}
+read = []
+
+class Recorded(np.ndarray):
+    def take(self, indices, axis=None):
+        read.append(len(indices))
+        return np.asarray(self).take(indices, axis)
+
+def augment(batch, rng):
+    return {"x": batch["x"] + rng.normal(size=batch["x"].shape), "y": batch["y"]}
+
+def rows(batch):
+    # The rows that this process has, each once, in their order.
+    found = {shard.index[0].indices(8)[0]: np.asarray(shard.data) for shard in batch.addressable_shards}
+    return [found[start] for start in sorted(found)]
+
+for transform in (None, augment):
+    for start in (0, 1):
+        plain = ArrayLoader(arrays, 8, seed=3, drop_last=False, transform=transform)
+        sharding = NamedSharding(mesh, P("data"))
+        loader = ArrayLoader(arrays, 8, seed=3, drop_last=False, transform=transform, sharding=sharding)
+        assert loader.fingerprint() == plain.fingerprint()
+        assert len(loader) == len(plain) == 3
+        for whole, batch in zip(plain(2, start), loader(2, start), strict=True):
+            for name in arrays:
+                assert batch[name].shape == whole[name].shape
+                assert batch[name].sharding == sharding
+                (own,) = rows(batch[name])
+                half = len(own)
+                first = jax.process_index() * half
+                expected = whole[name][first : first + half].astype(own.dtype)
+                assert own.tolist() == expected.tolist(), (own, expected)
+
+for array in loader._arrays[:1]:
+    recorded = ArrayLoader(arrays, 8, sharding=sharding)
+    recorded._arrays = [one.view(Recorded) for one in recorded._arrays]
+    next(iter(recorded))
+assert read == [4, 4], read  # half of the batch of each array, once for the two devices of this process
+print("ok", flush=True)
+"""
+
+
+def test_two_processes_make_the_parts_of_the_batches_of_one() -> None:
+    assert [one.stdout.splitlines()[-1] for one in run_processes(2, SHARDED, devices=2)] == ["ok", "ok"]
+
+
+REFUSED = """
+import jax
+import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec as P
+from eventtrain import ArrayLoader, DataError
+from eventtrain.data.epoch_iterator import EpochIterator
+
+jax.distributed.initialize()
+mesh = jax.make_mesh((2,), ("data",))
+sharding = NamedSharding(mesh, P("data"))
+
+class Waiter:
+    def wait(self, ready):
+        while not ready():
+            pass
+        return True
+    def wake(self):
+        pass
+
+def batches(data, steps_per_call):
+    iterator = EpochIterator(data, 0, steps_per_call=steps_per_call, sharding=NamedSharding(mesh, P()), waiter=Waiter())
+    try:
+        while (group := iterator.next()) is not None:
+            yield group
+    finally:
+        iterator.close()
+
+numbers = np.arange(8, dtype=np.float32)
+for steps_per_call in (1, 2):
+    scalars, own = (jax.numpy.ones(()), np.float32(1)), jax.numpy.ones(3)
+    for data in ([{"x": numbers}], [scalars], [own], ArrayLoader({"x": numbers}, 4)):
+        try:
+            list(batches(data, steps_per_call))
+        except DataError as error:
+            print(error, flush=True)
+        else:
+            raise AssertionError(data)
+    own = numbers[4 * jax.process_index() :][:4]
+    given = [jax.make_array_from_process_local_data(sharding, own)]
+    assert len(list(batches(given, steps_per_call))) == 1
+    groups = list(batches(ArrayLoader({"x": numbers}, 2, sharding=sharding), steps_per_call))
+    assert len(groups) == 4 / steps_per_call
+"""
+
+
+def test_other_numpy_batches_are_refused_by_name_in_a_run_of_several_processes() -> None:
+    for one in run_processes(2, REFUSED):
+        said = [line for line in one.stdout.splitlines() if line.startswith("The data of epoch 0 yields ")]
+        assert len(said) == 8
+        assert "NumPy arrays (batch['x']: float32[8]), and the run has 2 JAX processes" in said[0]
+        assert "NumPy arrays (batch[1]: float32[])" in said[1]
+        assert "arrays of one process (batch: float32[3])" in said[2]
+        assert all("ArrayLoader(arrays, batch_size, sharding=sharding)" in line for line in said)
+        assert all("make_array_from_process_local_data" in line for line in said)
+
+
+def test_sharded_batches_train_on_the_devices_of_one_process(run_on_devices: RunOnDevices) -> None:
+    def train() -> None:
+        import jax
+        import jax.numpy as jnp
+        import numpy as np
+        import optax
+        from jax.sharding import NamedSharding, PartitionSpec
+
+        import eventtrain as et
+
+        mesh = jax.make_mesh((2,), ("data",))
+        arrays = (
+            np.random.default_rng(0).normal(size=(20, 3)).astype(np.float32),
+            np.arange(20, dtype=np.float32),
+        )
+
+        def step_fn(state, batch):
+            loss, grad = jax.value_and_grad(lambda w: jnp.mean((batch[0] @ w - batch[1]) ** 2))(
+                state["params"]
+            )
+            return {"params": optax.apply_updates(state["params"], -0.1 * grad)}, {"loss": loss}
+
+        results = []
+        for sharding in (None, NamedSharding(mesh, PartitionSpec("data"))):
+            for steps_per_call in (1, 2):
+                data = et.ArrayLoader(arrays, 4, sharding=sharding)
+                trainer = et.Trainer(step_fn, {"params": jnp.zeros(3)}, steps_per_call=steps_per_call)
+                result = trainer.fit(data, epochs=2, progress=False)
+                assert result.step == 10
+                results.append(np.asarray(result.state["params"]))
+        for params in results[1:]:
+            np.testing.assert_allclose(params, results[0], rtol=1e-5)
+
+    run_on_devices(2, train)
+
+
+def test_batches_that_the_sharding_cannot_divide_are_refused_by_name(run_on_devices: RunOnDevices) -> None:
+    def refuse() -> None:
+        import jax
+        import numpy as np
+        import pytest
+        from jax.sharding import NamedSharding, PartitionSpec
+
+        from eventtrain import ArrayLoader, ConfigurationError, DataError
+
+        mesh = jax.make_mesh((4,), ("data",))
+        sharding = NamedSharding(mesh, PartitionSpec("data"))
+        arrays = (np.zeros((10, 3)), np.zeros(10))
+        with pytest.raises(
+            ConfigurationError, match=r"batch_size=6 does not fit the sharding .* another batch_size"
+        ):
+            ArrayLoader(arrays, 6, sharding=sharding)
+        with pytest.raises(
+            ConfigurationError, match=r"the last batch of 2 examples .* drop_last=True, or pad"
+        ):
+            ArrayLoader(arrays, 8, drop_last=False, sharding=sharding)
+        assert len(ArrayLoader(arrays, 8, sharding=sharding)) == 1
+        with pytest.raises(ConfigurationError, match="the last batch of 10 examples"):
+            ArrayLoader(arrays, 16, drop_last=False, sharding=sharding)
+        with pytest.raises(ConfigurationError, match="does not fit the sharding"):
+            ArrayLoader(arrays, 8, sharding=NamedSharding(mesh, PartitionSpec(None, "data")))
+        loader = ArrayLoader(arrays, 8, transform=lambda batch, rng: batch[0][:6], sharding=sharding)
+        with pytest.raises(
+            DataError, match=r"transform returned batch as ndarray of shape \(6, 3\), which does not"
+        ):
+            list(loader)
+        loader = ArrayLoader(arrays, 8, transform=lambda batch, rng: {"n": 3}, sharding=sharding)
+        with pytest.raises(DataError, match=r"transform returned batch\['n'\]"):
+            list(loader)
+        with pytest.raises(ConfigurationError, match="sharding"):
+            ArrayLoader(arrays, 8, sharding=mesh)  # type: ignore[arg-type]
+
+    run_on_devices(4, refuse)

@@ -3,14 +3,17 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 import eventtrain as et
-from eventtrain.data.prefetch import EpochIterator, Leftovers
+from eventtrain.data.batch_group import SMALL_BYTES
+from eventtrain.data.epoch_iterator import EpochIterator, Leftovers
 from eventtrain.errors import DataError
 
 
@@ -68,7 +71,7 @@ def test_every_batch_comes_with_the_state_of_the_iterator_after_it(make: Callabl
     iterator = of(Seekable(make))
     groups = list(iter(iterator.next, None))
     iterator.close()
-    assert [int(group.batches[0][0]) for group in groups] == [1, 2, 3]
+    assert [int(group[0][0]) for group in groups] == [1, 2, 3]
     assert [group.positions for group in groups] == [(1,), (2,), (3,)]
 
 
@@ -79,11 +82,73 @@ def test_batches_on_the_device_are_handed_out_without_a_thread() -> None:
     assert [batch is given for batch, given in zip(iterator.batches(), batches, strict=True)] == [True, True]
 
 
-def test_batches_on_the_device_are_grouped_by_the_thread() -> None:
-    iterator = of([jnp.ones(2)] * 3, steps_per_call=2)
-    assert [group.steps for group in iter(iterator.next, None)] == [2, 1]
-    iterator.close()
+ROWS = np.arange(12.0, dtype=np.float32).reshape(6, 2)
+
+
+@pytest.mark.parametrize("steps_per_call", [1, 2])
+@pytest.mark.parametrize(
+    ("data", "expected"),
+    [
+        ([ROWS[:2], ROWS[2:4], ROWS[4:]], [ROWS[:2], ROWS[2:4], ROWS[4:]]),
+        (tuple(map(jnp.asarray, (ROWS[:2], ROWS[2:4], ROWS[4:]))), [ROWS[:2], ROWS[2:4], ROWS[4:]]),
+        (et.ArrayLoader(ROWS, 2, shuffle=False), [ROWS[:2], ROWS[2:4], ROWS[4:]]),
+    ],
+    ids=["list", "tuple on the device", "ArrayLoader"],
+)
+@pytest.mark.parametrize(("start", "most"), [(0, None), (1, None), (0, 2), (1, 1), (3, None), (0, 0)])
+def test_small_batches_in_memory_are_taken_without_a_thread(
+    data: Any, expected: list[np.ndarray], steps_per_call: int, start: int, most: int | None
+) -> None:
+    iterator = of(data, steps_per_call=steps_per_call, start=start, most=most)
     assert not prefetching()
+    groups = list(iter(iterator.next, None))
+    end = None if most is None else start + most
+    found = [np.asarray(group[index]).tolist() for group in groups for index in range(group.steps)]
+    assert found == [batch.tolist() for batch in expected[start:end]]
+    if not expected[start:end]:  # one to compile for
+        np.testing.assert_array_equal(groups[0][0], expected[0])
+
+
+def test_what_has_to_be_transferred_is_transferred_ahead_by_the_thread() -> None:
+    with jax.transfer_guard_host_to_device("disallow"):
+        iterators = [of([ROWS]), of(et.ArrayLoader(ROWS, 2))]
+        assert [iterator._prefetcher is not None for iterator in iterators] == [True, True]
+        for iterator in iterators:
+            group = iterator.next()
+            assert group is not None
+            assert isinstance(group.call, jax.Array)
+            iterator.close()
+        assert of([jax.device_put(ROWS)])._prefetcher is None
+
+
+def waits_for_disk(tmp_path: Path) -> et.ArrayLoader:
+    stored = tmp_path / "rows.npy"
+    np.save(stored, ROWS)
+    return et.ArrayLoader(np.load(stored, mmap_mode="r"), 2)
+
+
+class Derived(et.ArrayLoader):
+    pass
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda _: et.ArrayLoader(ROWS, 2, transform=lambda batch, rng: batch),
+        lambda _: Derived(ROWS, 2),
+        lambda _: et.ArrayLoader(np.zeros(1_000_001, np.uint8), 2),
+        waits_for_disk,
+        lambda _: [np.zeros(SMALL_BYTES // 8 + 1)] * 2,
+        lambda _: lambda epoch: [ROWS],
+        lambda _: iter([ROWS]),
+    ],
+    ids=["transform", "subclass", "long order", "file", "large", "callable", "iterator"],
+)
+def test_what_may_take_long_is_read_by_the_thread(make: Callable[[Path], Any], tmp_path: Path) -> None:
+    iterator = of(make(tmp_path))
+    assert iterator.next() is not None
+    assert iterator._prefetcher is not None
+    iterator.close()
 
 
 @pytest.mark.parametrize("steps_per_call", [1, 4])
@@ -119,7 +184,7 @@ def test_behind_the_last_batch_there_is_one_to_compile_for_and_none_to_train_on(
         iterator = of(data, start=3, data_state=state)
         group = iterator.next()
         assert group is not None
-        assert (group.steps, group.positions, float(group.batches[0].ravel()[0])) == (0, (), 1.0)
+        assert (group.steps, group.positions, float(group[0].ravel()[0])) == (0, (), 1.0)
         assert iterator.next() is None
         iterator.close()
     assert seekable.next == 3  # as it was set
@@ -161,7 +226,7 @@ def test_what_was_read_ahead_of_the_users_iterator_comes_first_when_it_is_given_
         iterator = of(data, leftovers=leftovers, steps_per_call=steps_per_call)
         while count > 0 and (group := iterator.next()) is not None:
             used = min(count, group.steps)
-            seen += [int(batch[0]) for batch in group.batches[:used]]
+            seen += [int(batch[0]) for batch in (group[index] for index in range(used))]
             iterator.used(used)
             count -= used
         iterator.close()

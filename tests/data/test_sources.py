@@ -2,12 +2,11 @@ from __future__ import annotations
 
 from typing import Any
 
-import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from eventtrain.data.array_loader import ArrayLoader
-from eventtrain.data.sources import epoch_batches, on_device
+from eventtrain.data.sources import epoch_batches
 from eventtrain.errors import DataError
 
 
@@ -36,9 +35,3 @@ def test_a_callable_that_returns_no_iterable_is_refused() -> None:
 def test_errors_of_the_users_callable_pass_unchanged() -> None:
     with pytest.raises(KeyError, match="train"):
         epoch_batches(lambda epoch: {}["train"], 0)
-
-
-def test_batches_of_jax_arrays_need_no_transfer() -> None:
-    assert on_device({"x": jnp.ones(2), "n": None})
-    assert not on_device({"x": jnp.ones(2), "y": np.ones(2)})
-    assert not on_device({"x": 3})

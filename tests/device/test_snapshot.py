@@ -9,11 +9,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from eventtrain.device import snapshot as module
+from eventtrain.device import pinned_memory
 from eventtrain.device.compiled_step import CompiledStep
+from eventtrain.device.pinned_memory import PinnedPool
 from eventtrain.device.snapshot import HostKey, Snapshot
 from eventtrain.device.state import copy_leaves, place, split_state
 from eventtrain.errors import SnapshotError
+from tests.support.accelerator import as_on_an_accelerator
 
 STATE = {"w": jnp.arange(6.0).reshape(2, 3), "f": jax.nn.relu, "key": jax.random.key(5), "n": jnp.int32(4)}
 
@@ -75,26 +77,18 @@ def test_release_gives_the_device_memory_back() -> None:
     assert [leaf() for leaf in held] == [None] * 3
 
 
-def test_a_release_meanwhile_does_not_disturb_a_reader() -> None:
+def test_a_release_meanwhile_does_not_disturb_a_reader(monkeypatch: pytest.MonkeyPatch) -> None:
     reading, go_on = threading.Event(), threading.Event()
 
-    class Slow:
-        """Stands for a leaf whose transfer takes its time."""
+    read = PinnedPool.read
 
-        dtype, nbytes = np.dtype(np.float32), 4
+    def slow(pool: PinnedPool, leaf: Any) -> Any:
+        reading.set()
+        assert go_on.wait(30)
+        return read(pool, leaf)
 
-        def is_deleted(self) -> bool:
-            return False
-
-        def copy_to_host_async(self) -> None:
-            reading.set()
-            assert go_on.wait(30)
-
-        def __array__(self, dtype: Any = None, copy: Any = None) -> np.ndarray:
-            return np.float32([7])
-
-    leaves, structure = split_state({"a": jnp.zeros(1), "b": jnp.ones(1)})
-    snapshot = Snapshot(1, [Slow(), leaves[1]], structure)  # type: ignore[list-item]
+    monkeypatch.setattr(PinnedPool, "read", slow)
+    snapshot = snapshot_of({"a": jnp.full(1, 7), "b": jnp.ones(1)})
     result: list[Any] = []
     thread = threading.Thread(target=lambda: result.append(snapshot.host_state()))
     thread.start()
@@ -161,7 +155,7 @@ def test_on_a_cpu_there_is_nothing_to_move() -> None:
 def test_what_was_moved_to_the_host_is_bit_equal_and_the_device_has_its_memory_back(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(module, "is_on_host", lambda leaf: False)
+    as_on_an_accelerator(monkeypatch)
     snapshot = snapshot_of(STATE, extensions=[jnp.ones(3)], extension_paths=["ones"])
     on_device = [weakref.ref(leaf) for leaf in (*snapshot.leaves, *snapshot.extensions)]
     expected = snapshot.host_state()
@@ -172,23 +166,92 @@ def test_what_was_moved_to_the_host_is_bit_equal_and_the_device_has_its_memory_b
     host = snapshot.host_state()
     assert host["w"].tobytes() == expected["w"].tobytes()
     assert host["key"].data.tolist() == expected["key"].data.tolist()
-    assert snapshot.host_extensions()["ones"].tolist() == [1, 1, 1]
+    assert snapshot.extensions_by_path()["ones"].tolist() == [1, 1, 1]
+
+
+def test_each_leaf_leaves_the_device_as_soon_as_it_has_arrived(monkeypatch: pytest.MonkeyPatch) -> None:
+    as_on_an_accelerator(monkeypatch)
+    snapshot = snapshot_of([jnp.full(3, i) for i in range(4)])
+    on_device = [weakref.ref(leaf) for leaf in snapshot.leaves]
+    to_pinned_host, alive = pinned_memory.to_pinned_host, []
+
+    def noting(leaf: jax.Array) -> jax.Array:
+        alive.append(sum(one() is not None for one in on_device))
+        return to_pinned_host(leaf)
+
+    monkeypatch.setattr(pinned_memory, "to_pinned_host", noting)
+    assert snapshot.move_to_host()
+    assert alive == [4, 3, 2, 1]
+
+
+def test_a_part_of_a_snapshot_is_all_that_is_moved_and_the_device_gets_the_rest_back(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    as_on_an_accelerator(monkeypatch)
+    state = {"b": jnp.full(2, 1.0), "a": jnp.full(3, 2.0), "rest": jnp.full(100, 3.0)}
+    pool = PinnedPool(20)
+    snapshot = snapshot_of(state, extensions=[jnp.ones(3)], extension_paths=["ones"], pool=pool)
+    del state
+    on_device = [weakref.ref(leaf) for leaf in (*snapshot.leaves, *snapshot.extensions)]
+    snapshot.keep_only({"['b']", "['a']"})
+    assert snapshot.size_bytes == 20
+    assert sum(leaf() is not None for leaf in on_device) == 2
+    assert snapshot.move_to_host()
+    assert sum(leaf() is not None for leaf in on_device) == 0
+    by_path = snapshot.leaves_by_path()
+    assert {path: leaf.tolist() for path, leaf in by_path.items()} == {"['a']": [2] * 3, "['b']": [1] * 2}
+    assert snapshot.extensions_by_path() == {}
+    assert snapshot.host_state()["['a']"].tolist() == [2] * 3
+    snapshot.release()
+    with pytest.raises(SnapshotError):
+        snapshot.keep_only({"['a']"})
+
+
+def test_reading_on_the_host_takes_the_room_of_one_leaf(monkeypatch: pytest.MonkeyPatch) -> None:
+    as_on_an_accelerator(monkeypatch)
+    snapshot = snapshot_of([jnp.full(3, i) for i in range(4)], pool=PinnedPool(12))
+    to_pinned_host, through = pinned_memory.to_pinned_host, []
+    monkeypatch.setattr(
+        pinned_memory, "to_pinned_host", lambda leaf: (through.append(leaf), to_pinned_host(leaf))[1]
+    )
+    assert [leaf.tolist() for leaf in snapshot.host_state()] == [[i] * 3 for i in range(4)]
+    assert len(through) == 4
 
 
 def test_a_device_without_pinned_host_memory_keeps_its_snapshot(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "is_on_host", lambda leaf: False)
-    monkeypatch.setattr(module, "has_pinned_host", lambda leaf: False)
+    as_on_an_accelerator(monkeypatch)
+    monkeypatch.setattr(pinned_memory, "has_pinned_host", lambda leaf: False)
     snapshot = snapshot_of(STATE)
     before = snapshot.leaves
     assert not snapshot.move_to_host()
     assert all(one is other for one, other in zip(snapshot.leaves, before, strict=True))
 
 
+def test_a_pool_without_room_for_all_of_it_leaves_it_on_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    as_on_an_accelerator(monkeypatch)
+    pool = PinnedPool(40)
+    one, other = (snapshot_of(STATE, pool=pool) for _ in range(2))
+    assert one.move_to_host()
+    before = other.leaves
+    assert not other.move_to_host()
+    assert all(a is b for a, b in zip(other.leaves, before, strict=True))
+    one.release()
+    assert other.move_to_host()
+
+
+def test_a_state_that_was_donated_is_not_moved(monkeypatch: pytest.MonkeyPatch) -> None:
+    as_on_an_accelerator(monkeypatch)
+    snapshot = snapshot_of({"w": jnp.arange(3.0)})
+    jax.jit(lambda w: w + 1, donate_argnums=0)(snapshot.state["w"])
+    with pytest.raises(SnapshotError, match="step 12 was destroyed"):
+        snapshot.move_to_host()
+
+
 def test_a_snapshot_that_was_released_is_not_moved(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "is_on_host", lambda leaf: False)
+    as_on_an_accelerator(monkeypatch)
     snapshot = snapshot_of(STATE)
-    to_host = module.to_pinned_host
-    monkeypatch.setattr(module, "to_pinned_host", lambda leaves: (snapshot.release(), to_host(leaves))[1])
+    to_host = pinned_memory.to_pinned_host
+    monkeypatch.setattr(pinned_memory, "to_pinned_host", lambda leaf: (snapshot.release(), to_host(leaf))[1])
     snapshot.move_to_host()
     assert snapshot.released
     with pytest.raises(SnapshotError):

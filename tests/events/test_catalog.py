@@ -3,27 +3,35 @@ from __future__ import annotations
 import contextlib
 import copy
 import json
+import math
 import pickle
 import re
+import subprocess
+import sys
 import tracemalloc
 import types
+from collections import deque
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
-from typing import Any, ClassVar, Literal, Union, get_args, get_origin
+from pathlib import Path
+from typing import Annotated, Any, ClassVar, Literal, NamedTuple, Union, get_args, get_origin
 
 import jax.numpy as jnp
 import jsonschema
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
-from pydantic import ValidationError
+from pydantic import BaseModel, Field, TypeAdapter, ValidationError, model_validator
+from typing_extensions import TypedDict
 
 import eventtrain as et
-from eventtrain.events import BUILT_IN, LOOP_EVENTS, TRAINING_SEQUENCE, commands
+from eventtrain.events import BUILT_IN, LOOP_EVENTS, TRAINING_SEQUENCE, commands, parsing
 from eventtrain.events.models import FrozenDict, copies, snake_case
 
 FLOATS = st.floats() | st.sampled_from([float("nan"), float("inf"), float("-inf"), -0.0])
 NUMBERS = st.booleans() | st.integers(-(2**63), 2**64 - 1) | FLOATS
+ANY_EVENTS = TypeAdapter(list[et.AnyEvent])
 NUMBER_DICTS = st.dictionaries(st.text(max_size=8), NUMBERS, max_size=4)
 
 
@@ -68,7 +76,7 @@ def values_of(name: str, annotation: Any) -> st.SearchStrategy[Any]:
         return NUMBER_DICTS
     if name == "command":
         return COMMANDS
-    if name in ("step", "epoch"):
+    if name in ("step", "epoch", "peer"):
         return st.integers(0, 2**40)
     if annotation is float:
         return FLOATS
@@ -166,6 +174,95 @@ def test_an_event_of_the_users_own_is_read_back_when_its_class_is_given(
 def test_what_is_no_known_event_is_refused_with_the_reason(source: Any, message: str) -> None:
     with pytest.raises(et.EventParseError, match=f"(?s){message}"):
         et.parse_event(source)
+
+
+class Plain(et.Event):
+    """Its kind is not a Literal, and it has validators of its own."""
+
+    kind: str = "plain"
+    values: list[float] = []  # noqa: RUF012
+    seen: str = ""
+
+    @model_validator(mode="before")
+    @classmethod
+    def note(cls, given: Any) -> Any:
+        return {**given, "seen": type(given).__name__} if isinstance(given, dict) else given
+
+    @model_validator(mode="after")
+    def check(self) -> Plain:
+        assert isinstance(self.values, list)
+        return self
+
+
+def test_events_of_users_are_read_from_json_as_they_validate_themselves() -> None:
+    back = et.parse_event(Plain(values=[1.0]).model_dump_json(), types=iter([Plain, Measured]))
+    assert back == Plain(values=[1.0], seen="dict")
+    assert isinstance(back, Plain)
+    with pytest.raises(TypeError, match="read-only"):
+        back.values.append(2.0)
+
+
+def test_a_class_of_a_user_takes_the_place_of_the_one_with_its_kind() -> None:
+    class RunStarted(et.Event):
+        machine: str
+
+    event = RunStarted(machine="a")
+    assert et.parse_event(event.model_dump_json(), types=(RunStarted,)) == event
+    assert type(et.parse_event(et.RunStarted().model_dump_json())) is et.RunStarted
+
+
+@given(data=st.data())
+def test_any_event_is_a_type_for_annotations_and_adapters(data: st.DataObject) -> None:
+    events = [data.draw(events_of(data.draw(st.sampled_from(BUILT_IN)))) for _ in range(2)]
+    text = f"[{','.join(event.model_dump_json() for event in events)}]"
+    for back in (ANY_EVENTS.validate_json(text), ANY_EVENTS.validate_python(json.loads(text))):
+        assert back == events
+        assert [exactly(one.__dict__) for one in back] == [exactly(one.__dict__) for one in events]
+    for one in ANY_EVENTS.validate_json(text):
+        with contextlib.suppress(AttributeError), pytest.raises(TypeError, match="read-only"):
+            one.metrics["more"] = 1  # pyright: ignore
+
+
+def test_any_event_and_any_command_have_a_schema_and_fit_into_unions_of_users() -> None:
+    schema = ANY_EVENTS.json_schema()
+    assert set(schema["items"]["discriminator"]["mapping"]) == {
+        snake_case(kind.__name__) for kind in BUILT_IN
+    }
+    assert all(set(one) == {"$ref"} for one in schema["items"]["oneOf"])
+    mine = TypeAdapter(Annotated[Measured | et.RunStarted, Field(discriminator="kind")])
+    assert type(mine.validate_json('{"kind": "run_started"}')) is et.RunStarted
+    assert set(get_args(get_args(et.AnyEvent)[0])) == set(BUILT_IN)
+    stop: Any = TypeAdapter(et.AnyCommand).validate_json('{"kind": "stop", "reason": "enough"}')
+    assert stop == commands.Stop(reason="enough")
+    with pytest.raises(ValidationError, match="kind"):
+        ANY_EVENTS.validate_json('[{"kind": "nothing"}]')
+
+
+def test_importing_eventtrain_builds_no_union_of_events() -> None:
+    code = (
+        "import eventtrain; from eventtrain.events import parsing; print(parsing.known.cache_info().currsize)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "0"
+
+
+def test_what_parse_event_reads_in_one_step_is_what_it_reads_by_steps() -> None:
+    """Duplicate keys, numbers as text, a version as text: where the two could differ."""
+    for text in (
+        '{"kind": "run_started", "kind": "run_failed", "error": "x"}',
+        '{"kind": "run_failed", "error": "x", "kind": "run_started"}',
+        '{"kind": "run_started", "step": "3", "schema_version": "1"}',
+        '{"kind": "run_started", "step": 3.0, "schema_version": true}',
+        '{"kind": "step_completed", "epoch": 0, "batch": 0, "metrics": {"a": NaN, "b": "NaN"}}',
+        ' {"kind": "run_started", "time": 5} ',
+    ):
+        outcomes: list[Any] = []
+        for parse in (et.parse_event, parsing.parse_by_steps):
+            try:
+                outcomes.append(parse(text))
+            except et.EventParseError as error:
+                outcomes.append(str(error))
+        assert outcomes[0] == outcomes[1]
 
 
 def test_kinds_are_class_names_in_snake_case_and_all_differ() -> None:
@@ -392,11 +489,13 @@ class Deep(et.Event):
     exact: bool | int | float = 0
     column: et.Column = np.zeros(0)
     pair: tuple[Any, ...] = ()
+    sets: dict[str, list[set[int]]] = {}  # noqa: RUF012
 
 
 def deep() -> Deep:
     return Deep(
-        anything={"a": [1, {"b": {2}}]},
+        anything={"a": [1, {"b": 2}]},
+        sets={"a": [{2}]},
         numbers=[1, 2],
         names={"x"},
         table={"x": [1.0]},
@@ -411,7 +510,7 @@ def deep() -> Deep:
         lambda event: event.anything.update(a=1),
         lambda event: event.anything["a"].append(1),
         lambda event: event.anything["a"][1].clear(),
-        lambda event: event.anything["a"][1]["b"].add(1),
+        lambda event: event.sets["a"][0].add(1),
         lambda event: event.numbers.sort(),
         lambda event: event.numbers.__setitem__(0, 5),
         lambda event: event.numbers.__delitem__(0),
@@ -423,7 +522,9 @@ def deep() -> Deep:
         lambda event: event.pair[1].pop("c"),
     ],
 )
-@pytest.mark.parametrize("make", [deep, lambda: Deep(anything={"a": [1, {"b": {2}}]}, pair=([1], {"c": 1}))])
+@pytest.mark.parametrize(
+    "make", [deep, lambda: Deep(anything={"a": [1, {"b": 2}]}, sets={"a": [{2}]}, pair=([1], {"c": 1}))]
+)
 def test_events_of_users_are_read_only_all_the_way_down(make: Any, change: Any) -> None:
     for event in (make(), copy.deepcopy(make()), pickle.loads(pickle.dumps(make())), make().model_copy()):
         before = event.model_dump_json()
@@ -456,7 +557,7 @@ def test_what_a_user_gave_stays_the_users_and_what_is_read_back_is_equal() -> No
     ],
 )
 def test_numpy_scalars_become_the_equal_python_ones(given: Any, python: Any) -> None:
-    event = Deep(exact=given, anything={"a": [given, (given,)]}, pair=(given,))
+    event = Deep(exact=given, anything={"a": [given, [given]]}, pair=(given,))
     assert (event.exact, type(event.exact)) == (python, type(python))
     assert type(event.pair[0]) is type(python)
     assert type(event.anything["a"][0]) is type(event.anything["a"][1][0]) is type(python)
@@ -477,3 +578,231 @@ def test_an_array_that_json_cannot_hold_is_refused_with_the_remedy(value: Any) -
 def test_a_numpy_scalar_without_an_equal_python_one_is_refused(value: Any) -> None:
     with pytest.raises(ValidationError, match="an event cannot hold"):
         Deep(anything=value)
+
+
+class Loose(et.Event):
+    """An event with every kind of part whose type says nothing."""
+
+    anything: Any = None
+    optional: Any | None = None
+    table: dict[int, Any] = {}  # noqa: RUF012
+    rows: list[Any] = []  # noqa: RUF012
+    pair: tuple[int, Any] = (0, None)
+    bare: dict = {}  # noqa: RUF012  # pyright: ignore[reportMissingTypeArgument, reportUnknownVariableType]
+
+
+LEAVES = (
+    st.none() | NUMBERS | st.integers(-(2**14_010), 2**14_010) | st.text() | st.text(st.characters(), max_size=3)
+    | st.binary(max_size=3) | st.datetimes() | st.dates() | st.timedeltas() | st.decimals() | st.uuids()
+    | st.complex_numbers() | st.frozensets(st.integers(), max_size=2) | st.sampled_from([Path("a"), range(3), b"a"])
+)  # fmt: skip
+ANYTHING = st.recursive(
+    LEAVES,
+    lambda parts: (
+        st.lists(parts, max_size=3)
+        | st.lists(parts, max_size=2).map(tuple)
+        | st.dictionaries(st.text(max_size=3) | st.integers() | st.booleans() | st.none(), parts, max_size=3)
+    ),
+    max_leaves=5,
+)
+
+
+@pytest.mark.parametrize(
+    "field",
+    [
+        lambda v: {"anything": v},
+        lambda v: {"optional": v},
+        lambda v: {"table": {3: v}},
+        lambda v: {"rows": [v]},
+        lambda v: {"pair": (1, v)},
+        lambda v: {"bare": v if isinstance(v, dict) else {"a": v}},
+    ],
+)
+@given(value=ANYTHING)
+@example(value=float("nan"))
+@example(value=[{"a": float("-inf")}])
+@example(value={1: 2})
+@example(value="\ud800")
+@example(value=[(1, 2)])
+def test_what_a_part_of_type_any_takes_comes_back_from_json_and_the_rest_is_refused(
+    field: Any, value: Any
+) -> None:
+    try:
+        event = Loose(**field(value))
+    except ValidationError as error:
+        assert "a part of type Any cannot hold" in str(error)  # noqa: PT017
+        assert "Declare the type" in str(error)  # noqa: PT017
+        return
+    back = et.parse_event(event.model_dump_json(), types=(Loose,))
+    assert back == event
+    assert exactly(back.model_dump()) == exactly(event.model_dump())
+
+
+@pytest.mark.parametrize("depth", [100, 101, 100_000])
+def test_a_part_of_type_any_is_read_back_however_deep_it_is_or_refused(depth: int) -> None:
+    value: Any = 1
+    for _ in range(depth):
+        value = [value]
+    if depth > 100:
+        with pytest.raises(ValidationError, match=r"nested more than 100 deep|contain themselves"):
+            Loose(anything=value)
+    else:
+        event = Loose(anything=value)
+        assert et.parse_event(event.model_dump_json(), types=(Loose,)) == event
+
+
+def test_a_default_of_type_any_that_json_does_not_give_back_is_refused_too() -> None:
+    class Careless(et.Event):
+        worst: Any = float("inf")
+
+    with pytest.raises(ValidationError, match="a part of type Any cannot hold inf"):
+        Careless()
+
+
+def test_a_list_that_contains_itself_is_refused() -> None:
+    value: list[Any] = []
+    value.append(value)
+    with pytest.raises(ValidationError, match="contain themselves"):
+        Loose(anything=value)
+
+
+# --- models, dataclasses and typed dicts in events ----------------------------------------------------------------
+
+
+class Point(BaseModel, frozen=True, ser_json_inf_nan="strings"):
+    x: float = 0.0
+    notes: dict[str, list[int]] = {}
+    anything: Any = None
+
+
+@dataclass(frozen=True)
+class Pair:
+    left: Any = None
+    right: list[int] = field(default_factory=list)
+
+
+class Row(TypedDict):
+    value: Any
+
+
+class Named(NamedTuple):
+    numbers: list[int]
+
+
+class Nested(et.Event):
+    point: Point = Point()
+    points: list[Point] = []  # noqa: RUF012
+    pair: Pair | None = None
+    row: Row | None = None
+    named: Named | None = None
+
+
+def nested() -> Nested:
+    return Nested(
+        point=Point(x=math.nan, notes={"a": [1]}, anything={"b": [1, None, "text"]}),
+        points=[Point(x=math.inf), Point()],
+        pair=Pair(left=[1], right=[2]),
+        row={"value": [1, {"c": 2}]},
+        named=Named([1, 2]),
+    )
+
+
+def test_models_dataclasses_and_typed_dicts_in_an_event_are_read_back_equal() -> None:
+    event = nested()
+    back = et.parse_event(event.model_dump_json(), types=(Nested,))
+    assert back == event
+    assert isinstance(back, Nested)
+    assert back.points[0].x == math.inf
+    assert nested() != Nested(point=Point(x=math.nan, notes={"a": [2]}, anything={"b": [1, None, "text"]}))
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        {"point": Point(anything=(1, 2))},
+        {"point": Point(anything=object())},
+        {"point": {"anything": math.inf}},
+        {"points": [Point(), Point(anything={1: 2})]},
+        {"pair": Pair(left=(1,))},
+        {"pair": Pair(left=b"\xff")},
+        {"row": {"value": (1,)}},
+    ],
+)
+def test_what_json_does_not_give_back_is_refused_in_models_dataclasses_and_typed_dicts_too(
+    value: dict[str, Any],
+) -> None:
+    with pytest.raises(ValidationError, match="read back"):
+        Nested(**value)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda event: event.point.notes.update(a=[]),
+        lambda event: event.point.notes["a"].append(1),
+        lambda event: event.point.anything["b"].append(1),
+        lambda event: setattr(event.point, "x", 1.0),
+        lambda event: event.points.append(Point()),
+        lambda event: event.pair.right.append(1),
+        lambda event: event.pair.left.append(1),
+        lambda event: setattr(event.pair, "left", 1),
+        lambda event: event.row["value"].append(1),
+        lambda event: event.named.numbers.append(1),
+    ],
+)
+def test_models_dataclasses_and_tuples_in_an_event_are_read_only_all_the_way_down(change: Any) -> None:
+    for event in (nested(), et.parse_event(nested().model_dump_json(), types=(Nested,))):
+        before = event.model_dump_json()
+        with pytest.raises(
+            (TypeError, ValidationError, AttributeError), match=r"read-only|frozen|cannot assign"
+        ):
+            change(event)
+        assert event.model_dump_json() == before
+
+
+def test_what_can_be_changed_by_a_subscriber_is_refused_with_the_remedy() -> None:
+    class Open(BaseModel):
+        x: int = 0
+
+    @dataclass
+    class Changing:
+        x: int = 0
+
+    class Careless(et.Event):
+        model: Open | None = None
+        data: Changing | None = None
+        queue: deque[int] | None = None
+        raw: Any = None
+
+    for value, remedy in (
+        ({"model": Open()}, r"class Open\(BaseModel, frozen=True\)"),
+        ({"model": {"x": 1}}, r"class Open\(BaseModel, frozen=True\)"),
+        ({"data": Changing()}, r"@dataclass\(frozen=True\)"),
+        ({"queue": deque([1])}, "use list"),
+    ):
+        with pytest.raises(ValidationError, match=remedy):
+            Careless(**value)
+
+
+def test_a_nan_that_a_model_writes_as_null_is_refused_with_the_remedy() -> None:
+    class Measured(BaseModel, frozen=True):
+        x: float
+
+    class Holding(et.Event):
+        measured: Measured
+
+    Holding(measured=Measured(x=1.5))
+    with pytest.raises(ValidationError, match='ser_json_inf_nan="strings"'):
+        Holding(measured=Measured(x=math.nan))
+
+
+def test_the_users_own_model_stays_as_it_is() -> None:
+    point = Point(notes={"a": [1]})
+    event = Nested(point=point)
+    point.notes["a"].append(2)
+    assert event.point.notes == {"a": [1]}
+
+
+def test_events_of_eventtrain_are_not_written_to_json_when_they_are_made() -> None:
+    assert [kind.__name__ for kind in BUILT_IN if kind._holds_objects] == []
+    assert Nested._holds_objects

@@ -47,6 +47,18 @@ def test_the_ring_is_due_half_the_lag_after_its_oldest_event(lag, flush_by):
     assert gates.flush_by == NEVER
 
 
+def test_what_was_handled_long_before_it_is_due_does_not_come_due():
+    gates, (subscription,) = gates_with({"lag": 100})
+    for step in range(1, 101):
+        gates.note_step(step)
+    assert gates.next_due == 101
+    subscription.worker.passed = 60
+    assert gates.blocking(101) is None
+    assert gates.next_due == 161  # that of step 61
+    assert gates.blocking(160) is None
+    assert gates.blocking(161) is subscription
+
+
 def test_what_an_earlier_run_left_opens_no_gate():
     bus = core_of(EventBus())
     subscription = bus.subscribe(StepCompleted, decide, {"lag": 0})

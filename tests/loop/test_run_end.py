@@ -22,6 +22,25 @@ def test_a_stop_that_comes_too_late_for_a_run_does_not_end_the_next(tmp_path):
     assert trainer.fit(batches(2), epochs=1).stop_reason == "completed"
 
 
+def test_a_run_that_was_stopped_while_its_first_batch_was_made_is_not_reproducible(tmp_path):
+    trainer = make_trainer(tmp_path)
+    ends = record(trainer, et.RunCompleted)
+    stopped = threading.Event()
+
+    @trainer.on(et.RunStarted)
+    async def stop(event: et.RunStarted, control: et.Control) -> None:
+        control.stop("no time")
+        stopped.set()
+
+    def late(epoch: int) -> Any:
+        assert stopped.wait(30)
+        time.sleep(0.5)
+        yield from batches(2)
+
+    assert trainer.fit(late, epochs=1).step == 0
+    assert [(end.reason, end.deterministic) for end in ends] == [("no time", False)]
+
+
 async def test_cancelling_an_evaluation_does_not_end_the_next_fit(tmp_path):
     trainer = make_trainer(tmp_path)
 

@@ -62,7 +62,7 @@ def test_a_command_that_arrives_early_waits_for_its_boundary(tmp_path):
 
     def slow(epoch: int) -> Any:
         for batch in batches(40):
-            time.sleep(0.005)
+            time.sleep(0.02)
             yield batch
 
     trainer.fit(slow, epochs=1)
@@ -490,3 +490,26 @@ def test_snapshots_in_pinned_host_memory_are_bit_equal_too(tmp_path):
     trainer.fit(batches(20), epochs=1)
     expected = make_trainer(tmp_path / "other").fit(batches(20), steps=16).state
     np.testing.assert_array_equal(taken[16]["params"]["w"], expected["params"]["w"])
+
+
+@pytest.mark.slow
+def test_subscribers_cost_the_training_thread_nothing_however_many_they_are(tmp_path):
+    """One decides with a lag of 100, so that something is counted at every step."""
+    batch, steps = batches(1)[0], 3_000
+
+    def cpu_s_of_training(subscribers: int) -> float:
+        trainer = make_trainer(tmp_path / str(time.monotonic_ns()))
+        for index in range(subscribers):
+
+            @trainer.on(et.StepCompleted, lag=100 if index == 0 else None, every=1 if index == 0 else 1_000)
+            async def take(event: et.StepCompleted) -> None: ...
+
+        with trainer.session() as session:
+            session.step(batch)
+            began_s = time.thread_time()
+            for _ in range(steps):
+                session.step(batch)
+            return time.thread_time() - began_s
+
+    few, many = (min(cpu_s_of_training(number) for _ in range(3)) for number in (1, 200))
+    assert many < 2 * few  # 4 times, when every queue was looked at before every step

@@ -222,11 +222,12 @@ ON_THE_TRAINING_THREAD = ["loop", "data", "trainer/run.py", "trainer/fit.py", "t
 ALLOWED = {
     # Runs on the prefetch thread.
     ("data/prefetch.py", "rest", "self._thread.join()"),
+    ("trainer/run.py", "end_beside", "self._ending.acquire(blocking=False)"),
     ("data/prefetch.py", "_wait_for_room", "self._room.wait()"),
     # Bounded by CLOSE_S.
     ("data/prefetch.py", "close", "self._thread.join(timeout_s)"),
     # Takes from a list.
-    ("data/prefetch.py", "next", "next(self._direct, None)"),
+    ("data/epoch_iterator.py", "next", "next(self._direct, None)"),
 }
 
 

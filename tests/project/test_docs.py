@@ -21,7 +21,7 @@ import pytest
 import eventtrain as et
 import eventtrain.subscribers
 import eventtrain.testing
-from benchmarks import machine, tables
+from benchmarks.suite import PARTS
 
 ROOT = Path(__file__).resolve().parents[2]
 DOCS = ROOT / "docs"
@@ -116,31 +116,10 @@ def test_the_readme_shows_the_hello_world_that_lies_in_examples() -> None:
     assert (ROOT / "examples" / "hello.py").read_text() in sources
 
 
-def test_the_tables_name_figures_and_machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    figure = {"step_us": 12_758.4, "subscribers": "eight", "steps_per_call": 1, "ratio_median": 1.014}
-    loop = [{**figure, "ratios": [1.01, 1.014, 1.0299], "pairs": 3}]
-    bus = {
-        "publish": {"publish / append and check, in a function": 3.44, "publish, ns": 193.9},
-        "1 handler": {"eventtrain / direct": 2.96, "eventtrain, us per event": 0.7},
-        "10 handlers": {"eventtrain / direct": 2.31, "eventtrain, us per event": 3.0},
-    }
-    machine.write_json(tmp_path / "loop_overhead-cpu.json", "loop_overhead", loop)
-    machine.write_json(tmp_path / "bus_throughput-cpu.json", "bus_throughput", bus)
-    monkeypatch.setattr(tables, "RESULTS", tmp_path)
-    measured = {name: tables.section(name) for name in ("loop_overhead", "bus_throughput")}
-    assert "| 12.76 ms | eight | 1 | **1.014** (1.010 to 1.030) | 3 |" in measured["loop_overhead"]
-    assert "| eventtrain | 3.0 | 2.3 |" in measured["bus_throughput"]
-    assert "194 ns, 3.4 times" in measured["bus_throughput"]
-    processor = f"on {machine.describe()['processor']}, {machine.describe()['cores']} cores"
-    assert all(processor in table for table in measured.values())
-
-
-def test_every_committed_result_is_in_a_table_or_named_on_its_page() -> None:
-    page = (DOCS / "measuring.md").read_text()
-    names = [path.name.removesuffix("-cpu.json") for path in tables.RESULTS.glob("*-cpu.json")]
-    assert sorted({*names} - {"step_extensions"}) == sorted(tables.RENDERERS)
-    assert [name for name in tables.RENDERERS if f"<!-- {name}:begin -->" not in page] == []
-    assert "benchmarks/results/step_extensions-cpu.json" in page  # too many figures for a table
+def test_the_page_about_measuring_describes_every_part() -> None:
+    described = re.findall(r"^\| `(\w+)` \|", (DOCS / "measuring.md").read_text(), re.MULTILINE)
+    modules = [path.stem for path in (ROOT / "benchmarks" / "parts").glob("[!_]*.py")]
+    assert sorted(described) == sorted(modules) == sorted(PARTS)
 
 
 make_pages = load(DOCS / "make_pages.py")

@@ -105,6 +105,15 @@ def test_a_package_index_gets_a_readme_without_relative_links(hatch_build: Modul
     assert "(https://example.org/eventtrain/blob/HEAD/docs/getting-started.md)" in linked
 
 
+def test_a_package_index_gets_the_files_of_images_not_the_pages_that_show_them(
+    hatch_build: ModuleType,
+) -> None:
+    page = "A table.\n\n![a chart](docs/images/chart.svg)\n"
+    assert hatch_build.with_absolute_links(page, "") == "A table.\n\na chart (`docs/images/chart.svg`)\n"
+    linked = hatch_build.with_absolute_links(page, "https://example.org/e")
+    assert "![a chart](https://example.org/e/raw/HEAD/docs/images/chart.svg)" in linked
+
+
 def test_the_urls_follow_from_the_address_in_pyproject(hatch_build: ModuleType) -> None:
     settings = tomllib.loads((ROOT / "pyproject.toml").read_text())
     hook = settings["tool"]["hatch"]["metadata"]["hooks"]["custom"]

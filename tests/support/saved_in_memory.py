@@ -45,6 +45,10 @@ class InMemory:
         }
 
 
+def copied(snapshot: Any) -> dict[str, np.ndarray[Any, Any]]:
+    return {path: np.array(leaf) for path, leaf in snapshot.extensions_by_path().items()}
+
+
 def put(value: Any, like: Any) -> Any:
     assert (value.shape, value.dtype) == (like.shape, like.dtype)
     return jax.device_put(value, like.sharding)
@@ -79,11 +83,8 @@ class MemoryCheckpointer(et.Subscriber):
             step,
             RunRecord.model_validate(json.loads(facts.model_dump_json())),
             claimed.snapshot.device.host_state(),
-            claimed.snapshot.device.host_extensions(),
-            {
-                tag: (kept.step, kept.host_state(), kept.host_extensions())
-                for tag, kept in claimed.kept.items()
-            },
+            copied(claimed.snapshot.device),
+            {tag: (kept.step, kept.host_state(), copied(kept)) for tag, kept in claimed.kept.items()},
             datetime.now(UTC),
         )
         claimed.finish()

@@ -23,6 +23,7 @@ from eventtrain import subscribers as subs
 from eventtrain.bus.bus import core_of
 from eventtrain.loop import boundary
 from eventtrain.trainer import execution
+from eventtrain.trainer.run import Run
 from tests.support.models import batches, make_trainer, new_state, record, step_fn
 
 CHECKPOINTS = "ck"
@@ -72,10 +73,22 @@ class Life(et.Subscriber):
 
 @pytest.mark.parametrize("entry", ["fit", "fit_async", "cancelled"])
 def test_a_cycle_of_events_costs_the_end_of_a_run_its_drain_timeout_and_no_more(
-    tmp_path, anyio_backend, entry
+    tmp_path, anyio_backend, entry, monkeypatch
 ):
+    """Measured from where the end begins: before it, the step is compiled beside a busy event loop, at its pace.
+
+    On a machine with eight busy processes on two cores that took up to 5 s, and the end 1.4 to 2.0 s.
+    """
     backend, options = anyio_backend
     trainer = make_trainer(tmp_path, drain_timeout_s=0.3, backend=backend, backend_options=options)
+    ends_s: list[float] = []
+    finish = Run._finish
+
+    def finish_later(self, *args):
+        ends_s.append(time.monotonic())
+        finish(self, *args)
+
+    monkeypatch.setattr(Run, "_finish", finish_later)
 
     class Echo(et.Event):
         pass
@@ -92,14 +105,14 @@ def test_a_cycle_of_events_costs_the_end_of_a_run_its_drain_timeout_and_no_more(
             tasks.start_soon(lambda: trainer.fit_async(endless, epochs=1))
             while trainer.step == 0:  # noqa: ASYNC110
                 await anyio.sleep(0.01)
+            ends_s.append(time.monotonic())
             tasks.cancel_scope.cancel()
 
-    began_s = time.monotonic()
     if entry == "fit":
         assert trainer.fit(batches(2), epochs=1).undelivered
     else:
         anyio.run(train, backend=backend, backend_options=options)
-    assert time.monotonic() - began_s < 15
+    assert time.monotonic() - ends_s[0] < 10
     assert trainer.step > 0
 
 

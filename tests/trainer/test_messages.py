@@ -117,3 +117,66 @@ def test_in_debug_mode_a_nan_is_raised_at_its_operation_and_the_state_is_that_be
 def test_debug_mode_runs_one_step_at_a_time(tmp_path):
     with pytest.raises(et.ConfigurationError, match=r"steps_per_call=1\."):
         make_trainer(tmp_path, debug=True, steps_per_call=4)
+
+
+def endless(epoch: int) -> Any:
+    while True:
+        yield from batches(4)
+
+
+def policies() -> dict[str, et.Subscriber]:
+    """Name -> a policy that goes by epochs."""
+    made: dict[str, et.Subscriber] = {
+        "stops": subs.EarlyStopping("loss"),
+        "stops-by-time": subs.EarlyStopping("loss", patience_unit="seconds"),
+        "stops-by-evaluations": subs.EarlyStopping("val_loss", patience_unit="evaluations"),
+        "reduces": subs.ReduceLROnPlateau("loss"),
+        "schedules": subs.LearningRateScheduler(lambda epoch: 0.5),
+        "keeps-best": subs.Checkpointer("best", monitor="loss", save_best_only=True),
+        "keeps": subs.Checkpointer("periodic", every_epochs=1),
+        "evaluates": subs.EvaluateEvery(epochs=1),
+    }
+    for name, policy in made.items():
+        policy.name = name
+    return made
+
+
+@pytest.mark.parametrize("name", policies())
+@pytest.mark.parametrize("data", [endless, batches(4)], ids=["endless", "shorter"])
+def test_a_policy_by_epochs_is_named_if_the_run_ends_within_the_first_one(
+    tmp_path: Any, name: str, data: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    trainer = make_trainer(tmp_path, subscribers=[policies()[name], subs.TerminateOnNaN()])
+    trainer.on(et.EpochCompleted)(lambda event: None)  # observes, and decides nothing
+    trainer.fit(data, steps=3, eval_data=batches(1))
+    message = "No epoch of the data ended within 3 steps"
+    assert [line for line in caplog.messages if message in line] == [
+        line for line in caplog.messages if f"between the first step and the last: {name}. " in line
+    ]
+    assert caplog.text.count(message) == 1
+
+
+@pytest.mark.parametrize(
+    ("data", "aim"), [(batches(4), {"steps": 4}), (batches(4), {"steps": 5}), (batches(4), {"epochs": 1})]
+)
+def test_policies_by_epochs_are_not_named_if_an_epoch_ended(
+    tmp_path: Any, data: Any, aim: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    trainer = make_trainer(tmp_path, subscribers=list(policies().values()))
+    trainer.fit(data, **aim, eval_data=batches(1))
+    assert "No epoch of the data ended" not in caplog.text
+
+
+def test_policies_by_steps_are_not_named_in_an_endless_epoch(
+    tmp_path: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    by_steps = [
+        subs.EarlyStopping("loss", patience_unit="steps", patience=9),
+        subs.EarlyStopping("val_loss", patience_unit="evaluations", patience=9),
+        subs.LearningRateScheduler(lambda step: 0.5, by="step"),
+        subs.Checkpointer("ck", every=2, every_epochs=1),
+        subs.EvaluateEvery(steps=2),
+    ]
+    by_steps[1].name = "by evaluations"
+    make_trainer(tmp_path, subscribers=by_steps).fit(endless, steps=3, eval_data=batches(1))
+    assert "No epoch of the data ended" not in caplog.text

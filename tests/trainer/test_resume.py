@@ -76,7 +76,7 @@ class Record(et.Subscriber):
 
 
 def comparable(event: et.Event) -> dict[str, Any]:
-    left_out = {"run_id", "seq", "time", "duration_s"}
+    left_out = {"run_id", "attempt", "seq", "time", "duration_s"}
     return {
         name: value for name, value in json.loads(event.model_dump_json()).items() if name not in left_out
     }

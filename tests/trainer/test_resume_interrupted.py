@@ -17,7 +17,7 @@ import pytest
 
 import eventtrain as et
 from eventtrain import subscribers as subs
-from eventtrain.data.prefetch import EpochIterator
+from eventtrain.data.epoch_iterator import EpochIterator
 from tests.support.models import batches, eval_fn, new_state, step_fn
 from tests.support.saved_in_memory import MemoryCheckpointer
 from tests.trainer.test_resume import Positioned, Record

@@ -17,7 +17,7 @@ import pytest
 import eventtrain as et
 from eventtrain import subscribers as subs
 from eventtrain.trainer import run_directory
-from eventtrain.trainer.run_directory import LOCK
+from eventtrain.trainer.run_directory import ATTEMPTS, LOCK, next_attempt
 from tests.support.models import batches, make_trainer, new_state, step_fn
 
 HOLDER = """
@@ -59,7 +59,85 @@ def test_two_trainers_in_one_run_dir_are_refused_by_name(tmp_path: Path) -> None
         second.evaluate(batches(2))  # writes nothing there
         second.predict(batches(2))
     assert second.fit(batches(2), epochs=1).step == 2
-    assert sorted(path.name for path in (tmp_path / "run").iterdir()) == ["e.jsonl"]
+    assert sorted(path.name for path in (tmp_path / "run").iterdir()) == [ATTEMPTS, "e.jsonl"]
+
+
+class Identities(et.Subscriber):
+    """What names each event of a run, its own among them."""
+
+    events = et.Event
+    name = "identities"
+
+    def __init__(self) -> None:
+        self.seen: list[tuple[Any, ...]] = []
+        self.attempts: list[int] = []
+
+    async def start(self, run: et.RunContext) -> None:
+        self.attempts.append(run.attempt)
+        run.publish(et.AlertRaised(name="started"))
+
+    async def handle(self, event: et.Event) -> None:
+        self.seen.append((event.run_id, event.attempt, event.stream, event.seq))
+
+
+def test_attempt_stream_and_seq_name_one_event_over_any_number_of_restarts(tmp_path: Path) -> None:
+    """The last two resume from the same checkpoint, as a run does that is killed before its next one."""
+    seen: list[tuple[Any, ...]] = []
+    attempts: list[int] = []
+    for n, resume in enumerate((False, True, "half", "half")):
+        identities = Identities()
+        trainer = make_trainer(
+            tmp_path, subscribers=[identities, subs.Checkpointer("c", every=100)], run_id="mine"
+        )
+        if n == 0:
+            trainer.on(et.StepCompleted, where=lambda event: event.step == 2, lag=0)(
+                lambda event, control: control.checkpoint("half")
+            )
+        trainer.fit(batches(4), epochs=1 if n == 0 else 2, resume=resume)
+        seen += identities.seen
+        attempts += identities.attempts
+    assert attempts == [1, 2, 3, 4]
+    assert {stream for _, _, stream, _ in seen} == {"training", "published"}
+    assert {(run_id, attempt) for run_id, attempt, _, _ in seen} == {("mine", n) for n in attempts}
+    assert len(seen) == len(set(seen))
+    assert len({(stream, seq) for _, _, stream, seq in seen}) < len(seen)  # which alone would not do
+
+
+@pytest.mark.allow_blocking  # a relative run_dir
+def test_a_run_begun_again_and_a_second_fit_are_attempts_of_their_own(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    identities = Identities()
+    trainer = et.Trainer(step_fn, new_state(), subscribers=[identities])
+    trainer.fit(batches(1), epochs=1)
+    with trainer.session():
+        pass
+    assert identities.attempts == [1, 2]
+    assert list(tmp_path.iterdir()) == []  # nothing but the number of attempts was there
+    plain = make_trainer(tmp_path, subscribers=[])
+    seen: list[int] = []
+    plain.on(et.RunStarted)(lambda event: seen.append(event.attempt))
+    for _ in range(2):
+        plain.fit(batches(1), epochs=1)
+    assert seen == [1, 2]
+
+
+def test_the_number_of_attempts_is_in_the_checkpoint_too(tmp_path: Path) -> None:
+    for attempt in (1, 2, 3):
+        identities = Identities()
+        make_trainer(tmp_path, subscribers=[identities, subs.Checkpointer("c")]).fit(
+            batches(2), epochs=attempt, resume=True
+        )
+        assert identities.attempts == [attempt]
+        (tmp_path / "run" / ATTEMPTS).unlink()  # the checkpoint alone was taken to another machine
+
+
+@pytest.mark.parametrize("text", ["", "x", "-3", "9" * 100, "\x00", "²"])
+def test_a_damaged_number_of_attempts_counts_as_none(tmp_path: Path, text: str) -> None:
+    (tmp_path / ATTEMPTS).write_text(text)
+    assert next_attempt(tmp_path, 4) == 5
+    assert next_attempt(tmp_path, 0) == 6
 
 
 def hold(tmp_path: Path) -> subprocess.Popen[str]:

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import anyio
@@ -129,7 +127,25 @@ def test_steps_per_call_changes_neither_result_nor_events(tmp_path, steps_per_ca
     plain = make_trainer(tmp_path / "plain").fit(et.ArrayLoader(examples(28), 4, seed=3), epochs=3)
     np.testing.assert_array_equal(result.state["params"]["w"], plain.state["params"]["w"])
     assert [event.step for event in seen] == list(range(1, 22))
-    assert [epoch.metrics for epoch in result.history] == [epoch.metrics for epoch in plain.history]
+    found, expected = ([epoch.metrics for epoch in run.history] for run in (result, plain))
+    if jax.default_backend() == "cpu":
+        assert found == expected
+    else:  # XLA may fuse a metric otherwise inside a loop
+        for mine, its in zip(found, expected, strict=True):
+            assert mine == pytest.approx(its, rel=1e-5)
+
+
+@pytest.mark.parametrize("count", [8, 7])
+def test_a_call_on_stacked_batches_is_a_call_on_a_tuple_of_them(tmp_path, count):
+    host = [jax.tree.map(np.asarray, batch) for batch in batches(count)]
+    results = [
+        make_trainer(tmp_path / str(number), steps_per_call=4).fit(data, epochs=2)
+        for number, data in enumerate((host, batches(count), lambda epoch: iter(host)))
+    ]
+    for result in results[1:]:
+        np.testing.assert_array_equal(result.state["params"]["w"], results[0].state["params"]["w"])
+        assert [e.metrics for e in result.history] == [e.metrics for e in results[0].history]
+    assert [result.step for result in results] == [2 * count] * 3
 
 
 def test_numpy_batches_from_a_callable_are_prefetched_and_give_the_same_result(tmp_path):
@@ -525,26 +541,3 @@ def test_a_subscriber_that_may_fail_the_run_ends_it_with_its_error(tmp_path):
     assert "never again" in seen[0].error
     assert trainer.step > 0
     trainer.state  # noqa: B018  # it is there
-
-
-def test_more_than_one_process_is_refused_by_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    trainer = make_trainer(tmp_path)
-    monkeypatch.setattr(jax, "process_count", lambda: 2)
-
-    def session() -> None:
-        with trainer.session():
-            pass
-
-    calls: dict[str, Callable[[], Any]] = {
-        "fit": lambda: trainer.fit(batches(2), epochs=1),
-        "fit_async": lambda: anyio.run(lambda: trainer.fit_async(batches(2), epochs=1)),
-        "session": session,
-        "evaluate": lambda: trainer.evaluate(batches(2)),
-        "evaluate_async": lambda: anyio.run(trainer.evaluate_async, batches(2)),
-        "predict": lambda: trainer.predict(batches(2)),
-        "predict_async": lambda: anyio.run(trainer.predict_async, batches(2)),
-    }
-    for name, call in calls.items():
-        with pytest.raises(et.ConfigurationError, match=f"{name} was called in one of 2 JAX processes"):
-            call()
-    assert trainer.step == 0

@@ -11,7 +11,18 @@ from pathlib import PurePath
 from eventtrain.errors import printable
 
 PACKAGES = frozenset(
-    {"apprise", "charset_normalizer", "httpcore", "httpx", "paho", "requests", "slixmpp", "urllib3"}
+    {
+        "apprise",
+        "charset_normalizer",
+        "httpcore",
+        "httpx",
+        "nats",
+        "paho",
+        "redis",
+        "requests",
+        "slixmpp",
+        "urllib3",
+    }
 )
 """Packages whose loggers write URLs, headers and responses in full, at DEBUG, httpx already at INFO."""
 

@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from pydantic import SecretStr
 
 from eventtrain.errors import ConfigurationError
-from eventtrain.subscribers._shared.optional_imports import import_optional
 from eventtrain.subscribers.alerts.message import Transport
 from eventtrain.validation.annotations import checked
+from eventtrain.validation.optional_imports import import_optional
 
 webhook = import_optional(
     "eventtrain.subscribers.alerts.webhook", extra="alerts", used_by="A webhook of Alerts"

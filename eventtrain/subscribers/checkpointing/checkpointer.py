@@ -100,17 +100,14 @@ class Checkpointer(Subscriber):
         template: name of the folder, with the fields ``{step}`` and ``{epoch}`` (completed) and those of metrics, which
             may have a format (``{val_loss:.3f}``). The default is used if a metric was not measured at that step. A tag
             is appended to it.
-        max_in_flight: how many checkpoints may be taken and not written yet. Each holds a state, on the device or where
-            ``stage`` says.
+        max_in_flight: how many checkpoints may be taken and not written yet. Each holds a state: in pinned host memory,
+            or on the device if that has no such memory or the host has too little.
         when_full: with one more, training waits ("wait"), or it is left out with CheckpointSkipped ("skip") or
             CheckpointFailed ("fail").
         marker_timeout_s: how long a checkpoint waits for the states of the subscribers.
         fsync: a checkpoint gets its name when all files are on the disk, and is committed when the name is.
         retries: after a failure on disk; each after ``retry_delay_s``, which doubles.
         on_failure: "continue" training after CheckpointFailed, or "stop" the run.
-        stage: where a state waits until it is written: on the "device", or in pinned memory of the "host", to which a
-            thread moves it as soon as it is taken. That frees an accelerator's memory early. On a CPU both are the
-            same; a device without such memory keeps it, with a warning.
 
     Events: CheckpointStarted; then CheckpointCommitted, when the checkpoint has its final name and can be restored, or
     CheckpointFailed with the reason. One thread writes them, one after the other.
@@ -120,6 +117,9 @@ class Checkpointer(Subscriber):
     """
 
     disable_after = None  # one full disk must not end all checkpoints
+
+    per_host = True  # each process writes its shards
+    process_0_decides = True
 
     @checked
     def __init__(
@@ -147,7 +147,6 @@ class Checkpointer(Subscriber):
         retries: int = 2,
         retry_delay_s: float = 1.0,
         on_failure: Literal["continue", "stop"] = "continue",
-        stage: Literal["device", "host"] = "device",
     ) -> None:
         require_count("Checkpointer", "every", every, at_least=1, optional=True)
         require_count("Checkpointer", "every_epochs", every_epochs, at_least=1, optional=True)
@@ -163,7 +162,6 @@ class Checkpointer(Subscriber):
         require_choice("Checkpointer", "monitor_unit", monitor_unit, ("epochs", "evaluations"))
         require_choice("Checkpointer", "when_full", when_full, ("wait", "skip", "fail"))
         require_choice("Checkpointer", "on_failure", on_failure, ("continue", "stop"))
-        require_choice("Checkpointer", "stage", stage, ("device", "host"))
         self._goal: Goal | None = None
         if save_best_only or keep_best is not None:
             if monitor is None:
@@ -184,6 +182,7 @@ class Checkpointer(Subscriber):
         self._best = BestMetricState(value=initial_value_threshold) if save_best_only else None
         self._best_every = every_epochs or 1
         self._directory = directory_path(directory, "Checkpointer", may_be_run_dir=True)
+        self.shared_directories = (self._directory,)
         self._template = template
         self._template_metrics = check_template(template)
         self._monitor = monitor
@@ -209,7 +208,6 @@ class Checkpointer(Subscriber):
             retries=retries,
             retry_delay_s=retry_delay_s,
             weights_only=save_weights_only,
-            stage=stage,
         )
         measured = EpochCompleted if monitor_unit == "epochs" else EvalCompleted
         self.events = (SnapshotTaken, CheckpointFailed, CheckpointSkipped)
@@ -232,8 +230,8 @@ class Checkpointer(Subscriber):
         """Creates the directory, removes what killed runs left in it, and gives the loop the schedule.
 
         Raises:
-            ConfigurationError: the directory cannot be written, or ``params`` returns arrays that are not leaves of the
-                state.
+            ConfigurationError: the directory cannot be written, or the weights to be saved are unknown or not leaves of
+                the state.
         """
         self._run = run
         self._may_lack_evaluations = run.can_evaluate and not self._by_evaluation
@@ -241,6 +239,8 @@ class Checkpointer(Subscriber):
             self._reader = MetricReader(self._name, self._monitor, evaluates=self._may_lack_evaluations)
         self._runs = (*(one for one in self._runs if one != run.run_id), run.run_id)
         directory = (run.run_dir / self._directory).absolute()
+        if self._options.weights_only:
+            run.require_params(f"{self._name}(save_weights_only=True)")
         params = {path: place for path, place in run.params.items() if place is not None}
         if self._options.weights_only and len(params) < len(run.params):
             raise ConfigurationError(
@@ -256,6 +256,7 @@ class Checkpointer(Subscriber):
             params=params,
             retention=self._retention,
             options=self._options,
+            run=run,
         )
         try:
             await in_own_thread(self._writer.open().result)
@@ -267,6 +268,7 @@ class Checkpointer(Subscriber):
             self._name,
             **self._schedule,
             at_start=self._lacks_the_best(run.control.step, self._writer.steps()),
+            paths=frozenset(params.values()) if self._options.weights_only else None,
         )
 
     def _lacks_the_best(self, step: int, there: frozenset[int]) -> bool:
@@ -336,6 +338,8 @@ class Checkpointer(Subscriber):
                 is_due = isinstance(event, EvalCompleted) or (event.epoch + 1) % self._best_every == 0
                 if value is None or best is None or goal is None or not is_due:
                     return
+                if self._run is not None and self._run.process_index > 0:
+                    return  # process 0 decides
                 if goal.improves(value, best.value):
                     self._best = BestMetricState(value=value, step=event.step, before=best.value)
                     control.checkpoint(reason=f"the best value so far: {value:.6g}")

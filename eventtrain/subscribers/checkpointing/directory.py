@@ -13,8 +13,8 @@ from itertools import count
 from pathlib import Path
 
 from eventtrain.errors import SnapshotError
+from eventtrain.runs.owner import THIS_PROCESS, is_running
 from eventtrain.subscribers._shared import atomic_files
-from eventtrain.subscribers._shared.processes import THIS_PROCESS, is_running
 from eventtrain.subscribers.checkpointing.manifest import TEMPORARY, Manifest, is_checkpoint, read_manifest
 
 logger = logging.getLogger("eventtrain")

@@ -17,8 +17,9 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import zlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from datetime import datetime
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
@@ -26,7 +27,16 @@ from typing import Annotated, Any, Literal, Self
 import jax
 import jax.numpy as jnp
 import numpy as np
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    SerializerFunctionWrapHandler,
+    ValidationError,
+    field_validator,
+    model_serializer,
+    model_validator,
+)
 
 from eventtrain.control.run_state import RunRecord
 from eventtrain.errors import SnapshotError
@@ -45,22 +55,57 @@ KEPT_EXTENSIONS = "kept_extensions/"
 """These two are followed by a tag in the name of a part."""
 
 HostArray = np.ndarray[Any, Any]
+Read = Callable[[Any], HostArray]
+
+
+class SavedShard(BaseModel):
+    """The part of an array that one device had.
+
+    Attributes:
+        index: first index, and the index after the last, in each dimension.
+        crc32: of its bytes in C order.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    index: tuple[tuple[Annotated[int, Field(ge=0)], Annotated[int, Field(ge=0)]], ...]
+    crc32: int
+
+    @property
+    def slices(self) -> tuple[slice, ...]:
+        """The index, to read the shard from the whole array."""
+        return tuple(slice(*bounds) for bounds in self.index)
 
 
 class SavedArray(BaseModel):
     """Description of one array.
 
     Attributes:
-        crc32: of its bytes in C order.
+        crc32: of its bytes in C order; None if there are ``shards``.
         key: name of the implementation if it is a typed PRNG key.
+        shards: of an array that is sharded over several processes. Each process describes those that it writes.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     dtype: str
     shape: tuple[Annotated[int, Field(ge=0)], ...]
-    crc32: int
+    crc32: int | None
     key: str | None = None
+    shards: tuple[SavedShard, ...] = ()
+
+    @model_serializer(mode="wrap")
+    def _without_no_shards(self, serialize: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        data = serialize(self)
+        if not self.shards:
+            del data["shards"]
+        return data
+
+    @model_validator(mode="after")
+    def _has_checksums(self) -> Self:
+        if self.crc32 is None and not self.shards and math.prod(self.shape):
+            raise ValueError("an array has neither a checksum nor shards")
+        return self
 
     @field_validator("dtype")
     @classmethod
@@ -74,11 +119,50 @@ class SavedArray(BaseModel):
         return name
 
     @classmethod
-    def of(cls, leaf: Any) -> tuple[HostArray, SavedArray]:
-        """Returns the array to be stored of a NumPy array or a key on the host, with its description."""
+    def of(cls, leaf: Any, read: Read = np.asarray) -> SavedArray:
+        """Returns the description of an array or a key on the host. Reads all of it, with ``read``."""
         key = str(leaf.impl) if is_host_key(leaf) else None
-        array = np.asarray(leaf.data if key is not None else leaf)
-        return array, cls(dtype=array.dtype.name, shape=array.shape, crc32=checksum(array), key=key)
+        array = array_of(leaf)
+        if is_sharded(array):
+            shards = tuple(
+                SavedShard(index=bounds(shard.index, array.shape), crc32=checksum(read(shard.data)))
+                for shard in array.addressable_shards
+                if shard.replica_id == 0
+            )
+            return cls(dtype=array.dtype.name, shape=array.shape, crc32=None, shards=shards)
+        array = read(local(array))
+        return cls(dtype=array.dtype.name, shape=array.shape, crc32=checksum(array), key=key)
+
+    def with_shards(self, other: SavedArray) -> SavedArray:
+        """Returns the description with the shards that another process has written."""
+        return self.model_copy(update={"shards": (*self.shards, *other.shards)})
+
+    def is_whole(self, array: HostArray) -> bool:
+        """Returns whether the array, as it was read, is as it was written."""
+        if (array.shape, array.dtype) != (self.shape, jnp.dtype(self.dtype)):
+            return False
+        if self.crc32 is not None:
+            return checksum(array) == self.crc32
+        return all(checksum(array[shard.slices]) == shard.crc32 for shard in self.shards)
+
+    def is_intact(self, array: jax.Array) -> bool:
+        """Returns whether the shards of this process, as they were read, are as they were written.
+
+        A shard that was cut otherwise when it was written cannot be checked.
+        """
+        if self.crc32 is not None and array.is_fully_replicated:
+            return self.is_whole(np.asarray(local(array)))
+        written = {shard.index: shard.crc32 for shard in self.shards}
+        return all(
+            checksum(np.asarray(shard.data)) == written[index]
+            for shard in array.addressable_shards
+            if (index := bounds(shard.index, array.shape)) in written
+        )
+
+    def read(self, array: HostArray) -> HostArray:
+        """Returns the array of which ``stored`` returned this. Float8 of older checkpoints is not stored as bytes."""
+        dtype = jnp.dtype(self.dtype)
+        return array.view(dtype) if is_stored_as_bytes(dtype) and array.dtype == np.uint8 else array
 
 
 class Manifest(BaseModel):
@@ -231,6 +315,49 @@ def checksum(array: HostArray) -> int:
         return 0
     octets: Any = np.ascontiguousarray(array).reshape(-1).view(np.uint8)  # a buffer, but only typed so later
     return zlib.crc32(octets)
+
+
+def is_sharded(array: Any) -> bool:
+    """Returns whether other processes have parts of the array that this one lacks."""
+    return isinstance(array, jax.Array) and not array.is_fully_addressable and not array.is_fully_replicated
+
+
+def local(array: Any) -> Any:
+    """Returns the array, of which this process has all, as one that is on its devices alone."""
+    if isinstance(array, jax.Array) and not array.is_fully_addressable:
+        return array.addressable_data(0)
+    return array
+
+
+def bounds(index: tuple[slice, ...], shape: tuple[int, ...]) -> tuple[tuple[int, int], ...]:
+    """Returns the index of a shard as numbers."""
+    return tuple(part.indices(size)[:2] for part, size in zip(index, shape, strict=True))
+
+
+def array_of(leaf: Any) -> Any:
+    """Returns the array of an array or a key on the host."""
+    return leaf.data if is_host_key(leaf) else leaf
+
+
+def stored(leaf: Any, read: Read = np.asarray) -> Any:
+    """Returns the array for Orbax: dtypes of one byte that NumPy lacks, such as int4, are stored as bytes."""
+    array = array_of(leaf)
+    if not is_stored_as_bytes(array.dtype):
+        return array
+    if is_sharded(array):
+        parts = {bounds(shard.index, array.shape): shard.data for shard in array.addressable_shards}
+        return jax.make_array_from_callback(
+            array.shape,
+            array.sharding,
+            lambda index: np.ascontiguousarray(read(parts[bounds(index or (), array.shape)])).view(np.uint8),
+        )
+    array = local(array)
+    return np.ascontiguousarray(read(array)).view(np.uint8).reshape(array.shape)
+
+
+def is_stored_as_bytes(dtype: Any) -> bool:
+    """Returns whether arrays of a dtype are stored as bytes: it has one byte, and NumPy lacks it."""
+    return dtype.itemsize == 1 and dtype.isbuiltin != 1
 
 
 def path_name(path: str) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Collection, Mapping, Set
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import closing, suppress
 from pathlib import Path
 from typing import Any
 
@@ -26,10 +26,11 @@ from eventtrain.subscribers.checkpointing.manifest import (
     HostArray,
     Manifest,
     SavedArray,
-    checksum,
     is_checkpoint,
+    is_stored_as_bytes,
     named_leaves,
     named_numbers,
+    nested,
     part_of,
     path_name,
     read_manifest,
@@ -53,6 +54,11 @@ class SavedCheckpoint:
         """Reads all arrays ahead of the calls for them. Raises SnapshotError if the checkpoint is not complete."""
         self._arrays = _read(self.path, self.manifest)
 
+    def read_state(self, paths: Collection[str]) -> None:
+        """Reads these arrays of the state ahead, and no others; raises as ``read``."""
+        known = self.manifest.arrays[STATE]
+        self._arrays = _read(self.path, self.manifest, {STATE: {path: known[path] for path in paths}})
+
     def part(self, name: str) -> dict[str, HostArray]:
         """Returns the arrays of one part by their path. Raises SnapshotError if the checkpoint is not complete."""
         if name not in self.manifest.arrays:
@@ -71,9 +77,9 @@ class SavedCheckpoint:
         They are those of the state, or of the other snapshot ``tag``. Raises StateError if they do not fit.
         """
         part = EXTENSIONS if tag is None else KEPT_EXTENSIONS + tag
-        arrays = self.part(part)
-        _require_same(like.keys(), arrays.keys(), "The step extensions saved", "the trainer's", self.path)
-        return [self._placed(part, path, leaf, arrays[path]) for path, leaf in like.items()]
+        saved = self.manifest.arrays.get(part, {})
+        _require_same(like.keys(), saved.keys(), "The step extensions saved", "the trainer's", self.path)
+        return list(self._values(part, {path: (path, leaf) for path, leaf in like.items()}).values())
 
     def kept(self, like: Any, *, before_end: bool) -> dict[str, tuple[int, Any]]:
         """Returns other snapshots: tag -> step, and state placed as ``like``; see ``SavedRun``."""
@@ -84,11 +90,20 @@ class SavedCheckpoint:
         }
 
     def weights(self, like: Any) -> Any:
-        """``state``, where ``like`` may also be the params, or a whole state of which only the params were saved."""
+        """``state``, where ``like`` may also be a part of it, or a whole state of which only the params were saved.
+
+        A part is the params, or what dicts with fewer keys contain. Only its arrays are read.
+        """
         wanted, saved = named_leaves(like).keys(), self.manifest.arrays[STATE].keys()
+        numbers = named_numbers(like).keys() & saved
         params = self.manifest.params
         if wanted != saved and wanted == params.keys() and saved >= set(params.values()):
+            self.read_state(params.values())
             return self._fill(STATE, like, params)
+        if wanted and wanted < saved and all(_is_left_out(path, like) for path in saved - wanted - numbers):
+            paths = {path: path for path in saved if path in wanted | numbers}
+            self.read_state(paths)
+            return self._fill(STATE, like, paths)
         if self.manifest.weights_only and wanted > saved:
             return self._fill(STATE, like, {path: path for path in saved})
         return self._fill(STATE, like)
@@ -97,19 +112,42 @@ class SavedCheckpoint:
         self, part: str, like: Any, places: Mapping[str, str] | None = None, *, other: str = "`like`"
     ) -> Any:
         """Returns ``like``, called ``other``, with the arrays of a part; ``places``: path in it -> path in the part."""
-        arrays = self.part(part)
+        saved = self.manifest.arrays.get(part, {})
         wanted = named_leaves(like) | {
-            path: leaf for path, leaf in named_numbers(like).items() if path in arrays
+            path: leaf for path, leaf in named_numbers(like).items() if path in saved
         }
         if places is None:
-            _require_same(wanted.keys(), arrays.keys(), "The state saved", other, self.path)
+            _require_same(wanted.keys(), saved.keys(), "The state saved", other, self.path)
             places = {path: path for path in wanted}
-        values = {
-            path: self._placed(part, place, wanted[path], arrays[place]) for path, place in places.items()
-        }
+        values = self._values(part, {path: (place, wanted[path]) for path, place in places.items()})
         return jax.tree_util.tree_map_with_path(
             lambda path, leaf: values.get(path_name(jax.tree_util.keystr(path)), leaf), like
         )
+
+    def _values(self, part: str, wanted: Mapping[str, tuple[str, Any]]) -> dict[str, Any]:
+        """Returns arrays of a part, placed. ``wanted``: any name -> path in the part, array to be placed like."""
+        sharded = {place: like for place, like in wanted.values() if _is_global(like)}
+        if not sharded:
+            arrays = self.part(part)
+            return {
+                name: self._placed(part, place, like, arrays[place]) for name, (place, like) in wanted.items()
+            }
+        known = self.manifest.arrays[part]
+        for place, like in sharded.items():
+            if (known[place].shape, jnp.dtype(known[place].dtype)) != (like.shape, like.dtype):
+                raise self._does_not_fit(place, known[place], like)
+        _require_files(self.path, self.manifest)
+        rest = {place: known[place] for place, _ in wanted.values() if place not in sharded}
+        arrays = _read(self.path, self.manifest, {part: rest})[part] if rest else {}
+        own = _read_shards(self.path, self.manifest, part, sharded)
+        return {
+            name: own[place] if place in own else self._placed(part, place, like, arrays[place])
+            for name, (place, like) in wanted.items()
+        }
+
+    def _does_not_fit(self, path: str, saved: SavedArray, like: Any) -> StateError:
+        what = f"a key of {saved.key}" if saved.key else f"{saved.dtype}{list(saved.shape)}"
+        return StateError(f"{path} is {what} in {self.path}, but {like.dtype}{list(like.shape)} in `like`.")
 
     def _placed(self, part: str, path: str, like: Any, value: HostArray) -> Any:
         impl = self.manifest.arrays[part][path].key
@@ -120,13 +158,17 @@ class SavedCheckpoint:
             with suppress(ValueError, TypeError):  # data of another implementation than the manifest names
                 key = jax.random.wrap_key_data(jnp.asarray(value), impl=impl)
                 if key.dtype == like.dtype and key.shape == like.shape:
-                    return jax.device_put(key, like.sharding)
+                    return jax.random.wrap_key_data(_on_devices(value, like.sharding), impl=impl)
         elif not is_key and impl is None and value.shape == like.shape and value.dtype == like.dtype:
-            return (
-                value if isinstance(like, (np.ndarray, np.generic)) else jax.device_put(value, like.sharding)
-            )
-        saved = f"a key of {impl}" if impl else f"{value.dtype.name}{list(value.shape)}"
-        raise StateError(f"{path} is {saved} in {self.path}, but {like.dtype}{list(like.shape)} in `like`.")
+            return value if isinstance(like, (np.ndarray, np.generic)) else _on_devices(value, like.sharding)
+        raise self._does_not_fit(path, self.manifest.arrays[part][path], like)
+
+
+def _on_devices(value: HostArray, sharding: jax.sharding.Sharding | None) -> jax.Array:
+    """Returns the array; each process transfers its own shards. `device_put` would compare values across processes."""
+    if sharding is None:
+        return jnp.asarray(value)
+    return jax.make_array_from_callback(value.shape, sharding, lambda index: value[index])
 
 
 def find_checkpoint(directory: Path, which: bool | str | int | Path) -> SavedCheckpoint | None:
@@ -172,7 +214,10 @@ def _newest(
         saved = SavedCheckpoint(committed)
         if saved.facts is not None:
             try:
-                saved.read()
+                if jax.process_count() > 1:  # each process reads its own shards, and checks those
+                    _require_files(committed.path, committed.manifest)
+                else:
+                    saved.read()
             except SnapshotError as error:
                 broken.append(str(error))
                 continue
@@ -198,7 +243,8 @@ def load_state(path: str | Path, like: Any = None) -> Any:
         path: of a committed checkpoint (``CheckpointCommitted.path``).
         like: a state of the same structure: its JAX arrays determine device and sharding of the values, its NumPy
             arrays stay NumPy, and leaves that are not arrays are taken from it. Abstract arrays (``jax.eval_shape``,
-            ``jax.ShapeDtypeStruct`` with a sharding) do the same and take no memory. Or the params of such a state. If
+            ``jax.ShapeDtypeStruct`` with a sharding) do the same and take no memory. Or a part of such a state, which
+            alone is read: its params, or what remains if keys of dicts are left out, as in ``{"params": params}``. If
             the checkpoint has weights only, a whole state gets the params and keeps the rest. None: returns a dict from
             path in the state to NumPy array.
 
@@ -211,33 +257,79 @@ def load_state(path: str | Path, like: Any = None) -> Any:
     return saved.part(STATE) if like is None else saved.weights(like)
 
 
-def _read(path: Path, manifest: Manifest) -> dict[str, dict[str, HostArray]]:
-    """Returns all arrays by part and path. Raises SnapshotError unless each is as it was written."""
+def _read(
+    path: Path, manifest: Manifest, wanted: Mapping[str, Mapping[str, SavedArray]] | None = None
+) -> dict[str, dict[str, HostArray]]:
+    """Returns all arrays, or those ``wanted``, by part and path. Raises SnapshotError unless each is as written."""
+    wanted, partly = wanted or manifest.arrays, wanted is not None
+    _require_files(path, manifest)
+    try:
+        tree: dict[str, Any] = {}
+        # In a thread of its own: on the thread of a running event loop Orbax would block or patch that loop.
+        if (path / ARRAYS).exists():  # else all arrays are empty
+            with ThreadPoolExecutor(1) as executor:
+                tree = executor.submit(_read_arrays, path / ARRAYS, wanted if partly else None).result()
+        parts = {part: _arrays_of(part_of(tree, part), known) for part, known in wanted.items()}
+    except Exception as error:  # whatever the files make Orbax and NumPy raise
+        raise SnapshotError(f"{path} is not complete: its arrays cannot be read ({error}).") from error
+    for part, known in wanted.items():
+        for name, saved in known.items():
+            if not saved.is_whole(parts[part][name]):
+                raise SnapshotError(f"{path} is not complete: {name} is not what was written.")
+    return parts
+
+
+def _require_files(path: Path, manifest: Manifest) -> None:
+    """Raises SnapshotError unless every file is there, with its size."""
     for name, size in manifest.files.items():
         file = path / name
         if not file.is_file() or file.stat().st_size != size:
             raise SnapshotError(
                 f"{path} is not complete: {name} is missing or has another size than when written."
             )
+
+
+def _is_global(like: Any) -> bool:
+    """Returns whether other processes have parts of an array that is placed like this one. Not for keys."""
+    if not isinstance(like, (jax.Array, jax.ShapeDtypeStruct)):
+        return False
+    sharding = like.sharding
+    if sharding is None or sharding.is_fully_addressable or jnp.issubdtype(like.dtype, jax.dtypes.prng_key):
+        return False
+    return not is_stored_as_bytes(like.dtype)
+
+
+def _read_shards(
+    path: Path, manifest: Manifest, part: str, wanted: Mapping[str, Any]
+) -> dict[str, jax.Array]:
+    """Returns arrays placed as ``wanted``, of which this process reads its own shards. Raises SnapshotError."""
+
+    def restore() -> Any:
+        args = {
+            place: ocp.ArrayRestoreArgs(
+                restore_type=jax.Array, sharding=like.sharding, global_shape=like.shape, dtype=like.dtype
+            )
+            for place, like in wanted.items()
+        }
+        with closing(_handler()) as orbax:
+            return orbax.restore(
+                path / ARRAYS,
+                args=ocp.args.PyTreeRestore(
+                    nested({part: dict.fromkeys(wanted, 0)}),
+                    restore_args=nested({part: args}),
+                    partial_restore=True,
+                ),
+            )
+
     try:
-        tree: dict[str, Any] = {}
-        # In a thread of its own: on the thread of a running event loop Orbax would block or patch that loop.
-        if (path / ARRAYS).exists():  # else all arrays are empty
-            with ThreadPoolExecutor(1) as executor:
-                tree = executor.submit(_read_arrays, path / ARRAYS).result()
-        parts = {part: _arrays_of(part_of(tree, part), known) for part, known in manifest.arrays.items()}
-    except Exception as error:  # whatever the files make Orbax and NumPy raise
+        with ThreadPoolExecutor(1) as executor:
+            arrays: dict[str, jax.Array] = part_of(executor.submit(restore).result(), part)
+    except Exception as error:  # whatever the files make Orbax raise
         raise SnapshotError(f"{path} is not complete: its arrays cannot be read ({error}).") from error
-    for part, known in manifest.arrays.items():
-        for name, saved in known.items():
-            array = parts[part][name]
-            if (array.shape, array.dtype, checksum(array)) != (
-                saved.shape,
-                jnp.dtype(saved.dtype),
-                saved.crc32,
-            ):
-                raise SnapshotError(f"{path} is not complete: {name} is not what was written.")
-    return parts
+    for place, array in arrays.items():
+        if not manifest.arrays[part][place].is_intact(array):
+            raise SnapshotError(f"{path} is not complete: {place} is not what was written.")
+    return arrays
 
 
 def _arrays_of(stored: Mapping[str, Any], known: Mapping[str, SavedArray]) -> dict[str, HostArray]:
@@ -247,13 +339,42 @@ def _arrays_of(stored: Mapping[str, Any], known: Mapping[str, SavedArray]) -> di
         array = stored.get(name)
         if array is None:
             array = np.zeros(saved.shape if 0 in saved.shape else 0, jnp.dtype(saved.dtype))
-        arrays[name] = np.asarray(array)
+        arrays[name] = saved.read(np.asarray(array))
     return arrays
 
 
-def _read_arrays(path: Path) -> dict[str, Any]:
-    with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as orbax:
-        return orbax.restore(path) or {}
+def _handler() -> Any:
+    """Returns Orbax' reader, which is typed for a path class of its own. It waits for no other process."""
+    return ocp.PyTreeCheckpointHandler()
+
+
+def _read_arrays(path: Path, wanted: Mapping[str, Mapping[str, SavedArray]] | None) -> dict[str, Any]:
+    with closing(_handler()) as orbax:
+        if wanted is None:
+            return orbax.restore(path) or {}
+        stored = {
+            part: {name: 0 for name, saved in known.items() if 0 not in saved.shape}
+            for part, known in wanted.items()
+        }
+        tree = nested(stored)
+        as_numpy = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), tree)
+        return (
+            orbax.restore(
+                path, args=ocp.args.PyTreeRestore(tree, restore_args=as_numpy, partial_restore=True)
+            )
+            if tree
+            else {}
+        )
+
+
+def _is_left_out(path: str, like: Any) -> bool:
+    """Returns whether ``path`` of a leaf leads to a key that a dict in ``like`` lacks."""
+    while isinstance(like, Mapping):
+        found = [key for key in like if path.startswith(f"[{key!r}]")]
+        if not found:
+            return True
+        path, like = path.removeprefix(f"[{found[0]!r}]"), like[found[0]]
+    return False
 
 
 def _require_same(wanted: Set[str], there: Set[str], what: str, other: str, path: Path) -> None:

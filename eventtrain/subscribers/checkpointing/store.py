@@ -5,10 +5,16 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
+from eventtrain.control.run_state import RunRecord
+from eventtrain.errors import SnapshotError
 from eventtrain.subscribers._shared import atomic_files
 from eventtrain.subscribers.checkpointing.directory import (
     Committed,
@@ -20,8 +26,18 @@ from eventtrain.subscribers.checkpointing.directory import (
     temporary_path,
     try_to_remove,
 )
-from eventtrain.subscribers.checkpointing.manifest import ARRAYS, MANIFEST, Manifest, SavedArray, nested
-from eventtrain.subscribers.checkpointing.orbax import ocp
+from eventtrain.subscribers.checkpointing.manifest import (
+    ARRAYS,
+    MANIFEST,
+    Manifest,
+    Read,
+    SavedArray,
+    array_of,
+    nested,
+    stored,
+)
+from eventtrain.subscribers.checkpointing.orbax import ArrayFiles, Put
+from eventtrain.subscribers.checkpointing.processes import CheckpointPeers, HostPart, own_folder
 
 logger = logging.getLogger("eventtrain")
 
@@ -46,21 +62,35 @@ class CheckpointStore:
         """Checkpoints that were in it when it was opened."""
         self._number = max((committed.manifest.number for committed in self.found), default=0)
         self._leftovers: list[Path] = []
-        self._orbax = ocp.Checkpointer(ocp.PyTreeCheckpointHandler())
+        self._orbax = ArrayFiles()
 
-    def write(self, name: str, parts: Mapping[str, Mapping[str, Any]], manifest: Manifest) -> Committed:
+    def write(
+        self,
+        name: str,
+        parts: Mapping[str, Mapping[str, Any]],
+        manifest: Manifest,
+        *,
+        put: Put | None = None,
+        read: Read = np.asarray,
+        peers: CheckpointPeers | None = None,
+    ) -> Committed:
         """Writes a new checkpoint; after any exception nothing that looks like a checkpoint is left.
 
         Args:
             name: of the folder; a number is appended if it exists.
-            parts: part -> path -> NumPy array, or key with ``data`` and ``impl``.
+            parts: part -> path -> JAX array, or key on the host with ``data`` and ``impl``.
             manifest: without ``number``, ``time``, ``files`` and ``arrays``.
+            put: see ``ArrayFiles``; for arrays that are on an accelerator.
+            read: returns an array in host memory, for its checksum.
+            peers: the other processes, which write their parts; None if there are none.
         """
         self._leftovers = [folder for folder in self._leftovers if not try_to_remove(folder)]
         staging = temporary_path(self.directory, name)
         try:
             atomic_files.make_folder(staging)
-            manifest = self._fill(staging, parts, manifest)
+            if peers is not None:
+                peers.begin(staging)
+            manifest = self._fill(staging, parts, manifest, put, read, peers)
             files = files_in(staging)
             size_bytes = sum(file.stat().st_size for file in files)
             if self._fsync:
@@ -84,6 +114,33 @@ class CheckpointStore:
         self._number = manifest.number
         return Committed(path, manifest, size_bytes)
 
+    def write_part(
+        self,
+        folder: Path,
+        index: int,
+        parts: Mapping[str, Mapping[str, Any]],
+        facts: RunRecord | None,
+        *,
+        put: Put | None = None,
+        read: Read = np.asarray,
+    ) -> None:
+        """Writes the part of the process ``index``, which is not 0, into the folder that process 0 has made.
+
+        Raises:
+            SnapshotError: the folder is not there, so the processes do not share the directory.
+        """
+        if not folder.is_dir():
+            raise SnapshotError(
+                f"{folder}, which process 0 has made, is not there. All processes need the same directory, on a file "
+                "system that they share."
+            )
+        part = HostPart(arrays=self._write_arrays(folder, parts, put, read), facts=facts)
+        file = HostPart.path(folder, index)
+        atomic_files.write_text(file, part.model_dump_json())
+        own = own_folder(folder, index)
+        if self._fsync:  # what the others write is not complete yet
+            self._sync(own, [*files_in(own), file])
+
     def close(self) -> None:
         """Ends Orbax' own threads. Raises what failed in them."""
         self._orbax.close()
@@ -104,17 +161,21 @@ class CheckpointStore:
         for path in (*files, *(Path(parent) for parent, _, _ in os.walk(folder, topdown=False))):
             atomic_files.sync(path)
 
-    def _fill(self, folder: Path, parts: Mapping[str, Mapping[str, Any]], manifest: Manifest) -> Manifest:
-        arrays: dict[str, dict[str, Any]] = {}
-        described: dict[str, dict[str, SavedArray]] = {}
-        for part, leaves in parts.items():
-            arrays[part], described[part] = {}, {}
-            for path, leaf in leaves.items():
-                array, described[part][path] = SavedArray.of(leaf)
-                if array.size:
-                    arrays[part][path] = array
-        if tree := nested(arrays):
-            self._orbax.save(folder / ARRAYS, tree)
+    def _fill(
+        self,
+        folder: Path,
+        parts: Mapping[str, Mapping[str, Any]],
+        manifest: Manifest,
+        put: Put | None,
+        read: Read,
+        peers: CheckpointPeers | None,
+    ) -> Manifest:
+        described = self._write_arrays(folder, parts, put, read)
+        if peers is not None:
+            peers.wait_for_parts()
+            described, manifest = self._merged(folder, described, manifest, peers.count)
+        if (folder / ARRAYS).exists():
+            self._orbax.finalize(folder / ARRAYS)
         manifest = manifest.model_copy(
             update={
                 "number": self._number + 1,
@@ -127,3 +188,49 @@ class CheckpointStore:
         )
         atomic_files.write_text(folder / MANIFEST, manifest.to_text())
         return manifest
+
+    @staticmethod
+    def _merged(
+        folder: Path, described: dict[str, dict[str, SavedArray]], manifest: Manifest, count: int
+    ) -> tuple[dict[str, dict[str, SavedArray]], Manifest]:
+        """Returns description and manifest with the parts of the other processes, whose files it removes."""
+        records: dict[int, RunRecord] = {}
+        for index in range(1, count):
+            file = HostPart.path(folder, index)
+            part = HostPart.model_validate_json(file.read_bytes())
+            file.unlink()
+            described = {
+                name: {path: array.with_shards(part.arrays[name][path]) for path, array in arrays.items()}
+                for name, arrays in described.items()
+            }
+            if part.facts is not None:
+                records[index] = part.facts
+        if manifest.facts is not None:
+            manifest = manifest.model_copy(update={"facts": manifest.facts.with_hosts(records)})
+        return described, manifest
+
+    def _write_arrays(
+        self, folder: Path, parts: Mapping[str, Mapping[str, Any]], put: Put | None, read: Read
+    ) -> dict[str, dict[str, SavedArray]]:
+        """Writes the arrays, or the shards that this process has of them, and returns their description."""
+        arrays = {
+            part: {path: stored(leaf, read) for path, leaf in leaves.items() if array_of(leaf).size}
+            for part, leaves in parts.items()
+        }
+        with ThreadPoolExecutor(1) as executor:  # both release the GIL
+            description = executor.submit(_described, parts, read)
+            if tree := nested(arrays):
+                if put is None:
+                    self._orbax.save(folder / ARRAYS, tree)
+                else:
+                    description.result()  # both need the same memory
+                    with closing(ArrayFiles(put)) as orbax:
+                        orbax.save(folder / ARRAYS, tree)
+            return description.result()
+
+
+def _described(parts: Mapping[str, Mapping[str, Any]], read: Read) -> dict[str, dict[str, SavedArray]]:
+    return {
+        part: {path: SavedArray.of(leaf, read) for path, leaf in leaves.items()}
+        for part, leaves in parts.items()
+    }

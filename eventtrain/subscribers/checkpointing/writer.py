@@ -8,11 +8,14 @@ from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 from time import monotonic
-from typing import Any, Literal
+from typing import Any
+from urllib.parse import quote
 
 from eventtrain.control.checkpoint_handover import ClaimedSnapshot
+from eventtrain.control.run_context import RunContext
 from eventtrain.control.run_state import RunRecord
 from eventtrain.errors import SnapshotError
 from eventtrain.events import (
@@ -21,6 +24,7 @@ from eventtrain.events import (
     CheckpointStarted,
     Event,
     SnapshotTaken,
+    StagingLimited,
     SubscriberFailed,
 )
 from eventtrain.subscribers._shared.retry import attempts
@@ -35,8 +39,10 @@ from eventtrain.subscribers.checkpointing.manifest import (
     named,
     parse_manifest,
     path_name,
+    read_manifest,
 )
 from eventtrain.subscribers.checkpointing.naming import checked_name, scheduled_tag
+from eventtrain.subscribers.checkpointing.processes import Attempt, CheckpointPeers, CommittedByAll, GivenUp
 from eventtrain.subscribers.checkpointing.retention import OwnCheckpoint, Retention
 from eventtrain.subscribers.checkpointing.store import CheckpointStore
 
@@ -52,7 +58,6 @@ class WriteOptions:
     retries: int = 2
     retry_delay_s: float = 1.0
     weights_only: bool = False
-    stage: Literal["device", "host"] = "device"
 
 
 @dataclass(frozen=True)
@@ -79,6 +84,7 @@ class CheckpointWriter:
         runs: ids of the runs whose checkpoints in ``directory`` count as the run's own.
         params: path in the params -> path in the state.
         retention, options: see there.
+        run: has the processes that write each checkpoint together; None for one process.
     """
 
     def __init__(
@@ -91,6 +97,7 @@ class CheckpointWriter:
         params: Mapping[str, str],
         retention: Retention,
         options: WriteOptions,
+        run: RunContext | None = None,
     ) -> None:
         self._directory = directory
         self._publish = publish
@@ -104,10 +111,13 @@ class CheckpointWriter:
         self._stopping = threading.Event()
         self._unheard = threading.Event()
         self._executor = ThreadPoolExecutor(1, thread_name_prefix=f"eventtrain {owner}")
-        self._stager: ThreadPoolExecutor | None = None
-        if options.stage == "host":
-            self._stager = ThreadPoolExecutor(1, thread_name_prefix=f"eventtrain {owner} staging")
-        self._warned_of_no_host_memory = False
+        self._stager = ThreadPoolExecutor(1, thread_name_prefix=f"eventtrain staging for {owner}")
+        self._warned_of_no_room = False
+        self._index = run.process_index if run is not None else 0
+        self._count = run.process_count if run is not None else 1
+        self._exchange = run.exchange if run is not None else None
+        self._number = 0
+        self._earlier: list[str] = []
         self.unfinished: list[PendingCheckpoint] = []
         """Submitted and neither committed nor failed yet, oldest first."""
 
@@ -124,7 +134,7 @@ class CheckpointWriter:
     def submit(self, pending: PendingCheckpoint) -> None:
         """Has ``pending`` written after those before it."""
         self.unfinished.append(pending)
-        staged = self._stager.submit(self._move_to_host, pending) if self._stager is not None else None
+        staged = self._stager.submit(self._stage, pending)
         self._executor.submit(self._write, pending, staged)
 
     def written(self) -> Future[None]:
@@ -150,35 +160,41 @@ class CheckpointWriter:
 
     def close(self) -> Future[None]:
         """Ends Orbax after what was submitted. The future raises failures in Orbax that were not raised before."""
-        if self._stager is not None:
-            self._stager.shutdown(wait=False)
+        self._stager.shutdown(wait=False)
         closed = self._executor.submit(lambda: self._store.close() if self._store is not None else None)
         self._executor.shutdown(wait=False)
         return closed
 
-    # --- on the thread ----------------------------------------------------------------------------------------
+    # --- on the thread that stages ----------------------------------------------------------------------------
+
+    def _stage(self, pending: PendingCheckpoint) -> None:
+        """Frees the device's memory of a state that waits while another one is written, if the host has room for it."""
+        snapshot = pending.claimed.snapshot.device
+        if self._options.weights_only:
+            snapshot.keep_only(frozenset(self._params.values()))
+        if not snapshot.move_to_host():
+            limited = StagingLimited(
+                step=pending.event.step,
+                subscriber=self._owner,
+                size_bytes=snapshot.size_bytes,
+                limit_bytes=snapshot.pool.limit_bytes or 0,
+            )
+            publish_waiting(self._publish, limited, self._unheard)
+
+    # --- on the thread that writes ----------------------------------------------------------------------------
 
     def _open(self) -> None:
         self._store = CheckpointStore(self._directory, fsync=self._options.fsync)
+        if self._index > 0:
+            return  # process 0 knows and deletes them
         for committed in self._store.found:
             if committed.manifest.run_id in self._runs and committed.manifest.owner == self._owner:
                 self._add(committed)
 
-    def _move_to_host(self, pending: PendingCheckpoint) -> None:
-        """On the staging thread: frees the device's memory of the states that wait while one is written."""
-        if pending.claimed.snapshot.device.move_to_host() or self._warned_of_no_host_memory:
-            return
-        self._warned_of_no_host_memory = True
-        logger.warning(
-            '%s(stage="host"): the device has no pinned host memory, so states wait on the device.',
-            self._owner,
-        )
-
-    def _write(self, pending: PendingCheckpoint, staged: Future[None] | None) -> None:
+    def _write(self, pending: PendingCheckpoint, staged: Future[None]) -> None:
         event, committed = pending.event, None
         try:
-            if staged is not None:
-                staged.result()
+            staged.result()
             committed = self._commit(pending)
         except Exception as error:
             text = _short(error)
@@ -203,29 +219,106 @@ class CheckpointWriter:
                 duration_s=monotonic() - pending.began_s,
             )
             publish_waiting(self._publish, done, self._unheard)
-            self._add(committed)
-            self._delete_surplus()
+            if self._index == 0:
+                self._add(committed)
+                self._delete_surplus()
 
     def _commit(self, pending: PendingCheckpoint) -> Committed:
         if self._stopping.is_set():
             raise SnapshotError("the run ended before its turn came")
         event = pending.event
+        peers = self._peers_of_next()
+        if self._index > 0 and peers is not None:
+            return self._commit_part(pending, peers)
         path = free_path(self._directory, checked_name(pending.name, "A checkpoint, with its tag"))
         publish_waiting(
             self._publish,
             CheckpointStarted(step=event.step, path=str(path), tag=event.tag),
             self._unheard,
         )
-        parts = self._copy_to_host(pending.claimed)
+        try:
+            parts, facts, options = self._prepared(pending)
+            manifest = self._manifest(pending, facts)
+            parse_manifest(path, manifest.to_text())  # a checkpoint that is committed can be read
+            write = partial(self._store_of_run.write, pending.name, parts, manifest, peers=peers, **options)
+            committed = self._with_retries(write, event.step)
+        except Exception as error:
+            if peers is not None:
+                peers.conclude(GivenUp(error=_short(error)))
+            raise
+        if peers is not None:
+            name = committed.path.name
+            peers.conclude(CommittedByAll(name=name, size_bytes=committed.size_bytes))
+        return committed
+
+    def _peers_of_next(self) -> CheckpointPeers | None:
+        """Returns the other processes, for the next checkpoint; None if there are none."""
+        self._number += 1
+        if self._exchange is None:
+            return None
+
+        def give_up() -> None:
+            if self._stopping.is_set():
+                raise SnapshotError("the run ended before all processes had written it")
+
+        key = f"checkpoints/{quote(self._owner, safe='')}/{self._number}"
+        return CheckpointPeers(self._exchange, key, self._index, self._count, give_up, self._earlier)
+
+    def _commit_part(self, pending: PendingCheckpoint, peers: CheckpointPeers) -> Committed:
+        """Writes the part of this process, as often as process 0 attempts it. Returns what process 0 has committed."""
+        prepared, failure = None, ""
+        while True:
+            match peers.next_message():
+                case Attempt() as attempt:
+                    try:
+                        prepared = prepared or self._prepared(pending)
+                        parts, facts, options = prepared
+                        folder = self._directory / attempt.name
+                        self._store_of_run.write_part(folder, self._index, parts, facts, **options)
+                    except Exception as error:
+                        failure = _short(error)
+                        logger.warning(
+                            "The part of this process of the checkpoint of step %d could not be written: %s",
+                            pending.event.step, failure,
+                        )  # fmt: skip
+                        peers.report(failure or "unknown")
+                    else:
+                        peers.report()
+                case CommittedByAll() as done:
+                    path = self._directory / done.name
+                    return Committed(path, read_manifest(path), done.size_bytes)
+                case GivenUp() as given_up:
+                    raise SnapshotError(f"process 0 has given it up: {given_up.error}")
+
+    @property
+    def _store_of_run(self) -> CheckpointStore:
+        assert self._store is not None
+        return self._store
+
+    def _prepared(
+        self, pending: PendingCheckpoint
+    ) -> tuple[dict[str, Mapping[str, Any]], RunRecord | None, dict[str, Any]]:
+        """Returns the arrays to be written, the record, and how to read them on the host."""
+        event = pending.event
+        snapshot = pending.claimed.snapshot.device
+        snapshots = [snapshot, *(() if self._options.weights_only else pending.claimed.kept.values())]
+        in_batches = not all(one.move_to_host() for one in snapshots)
+        if in_batches and not self._warned_of_no_room:
+            self._warned_of_no_room = True
+            logger.warning(
+                "%s writes checkpoints in batches, and the device holds each state until it is written: a state has "
+                "%.3g GB, and at most %.3g GB of pinned host memory are available.",
+                self._owner, snapshot.size_bytes / 1e9, (snapshot.pool.limit_bytes or 0) / 1e9,
+            )  # fmt: skip
+        parts = self._parts(pending.claimed)
         facts = None
         if not self._options.weights_only:
             facts = pending.claimed.record(self._options.marker_timeout_s)
             for name, share in facts.shares.items():
                 if share.error is not None:
                     self._report_failed(name, share.error, event.step)
-        manifest = self._manifest(pending, facts)
-        parse_manifest(path, manifest.to_text())  # a checkpoint that is committed can be read
-        return self._store_parts(pending.name, parts, manifest)
+        options = {"put": snapshot.pool.put if in_batches else None, "read": snapshot.pool.read}
+        return parts, facts, options
 
     def _report_failed(self, name: str, error: str, step: int) -> None:
         logger.error(
@@ -235,16 +328,15 @@ class CheckpointWriter:
         failed = SubscriberFailed(step=step, subscriber=name, event_kind="state_dict", error=error)
         publish_waiting(self._publish, failed)
 
-    def _copy_to_host(self, claimed: ClaimedSnapshot) -> dict[str, Mapping[str, Any]]:
+    def _parts(self, claimed: ClaimedSnapshot) -> dict[str, Mapping[str, Any]]:
         device = claimed.snapshot.device
-        weights = set(self._params.values()) if self._options.weights_only else None
-        parts: dict[str, Mapping[str, Any]] = {STATE: named(device.host_leaves(weights))}
-        if weights is None:
-            parts[EXTENSIONS] = device.host_extensions()
+        parts: dict[str, Mapping[str, Any]] = {STATE: named(device.leaves_by_path())}
+        if not self._options.weights_only:
+            parts[EXTENSIONS] = device.extensions_by_path()
             for tag, snapshot in claimed.kept.items():
-                parts[KEPT + tag] = named(snapshot.host_leaves())
-                parts[KEPT_EXTENSIONS + tag] = snapshot.host_extensions()
-        claimed.snapshot.release()  # frees an accelerator's memory before the slow part
+                parts[KEPT + tag] = named(snapshot.leaves_by_path())
+                parts[KEPT_EXTENSIONS + tag] = snapshot.extensions_by_path()
+        claimed.snapshot.release()  # of what is not written
         return parts
 
     def _manifest(self, pending: PendingCheckpoint, facts: RunRecord | None) -> Manifest:
@@ -264,20 +356,17 @@ class CheckpointWriter:
             facts=facts,
         )
 
-    def _store_parts(
-        self, name: str, parts: Mapping[str, Mapping[str, Any]], manifest: Manifest
-    ) -> Committed:
-        options, store, failure = self._options, self._store, None
-        assert store is not None
+    def _with_retries(self, write: Callable[[], Committed], step: int) -> Committed:
+        options, failure = self._options, None
         for attempt in attempts(options.retries, options.retry_delay_s, self._stopping.wait):
             try:
-                return store.write(name, parts, manifest)
+                return write()
             except Exception as error:
                 failure = error
                 if attempt <= options.retries:
                     logger.warning(
                         "The checkpoint of step %d could not be written (attempt %d): %s",
-                        manifest.step, attempt, _short(error),
+                        step, attempt, _short(error),
                     )  # fmt: skip
         assert failure is not None
         raise failure

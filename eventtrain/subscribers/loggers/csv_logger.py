@@ -17,10 +17,10 @@ from pydantic_core import to_json
 from eventtrain.bus.queues import Lossless
 from eventtrain.errors import ConfigurationError
 from eventtrain.events import EpochCompleted, Event, StepsCompleted
+from eventtrain.runs.column_names import HYPERPARAMS, metric_column
 from eventtrain.subscribers._shared.atomic_files import open_replacement
 from eventtrain.subscribers._shared.step_table import StepTable
 from eventtrain.subscribers.base import RunContext
-from eventtrain.subscribers.loggers.column_names import HYPERPARAMS, metric_column
 from eventtrain.subscribers.loggers.file_logger import FileLogger, FileLoggerState
 from eventtrain.subscribers.loggers.row_file import RowBuffer, RowFile, free_name
 from eventtrain.validation.annotations import checked

@@ -188,13 +188,15 @@ class FileLogger(Subscriber, ABC, Generic[F]):
         if event is not self._last:  # a retry of the handler adds no rows
             self._last = event
             self._put(event)
-        commits = self._commits
-        if commits is None:  # not started: the rows wait
-            return
-        if type(event) in self._urgent:
-            await commits.commit()
-        elif commits.needs_attention:
-            await commits.attend()
+        if type(event) in self._urgent and self._commits is not None:
+            await self._commits.commit()
+        else:
+            await self._attend()
+
+    async def _attend(self) -> None:
+        """Waits while too many rows wait. Raises OSError if rows could not be written."""
+        if self._commits is not None and self._commits.needs_attention:  # not started: the rows wait
+            await self._commits.attend()
 
     async def stop(self) -> None:
         """Writes what waits. Raises OSError if that fails."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import base64
 import threading
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import numpy as np
@@ -12,11 +12,13 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from eventtrain.events import EpochCompleted, Event, StepsCompleted
 from eventtrain.events.models import Number
-from eventtrain.subscribers._shared.optional_imports import import_optional, require_installed
+from eventtrain.notebook import html
+from eventtrain.subscribers._shared.metric_html import metrics_html, newest
 from eventtrain.subscribers._shared.state import SavedState
 from eventtrain.subscribers.base import RunContext, Subscriber
 from eventtrain.validation.annotations import checked
 from eventtrain.validation.arguments import require_choice, require_count
+from eventtrain.validation.optional_imports import import_optional, require_installed
 
 if TYPE_CHECKING:
     import pandas
@@ -78,7 +80,12 @@ class ColumnStore:
     @property
     def dropped(self) -> int:
         """Number of rows that were added and are no longer there."""
-        return self._total - min(self._rows, self._limit)
+        return self._total - self.rows
+
+    @property
+    def rows(self) -> int:
+        """Number of rows."""
+        return min(self._rows, self._limit)
 
     def add(self, chunk: Mapping[str, ColumnArray]) -> None:
         """Adds some rows: columns of one length, at least one, which must not be changed afterwards."""
@@ -201,6 +208,19 @@ class History(Subscriber):
         """Number of the oldest rows that were dropped."""
         return self._steps.dropped
 
+    def __repr__(self) -> str:
+        epochs = self.epochs
+        values = newest(epochs, OWN)
+        return f"<History of {self._counted(epochs)}{': ' if values else ''}{values}>"
+
+    def _repr_html_(self) -> str:
+        epochs, steps = self.epochs, self.steps
+        return html.box(html.title("History", self._counted(epochs)), metrics_html(epochs, steps, OWN))
+
+    def _counted(self, epochs: Mapping[str, ColumnArray]) -> str:
+        rows, steps = len(epochs.get("epoch", ())), self._steps.rows
+        return f"{rows:,} epochs" + (f" and {steps:,} steps" if steps else "")
+
     def to_dataframe(self, rows: Literal["epochs", "steps"] = "epochs") -> pandas.DataFrame:
         """Returns ``epochs`` or ``steps`` as a pandas DataFrame.
 
@@ -225,10 +245,7 @@ class History(Subscriber):
             chunk = {"step": numbers, "epoch": np.full(len(numbers), event.epoch)}
             self._steps.add(_with_names(chunk, event.metrics, "metric"))
         elif isinstance(event, EpochCompleted):
-            chunk = _with_names(
-                _row({name: getattr(event, name) for name in OWN}), _row(event.metrics), "metric"
-            )
-            self._epochs.add(_with_names(chunk, _row(event.hyperparams), "hyperparam"))
+            self._epochs.add(_epoch_row(event))
 
     def state_dict(self) -> dict[str, Any]:
         """Returns all rows, as plain JSON data."""
@@ -239,6 +256,19 @@ class History(Subscriber):
         saved = HistoryState.parse(self.name or "History", state)
         self._epochs.load(saved.epochs)
         self._steps.load(saved.steps)
+
+
+def epoch_columns(events: Sequence[EpochCompleted]) -> dict[str, ColumnArray]:
+    """Returns the columns of ``History.epochs`` for these epochs."""
+    store = ColumnStore(max(1, len(events)))
+    for event in events:
+        store.add(_epoch_row(event))
+    return store.columns()
+
+
+def _epoch_row(event: EpochCompleted) -> dict[str, ColumnArray]:
+    row = _with_names(_row({name: getattr(event, name) for name in OWN}), _row(event.metrics), "metric")
+    return _with_names(row, _row(event.hyperparams), "hyperparam")
 
 
 def _row(values: Mapping[str, Number]) -> dict[str, ColumnArray]:

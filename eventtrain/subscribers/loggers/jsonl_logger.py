@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 from eventtrain.bus.queues import Lossless
+from eventtrain.bus.step_series import StepSeries
 from eventtrain.errors import ConfigurationError
 from eventtrain.events import (
     TRAINING_SEQUENCE,
@@ -19,6 +20,7 @@ from eventtrain.events import (
     StepsCompleted,
     StepStarted,
 )
+from eventtrain.events.commands import Command
 from eventtrain.events.names import EventClass
 from eventtrain.subscribers._shared.step_table import StepTable, json_lines
 from eventtrain.subscribers.loggers.file_logger import FileLogger, FileLoggerState
@@ -58,9 +60,9 @@ class JSONLLogger(FileLogger[JSONLFile]):
     Args:
         path: relative to ``run_dir``; missing folders are created, an existing file is appended to.
         events: a class, a union or a tuple of classes; if None the training sequence, of which CommandApplied only
-            those with a finite lag, and without StepStarted, so that each step has one row.
-        by: "step": each row is its event. "window": the rows of steps are made from StepsCompleted, some hundred at a
-            time, without an event for each, at a tenth of the cost. They are the same, except that ``seq`` is 0,
+            those with a finite lag or from outside the program, and without StepStarted, so that each step has one row.
+        by: "step": each row is its event, though no event is built for it unless another subscriber wants it.
+            "window": the rows of steps are made from StepsCompleted. They are the same, except that ``seq`` is 0,
             ``time`` is that of the window, and they follow the rows of other events published during the window.
         flush_interval_s: how often waiting rows are written; a row waits at most twice as long.
         fsync: wait until each group of rows is on the disk, for machines that may lose power.
@@ -103,15 +105,25 @@ class JSONLLogger(FileLogger[JSONLFile]):
     def _make_file(self, path: Path) -> JSONLFile:
         return JSONLFile(path, self._waiting, fsync=self._fsync)
 
+    async def handle_series(self, series: StepSeries) -> None:
+        """As ``handle`` for each of its events: the same rows, at a tenth of the cost."""
+        self._put_table(StepTable.of_series(series))
+        await self._attend()
+
     def _put(self, event: Event) -> None:
         if self._by_window and isinstance(event, StepsCompleted):
             self._put_table(StepTable.of(event, self.every))
             return
-        if isinstance(event, CommandApplied) and not self._all_commands and event.command.due is None:
+        if isinstance(event, CommandApplied) and not self._all_commands and _depends_on_timing(event.command):
             return
         # model_dump_json() decodes to a str, which would be encoded again here: 1.9 us instead of 2.7.
         row = event.__pydantic_serializer__.to_json(event)
         self._waiting.put(row, 1, len(row))
+
+
+def _depends_on_timing(command: Command) -> bool:
+    """Whether a rerun need not repeat a command: its lag is None, and it cannot be given to a rerun from outside."""
+    return command.due is None and command.source is None
 
 
 def _by_window(events: Any) -> tuple[type[Event], ...]:

@@ -18,9 +18,9 @@ import numpy as np
 import pyarrow as pa
 from pyarrow import parquet
 
+from eventtrain.runs.column_names import metric_column
 from eventtrain.subscribers._shared.atomic_files import sync
 from eventtrain.subscribers._shared.step_table import StepTable
-from eventtrain.subscribers.loggers.column_names import metric_column
 from eventtrain.subscribers.loggers.row_file import Entry, LogFile, RowBuffer, free_name
 
 logger = logging.getLogger("eventtrain")

@@ -8,11 +8,11 @@ from typing import TYPE_CHECKING, Any
 
 from eventtrain.bus.queues import Lossless
 from eventtrain.events import EpochCompleted, Event, StepsCompleted
-from eventtrain.subscribers._shared.optional_imports import import_optional, require_installed
 from eventtrain.subscribers._shared.step_table import StepTable
 from eventtrain.subscribers.loggers.file_logger import FileLogger, FileLoggerState
 from eventtrain.validation.annotations import checked
 from eventtrain.validation.arguments import require_count
+from eventtrain.validation.optional_imports import import_optional, require_installed
 
 if TYPE_CHECKING:
     from eventtrain.subscribers.loggers.parquet_files import ParquetFiles

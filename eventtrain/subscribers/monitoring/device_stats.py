@@ -13,11 +13,11 @@ import jax
 
 from eventtrain.errors import BusClosed, QueueFull
 from eventtrain.events import MachineMeasured, RunCompleted, RunFailed
-from eventtrain.subscribers._shared.optional_imports import import_optional, require_installed
 from eventtrain.subscribers._shared.worker_thread import WorkerThread
 from eventtrain.subscribers.base import RunContext, Subscriber
 from eventtrain.validation.annotations import checked
 from eventtrain.validation.arguments import require_number
+from eventtrain.validation.optional_imports import import_optional, require_installed
 
 psutil = import_optional("psutil", extra="machine", used_by="DeviceStats")
 pynvml = import_optional("pynvml", extra="machine", used_by="DeviceStats")
@@ -55,6 +55,8 @@ class DeviceStats(Subscriber):
     - of each NVIDIA GPU of the host: ``gpu0_utilization_percent``, ``gpu0_temperature_c``, ``gpu0_power_w``,
       ``gpu0_memory_used_bytes``, ``gpu0_memory_total_bytes``.
 
+    In a run of several processes each of them measures. The events of the others reach process 0 with ``process`` set.
+
     A driver that hangs ends the measurements, and nothing else.
 
     Args:
@@ -65,6 +67,7 @@ class DeviceStats(Subscriber):
     """
 
     events = (RunCompleted, RunFailed)
+    per_host = True
 
     @checked
     def __init__(self, every_s: float = 10.0) -> None:

@@ -26,6 +26,8 @@ class Profiler(Subscriber):
     ``tensorboard --logdir profile`` shows it if the package xprof is installed. SubscriberFailed reports a trace that
     fails. A run that ends within a range has the steps until then.
 
+    In a run of several processes each of them writes its own trace, to ``profile/steps-100-110/process-0`` and so on.
+
     Training waits while the device finishes the steps before a trace, and while the trace is written: some seconds
     for many steps. Trace few of them, and not the first one.
 
@@ -37,6 +39,8 @@ class Profiler(Subscriber):
     Raises:
         ConfigurationError: ranges are empty or overlap, or the directory is outside of ``run_dir``.
     """
+
+    per_host = True  # a command of process 0 traces on each process
 
     @checked
     def __init__(

@@ -98,7 +98,11 @@ class EarlyStopping(MonitorPolicy):
         return self._monitor.state.best_epoch
 
     async def start(self, run: RunContext) -> None:
-        """Starts from scratch, unless a state was loaded. Raises ConfigurationError if ``lag`` was changed."""
+        """Starts from scratch, unless a state was loaded.
+
+        Raises:
+            ConfigurationError: ``lag`` was changed, or the weights to be restored are unknown.
+        """
         await super().start(run)
         kept = run.control.snapshots.get(self._best_tag)
         if not self._loaded and kept is not None:
@@ -110,6 +114,7 @@ class EarlyStopping(MonitorPolicy):
                 f"{self._name}: with restore_best_weights and lag={self.lag!r} the weights of later steps would be "
                 "kept as the best. Leave lag alone."
             )
+        run.require_params(f"{self._name}(restore_best_weights=True)")
         self._restored = run.ended is not None and kept is None
         if self._loaded and kept is None and self.best is not None and not self._restored:
             logger.warning(

@@ -12,7 +12,6 @@ from typing import Annotated, Any, Literal
 from pydantic import Field
 
 from eventtrain.bus.options import Lag
-from eventtrain.control.control import Control
 from eventtrain.errors import ConfigurationError
 from eventtrain.events import RunResumed, RunStarted
 from eventtrain.subscribers._shared.state import SavedState
@@ -80,13 +79,13 @@ class MaxTime(Policy[MaxTimeState]):
         self._run = run
         self._began_s = self._clock()
 
-    async def handle(self, event: RunStarted | RunResumed, control: Control) -> None:
+    async def handle(self, event: RunStarted | RunResumed) -> None:
         """Starts the timer, for the rest of the time."""
         if self._timer is not None:
             return
         left_s = self._max_s - self.elapsed_s
         if left_s <= 0:
-            control.stop(reason=self._reason, final=False)
+            self._stop_run()
             return
         self._timer = self._make_timer(min(left_s, threading.TIMEOUT_MAX), self._stop_run)
         self._timer.daemon = True

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import importlib.util
 import logging
 import os
 import sys
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Sequence
 from functools import partial
 from typing import Any
 
-from rich.cells import cell_len, set_cell_size
+from rich.cells import cell_len
 from rich.console import Console, RenderableType
 from rich.file_proxy import FileProxy
 from rich.progress import (
@@ -27,16 +25,22 @@ from rich.progress import (
 from rich.table import Column
 from rich.text import Text
 
-from eventtrain.errors import printable
-from eventtrain.events.models import Number
+from eventtrain.bus.subscription import SubscriptionStatistics
+from eventtrain.control.loop_statistics import LoopStatistics
+from eventtrain.events import EpochCompleted, StepsCompleted
+from eventtrain.subscribers.progress.notebook import notebook_publisher
+from eventtrain.subscribers.progress.summary_table import Summary
+from eventtrain.subscribers.progress.text import Shown, compact, fitted, texts
 
 NARROW = 80
 """Consoles with fewer columns show no times of day, and no bar at all below half of that."""
+LINES = 3
+"""Lines of a terminal that the metrics of an epoch may take."""
 
 
 def shows_progress() -> bool:
     """Returns whether a user is likely to look: standard error is a terminal, or this is a notebook."""
-    return _is_terminal() or "ipykernel" in sys.modules
+    return _is_terminal() or notebook_publisher() is not None
 
 
 def can_redraw(console: Console, *, given: bool) -> bool:
@@ -46,7 +50,7 @@ def can_redraw(console: Console, *, given: bool) -> bool:
         console: on standard error, unless it is ``given``: made by the user, who knows what it writes to.
     """
     if console.is_jupyter:
-        return importlib.util.find_spec("ipywidgets") is not None  # else rich warns, and draws nothing
+        return False  # rich would redirect the output of all threads into a widget that it clears
     if given:
         return console.is_interactive
     # FORCE_COLOR makes rich take a pipe for a terminal, and many CI systems have a terminal that keeps every line.
@@ -57,35 +61,6 @@ def _is_terminal() -> bool:
     return sys.stderr is not None and sys.stderr.isatty()  # pyright: ignore[reportUnnecessaryComparison]
 
 
-@dataclass(frozen=True)
-class Shown:
-    """The lines below the bar. Replaced as a whole, since a thread of its own draws them."""
-
-    metrics: Mapping[str, Number] = field(default_factory=dict[str, Number])
-    state: tuple[str, ...] = ()
-    """Hyperparameters, the newest checkpoint, the subscribers that are behind."""
-
-
-def texts(numbers: Mapping[str, Number], names: Iterable[str] | None = None) -> list[str]:
-    """Returns ``name=value`` of each, or of those of ``names`` that exist; without characters that move a cursor."""
-    shown = numbers if names is None else [name for name in names if name in numbers]
-    return [f"{printable(name)}={numbers[name]:.4g}" for name in shown]
-
-
-def fitted(parts: Sequence[str], width: int, gap: str = "  ") -> str:
-    """Returns as many whole ``parts`` as fit into ``width`` cells, and the number of the others."""
-    line = ""
-    for index, part in enumerate(parts):
-        longer = f"{line}{gap}{part}" if line else part
-        left = len(parts) - index - 1
-        if cell_len(longer) + (len(f"{gap}+{left}") if left else 0) > width:
-            if line:
-                return f"{line}{gap}+{len(parts) - index}"
-            return set_cell_size(part, max(0, width - 1)).rstrip() + "…"
-        line = longer
-    return line
-
-
 class RunDisplay(Progress):
     """A bar over the whole run, with one line of metrics and one of everything else below it.
 
@@ -94,6 +69,9 @@ class RunDisplay(Progress):
         total: steps of the run; None if unknown.
         live: whether anything is drawn at all.
     """
+
+    print_blocks = True
+    """A terminal may take nothing (Ctrl-S), so a line is printed in a thread."""
 
     def __init__(self, console: Console, total: int | None, *, live: bool) -> None:
         self.shown = Shown()
@@ -129,6 +107,26 @@ class RunDisplay(Progress):
             _hand_over(proxy, proxy.rich_proxied_file)
         self._proxies = []
 
+    def print_line(self, line: str, parts: Sequence[str] = (), last: Sequence[str] = ()) -> None:
+        """Prints a line that stays, with as many ``parts`` as fit, above the bar. Blocks while the terminal does."""
+        if not self.disable:  # else a line may be of any length: it goes to a file
+            width = LINES * self._drawn_on.width - sum(cell_len(text) + 1 for text in (line, *last))
+            parts = [fitted(parts, width, gap=" ")]
+        # soft_wrap: not broken into lines, also if the console is a pipe of 80 columns.
+        text = line + " ".join([*parts, *last])
+        self._drawn_on.print(text, markup=False, highlight=False, soft_wrap=self.disable)
+
+    def print_table(
+        self,
+        summary: Summary,
+        loop: LoopStatistics,
+        subscribers: Iterable[SubscriptionStatistics],
+        metrics: Sequence[str] | None,
+    ) -> None:
+        """Prints the table of the run, after ``stop``."""
+        table = summary.table(loop, subscribers, metrics, width=self._drawn_on.width)
+        self._drawn_on.print(table)
+
     def epoch(self, number: int, of: int | None) -> None:
         """Shows the number of the epoch in progress."""
         self.update(self._run, description=f"epoch {number}/{of}" if of else f"epoch {number}")
@@ -136,6 +134,16 @@ class RunDisplay(Progress):
     def advance_to(self, steps: int) -> None:
         """Shows how many steps of this run are complete."""
         self.update(self._run, completed=steps)
+
+    def show(self, shown: Shown) -> None:
+        """Sets the lines below the bar."""
+        self.shown = shown
+
+    def draw_steps(self, event: StepsCompleted) -> None:
+        """Does nothing: there are no curves on a terminal."""
+
+    def draw_epoch(self, event: EpochCompleted) -> None:
+        """Does nothing: there are no curves on a terminal."""
 
     def expect(self, steps: int) -> None:
         """Sets the number of steps of the run, if it was unknown."""
@@ -174,11 +182,3 @@ def _hand_over(old: object, new: Any) -> None:  # Any: a FileProxy is a stream i
         for handler in logger.handlers if isinstance(logger, logging.Logger) else ():
             if isinstance(handler, logging.StreamHandler) and handler.stream is old:
                 handler.setStream(new)
-
-
-def compact(value: float) -> str:
-    """Returns three digits, with k or M for large numbers."""
-    for limit, unit in ((1e6, "M"), (1e3, "k")):
-        if value >= limit:
-            return f"{value / limit:.3g}{unit}"
-    return f"{value:.3g}"

@@ -1,4 +1,4 @@
-"""``ProgressBar``: progress of a run on a terminal. Drawn with rich, never on the event loop's thread."""
+"""``ProgressBar``: progress of a run on a terminal or in a notebook. Never drawn on the event loop's thread."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ from time import monotonic
 
 import anyio
 import anyio.to_thread
-from rich.cells import cell_len
 from rich.console import Console
 
 from eventtrain.bus.queues import KeepLatest
@@ -26,23 +25,18 @@ from eventtrain.events import (
 )
 from eventtrain.events.models import Number
 from eventtrain.subscribers.base import RunContext, Subscriber
-from eventtrain.subscribers.progress.display import (
-    RunDisplay,
-    Shown,
-    can_redraw,
-    compact,
-    fitted,
-    texts,
-)
+from eventtrain.subscribers.progress.display import RunDisplay, can_redraw
+from eventtrain.subscribers.progress.notebook import NotebookDisplay, notebook_publisher
 from eventtrain.subscribers.progress.summary_table import Summary
+from eventtrain.subscribers.progress.text import Shown, compact, texts
 from eventtrain.validation.annotations import checked
+
+Display = RunDisplay | NotebookDisplay
 
 BEHIND_S = 1.0
 """A subscriber whose oldest unhandled event is older is behind."""
 LOOK_S = 0.5
 """Seconds between two looks at the subscribers."""
-LINES = 3
-"""Lines of a terminal that the metrics of an epoch may take."""
 
 
 class ProgressBar(Subscriber):
@@ -50,7 +44,8 @@ class ProgressBar(Subscriber):
 
     Below the bar are the newest metrics, as many as fit, then the hyperparameters, the newest checkpoint and the
     subscribers that are more than a second behind. Each finished epoch leaves a line. Where nothing can be redrawn (a
-    pipe, a CI's log, a notebook without ipywidgets), there are only those lines.
+    pipe, a CI's log), there are only those lines. In a notebook the bar has small curves of the metrics, and the lines
+    are below it.
 
     It gets only the newest window of steps (``KeepLatest``) and draws in a thread of its own, so a terminal that takes
     nothing (Ctrl-S) delays neither training nor other subscribers.
@@ -60,7 +55,7 @@ class ProgressBar(Subscriber):
         hyperparams: names to show.
         every_epochs: a line for every this many epochs.
         table: whether a table follows the run; None: if there was a bar.
-        console: a ``rich.console.Console``; None: standard error.
+        console: a ``rich.console.Console``; None: standard error, or the output of a notebook's cell.
     """
 
     events = (
@@ -84,7 +79,7 @@ class ProgressBar(Subscriber):
         self._every_epochs = every_epochs
         self._table = table
         self._console = console
-        self._display: RunDisplay | None = None
+        self._display: Display | None = None
         self._run: RunContext | None = None
         self._limiter: anyio.CapacityLimiter | None = None
         self._summary = Summary()
@@ -100,9 +95,13 @@ class ProgressBar(Subscriber):
             1
         )  # one line at a time, independent of threads that others block
         self._summary, self._newest, self._checkpoint, self._behind = Summary(), {}, "", ""
-        console = self._console or Console(stderr=True)
-        live = can_redraw(console, given=self._console is not None)
-        self._display = RunDisplay(console, run.total_steps, live=live)
+        publisher = notebook_publisher() if self._console is None else None
+        if publisher is not None:
+            self._display = NotebookDisplay(publisher, run.total_steps, self._metrics)
+        else:
+            console = self._console or Console(stderr=True)
+            live = can_redraw(console, given=self._console is not None)
+            self._display = RunDisplay(console, run.total_steps, live=live)
         await self._in_thread(self._display.start)
 
     async def stop(self) -> None:
@@ -112,9 +111,8 @@ class ProgressBar(Subscriber):
         await self._in_thread(self._display.stop)
         if self._summary.ended and (not self._display.disable if self._table is None else self._table):
             loop, subscribers = self._run.loop_statistics(), self._run.statistics().values()
-            console = self._display.console
-            table = self._summary.table(loop, subscribers, self._metrics, width=console.width)
-            await self._in_thread(partial(console.print, table))
+            table = partial(self._display.print_table, self._summary, loop, subscribers, self._metrics)
+            await self._in_thread(table)
 
     async def handle(self, event: Event) -> None:
         """Updates the bar, and prints the lines that stay."""
@@ -130,12 +128,14 @@ class ProgressBar(Subscriber):
                 if monotonic() >= self._looked_s + LOOK_S:
                     self._looked_s = monotonic()
                     self._behind = _behind(run)
+                display.draw_steps(event)
                 display.advance_to(event.last_step - run.start_step)
                 self._show(run, display)
             case EpochStarted():
                 display.epoch(event.epoch + 1, None if run.epochs is None else run.start_epoch + run.epochs)
             case EpochCompleted():
                 summary.note_epoch(event)
+                display.draw_epoch(event)
                 if run.epochs is not None:
                     display.expect(run.epochs * event.steps)
                 if event.is_multiple_of(self._every_epochs):
@@ -163,24 +163,21 @@ class ProgressBar(Subscriber):
             case _:
                 pass
 
-    def _show(self, run: RunContext, display: RunDisplay) -> None:
+    def _show(self, run: RunContext, display: Display) -> None:
         state = [*self._rates(run.control.hyperparams), self._checkpoint, self._behind]
-        display.shown = Shown(self._newest, tuple(text for text in state if text))
+        display.show(Shown(self._newest, tuple(text for text in state if text)))
 
     def _rates(self, values: Mapping[str, Number]) -> list[str]:
         return [f"{printable(name)}={values[name]:.3g}" for name in self._hyperparams if name in values]
 
     async def _print(
-        self, display: RunDisplay, line: str, parts: Sequence[str] = (), last: Sequence[str] = ()
+        self, display: Display, line: str, parts: Sequence[str] = (), last: Sequence[str] = ()
     ) -> None:
-        if not display.disable:  # else a line may be of any length: it goes to a file
-            width = LINES * display.console.width - sum(cell_len(text) + 1 for text in (line, *last))
-            parts = [fitted(parts, width, gap=" ")]
-        line = printable(line) + " ".join([*parts, *last])
-        # soft_wrap: not broken into lines, also if the console is a pipe of 80 columns.
-        whole = display.disable
-        write = partial(display.console.print, line, markup=False, highlight=False, soft_wrap=whole)
-        await self._in_thread(write)
+        write = partial(display.print_line, printable(line), parts, last)
+        if display.print_blocks:
+            await self._in_thread(write)
+        else:
+            write()
 
     async def _in_thread(self, write: Callable[[], None]) -> None:
         await anyio.to_thread.run_sync(write, abandon_on_cancel=True, limiter=self._limiter)

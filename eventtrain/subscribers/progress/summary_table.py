@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
 from rich import box
@@ -16,10 +16,11 @@ from eventtrain.control.loop_statistics import LoopStatistics
 from eventtrain.errors import printable
 from eventtrain.events import CheckpointCommitted, CheckpointFailed, EpochCompleted
 from eventtrain.events.models import Number
-from eventtrain.subscribers.progress.display import compact
+from eventtrain.subscribers.progress.text import compact, duration
 
 MOST_METRICS = 20
 """Rows of the table of metrics; more are counted."""
+HEAD = ("metric", "last", "lowest", "highest")
 NARROW = 60
 """Consoles with fewer columns do not show in which epoch a value was the lowest or highest."""
 
@@ -64,6 +65,33 @@ class Summary:
             self.committed += 1
             self.last_checkpoint = event.step
 
+    def facts(
+        self, loop: LoopStatistics, subscribers: Iterable[SubscriptionStatistics]
+    ) -> list[tuple[str, str, str]]:
+        """Returns the name, the text and the colour of each fact about the run."""
+        rate = (
+            f", {compact(loop.steps / loop.duration_s)} steps/s in all"
+            if loop.steps and loop.duration_s
+            else ""
+        )
+        now = f" ({loop.steps} of them now)" if loop.steps < loop.step else ""
+        facts = [
+            ("ended", printable(self.ended), "red" if self.failed else "green"),
+            ("steps", f"{loop.step}{now}", "none"),
+            ("epochs", str(self.epochs), "none"),
+            ("duration", f"{duration(loop.duration_s)}{rate}", "none"),
+        ]
+        if self.committed or self.failed_checkpoints:
+            facts.append(("checkpoints", self._checkpoints(), "red" if self.failed_checkpoints else "none"))
+        faults = [(one.name, text) for one in subscribers if (text := _faults(one))]
+        return [*facts, *(("subscriber", f"{printable(name)}: {text}", "yellow") for name, text in faults)]
+
+    def rows(self, names: Iterable[str] | None = None) -> list[tuple[str, str, str, str]]:
+        """Returns name, last, lowest and highest value of the metrics ``names``, or of all."""
+        shown = [name for name in (self._metrics if names is None else names) if name in self._metrics]
+        metrics = [(name, self._metrics[name]) for name in shown]
+        return [(name, f"{one.last:.4g}", _at(*one.lowest), _at(*one.highest)) for name, one in metrics]
+
     def table(
         self,
         loop: LoopStatistics,
@@ -76,57 +104,36 @@ class Summary:
         facts = Table(box=None, show_header=False, padding=(0, 2, 0, 0))
         facts.add_column(style="dim", no_wrap=True)
         facts.add_column(overflow="fold")
-        rate = (
-            f", {compact(loop.steps / loop.duration_s)} steps/s in all"
-            if loop.steps and loop.duration_s
-            else ""
-        )
-        now = f" ({loop.steps} of them now)" if loop.steps < loop.step else ""
-        facts.add_row("ended", Text(printable(self.ended), style="red" if self.failed else "green"))
-        facts.add_row("steps", f"{loop.step}{now}")
-        facts.add_row("epochs", str(self.epochs))
-        facts.add_row("duration", f"{_duration(loop.duration_s)}{rate}")
-        if self.committed or self.failed_checkpoints:
-            facts.add_row("checkpoints", self._checkpoints())
-        for one in subscribers:
-            if faults := _faults(one):
-                facts.add_row("subscriber", Text(f"{printable(one.name)}: {faults}", style="yellow"))
-        shown = [name for name in (self._metrics if names is None else names) if name in self._metrics]
-        return Group(facts, self._metrics_table(shown, epochs=width >= NARROW)) if shown else facts
+        for name, text, style in self.facts(loop, subscribers):
+            facts.add_row(name, Text(text, style=style))
+        rows = self.rows(names)
+        return Group(facts, _metrics_table(rows, epochs=width >= NARROW)) if rows else facts
 
-    def _checkpoints(self) -> Text:
-        text = Text(f"{self.committed} committed")
-        if self.last_checkpoint is not None:
-            text.append(f", the last of step {self.last_checkpoint}")
-        if self.failed_checkpoints:
-            text.append(f", {self.failed_checkpoints} failed", style="red")
-        return text
-
-    def _metrics_table(self, names: list[str], *, epochs: bool) -> Table:
-        table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
-        table.add_column("metric", overflow="fold", min_width=8)  # else long values leave no room for it
-        for heading in ("last", "lowest", "highest"):
-            table.add_column(heading, justify="right", no_wrap=True)
-        for name in names[:MOST_METRICS]:
-            metric = self._metrics[name]
-            best = [_at(*found) if epochs else f"{found[0]:.4g}" for found in (metric.lowest, metric.highest)]
-            table.add_row(Text(printable(name)), f"{metric.last:.4g}", *best)
-        more = len(names) - MOST_METRICS
-        if more > 0:
-            table.add_row(Text(f"{more} more", style="dim"))
-        return table
+    def _checkpoints(self) -> str:
+        last = "" if self.last_checkpoint is None else f", the last of step {self.last_checkpoint}"
+        failed = f", {self.failed_checkpoints} failed" if self.failed_checkpoints else ""
+        return f"{self.committed} committed{last}{failed}"
 
 
-def _at(value: Number, epoch: int) -> Text:
-    return Text.assemble(f"{value:.4g}", (f"  epoch {epoch}", "dim"))
+def _metrics_table(rows: Sequence[tuple[str, str, str, str]], *, epochs: bool) -> Table:
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    table.add_column("metric", overflow="fold", min_width=8)  # else long values leave no room for it
+    for heading in HEAD[1:]:
+        table.add_column(heading, justify="right", no_wrap=True)
+    for name, last, *best in rows[:MOST_METRICS]:
+        parts = [value.partition("  ") for value in best]
+        texts = [
+            Text.assemble(value, (gap + epoch, "dim")) if epochs else value for value, gap, epoch in parts
+        ]
+        table.add_row(Text(printable(name)), last, *texts)
+    more = len(rows) - MOST_METRICS
+    if more > 0:
+        table.add_row(Text(f"{more} more", style="dim"))
+    return table
 
 
-def _duration(seconds: float) -> str:
-    if seconds < 60:
-        return f"{seconds:.1f} s"
-    minutes, seconds = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02}:{seconds:02}"
+def _at(value: Number, epoch: int) -> str:
+    return f"{value:.4g}  epoch {epoch}"
 
 
 def _faults(subscriber: SubscriptionStatistics) -> str:

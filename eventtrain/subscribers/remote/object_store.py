@@ -20,7 +20,7 @@ from urllib.request import url2pathname
 from pydantic import AfterValidator, SecretStr
 
 from eventtrain.errors import ConfigurationError, StorageError
-from eventtrain.subscribers._shared.optional_imports import import_optional, require_installed
+from eventtrain.validation.optional_imports import import_optional, require_installed
 
 T = TypeVar("T")
 R = TypeVar("R")

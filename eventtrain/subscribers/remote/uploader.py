@@ -5,19 +5,21 @@ from __future__ import annotations
 import hashlib
 import logging
 import threading
-from collections.abc import Callable, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Sequence, Set
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from functools import partial
 from itertools import count
 from pathlib import Path, PurePath
 from time import monotonic
 from typing import BinaryIO, TypeVar
+from urllib.parse import quote
 
 from eventtrain._version import __version__
 from eventtrain.errors import (
     ConfigurationError,
     EventTrainError,
+    PeerLost,
     SnapshotError,
     StorageError,
     SubscriberError,
@@ -36,6 +38,7 @@ from eventtrain.subscribers.base import RunContext, Subscriber
 from eventtrain.subscribers.checkpointing.directory import committed_in, files_in
 from eventtrain.subscribers.checkpointing.manifest import MANIFEST as CHECKPOINT_MANIFEST
 from eventtrain.subscribers.checkpointing.manifest import read_manifest
+from eventtrain.subscribers.checkpointing.processes import process_of
 from eventtrain.subscribers.remote.object_store import (
     PART_BYTES,
     ObjectStore,
@@ -43,6 +46,7 @@ from eventtrain.subscribers.remote.object_store import (
     in_parallel,
     keep_secret,
 )
+from eventtrain.subscribers.remote.processes import PartRequest, UploadPeers
 from eventtrain.subscribers.remote.upload_manifest import UPLOAD_MANIFEST, UploadedFile, UploadManifest
 from eventtrain.validation.annotations import checked
 from eventtrain.validation.arguments import require_count, require_number
@@ -77,6 +81,9 @@ class Uploader(Subscriber):
     that it is not and will not be. A resumed run copies the checkpoints in its Checkpointer's folder that are not in
     the store. Nothing in the store is deleted. Only files without a manifest, and logs that grew, are overwritten.
 
+    In a run of several processes, each sends the files of a checkpoint that it has written, and process 0 the manifest
+    and the logs. So each of them must reach the store, and ``max_concurrency`` counts for each.
+
     ``download_checkpoint`` fetches one. Tested with an S3 server and with folders; GCS and Azure are untested.
 
     Raises:
@@ -84,6 +91,7 @@ class Uploader(Subscriber):
     """
 
     disable_after = None  # a store that was away for a day may be back
+    per_host = True
 
     @checked
     def __init__(
@@ -116,17 +124,20 @@ class Uploader(Subscriber):
         self._finish_timeout_s = finish_timeout_s
         self._worker: _UploadWorker | None = None
         self._step = 0
+        self._decides = True
 
     async def start(self, run: RunContext) -> None:
         """Starts the thread that copies."""
         store = self._connect(self._url.replace("{run_id}", run.run_id))
-        self._worker = _UploadWorker(self.name or "Uploader", run, store, self._options)
-        self._worker.start()
+        self._decides = run.process_index == 0
+        self._worker = worker = _UploadWorker(self.name or "Uploader", run, store, self._options)
+        worker.start()
+        worker.put(worker.begin if self._decides else worker.send_parts)
 
     async def on_checkpoint_committed(self, event: CheckpointCommitted) -> None:
         """Has it copied; returns at once."""
         self._step, worker = event.step, self._worker
-        if worker is not None:
+        if worker is not None and self._decides:
             upload = _PendingUpload(Path(event.path), event.step, event.tag)
             worker.waiting.append(upload)
             worker.put(partial(worker.copy_logs, event.step))
@@ -134,7 +145,7 @@ class Uploader(Subscriber):
 
     async def on_run_resumed(self, event: RunResumed) -> None:
         """Has copied what the earlier attempts could not; returns at once."""
-        if self._worker is not None:
+        if self._worker is not None and self._decides:
             self._worker.put(partial(self._worker.copy_all, Path(event.path).parent))
 
     async def stop(self) -> None:
@@ -146,8 +157,12 @@ class Uploader(Subscriber):
         worker, self._worker = self._worker, None
         if worker is None:
             return
-        worker.put(partial(worker.copy_logs, self._step))
-        if not await worker.finish_within(self._finish_timeout_s, worker.report_left):
+        if self._decides:
+            worker.put(partial(worker.copy_logs, self._step))
+            worker.put(worker.end)
+        worker.ending.set()
+        give_up = worker.report_left if self._decides else None
+        if not await worker.finish_within(self._finish_timeout_s, give_up):
             raise SubscriberError(
                 f"Not everything was copied to {worker.url} within {self._finish_timeout_s:g} s after the run."
             )
@@ -214,12 +229,20 @@ class _UploadWorker(WorkerThread):
         self.url = store.url
         self.waiting: list[_PendingUpload] = []
         """Neither copied nor failed yet, in order."""
+        self.ending = threading.Event()
+        """The run has ended."""
         self._owner = owner
         self._store = store
         self._run_dir = run.run_dir
         self._options = options
         self._copied: dict[Path, tuple[int, int]] = {}
         self._logs: dict[Path, UploadedFile] = {}
+        self._peers: UploadPeers | None = None
+        if run.exchange is not None:
+            key = f"uploads/{quote(owner, safe='')}"
+            self._peers = UploadPeers(
+                run.exchange, key, run.process_index, run.process_count, self._require_time
+            )
 
     def report_left(self) -> None:
         """Reports what is not copied, at the end of the run. On the event loop."""
@@ -260,9 +283,7 @@ class _UploadWorker(WorkerThread):
         except Exception as error:
             if self.stopping.is_set():
                 return  # ``report_left`` does
-            reason = _text_of(error)
-            if not upload.path.exists():
-                reason = "it was deleted before it was copied. Retain more checkpoints (max_to_keep), or write fewer"
+            reason = _reason(error, upload.path)
             logger.error("%s was not copied to %s: %s", upload.path, self.url, reason)
             outcome = self._failure(upload, reason)
         else:
@@ -283,20 +304,20 @@ class _UploadWorker(WorkerThread):
 
     def _upload(self, path: Path) -> tuple[str, int | None]:
         """Copies one checkpoint; returns its path in the store, and its size unless it was there already."""
-        store = self._store
+        store, peers = self._store, self._peers
         store.open()
         with ExitStack() as stack:
             checkpoint = read_manifest(path)
+            names = {file.relative_to(path).as_posix() for file in files_in(path)}
             files = self._open_files(path, stack)
             name, is_there = self._retry(partial(self._place, path, files))
             if is_there:
                 return name, None
-            uploaded = in_parallel(
-                lambda file: self._put(f"{name}/{file.name}", file),
-                files,
-                threads=self._options.max_concurrency,
-                name=self._owner,
-            )
+            if peers is not None:
+                peers.begin(PartRequest(path=self._below_run_dir(path), name=name))
+            uploaded = self._put_all(name, files)
+            if peers is not None:
+                uploaded += self._parts(name, names - {file.name for file in files}, peers)
         manifest = UploadManifest(
             eventtrain=__version__,
             step=checkpoint.step,
@@ -311,8 +332,68 @@ class _UploadWorker(WorkerThread):
         self._retry(lambda: store.write(f"{name}/{UPLOAD_MANIFEST}", data))
         return name, sum(file.size_bytes for file in uploaded)
 
+    def _parts(self, name: str, wanted: Set[str], peers: UploadPeers) -> list[UploadedFile]:
+        """Returns the files that the other processes have sent: all that are ``wanted``, and in the store.
+
+        Raises:
+            StorageError: one is missing.
+        """
+        parts = peers.wait_for_parts()
+        if missing := sorted(wanted - {part.path for part in parts}):
+            raise StorageError(f"{missing[0]} was not sent by the process that has written it")
+        for part in parts:
+            size_bytes = self._retry(partial(self._store.size_bytes, f"{name}/{part.path}"))
+            if size_bytes != part.size_bytes:
+                raise StorageError(
+                    f"{part.path}, which another process has sent, is not at {self.url}. All processes need the same "
+                    "store; a folder must be on a file system that they share"
+                )
+        return parts
+
+    def begin(self) -> None:
+        """Tells the other processes that checkpoints are copied."""
+        if self._peers is not None:
+            self._peers.open()
+
+    def send_parts(self) -> None:
+        """Sends the files of this process of each checkpoint that process 0 copies, until that ends."""
+        peers = self._peers
+        assert peers is not None
+        with suppress(PeerLost, StorageError):  # the run reports that it has ended so
+            if not peers.is_opened(self.ending.is_set):
+                return  # the run ended before this subscriber was started in process 0
+            while (request := peers.next_request()) is not None:
+                path = self._run_dir / request.path
+                try:
+                    self._store.open()
+                    with ExitStack() as stack:
+                        files = self._put_all(request.name, self._open_files(path, stack))
+                except Exception as error:
+                    peers.answer(error=_reason(error, path))
+                else:
+                    peers.answer(files)
+
+    def end(self) -> None:
+        """Tells the other processes that nothing more is copied."""
+        if self._peers is not None:
+            self._peers.end()
+
+    def _require_time(self) -> None:
+        if self.stopping.is_set():
+            raise StorageError("the time for the end of the run was over")
+
+    def _put_all(self, name: str, files: Sequence[_LocalFile]) -> list[UploadedFile]:
+        return in_parallel(
+            lambda file: self._put(f"{name}/{file.name}", file),
+            files,
+            threads=self._options.max_concurrency,
+            name=self._owner,
+        )
+
     def _open_files(self, folder: Path, stack: ExitStack) -> list[_LocalFile]:
         """Opens ``OPEN_FILES`` of the files of a folder until ``stack`` ends, so that their deletion does not matter.
+
+        In a run of several processes, the files of this one.
 
         Raises:
             OSError: the folder was deleted before all of them were open.
@@ -321,6 +402,8 @@ class _UploadWorker(WorkerThread):
         files: list[_LocalFile] = []
         for path in files_in(folder):
             name = path.relative_to(folder).as_posix()
+            if self._peers is not None and process_of(name, self._peers.count) != self._peers.index:
+                continue
             if len(files) < OPEN_FILES:
                 files.append(self._open(path, name, stack))
             else:
@@ -337,10 +420,8 @@ class _UploadWorker(WorkerThread):
     def _place(self, path: Path, files: Sequence[_LocalFile]) -> tuple[str, bool]:
         """Returns a free path for a checkpoint, or its path and True if it is in the store already."""
         identity = next(file.sha256(file.size_bytes) for file in files if file.name == CHECKPOINT_MANIFEST)
-        try:
-            name = path.relative_to(self._run_dir).as_posix()
-        except ValueError:
-            name = f"{path.parent.name}/{path.name}"
+        is_inside = path.is_relative_to(self._run_dir)
+        name = self._below_run_dir(path) if is_inside else f"{path.parent.name}/{path.name}"
         for each in (name if n == 1 else f"{name}-{n}" for n in count(1)):
             data = self._store.read(f"{each}/{UPLOAD_MANIFEST}")
             if data is None:
@@ -352,6 +433,10 @@ class _UploadWorker(WorkerThread):
             if there is not None and there.identity == identity:
                 return each, True
         raise AssertionError("unreachable")
+
+    def _below_run_dir(self, path: Path) -> str:
+        """Returns ``path`` relative to run_dir if it is in there, so that another process may have that elsewhere."""
+        return (path.relative_to(self._run_dir) if path.is_relative_to(self._run_dir) else path).as_posix()
 
     def _put(self, path: str, file: _LocalFile) -> UploadedFile:
         sha256 = self._retry(lambda: self._store.put(path, file.size_bytes, file.read))
@@ -399,6 +484,13 @@ class _UploadWorker(WorkerThread):
     def _retry(self, action: Callable[[], T]) -> T:
         options = self._options
         return retry(action, retries=options.retries, delay_s=options.retry_delay_s, stopping=self.stopping)
+
+
+def _reason(error: Exception, path: Path) -> str:
+    """Returns why the checkpoint at ``path`` was not copied."""
+    if not path.exists():
+        return "it was deleted before it was copied. Retain more checkpoints (max_to_keep), or write fewer"
+    return _text_of(error)
 
 
 def _text_of(error: Exception) -> str:

@@ -20,8 +20,8 @@ from matplotlib.font_manager import FontProperties, findfont, get_font
 from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter, ScalarFormatter
 
-from eventtrain.subscribers.reports.curve import Curve, Points
-from eventtrain.subscribers.reports.run_series import Change, Panel
+from eventtrain.subscribers._shared.curve import Curve, Points
+from eventtrain.subscribers._shared.run_series import Change, Panel
 
 FONT = "DejaVu Sans"  # comes with matplotlib
 MARKS_DRAWN = 25
@@ -58,43 +58,53 @@ DARK = Colours("#15191e", "#e6e9ed", "#9aa5b1", "#2d343c", "#56b4e9", "#f0a04b",
 Scale = Literal["auto", "linear", "log"]
 
 
-def picture(
+class RunFigure(Figure):
+    """A figure that a notebook shows as a picture."""
+
+    def _repr_png_(self) -> bytes:
+        return _saved(self, "png")
+
+
+def picture(panels: Sequence[Panel], changes: Sequence[Change], kind: str, **options: Any) -> bytes:
+    """Returns the ``figure`` of all panels as a file: "png", "svg" or "pdf"."""
+    return _saved(figure(panels, changes, **options), kind)
+
+
+def figure(
     panels: Sequence[Panel],
     changes: Sequence[Change],
-    kind: str,
     *,
     title: str = "",
     note: str = "",
     colours: Colours = LIGHT,
     scale: Scale = "auto",
-) -> bytes:
-    """Returns one picture of all panels.
+) -> RunFigure:
+    """Returns one figure of all panels.
 
     Args:
         panels: in order.
         changes: of hyperparameters, to be marked.
-        kind: "png", "svg" or "pdf".
         title, note: texts above and below.
         colours, scale: of all panels.
     """
     columns = min(COLUMNS, max(1, len(panels)))
     rows = max(1, -(-len(panels) // columns))
     width, height = PANEL_WIDTH * columns + MARGIN, PANEL_HEIGHT * rows + HEAD + FOOT
-    figure = Figure(figsize=(width, height), dpi=110, facecolor=colours.paper)
-    FigureCanvasAgg(figure)
-    _write(figure, MARGIN / 2, height - 0.3, title, colours.ink, 12, weight="bold")
-    _write(figure, MARGIN / 2, 0.12, note, colours.soft, 8.5)
+    whole = RunFigure(figsize=(width, height), dpi=110, facecolor=colours.paper)
+    FigureCanvasAgg(whole)
+    _write(whole, MARGIN / 2, height - 0.3, title, colours.ink, 12, weight="bold")
+    _write(whole, MARGIN / 2, 0.12, note, colours.soft, 8.5)
     if not panels:
-        _write(figure, MARGIN / 2, height / 2, "no metrics yet", colours.soft, 10)
+        _write(whole, MARGIN / 2, height / 2, "no metrics yet", colours.soft, 10)
     for index, panel in enumerate(panels):
         row, column = divmod(index, columns)
         left = MARGIN / 2 + column * PANEL_WIDTH + LEFT
         bottom = height - HEAD - (row + 1) * PANEL_HEIGHT + BELOW
         size = (PANEL_WIDTH - LEFT - RIGHT, PANEL_HEIGHT - BELOW - ABOVE)
-        axes = figure.add_axes((left / width, bottom / height, size[0] / width, size[1] / height))
+        axes = whole.add_axes((left / width, bottom / height, size[0] / width, size[1] / height))
         _draw(axes, panel, changes, colours, scale)
-        _write(figure, left, bottom + size[1] + 0.09, panel.name, colours.ink, 10.5)
-    figure.legend(
+        _write(whole, left, bottom + size[1] + 0.09, panel.name, colours.ink, 10.5)
+    whole.legend(
         handles=_keys(panels, changes, colours),
         loc="lower center",
         bbox_to_anchor=(0.5, 0.25 / height),
@@ -103,7 +113,7 @@ def picture(
         labelcolor=colours.ink,
         prop=FontProperties(family=FONT, size=9),
     )
-    return _saved(figure, kind)
+    return whole
 
 
 def fragment(panel: Panel, changes: Sequence[Change], *, scale: Scale = "auto") -> str:

@@ -13,18 +13,18 @@ from eventtrain.bus.subscription import SubscriptionStatistics
 from eventtrain.errors import ConfigurationError, SubscriberError
 from eventtrain.events import Event, StepsCompleted
 from eventtrain.subscribers._shared.atomic_files import write_atomically
-from eventtrain.subscribers._shared.optional_imports import import_optional, require_installed
 from eventtrain.subscribers._shared.paths import file_path, require_writable_file
+from eventtrain.subscribers._shared.run_series import COLLECTED, MOST_PANELS, RunSeries
 from eventtrain.subscribers._shared.state import SavedState
 from eventtrain.subscribers._shared.worker_thread import WorkerThread, in_own_thread
 from eventtrain.subscribers.base import RunContext, Subscriber
 from eventtrain.subscribers.reports.html import to_html
 from eventtrain.subscribers.reports.markdown import to_markdown
-from eventtrain.subscribers.reports.run_series import COLLECTED, MOST_PANELS, RunSeries
 from eventtrain.subscribers.reports.run_summary import REPORTED, RunSummary
 from eventtrain.subscribers.reports.sections import Content, Drawing, Markup, bars, figures, mapped, sections
 from eventtrain.validation.annotations import checked
 from eventtrain.validation.arguments import require_number
+from eventtrain.validation.optional_imports import import_optional, require_installed
 
 plotting = import_optional("eventtrain.subscribers.reports.plotting", extra="plots", used_by="Report")
 

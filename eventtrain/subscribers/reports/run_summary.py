@@ -34,8 +34,8 @@ from eventtrain.events import (
     SubscriberLagged,
 )
 from eventtrain.events.base import LifecycleEvent
-from eventtrain.events.commands import Command
 from eventtrain.events.models import Number
+from eventtrain.subscribers._shared.display_text import command_text, file_name, issuer, size_text
 from eventtrain.subscribers._shared.state import SavedState
 
 MOST_ROWS = 100
@@ -221,11 +221,11 @@ class RunSummary(SavedState):
                 self._count(event)
                 if event.command.kind != "take_snapshot":  # policies take many, and they change nothing
                     command = event.command
-                    self.commands.add(step, _issuer(command), command_text(command), command.reason)
+                    self.commands.add(step, issuer(command), command_text(command), command.reason)
             case CommandRejected():
                 command = event.command
                 rejected = f"rejected: {event.reason}"
-                self.commands.add(step, _issuer(command), command_text(command), rejected)
+                self.commands.add(step, issuer(command), command_text(command), rejected)
             case AlertRaised():
                 self.alerts.add(step, event.severity, event.name, event.message)
                 if event.name not in self.open_alerts:
@@ -248,7 +248,7 @@ class RunSummary(SavedState):
                 pass
 
     def _count(self, event: CommandApplied) -> None:
-        by, kind = _issuer(event.command), event.command.kind
+        by, kind = issuer(event.command), event.command.kind
         tally = next((one for one in self.tallies if (one.by, one.kind) == (by, kind)), None)
         if tally is None and len(self.tallies) < MOST_NAMES:
             self.tallies.append(tally := Tally(by=by, kind=kind))
@@ -263,47 +263,6 @@ def _measure(measured: dict[str, Extremes], values: dict[str, Number], step: int
             measured[name] = Extremes(last=math.nan, last_step=step)
         if name in measured:
             measured[name].add(float(value), step)
-
-
-def _issuer(command: Command) -> str:
-    return command.cause.subscriber if command.cause is not None else ""
-
-
-def command_text(command: Command) -> str:
-    """Returns ``command`` as a call, such as ``scale_hyperparam(name=learning_rate, factor=0.5)``."""
-    values = command.model_dump(exclude={"kind", "reason", "cause", "due", "path"})
-    shown = ", ".join(
-        f"{name}={value:.6g}" if isinstance(value, float) else f"{name}={value}"
-        for name, value in values.items()
-        if value is not None
-    )
-    return f"{command.kind}({shown})"
-
-
-def file_name(path: str) -> str:
-    """Returns the last part of a path, which does not identify the machine."""
-    return path.replace("\\", "/").rstrip("/").rpartition("/")[2]
-
-
-def size_text(size_bytes: int) -> str:
-    """1234567 -> "1.2 MB"."""
-    size = float(size_bytes)
-    for unit in ("B", "kB", "MB", "GB"):
-        if size < 1000:
-            return f"{size:.0f} {unit}" if unit == "B" else f"{size:.1f} {unit}"
-        size /= 1000
-    return f"{size:.1f} TB"
-
-
-def duration_text(duration_s: float) -> str:
-    """3725.2 -> "1 h 2 min 5 s"."""
-    if duration_s < 60:
-        return f"{duration_s:.1f} s"
-    minutes, seconds = divmod(round(duration_s), 60)
-    hours, minutes = divmod(minutes, 60)
-    days, hours = divmod(hours, 24)
-    parts = [(days, "d"), (hours, "h"), (minutes, "min"), (seconds, "s")]
-    return " ".join(f"{count} {unit}" for count, unit in parts if count)
 
 
 def _short(text: str) -> str:

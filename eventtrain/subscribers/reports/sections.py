@@ -17,10 +17,11 @@ import numpy as np
 from eventtrain._version import __version__
 from eventtrain.bus.subscription import SubscriptionStatistics
 from eventtrain.errors import ConfigurationError
+from eventtrain.subscribers._shared.curve import Curve
+from eventtrain.subscribers._shared.display_text import duration_text
 from eventtrain.subscribers._shared.metric_goal import make_goal
-from eventtrain.subscribers.reports.curve import Curve
-from eventtrain.subscribers.reports.run_series import RunSeries
-from eventtrain.subscribers.reports.run_summary import Extremes, Rows, RunSummary, duration_text
+from eventtrain.subscribers._shared.run_series import RunSeries
+from eventtrain.subscribers.reports.run_summary import Extremes, Rows, RunSummary
 
 BARS = "▁▂▃▄▅▆▇█"
 PACKAGES = ("jax", "jaxlib", "optax", "orbax-checkpoint", "numpy")

@@ -67,7 +67,11 @@ class HistogramSnapshots:
         self._warned = False
 
     def start(self, run: RunContext, name: str) -> None:
-        """Begins a run; ``name`` is the subscriber's."""
+        """Begins a run; ``name`` is the subscriber's. Raises ConfigurationError if it is to read unknown weights."""
+        if self._patterns is None and (self._every is not None or self._every_epochs is not None):
+            run.require_params(f"{self._owner}(histogram_every=...) without arrays")
+        if self._every is not None or self._every_epochs is not None:
+            run.read_snapshots()
         self._run = run
         self._tag = f"{name} reads"
         self._in_flight = False
@@ -115,10 +119,8 @@ class HistogramSnapshots:
         wanted = _WantedPaths(params, self._patterns)
         try:
             found = snapshot.device.host_leaves(wanted)
-            arrays = {  # copied: on a CPU they are views, which would keep the device's memory
-                array_name(path): np.array(array)
-                for path, array in found.items()
-                if isinstance(array, np.ndarray)
+            arrays = {
+                array_name(path): array for path, array in found.items() if isinstance(array, np.ndarray)
             }
         except SnapshotError as error:
             raise StorageError(str(error)) from None

@@ -21,7 +21,6 @@ from eventtrain.events import (
     RunStarted,
     StepsCompleted,
 )
-from eventtrain.subscribers._shared.optional_imports import import_optional, require_installed
 from eventtrain.subscribers._shared.state import SavedState
 from eventtrain.subscribers._shared.step_table import due_steps, step_rows
 from eventtrain.subscribers.base import RunContext
@@ -29,6 +28,7 @@ from eventtrain.subscribers.trackers.curves import HyperparamCurveState, Points,
 from eventtrain.subscribers.trackers.tracker import Tracker
 from eventtrain.validation.annotations import checked
 from eventtrain.validation.arguments import require_count
+from eventtrain.validation.optional_imports import import_optional, require_installed
 
 if TYPE_CHECKING:
     from eventtrain.subscribers.trackers.mlflow_store import MLflowRun, Value

@@ -23,13 +23,13 @@ from eventtrain.events import (
     RunResumed,
     SubscriberFailed,
 )
-from eventtrain.subscribers._shared.optional_imports import import_optional, require_installed
 from eventtrain.subscribers._shared.paths import directory_path
 from eventtrain.subscribers._shared.retry import retry
 from eventtrain.subscribers._shared.worker_thread import WorkerThread
 from eventtrain.subscribers.base import RunContext, Subscriber
 from eventtrain.validation.annotations import checked
 from eventtrain.validation.arguments import require_choice, require_count, require_number
+from eventtrain.validation.optional_imports import import_optional, require_installed
 
 if TYPE_CHECKING:
     from eventtrain.subscribers.trackers.mlflow_store import MLflowRegistry

@@ -25,10 +25,10 @@ from eventtrain.events import (
     StepsCompleted,
 )
 from eventtrain.events.models import Number, escape_surrogates
-from eventtrain.subscribers._shared.optional_imports import import_optional, require_installed
 from eventtrain.subscribers.base import RunContext
 from eventtrain.subscribers.trackers.tracker import Tracker
 from eventtrain.validation.annotations import checked
+from eventtrain.validation.optional_imports import import_optional, require_installed
 
 if TYPE_CHECKING:
     from opentelemetry.context import Context

@@ -33,11 +33,13 @@ from eventtrain.events import (
     SubscriberFailed,
 )
 from eventtrain.events.models import Number, escape_surrogates
-from eventtrain.subscribers._shared.optional_imports import import_optional, require_installed
+from eventtrain.subscribers._shared.processes import place_on_machine
 from eventtrain.subscribers._shared.state import SavedState
+from eventtrain.subscribers._shared.worker_thread import in_own_thread
 from eventtrain.subscribers.base import RunContext, Subscriber
 from eventtrain.validation.annotations import checked
 from eventtrain.validation.arguments import require_count
+from eventtrain.validation.optional_imports import import_optional, require_installed
 
 if TYPE_CHECKING:
     from prometheus_client import CollectorRegistry
@@ -83,7 +85,8 @@ class PrometheusExporter(Subscriber):
 
     Args:
         port: of an HTTP server in threads of its own, which runs while the run does. 0 takes a free port, which
-            ``port`` returns. None: no server; mount ``asgi_app()``, or use ``registry``.
+            ``port`` returns. None: no server; mount ``asgi_app()``, or use ``registry``. In a run of several processes
+            each has a server: the first on a machine at ``port``, the next ones at the ports after it.
         host: the address it listens on; by default only this machine can reach it.
         labels: added to each sample, to tell apart several runs that one Prometheus server scrapes.
         require_port: a port that is not available fails the run. Otherwise SubscriberFailed and an error in the log
@@ -101,6 +104,8 @@ class PrometheusExporter(Subscriber):
         *(RunStarted, RunResumed, StepsCompleted, EpochCompleted, EvalCompleted, AlertRaised, AlertResolved),
         *(CheckpointCommitted, CheckpointFailed, CheckpointSkipped),
     )
+
+    per_host = True
 
     @checked
     def __init__(
@@ -154,13 +159,15 @@ class PrometheusExporter(Subscriber):
         )
         if self._wanted_port is None:
             return
-        listen = partial(MetricsServer, self.registry, self._host, self._wanted_port)
+        name, port = self.name or "PrometheusExporter", self._wanted_port
+        if port and run.process_count > 1:
+            port = min(65_535, port + await in_own_thread(partial(place_on_machine, run, name)))
+        listen = partial(MetricsServer, self.registry, self._host, port)
         try:
             self._server = await anyio.to_thread.run_sync(listen, limiter=anyio.CapacityLimiter(1))
         except OSError as error:
-            name = self.name or "PrometheusExporter"
             text = (
-                f"{name} cannot listen on {self._host} port {self._wanted_port}: {error.strerror or error}. This run "
+                f"{name} cannot listen on {self._host} port {port}: {error.strerror or error}. This run "
                 "cannot be scraped. Set another port; port=0 takes a free one."
             )
             if self._require_port:

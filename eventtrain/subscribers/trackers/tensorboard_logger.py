@@ -13,7 +13,6 @@ from pydantic import Field
 
 from eventtrain.errors import ConfigurationError
 from eventtrain.events import EpochCompleted, EpochStarted, Event, RunResumed, RunStarted, StepsCompleted
-from eventtrain.subscribers._shared.optional_imports import import_optional, require_installed
 from eventtrain.subscribers._shared.paths import directory_path, require_writable_folder
 from eventtrain.subscribers._shared.state import SavedState
 from eventtrain.subscribers._shared.step_table import due_steps
@@ -23,6 +22,7 @@ from eventtrain.subscribers.trackers.media_tracker import MediaTracker, Record
 from eventtrain.subscribers.trackers.tensorboard_file import OWN_NAME, EventFile, cut, new_event_file
 from eventtrain.validation.annotations import checked
 from eventtrain.validation.arguments import require_number
+from eventtrain.validation.optional_imports import import_optional, require_installed
 
 if TYPE_CHECKING:
     from eventtrain.subscribers.trackers.tensorboard_records import RecordWriter

@@ -17,7 +17,6 @@ from pydantic import Field, SecretStr
 from eventtrain.errors import ConfigurationError
 from eventtrain.events import EpochStarted, Event, RunFailed, StepsCompleted
 from eventtrain.events.models import Number
-from eventtrain.subscribers._shared.optional_imports import import_optional, require_installed
 from eventtrain.subscribers._shared.paths import directory_path, require_writable_folder
 from eventtrain.subscribers._shared.state import SavedState
 from eventtrain.subscribers._shared.step_table import due_steps
@@ -27,6 +26,7 @@ from eventtrain.subscribers.trackers.curves import HyperparamCurveState, Points
 from eventtrain.subscribers.trackers.media_tracker import MediaTracker, Record
 from eventtrain.validation.annotations import checked
 from eventtrain.validation.arguments import require_number
+from eventtrain.validation.optional_imports import import_optional, require_installed
 
 if TYPE_CHECKING:
     from eventtrain.subscribers.trackers.wandb_run import WandbRun

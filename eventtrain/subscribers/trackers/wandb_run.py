@@ -23,11 +23,11 @@ from eventtrain.control.run_context import StepProgram
 from eventtrain.errors import ConfigurationError, StorageError
 from eventtrain.events import Event, StepsCompleted
 from eventtrain.events.models import Number, escape_surrogates
-from eventtrain.subscribers._shared.optional_imports import import_optional
 from eventtrain.subscribers._shared.step_table import step_rows
 from eventtrain.subscribers.trackers.curves import Points
 from eventtrain.subscribers.trackers.histograms import Array, bin_edges, finite_values
 from eventtrain.subscribers.trackers.media_tracker import RecordedValues
+from eventtrain.validation.optional_imports import import_optional
 
 Image = import_optional("PIL.Image", extra="wandb", used_by="WandbLogger, to log images,")
 

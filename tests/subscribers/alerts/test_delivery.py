@@ -24,10 +24,10 @@ from pydantic import SecretStr
 
 import eventtrain as et
 from eventtrain import subscribers as subs
-from eventtrain.subscribers._shared.optional_imports import MissingModule
 from eventtrain.subscribers.alerts import target as alert_target
 from eventtrain.subscribers.alerts.apprise_transport import AppriseTransport
 from eventtrain.subscribers.alerts.message import Message
+from eventtrain.validation.optional_imports import MissingModule
 from tests.subscribers.alerts.alert_servers import MailServer, Target, free_port, serving, silent_server
 
 # Apprise's mail plugin looks for it on Python below 3.13.

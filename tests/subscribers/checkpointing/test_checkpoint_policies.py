@@ -18,11 +18,12 @@ import pytest
 
 import eventtrain as et
 from eventtrain import subscribers as subs
-from eventtrain.device import snapshot as snapshot_module
+from eventtrain.device import pinned_memory
 from eventtrain.device.snapshot import Snapshot
 from eventtrain.subscribers.checkpointing import writer as checkpoint_writer
 from eventtrain.subscribers.checkpointing.store import CheckpointStore
 from tests.subscribers.checkpointing.writing import Writing
+from tests.support.accelerator import as_on_an_accelerator
 from tests.support.models import batches, make_trainer, record
 
 
@@ -132,10 +133,10 @@ def test_a_best_one_that_could_not_be_written_is_not_to_be_beaten(
 ) -> None:
     write = CheckpointStore.write
 
-    def failing(self: Any, name: str, parts: Any, manifest: Any) -> Any:
+    def failing(self: Any, name: str, parts: Any, manifest: Any, **options: Any) -> Any:
         if manifest.step == 4:
             raise OSError("no")
-        return write(self, name, parts, manifest)
+        return write(self, name, parts, manifest, **options)
 
     monkeypatch.setattr(CheckpointStore, "write", failing)
     best = subs.Checkpointer("best", max_to_keep=None, monitor="loss", save_best_only=True, retries=0)
@@ -177,10 +178,10 @@ def test_a_best_one_that_was_still_being_written_at_a_kill_is_written_when_the_r
 
     write = CheckpointStore.write
 
-    def killed(self: Any, name: str, parts: Any, manifest: Any) -> Any:
+    def killed(self: Any, name: str, parts: Any, manifest: Any, **options: Any) -> Any:
         if manifest.owner == "best" and manifest.step == 4:
             raise OSError("no")
-        return write(self, name, parts, manifest)
+        return write(self, name, parts, manifest, **options)
 
     monkeypatch.setattr(CheckpointStore, "write", killed)
     make().fit(DATA, epochs=2)
@@ -429,9 +430,9 @@ class HeldUp:
         self.released = threading.Event()
         write = CheckpointStore.write
 
-        def later(store: Any, *args: Any) -> Any:
+        def later(store: Any, *args: Any, **options: Any) -> Any:
             assert self.released.wait(60)
-            return write(store, *args)
+            return write(store, *args, **options)
 
         monkeypatch.setattr(CheckpointStore, "write", later)
 
@@ -490,6 +491,24 @@ def test_at_the_limit_training_waits_and_commands_are_served_meanwhile(
     held_up.released.set()
     trainer.fit(batches(6), epochs=1)
     assert committed(seen) == [1, 2, 3, 4, 5, 6], seen
+
+
+def test_a_wait_for_the_writer_is_reported_while_training_waits(tmp_path: Path, held_up: HeldUp) -> None:
+    checkpointer = subs.Checkpointer("ck", every=1, max_to_keep=None, max_in_flight=1, at_end=False)
+    trainer = make_trainer(tmp_path, subscribers=[checkpointer])
+    seen = record(trainer, et.CheckpointCommitted, et.CheckpointFailed)
+    stalls: list[et.LoopStalled] = []
+
+    @trainer.on(et.LoopStalled)
+    async def release(event: et.LoopStalled) -> None:
+        stalls.append(event)
+        if len(stalls) == 2:  # of the same wait, which has doubled
+            held_up.released.set()
+
+    trainer.fit(batches(3), epochs=1)
+    assert committed(seen) == [1, 2, 3], seen
+    assert [(stall.step, stall.subscriber) for stall in stalls[:2]] == [(2, "Checkpointer")] * 2
+    assert stalls[0].waited_s >= 0.1
 
 
 def test_a_stop_ends_the_wait_for_the_writer(tmp_path: Path, held_up: HeldUp) -> None:
@@ -669,14 +688,14 @@ def test_what_a_late_writer_saves_is_the_state_of_its_step(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """It reads the state from the device only when training is 20 donating steps further."""
-    copy_to_host = checkpoint_writer.CheckpointWriter._copy_to_host
+    copy_to_host = checkpoint_writer.CheckpointWriter._parts
     gone_on = threading.Event()
 
     def late(self: Any, claimed: Any) -> Any:
         assert gone_on.wait(60)
         return copy_to_host(self, claimed)
 
-    monkeypatch.setattr(checkpoint_writer.CheckpointWriter, "_copy_to_host", late)
+    monkeypatch.setattr(checkpoint_writer.CheckpointWriter, "_parts", late)
     data = batches(40)
     checkpointer = subs.Checkpointer("ck", every=4, max_to_keep=None, max_in_flight=5)
     trainer = make_trainer(tmp_path, subscribers=[checkpointer])
@@ -726,18 +745,18 @@ def test_the_device_gets_its_memory_back_before_anything_is_written(
 ) -> None:
     released: list[bool] = []
     claims: list[Any] = []
-    copy_to_host = checkpoint_writer.CheckpointWriter._copy_to_host
+    copy_to_host = checkpoint_writer.CheckpointWriter._parts
     write = CheckpointStore.write
 
     def copying(self: Any, claimed: Any) -> Any:
         claims.append(claimed)
         return copy_to_host(self, claimed)
 
-    def writing(self: Any, *args: Any) -> Any:
+    def writing(self: Any, *args: Any, **options: Any) -> Any:
         released.append(claims[-1].snapshot.device.released)
-        return write(self, *args)
+        return write(self, *args, **options)
 
-    monkeypatch.setattr(checkpoint_writer.CheckpointWriter, "_copy_to_host", copying)
+    monkeypatch.setattr(checkpoint_writer.CheckpointWriter, "_parts", copying)
     monkeypatch.setattr(CheckpointStore, "write", writing)
     trainer = make_trainer(tmp_path, subscribers=[subs.Checkpointer("ck", every=2)])
     trainer.fit(batches(4), epochs=1)
@@ -806,51 +825,158 @@ def test_a_checkpointer_that_waited_for_an_evaluation_in_vain_says_so(
 # --- where a state waits ------------------------------------------------------------------------------------------
 
 
+def saved_as_trained(tmp_path: Path, steps: range) -> bool:
+    """Whether each checkpoint is, bit for bit, the state of a run that was trained as far as its step."""
+    plain, trained, same = make_trainer(tmp_path / "plain"), 0, []
+    for step in steps:
+        plain.fit(batches(8)[trained:step], epochs=1)
+        trained = step
+        saved = et.load_state(tmp_path / f"run/ck/step-{step:08d}", like=plain.state)
+        pairs = zip(jax.tree.leaves(saved), jax.tree.leaves(plain.state), strict=True)
+        same += [np.asarray(one).tobytes() == np.asarray(other).tobytes() for one, other in pairs]
+    return all(same)
+
+
 def test_states_that_wait_on_the_host_are_written_as_they_were(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, held_up: HeldUp
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    held_up: HeldUp,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     """As on an accelerator, whose states are moved while the first of them is being written."""
-    monkeypatch.setattr(snapshot_module, "is_on_host", lambda leaf: False)
+    as_on_an_accelerator(monkeypatch)
     moved: list[int] = []
     move_to_host = Snapshot.move_to_host
 
     def noting(self: Snapshot) -> bool:
         there = move_to_host(self)
-        moved.append(self.step)
+        if threading.current_thread().name.startswith("eventtrain staging"):
+            moved.append(self.step)
         if len(moved) == 4:
             held_up.released.set()
         return there
 
     monkeypatch.setattr(Snapshot, "move_to_host", noting)
-    checkpointer = subs.Checkpointer("ck", every=2, max_to_keep=None, max_in_flight=4, stage="host")
-    trainer = make_trainer(tmp_path, subscribers=[checkpointer])
-    trainer.fit(batches(8), epochs=1)
+    checkpointer = subs.Checkpointer("ck", every=2, max_to_keep=None, max_in_flight=4)
+    make_trainer(tmp_path, subscribers=[checkpointer]).fit(batches(8), epochs=1)
     assert moved == [2, 4, 6, 8]
-    plain = make_trainer(tmp_path / "plain")
-    for step in range(2, 9, 2):
-        plain.fit(batches(8)[step - 2 : step], epochs=1)
-        saved = et.load_state(tmp_path / f"run/ck/step-{step:08d}", like=plain.state)
-        pairs = zip(jax.tree.leaves(saved), jax.tree.leaves(plain.state), strict=True)
-        assert all(np.asarray(one).tobytes() == np.asarray(other).tobytes() for one, other in pairs)
+    assert saved_as_trained(tmp_path, range(2, 9, 2))
+    assert "in batches" not in caplog.text
 
 
-def test_a_device_without_such_memory_is_named_once(
+def test_the_room_of_a_checkpoint_is_free_when_it_is_written(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(Snapshot, "move_to_host", lambda self: False)
-    checkpointer = subs.Checkpointer("ck", every=2, stage="host")
-    trainer = make_trainer(tmp_path, subscribers=[checkpointer])
+    """One state at a time has room on the host, and none is written in batches."""
+    as_on_an_accelerator(monkeypatch)
+    checkpointer = subs.Checkpointer("ck", every=1, max_to_keep=None, max_in_flight=1)
+    make_trainer(tmp_path, subscribers=[checkpointer]).fit(batches(8), epochs=1)
+    assert saved_as_trained(tmp_path, range(1, 9))
+    assert "in batches" not in caplog.text
+
+
+@pytest.mark.parametrize("room", ["none", "one leaf", "no such memory"])
+def test_a_state_that_does_not_fit_on_the_host_is_written_in_batches_and_that_said_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, room: str
+) -> None:
+    as_on_an_accelerator(monkeypatch)
+    if room == "no such memory":
+        monkeypatch.setattr(pinned_memory, "has_pinned_host", lambda leaf: False)
+    else:
+        largest = max(leaf.nbytes for leaf in jax.tree.leaves(make_trainer(tmp_path / "size").state))
+        monkeypatch.setattr(pinned_memory, "free_host_bytes", lambda: 0 if room == "none" else 2 * largest)
+    trainer = make_trainer(tmp_path, subscribers=[subs.Checkpointer("ck", every=2, max_to_keep=None)])
     seen = record(trainer, et.CheckpointCommitted)
+    limited = record(trainer, et.StagingLimited)
     trainer.fit(batches(4), epochs=1)
     assert committed(seen) == [2, 4]
-    assert caplog.text.count("has no pinned host memory") == 1
+    assert saved_as_trained(tmp_path, range(2, 5, 2))
+    assert caplog.text.count("writes checkpoints in batches") == 1
+    assert [(event.step, event.subscriber) for event in limited] == [(2, "Checkpointer"), (4, "Checkpointer")]
+    assert all(event.limit_bytes < event.size_bytes for event in limited)
+
+
+def test_of_weights_alone_nothing_else_is_staged(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    as_on_an_accelerator(monkeypatch)
+    to_pinned_host, staged = pinned_memory.to_pinned_host, []
+
+    def noting(leaf: jax.Array) -> jax.Array:
+        if threading.current_thread().name.startswith("eventtrain"):  # not the one that warms the pool
+            staged.append(leaf.nbytes)
+        return to_pinned_host(leaf)
+
+    monkeypatch.setattr(pinned_memory, "to_pinned_host", noting)
+    trainer = make_trainer(
+        tmp_path, subscribers=[subs.Checkpointer("ck", every=2, save_weights_only=True, at_end=False)]
+    )
+    seen = record(trainer, et.CheckpointCommitted, et.StagingLimited)
+    trainer.fit(batches(4), epochs=1)
+    assert committed(seen) == [2, 4], seen
+    weights = jax.tree.leaves(trainer.state["params"])
+    assert sum(leaf.nbytes for leaf in weights) < sum(leaf.nbytes for leaf in jax.tree.leaves(trainer.state))
+    assert sum(staged) == 2 * sum(leaf.nbytes for leaf in weights)
+    assert len(staged) == 2 * len(weights)
+
+
+def test_a_state_that_waits_on_the_device_is_reported(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, held_up: HeldUp, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The host has room for one state of the two that may be in flight."""
+    as_on_an_accelerator(monkeypatch)
+    trainer = make_trainer(tmp_path, subscribers=[subs.Checkpointer("ck", every=1, at_end=False)])
+    size_bytes = sum(leaf.nbytes for leaf in jax.tree.leaves(trainer.state))
+    monkeypatch.setattr(pinned_memory, "free_host_bytes", lambda: 3 * size_bytes)
+    seen = record(trainer, et.CheckpointCommitted, et.CheckpointFailed)
+    limited: list[et.StagingLimited] = []
+
+    @trainer.on(et.StagingLimited)
+    async def release(event: et.StagingLimited) -> None:
+        limited.append(event)
+        held_up.released.set()
+
+    trainer.fit(batches(2), epochs=1)
+    assert committed(seen) == [1, 2], seen
+    assert [event.step for event in limited] == [2]
+    assert "in batches" not in caplog.text
+
+
+def test_a_device_that_fails_in_the_middle_of_a_transfer_fails_that_checkpoint_only(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    as_on_an_accelerator(monkeypatch)
+    trainer = make_trainer(tmp_path, subscribers=[subs.Checkpointer("ck", every=2, max_to_keep=None)])
+    seen = record(trainer, et.CheckpointCommitted, et.CheckpointFailed)
+    move_to_host = Snapshot.move_to_host
+
+    def failing(self: Snapshot) -> bool:
+        if self.step == 2:
+            calls: list[Any] = []
+
+            def to_pinned_host(leaf: jax.Array) -> jax.Array:
+                calls.append(leaf)
+                if len(calls) == 2:
+                    raise RuntimeError("INTERNAL: the device is gone")
+                return original(leaf)
+
+            original = pinned_memory.to_pinned_host
+            with monkeypatch.context() as patch:
+                patch.setattr(pinned_memory, "to_pinned_host", to_pinned_host)
+                return move_to_host(self)
+        return move_to_host(self)
+
+    monkeypatch.setattr(Snapshot, "move_to_host", failing)
+    assert trainer.fit(batches(4), epochs=1).step == 4
+    failed = [event for event in seen if isinstance(event, et.CheckpointFailed)]
+    assert [event.step for event in failed] == [2]
+    assert "the device is gone" in failed[0].error
+    assert [event.step for event in seen if isinstance(event, et.CheckpointCommitted)] == [4]
 
 
 @pytest.mark.gpu
 def test_an_accelerator_gets_its_memory_back_while_the_states_wait_on_the_host(
     tmp_path: Path, held_up: HeldUp
 ) -> None:
-    checkpointer = subs.Checkpointer("ck", every=2, max_to_keep=None, max_in_flight=6, stage="host")
+    checkpointer = subs.Checkpointer("ck", every=2, max_to_keep=None, max_in_flight=6)
     trainer = et.Trainer(
         lambda state, batch: (state + batch, {}),
         jnp.zeros(1_000_003),

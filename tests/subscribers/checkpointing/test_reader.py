@@ -11,6 +11,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import orbax.checkpoint as ocp
 import pytest
 
@@ -210,7 +211,9 @@ def test_numpy_stays_numpy_and_jax_arrays_go_where_like_is(directory: Path) -> N
     ("change", "said"),
     [
         (lambda s: s | {"more": jnp.zeros(2)}, r"missing \[\"\['more'\]\"\], unexpected nothing"),
-        (lambda s: {k: v for k, v in s.items() if k != "count"}, r"unexpected \[\"\['count'\]\"\]"),
+        (lambda s: {}, r"missing nothing, unexpected \[\"\['count'\]\""),
+        (lambda s: {"count": s["count"], "more": s["count"]}, r"missing \[\"\['more'\]\"\], unexpected"),
+        (lambda s: {"params": {"w": jnp.zeros(51)}}, r"\['params'\]\['w'\] is float32\[50\]"),
         (
             lambda s: s | {"count": jnp.float32(0)},
             r"\['count'\] is int32\[\] in .*, but float32\[\] in `like`",
@@ -225,6 +228,45 @@ def test_numpy_stays_numpy_and_jax_arrays_go_where_like_is(directory: Path) -> N
 def test_what_does_not_fit_is_refused_by_name(directory: Path, change: Any, said: str) -> None:
     with pytest.raises(et.StateError, match=said):
         et.load_state(directory / "step-00000003", like=change(state_of(0)))
+
+
+@pytest.mark.parametrize(
+    "part",
+    [
+        lambda s: {"params": s["params"]},
+        lambda s: {"params": jax.eval_shape(lambda: s["params"])},
+        lambda s: {"count": s["count"], "none": s["none"]},
+        lambda s: {"none": s["none"]},
+        lambda s: {"count": np.int32(0), "text": "mine"},
+    ],
+)
+def test_a_part_of_the_state_is_read_as_the_whole_has_it(directory: Path, part: Any) -> None:
+    like = part(state_of(0))
+    whole = et.load_state(directory / "step-00000003", like=state_of(0))
+    loaded = et.load_state(directory / "step-00000003", like=like)
+    assert loaded.keys() == like.keys()
+    for name in loaded.keys() - {"text"}:
+        assert jax.tree.all(jax.tree.map(np.array_equal, loaded[name], whole[name]))
+    assert loaded.get("text", "mine") == "mine"
+
+
+def test_a_part_of_another_kind_is_refused_and_a_deep_one_is_read(tmp_path: Path) -> None:
+    state = {
+        "a": {"b": jnp.ones(2), "c": (jnp.ones(3), jnp.ones(4))},
+        "opt": optax.adam(0.1).init(jnp.ones(2)),
+    }
+    checkpointer = subs.Checkpointer("ck")
+    trainer = et.Trainer(lambda s, b: (s, {}), state, subscribers=[checkpointer], run_dir=tmp_path)
+    trainer.fit([np.float32(1)], epochs=1)
+    path = tmp_path / "ck/step-00000001"
+    assert et.load_state(path, like={"a": {"b": jnp.zeros(2)}})["a"]["b"].tolist() == [1, 1]
+    for other in (
+        {"a": state["a"], "opt": optax.sgd(0.1).init(jnp.ones(2))},  # no leaf of its own, and not adam's
+        {"a": {"c": (jnp.ones(3),)}},
+        {"a": {"c": [jnp.ones(3)]}},
+    ):
+        with pytest.raises(et.StateError, match="missing nothing, unexpected"):
+            et.load_state(path, like=other)
 
 
 def test_a_state_that_is_one_array_comes_back(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import sys
 from pathlib import Path
@@ -209,3 +210,25 @@ def test_a_state_of_an_earlier_release_is_loaded_and_saved_with_the_same_keys() 
     }
     assert history.dropped_steps == 6
     assert history.state_dict() == state
+
+
+def test_a_history_is_shown_in_a_line_and_in_a_notebook_whatever_it_holds() -> None:
+    history = subs.History(steps=True, max_steps=1_000_000)
+    assert repr(history) == "<History of 0 epochs>"
+    assert "<svg" not in history._repr_html_()
+    names = ["<i>odd</i>", *(f"m{index}" for index in range(20))]
+    columns = {name: np.ones(1_000_000, np.float32) for name in names}
+    columns["m0"][777_777] = 5
+    window = et.StepsCompleted(first_step=1, last_step=1_000_000, epoch=0, metrics=columns, step=1_000_000)
+    end = et.EpochCompleted(
+        epoch=0, steps=1_000_000, duration_s=1.0, metrics={"m0": 1.25, "val_m0": 2.5}, step=1_000_000
+    )
+    for event in (window, end):
+        asyncio.run(history.handle(event))
+    assert repr(history) == "<History of 1 epochs and 1,000,000 steps: m0=1.25, val_m0=2.5>"
+    shown = history._repr_html_()
+    assert len(shown) < 100_000
+    assert shown.count("<svg") == 12
+    assert ">5</text>" in shown  # the spike
+    assert "<i>odd" not in shown
+    assert "9 more metrics are not drawn" in shown

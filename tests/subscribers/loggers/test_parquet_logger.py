@@ -19,11 +19,11 @@ from pyarrow import dataset, parquet
 
 import eventtrain as et
 from eventtrain import subscribers as subs
-from eventtrain.subscribers._shared.optional_imports import MissingModule
 from eventtrain.subscribers._shared.step_table import StepTable
 from eventtrain.subscribers.loggers import parquet_files, parquet_logger
 from eventtrain.subscribers.loggers.parquet_files import ParquetFiles
 from eventtrain.subscribers.loggers.row_file import RowBuffer
+from eventtrain.validation.optional_imports import MissingModule
 from tests.subscribers._shared.test_step_table import EXTREMES, NAMES, make_window
 
 

@@ -164,10 +164,10 @@ def test_a_slow_decider_exceeds_the_budget_and_is_named(
 
     @trainer.on(et.StepCompleted, lag=0, name="ponders")
     async def ponder(event: et.StepCompleted) -> None:
-        await anyio.sleep(0.03 if event.step <= 20 else 0)
+        await anyio.sleep(0.06 if event.step <= 20 else 0)
 
     with caplog.at_level(logging.WARNING, logger="eventtrain"):
-        trainer.fit(slow(0.005, 120)(trainer), epochs=1)
+        trainer.fit(slow(0.015, 100)(trainer), epochs=1)
     alerts = [event for event in seen if isinstance(event, et.AlertRaised)]
     assert {(alert.name, alert.metric) for alert in alerts} == {("overhead", "overhead_share")}
     assert alerts[0].value > 0.4

@@ -18,7 +18,8 @@ import pytest
 import eventtrain as et
 from benchmarks.campaigns.determinism import BAD_STEP, OPTIMISER, batches, eval_fn, step_fn
 from eventtrain import subscribers as subs
-from eventtrain.data.prefetch import EpochIterator
+from eventtrain.bus.handlers import takes_control
+from eventtrain.data.epoch_iterator import EpochIterator
 from eventtrain.subscribers.base import event_routes
 from eventtrain.testing import RecordingSubscriber
 
@@ -116,7 +117,8 @@ class Renewable(et.Subscriber):
         await self.policy.start(run)
 
     async def handle(self, event: et.Event, control: et.Control) -> None:
-        await event_routes(self.policy, "policy")[1](event, control)
+        handler = event_routes(self.policy, "policy")[1]
+        await (handler(event, control) if takes_control(handler) else handler(event))
 
     async def stop(self) -> None:
         await self.policy.stop()

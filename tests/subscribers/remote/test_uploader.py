@@ -29,12 +29,12 @@ from typer.testing import CliRunner
 import eventtrain as et
 from eventtrain import subscribers as subs
 from eventtrain.cli import main as cli
-from eventtrain.subscribers._shared.optional_imports import MissingModule
 from eventtrain.subscribers.checkpointing.manifest import read_manifest
 from eventtrain.subscribers.remote import object_store
 from eventtrain.subscribers.remote import uploader as uploading
 from eventtrain.subscribers.remote.object_store import ObjectStore
 from eventtrain.subscribers.remote.upload_manifest import UploadedFile, UploadManifest
+from eventtrain.validation.optional_imports import MissingModule
 from tests.conftest import python_path
 
 pytest.importorskip("obstore", reason="obstore is not installed: pip install 'eventtrain[upload]'")

@@ -29,13 +29,14 @@ import eventtrain as et
 from eventtrain import subscribers as subs
 from eventtrain.events.commands import ScaleHyperparam, TakeSnapshot
 from eventtrain.subscribers._shared import atomic_files
-from eventtrain.subscribers._shared.optional_imports import MissingModule
+from eventtrain.subscribers._shared.curve import Curve
+from eventtrain.subscribers._shared.display_text import duration_text, size_text
 from eventtrain.subscribers.reports import report, run_summary
-from eventtrain.subscribers.reports.curve import Curve
 from eventtrain.subscribers.reports.markdown import escaped
-from eventtrain.subscribers.reports.run_summary import RunSummary, duration_text, size_text
+from eventtrain.subscribers.reports.run_summary import RunSummary
 from eventtrain.subscribers.reports.sections import bars, number
 from eventtrain.testing import RecordingSubscriber, ScriptedStep
+from eventtrain.validation.optional_imports import MissingModule
 from tests.conftest import python_path
 from tests.support.models import batches, new_state, step_fn
 from tests.support.saved_in_memory import MemoryCheckpointer

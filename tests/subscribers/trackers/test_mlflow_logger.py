@@ -22,10 +22,10 @@ import pytest
 
 import eventtrain as et
 from eventtrain import subscribers as subs
-from eventtrain.subscribers._shared.optional_imports import MissingModule
 from eventtrain.subscribers.trackers import mlflow_logger, tracker
 from eventtrain.subscribers.trackers.tracker import TrackerThread
 from eventtrain.testing import ScriptedStep
+from eventtrain.validation.optional_imports import MissingModule
 from tests.conftest import python_path
 from tests.support.saved_in_memory import MemoryCheckpointer
 

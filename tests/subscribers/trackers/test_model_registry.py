@@ -20,8 +20,8 @@ import pytest
 import eventtrain as et
 from eventtrain import subscribers as subs
 from eventtrain.subscribers._shared import atomic_files
-from eventtrain.subscribers._shared.optional_imports import MissingModule
 from eventtrain.subscribers.trackers import model_registry
+from eventtrain.validation.optional_imports import MissingModule
 
 mlflow = pytest.importorskip("mlflow", reason="MLflow is not installed: pip install 'eventtrain[mlflow]'")
 from eventtrain.subscribers.trackers.mlflow_store import MLflowRegistry  # noqa: E402

@@ -17,9 +17,9 @@ import pytest
 
 import eventtrain as et
 from eventtrain import subscribers as subs
-from eventtrain.subscribers._shared.optional_imports import MissingModule
 from eventtrain.subscribers.trackers import opentelemetry as open_telemetry
 from eventtrain.testing import ScriptedStep
+from eventtrain.validation.optional_imports import MissingModule
 from tests.subscribers.trackers.tracked_runs import ODD
 from tests.support.saved_in_memory import MemoryCheckpointer
 

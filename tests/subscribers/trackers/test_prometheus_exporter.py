@@ -20,9 +20,9 @@ import pytest
 
 import eventtrain as et
 from eventtrain import subscribers as subs
-from eventtrain.subscribers._shared.optional_imports import MissingModule
 from eventtrain.subscribers.trackers import prometheus_exporter
 from eventtrain.testing import ScriptedStep
+from eventtrain.validation.optional_imports import MissingModule
 from tests.support.saved_in_memory import MemoryCheckpointer
 
 pytest.importorskip("prometheus_client", reason="it is not installed: pip install 'eventtrain[prometheus]'")

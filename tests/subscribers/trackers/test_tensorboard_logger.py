@@ -40,9 +40,9 @@ from tensorboardX.crc32c import crc32c  # noqa: E402
 from tensorboardX.proto.plugin_hparams_pb2 import HParamsPluginData  # noqa: E402
 
 from eventtrain.subscribers._shared import atomic_files  # noqa: E402
-from eventtrain.subscribers._shared.optional_imports import MissingModule  # noqa: E402
 from eventtrain.subscribers.trackers import tensorboard_file as event_file  # noqa: E402
 from eventtrain.subscribers.trackers import tensorboard_logger  # noqa: E402
+from eventtrain.validation.optional_imports import MissingModule  # noqa: E402
 
 ALL = dict.fromkeys(("scalars", "histograms", "images", "tensors"), 0)
 """As many as there are."""

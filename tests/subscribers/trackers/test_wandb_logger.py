@@ -24,7 +24,7 @@ import pytest
 
 import eventtrain as et
 from eventtrain import subscribers as subs
-from eventtrain.subscribers._shared.optional_imports import MissingModule
+from eventtrain.validation.optional_imports import MissingModule
 from tests.subscribers.trackers.tracked_runs import (
     ODD,
     context,
@@ -381,7 +381,7 @@ from pathlib import Path
 import logging
 logging.basicConfig(level=logging.DEBUG)
 from eventtrain import subscribers as subs
-from eventtrain.subscribers._shared.optional_imports import MissingModule
+from eventtrain.validation.optional_imports import MissingModule
 from tests.subscribers.trackers.tracked_runs import data, failures, scripted_run
 
 if __name__ == "__main__":

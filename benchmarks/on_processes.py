@@ -1,0 +1,128 @@
+"""The program of the part ``processes``: one of several processes that train together. Process 0 prints the figures."""
+
+from __future__ import annotations
+
+import json
+import logging
+import sys
+import tempfile
+import threading
+from contextlib import nullcontext
+from time import perf_counter
+from typing import Any
+from unittest import mock
+
+import anyio
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax.sharding import NamedSharding, PartitionSpec
+
+import eventtrain as et
+from eventtrain.loop.agreement.agreement import Alone
+from eventtrain.trainer import trainer as trainer_module
+
+WIDTH = 192
+OPTIMISER = optax.inject_hyperparams(optax.sgd)(learning_rate=1e-4)
+
+
+def main(seconds: float) -> None:
+    """Measures for about ``seconds``."""
+    logging.disable(logging.CRITICAL)
+    jax.distributed.initialize()
+    mesh = jax.make_mesh((jax.device_count(),), ("data",))
+    rows, everywhere = NamedSharding(mesh, PartitionSpec("data")), NamedSharding(mesh, PartitionSpec())
+
+    def put(value: Any, sharding: NamedSharding) -> jax.Array:
+        array = np.asarray(value)
+        return jax.make_array_from_callback(array.shape, sharding, lambda index: array[index])
+
+    params = {f"w{layer}": np.eye(WIDTH, dtype=np.float32) for layer in range(2)}
+    state = jax.tree.map(
+        lambda leaf: put(leaf, everywhere),
+        {"params": params, "opt": jax.tree.map(np.asarray, OPTIMISER.init(params))},
+    )
+    batch = put(np.ones((512, WIDTH), np.float32), rows)
+
+    def step_fn(state: Any, batch: Any) -> Any:
+        def loss_of(params: Any) -> Any:
+            hidden = batch
+            for weights in params.values():
+                hidden = jnp.tanh(hidden @ weights)
+            return jnp.mean(hidden**2)
+
+        loss, grads = jax.value_and_grad(loss_of)(state["params"])
+        updates, opt = OPTIMISER.update(grads, state["opt"], state["params"])
+        return {"params": optax.apply_updates(state["params"], updates), "opt": opt}, {"loss": loss}
+
+    jitted = jax.jit(step_fn, donate_argnums=0)
+
+    def bare(steps: int) -> float:
+        carried = jax.tree.map(jnp.copy, state)
+        carried, metrics = jitted(carried, batch)
+        tokens = [metrics["loss"].block_until_ready()]
+        began_s = perf_counter()
+        for _ in range(steps):
+            carried, metrics = jitted(carried, batch)
+            tokens.append(metrics["loss"])
+            if len(tokens) > 16:
+                tokens.pop(0).block_until_ready()
+        jax.block_until_ready(carried)
+        return perf_counter() - began_s
+
+    def trained(steps: int, *, agreed: bool) -> float:
+        apart = mock.patch.object(trainer_module, "joined", return_value=nullcontext(Alone()))
+        with tempfile.TemporaryDirectory() as folder, nullcontext() if agreed else apart:
+            trainer = et.Trainer(step_fn, state, run_dir=folder)
+            with trainer.session() as session:
+                for _ in range(50):
+                    session.step(batch)
+                session.block_until_ready()
+                began_s = perf_counter()
+                for _ in range(steps):
+                    session.step(batch)
+                session.block_until_ready()
+                return perf_counter() - began_s
+
+    steps = 300
+    once_s = bare(steps)
+    pairs = max(3, min(15, int(seconds / (4 * once_s))))
+    bare_s, apart_s, agreed_s = [], [], []
+    for _ in range(pairs):
+        bare_s.append(bare(steps) / steps)
+        apart_s.append(trained(steps, agreed=False) / steps)
+        agreed_s.append(trained(steps, agreed=True) / steps)
+    commands = latencies(step_fn, state, batch)
+    if jax.process_index() == 0:
+        print(
+            json.dumps({"bare_s": bare_s, "apart_s": apart_s, "agreed_s": agreed_s, **commands}), flush=True
+        )
+
+
+def latencies(step_fn: Any, state: Any, batch: Any) -> dict[str, list[float]]:
+    """Returns milliseconds, and steps, from a command of process 0 to its effect."""
+    found: dict[str, list[float]] = {"command_ms": [], "command_steps": []}
+    with tempfile.TemporaryDirectory() as folder:
+        trainer = et.Trainer(step_fn, state, run_dir=folder)
+
+        async def ask(control: et.Control) -> None:
+            for _ in range(40):
+                began_s, before = perf_counter(), trainer.step
+                applied = await control.scale_hyperparam("learning_rate", 1.0).result()
+                found["command_ms"].append(1e3 * (perf_counter() - began_s))
+                found["command_steps"].append(applied.step - before)
+                await anyio.sleep(0.02)
+            await control.stop("measured").result()
+
+        with trainer.session() as session:
+            session.prepare(batch)
+            if jax.process_index() == 0:
+                threading.Thread(target=anyio.run, args=(ask, session.control)).start()
+            while session.step(batch):
+                pass
+    return found
+
+
+if __name__ == "__main__":
+    main(float(sys.argv[1]))

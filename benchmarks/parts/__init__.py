@@ -1,0 +1,1 @@
+"""Parts of the suite, one module each: ``figures(device, budget_s, quick)`` returns its figures."""

@@ -1,0 +1,1 @@
+"""Tables and boxes of HTML that objects show in a notebook."""

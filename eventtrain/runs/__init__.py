@@ -1,0 +1,1 @@
+"""Files of a run: who writes to its folder, and its journal, which is read back as typed events. No JAX."""

@@ -1,0 +1,1 @@
+"""``Dashboard``: a page that shows and steers runs, served by the training process itself."""
