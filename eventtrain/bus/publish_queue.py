@@ -19,8 +19,6 @@ from datetime import UTC, datetime
 from typing import Any
 from weakref import WeakSet
 
-from anyio.lowlevel import checkpoint
-
 from eventtrain.bus.routing_table import RoutingTable
 from eventtrain.bus.runner import BusRunner
 from eventtrain.bus.subscription import SubscriptionCore
@@ -257,7 +255,7 @@ class PublishQueue:
             with self._table.delivery_lock:
                 self._route_batch()
             self._progress.notify_all()  # an event without subscriptions is handled now
-            await checkpoint()
+            await wakeup.let_others_run()
 
 
 def _forget_the_loops() -> None:

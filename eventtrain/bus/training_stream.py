@@ -143,7 +143,7 @@ class TrainingStream:
             await self._deliver(items[0])  # removed behind it, so that the stream does not look empty before
             items.popleft()
             self._progress.notify_all()
-            await checkpoint()
+            await wakeup.let_others_run()
 
     async def _deliver(self, item: StreamItem) -> None:
         if isinstance(item, Activation):

@@ -14,7 +14,6 @@ from typing import Any, NamedTuple, Protocol
 
 import anyio
 from anyio.abc import TaskGroup
-from anyio.lowlevel import checkpoint
 
 from eventtrain.bus.cancellation import own_failure, persist
 from eventtrain.bus.failures import Failures
@@ -154,6 +153,8 @@ class Worker:
     # --- one event at a time ----------------------------------------------------------------------------------
 
     async def _work(self) -> None:
+        wakeup = self.wakeup
+        assert wakeup is not None
         while await self._wait_for_work():
             self.in_flight += 1
             began_s = perf_counter()
@@ -164,7 +165,7 @@ class Worker:
                 self.in_flight -= 1
                 self._host.cost.wall_s += perf_counter() - began_s
             self._host.progress.notify_all()
-            await checkpoint()
+            await wakeup.let_others_run()
         await self._reach_boundary()
 
     async def _reach_boundary(self) -> None:

@@ -1,12 +1,16 @@
 from __future__ import annotations
 
+import itertools
 import threading
+import time
 
 import anyio
 import anyio.from_thread
 import anyio.to_thread
 import pytest
 
+import eventtrain as et
+from eventtrain.bus import wakeup as wakeups
 from eventtrain.bus.wakeup import CrossLoopCondition, CrossLoopFuture, LoopThread, Wakeup
 
 
@@ -190,3 +194,47 @@ async def test_sending_to_an_event_loop_that_has_ended_says_so(
         lambda: anyio.run(make, backend=anyio_backend[0], backend_options=anyio_backend[1])
     )
     assert loops[0].run_soon(lambda: None) is False
+
+
+@pytest.mark.parametrize("busy", [True, False])
+async def test_a_busy_event_loop_pauses_for_threads_that_wait_for_the_gil_and_an_idle_one_never(
+    anyio_backend: object, busy: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pauses: list[float] = []
+    seconds = itertools.count(step=1.0)
+    monkeypatch.setattr(wakeups.select, "select", lambda r, w, x, pause_s: pauses.append(pause_s))
+    monkeypatch.setattr(wakeups, "perf_counter", lambda: next(seconds))
+    monkeypatch.setattr(wakeups, "thread_time", itertools.count(step=0.9 if busy else 0.1).__next__)
+    handled = 0
+
+    class Echo(et.Event):
+        pass
+
+    async with et.EventBus() as bus:
+
+        @bus.on(Echo)
+        async def echo(event: Echo) -> None:
+            nonlocal handled
+            handled += 1
+            if handled < 10:
+                bus.publish(Echo())
+
+        bus.publish(Echo())
+        await bus.drain()
+    assert handled == 10
+    if busy:
+        assert len(pauses) >= handled
+        assert set(pauses) == {wakeups.PAUSE_S}
+    else:
+        assert not pauses
+
+
+async def test_the_pause_comes_once_in_a_while(anyio_backend: object) -> None:
+    loop, paused = LoopThread(), 0
+    loop.pause_if_busy()
+    until_s = time.perf_counter() + 0.1
+    while time.perf_counter() < until_s:
+        before_s = loop._looked_s
+        loop.pause_if_busy()
+        paused += loop._looked_s != before_s
+    assert 1 <= paused <= 0.1 / wakeups.BUSY_S + 1
