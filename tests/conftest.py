@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import atexit
 import importlib.util
 import inspect
 import os
+import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import textwrap
 import traceback
 from collections.abc import Callable, Generator, Iterator
@@ -21,6 +24,25 @@ import hypothesis
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
+COMPILED = "EVENTTRAIN_TESTS_COMPILED"
+
+
+def keep_compiled_programs() -> None:
+    """Has JAX keep what it compiles, for the length of this run of the tests.
+
+    Most tests compile the same few small programs, which takes half of the CPU time of the suite. Each process of
+    pytest-xdist has a folder of its own, with the processes that its tests start: JAX does not write the files at once.
+    """
+    if COMPILED not in os.environ:  # the processes of pytest-xdist inherit it
+        os.environ[COMPILED] = tempfile.mkdtemp(prefix="eventtrain-compiled-")
+        atexit.register(shutil.rmtree, os.environ[COMPILED], ignore_errors=True)
+    folder = Path(os.environ[COMPILED]) / os.environ.get("PYTEST_XDIST_WORKER", "main")
+    os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(folder))
+    os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
+    os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")
+
+
+keep_compiled_programs()
 
 # A busy machine is no failure: Hypothesis' deadline per example would make one of it.
 hypothesis.settings.register_profile("eventtrain", deadline=None)
