@@ -7,7 +7,8 @@ import logging
 import sys
 import tempfile
 import threading
-from contextlib import nullcontext
+from collections.abc import Callable
+from contextlib import ExitStack, nullcontext
 from time import perf_counter
 from typing import Any
 from unittest import mock
@@ -20,7 +21,7 @@ import optax
 from jax.sharding import NamedSharding, PartitionSpec
 
 import eventtrain as et
-from eventtrain.loop.agreement.agreement import Alone
+from eventtrain.loop.agreement.agreement import Alone, Leader
 from eventtrain.trainer import trainer as trainer_module
 
 WIDTH = 192
@@ -71,7 +72,7 @@ def main(seconds: float) -> None:
         jax.block_until_ready(carried)
         return perf_counter() - began_s
 
-    def trained(steps: int, *, agreed: bool) -> float:
+    def trained(steps: int, *, agreed: bool) -> tuple[float, float]:
         apart = mock.patch.object(trainer_module, "joined", return_value=nullcontext(Alone()))
         with tempfile.TemporaryDirectory() as folder, nullcontext() if agreed else apart:
             trainer = et.Trainer(step_fn, state, run_dir=folder)
@@ -79,25 +80,41 @@ def main(seconds: float) -> None:
                 for _ in range(50):
                     session.step(batch)
                 session.block_until_ready()
+                spent.clear()
                 began_s = perf_counter()
                 for _ in range(steps):
                     session.step(batch)
+                asked_s = sum(spent)
                 session.block_until_ready()
-                return perf_counter() - began_s
+                return (perf_counter() - began_s) / steps, asked_s / steps
 
+    spent: list[float] = []
     steps = 300
     once_s = bare(steps)
     pairs = max(3, min(15, int(seconds / (4 * once_s))))
-    bare_s, apart_s, agreed_s = [], [], []
-    for _ in range(pairs):
-        bare_s.append(bare(steps) / steps)
-        apart_s.append(trained(steps, agreed=False) / steps)
-        agreed_s.append(trained(steps, agreed=True) / steps)
-    commands = latencies(step_fn, state, batch)
+    found: dict[str, list[Any]] = {"bare_s": [], "apart": [], "agreed": []}
+    with ExitStack() as patches:
+        for name in ("check", "is_open", "promise"):  # what process 0 calls at each step
+            patches.enter_context(mock.patch.object(Leader, name, timed(getattr(Leader, name), spent)))
+        for _ in range(pairs):
+            found["bare_s"].append(bare(steps) / steps)
+            found["apart"].append(trained(steps, agreed=False))
+            found["agreed"].append(trained(steps, agreed=True))
+    found |= latencies(step_fn, state, batch)
     if jax.process_index() == 0:
-        print(
-            json.dumps({"bare_s": bare_s, "apart_s": apart_s, "agreed_s": agreed_s, **commands}), flush=True
-        )
+        print(json.dumps(found), flush=True)
+
+
+def timed(method: Callable[..., Any], spent: list[float]) -> Callable[..., Any]:
+    """Returns ``method``, which adds the seconds that each call takes to ``spent``."""
+
+    def call(*args: Any) -> Any:
+        began_s = perf_counter()
+        returned = method(*args)
+        spent.append(perf_counter() - began_s)
+        return returned
+
+    return call
 
 
 def latencies(step_fn: Any, state: Any, batch: Any) -> dict[str, list[float]]:

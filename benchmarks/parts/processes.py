@@ -33,15 +33,12 @@ def figures(device: Device, budget_s: float, quick: bool) -> list[Figure]:
     found = json.loads(line.removeprefix("[0] "))
     step_ms = 1e3 * sorted(found["bare_s"])[len(found["bare_s"]) // 2]
     at = f"{COUNT} processes, {step_ms:.2g} ms"
-    with_and_without = list(zip(found["agreed_s"], found["apart_s"], strict=True))
+    apart_us, agreed_us = ([1e6 * step_s for step_s, _ in found[loop]] for loop in ("apart", "agreed"))
+    asked_us = [1e6 * asked_s for _, asked_s in found["agreed"]]
     return [
-        figure(
-            "session / bare loop",
-            [a / b for a, b in zip(found["agreed_s"], found["bare_s"], strict=True)],
-            at=at,
-        ),
-        figure("agreement / none", [agreed / apart for agreed, apart in with_and_without], at=at),
-        figure("agreement, each step", [1e6 * (a - b) for a, b in with_and_without], at=at, unit="us"),
+        figure("session", agreed_us, [1e6 * step_s for step_s in found["bare_s"]], at=at),
+        figure("session, to one without agreement", agreed_us, apart_us, at=at, baseline="no agreement"),
+        figure("the agreement itself, on the training thread", asked_us, at=at, unit="us/step"),
         figure("command to effect", found["command_ms"], at=at, unit="ms"),
         figure("command to effect, in steps", found["command_steps"], at=at, unit="steps"),
     ]

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import inspect
+import os
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
 from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -15,6 +20,7 @@ import pytest
 
 import eventtrain as et
 from eventtrain import subscribers as subs
+from tests.conftest import python_path
 from tests.support.browser import browser
 from tests.support.dashboards import TOKEN, wait_until, watched
 from tests.support.models import batches, new_state, step_fn
@@ -40,7 +46,7 @@ class Page:
     def __init__(self, driver: Any) -> None:
         self.driver = driver
 
-    def open(self, dashboard: subs.Dashboard, token: str = TOKEN) -> None:
+    def open(self, dashboard: subs.Dashboard | SimpleNamespace, token: str = TOKEN) -> None:
         """Opens the page in a tab that remembers nothing."""
         self.driver.get("about:blank")
         url = wait_until(lambda: dashboard.url).partition("#")[0]
@@ -195,19 +201,55 @@ def test_a_finished_and_a_live_run_are_side_by_side(page: Page, tmp_path: Path) 
         page.require_quiet()
 
 
-def test_the_page_survives_a_restart_with_the_same_port_and_token(page: Page, tmp_path: Path) -> None:
-    with watched(tmp_path / "one", subs.Dashboard(token=TOKEN)) as (training, client, _run):
-        port = client.http.base_url.port
-        page.open(training.dashboard)
-        page.wait(lambda seen: seen["title"] == "one")
-    page.wait(lambda seen: seen["connection"] in ("no connection", "connecting"))
-    dashboard = subs.Dashboard(port, token=TOKEN)
-    with watched(tmp_path / "two", dashboard):
-        page.wait(
-            lambda seen: (seen["title"], seen["connection"], seen["state"]) == ("two", "live", "running")
+def served_run() -> None:
+    """The program that is killed and started again: RUN_DIR PORT TOKEN. Prints the URL."""
+    import sys
+
+    import eventtrain as et
+    from eventtrain import subscribers as subs
+    from tests.support.models import batches, new_state, step_fn
+
+    dashboard = subs.Dashboard(int(sys.argv[2]), token=sys.argv[3])
+    keeper = subs.Checkpointer("checkpoints", every=100)
+    trainer = et.Trainer(step_fn, new_state(), run_dir=sys.argv[1], subscribers=[dashboard, keeper])
+
+    @trainer.on(et.RunStarted | et.RunResumed)
+    async def say(event: et.Event) -> None:
+        print(dashboard.url.partition("#")[0], flush=True)
+
+    trainer.fit(batches(100), epochs=10**6, resume=True)
+
+
+def test_the_page_survives_a_kill_and_a_restart_of_the_process(page: Page, tmp_path: Path) -> None:
+    script = tmp_path / "train.py"
+    script.write_text(f"{inspect.getsource(served_run)}\n\nserved_run()\n")
+
+    def start(port: int) -> tuple[subprocess.Popen[str], str]:
+        process = subprocess.Popen(
+            [sys.executable, str(script), str(tmp_path / "run"), str(port), TOKEN],
+            stdout=subprocess.PIPE,
+            text=True,
+            env=os.environ | {"PYTHONPATH": python_path(), "JAX_PLATFORMS": "cpu"},
         )
+        assert process.stdout is not None
+        return process, process.stdout.readline().strip()
+
+    process, url = start(0)
+    try:
+        page.open(SimpleNamespace(url=url))
+        page.wait(lambda seen: seen["title"] == "run" and seen["state"] == "running" and seen["charts"])
+        wait_until(lambda: any((tmp_path / "run/checkpoints").glob("step-*")), 60)
+        process.kill()
+        process.communicate()
+        page.wait(lambda seen: seen["connection"] in ("no connection", "connecting"))
+        process, again = start(int(url.rstrip("/").rpartition(":")[2]))
+        assert again == url
+        page.wait(lambda seen: (seen["connection"], seen["state"]) == ("live", "running") and seen["charts"])
         page.driver.refresh()  # the tab still has the token
-        page.wait(lambda seen: (seen["title"], seen["state"]) == ("two", "running"))
+        page.wait(lambda seen: (seen["title"], seen["state"]) == ("run", "running"))
+    finally:
+        process.kill()
+        process.communicate()
 
 
 def test_an_action_a_checkpoint_and_stop_are_buttons(page: Page, tmp_path: Path) -> None:
