@@ -22,7 +22,7 @@ from eventtrain.control.snapshots import KeptSnapshot
 from eventtrain.data.array_loader import ArrayLoader
 from eventtrain.device.compiled_step import StepProgram
 from eventtrain.device.extensions import StepExtension
-from eventtrain.device.hyperparams import nonfinite_metrics
+from eventtrain.device.hyperparams import Hyperparams, hyperparams, nonfinite_metrics
 from eventtrain.device.weight_averaging import EMA, SWA
 from eventtrain.errors import *  # noqa: F403
 from eventtrain.events import AnyEvent, Event, events_json_schema, parse_event
@@ -40,6 +40,7 @@ if _TYPE_CHECKING:
     from eventtrain.config.load import load_subscribers
     from eventtrain.config.subscriber_config import subscriber_config
     from eventtrain.runs.reading import EventReader, read_events
+    from eventtrain.subscribers.checkpointing.matching import take_matching
     from eventtrain.subscribers.checkpointing.reader import load_state
 
 __all__ = [
@@ -59,6 +60,7 @@ __all__ = [
     "EventReader",
     "EventStream",
     "FitResult",
+    "Hyperparams",
     "KeepLatest",
     "KeptSnapshot",
     "LoopStatistics",
@@ -75,12 +77,14 @@ __all__ = [
     "Trainer",
     "errors",
     "events_json_schema",
+    "hyperparams",
     "load_state",
     "load_subscribers",
     "nonfinite_metrics",
     "parse_event",
     "read_events",
     "subscriber_config",
+    "take_matching",
 ]
 __all__ += errors.__all__
 __all__.remove("CommandRejected")  # the alias of an exception; here it is the event
@@ -95,6 +99,7 @@ _LAZY = {  # rarely needed, or slow to import, as Orbax is
     "load_subscribers": "eventtrain.config.load",
     "read_events": "eventtrain.runs.reading",
     "subscriber_config": "eventtrain.config.subscriber_config",
+    "take_matching": "eventtrain.subscribers.checkpointing.matching",
 }
 
 

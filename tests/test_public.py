@@ -12,6 +12,7 @@ DESIGN = [
     "EMA",
     "SWA",
     "nonfinite_metrics",
+    "hyperparams",
     "Event",
     "Subscriber",
     "Subscription",

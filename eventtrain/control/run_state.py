@@ -61,6 +61,7 @@ class LoopRecord(Frozen):
         deterministic: nothing that depends on timing has taken effect.
         fingerprint: what an exact continuation depends on: versions, devices, options.
         attempt: of the run, when the checkpoint was taken.
+        given: path -> value, of the hyperparameters that this call of ``fit`` was given.
     """
 
     kind: Literal["loop_facts"] = "loop_facts"
@@ -83,6 +84,7 @@ class LoopRecord(Frozen):
     deterministic: bool = True
     fingerprint: dict[str, Any] = Field(default_factory=dict)
     attempt: int = Field(default=1, ge=1)
+    given: dict[str, Number] = Field(default_factory=dict)
 
     @model_validator(mode="after")
     def _agrees_with_itself(self) -> Self:

@@ -19,7 +19,7 @@ from eventtrain.errors import ConfigurationError, listed
 
 # Ends of names, behind "_": `opt_state`, `gen_opt`.
 OPTIMISERS = ("_opt", "_opt_state", "_optimizer_state", "_optimiser_state")
-OTHERS = ("_batch_stats", "_hyper_params")
+OTHERS = ("_batch_stats", "_hyper_params", "_hyperparams")
 
 
 @dataclass(frozen=True, eq=False)
@@ -45,7 +45,7 @@ def find_params(state: PyTree) -> PyTree:
        optimisers, the one beside each.
 
     Optimiser states (types of optax; `opt_state`, `opt`, `gen_opt`), statistics (`batch_stats`, other variables of
-    Flax NNX, `eqx.nn.State`), and parts without floating-point numbers (counters, keys) are not weights.
+    Flax NNX, `eqx.nn.State`), `hyperparams`, and parts without floating-point numbers (counters, keys) are not weights.
 
     Raises:
         ConfigurationError: another part is left, or there are no weights; the message lists what was found.

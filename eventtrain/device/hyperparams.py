@@ -1,8 +1,9 @@
-"""Hyperparameters and counters in the optimiser state of optax, found by name at any depth.
+"""Hyperparameters in the state: those of optax, found by name at any depth, and those of step_fn itself.
 
 `optax.inject_hyperparams` holds hyperparameters as scalar arrays in a dict named `hyperparams`, next to
 `hyperparams_states` for those that follow a schedule. Wrapping, chaining and partitioning put that dict at any depth
-and into any type of state, so it is searched by name, not by type.
+and into any type of state, so it is searched by name, not by type. `Hyperparams` holds those of step_fn in a dict of
+the same name, so that everything that changes, saves or shows the ones does the same with the others.
 
 A new value must have the dtype, the strong type and the sharding of the old one: a Python number or a weakly typed
 array in its place recompiles the step (90 to 300 ms, seconds for a large model).
@@ -12,8 +13,8 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any, Self
 
 import jax
 import jax.numpy as jnp
@@ -33,6 +34,7 @@ from eventtrain.errors import (
 )
 
 _BUILD = "optax.inject_hyperparams(optax.adam)(learning_rate=1e-3)"
+_PUT = "et.hyperparams(kl_weight=0.1)"
 _COUNTERS = ("notfinite_count", "total_notfinite", "last_finite")
 
 
@@ -53,6 +55,73 @@ class Hyperparam:
     leaf_index: int
     scheduled: bool
     dtype: np.dtype[Any]
+
+
+@jax.tree_util.register_pytree_with_keys_class
+class Hyperparams(Mapping[str, jax.Array]):
+    """Read-only mapping name -> array of shape (), and a pytree: the part of a state that `hyperparams` makes.
+
+    Attributes:
+        hyperparams: the same as a dict.
+    """
+
+    def __init__(self, values: Mapping[str, jax.Array]) -> None:
+        self.hyperparams = dict(values)
+
+    def __getitem__(self, name: str) -> jax.Array:
+        return self.hyperparams[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.hyperparams)
+
+    def __len__(self) -> int:
+        return len(self.hyperparams)
+
+    def __repr__(self) -> str:
+        return f"Hyperparams({', '.join(f'{name}={value}' for name, value in self.items())})"
+
+    def tree_flatten_with_keys(self) -> tuple[tuple[tuple[Any, Any]], None]:
+        """For JAX."""
+        return ((jax.tree_util.GetAttrKey("hyperparams"), self.hyperparams),), None
+
+    @classmethod
+    def tree_unflatten(cls, _: None, children: Iterable[Any]) -> Self:
+        """For JAX, which may pass anything in place of the dict."""
+        self = object.__new__(cls)
+        (self.hyperparams,) = children
+        return self
+
+
+def hyperparams(**values: float | int | bool | np.generic | jax.Array) -> Hyperparams:
+    """Returns run-time parameters of step_fn, as a part of its state: a KL weight, a dropout rate, a temperature.
+
+    They are hyperparameters as those of `optax.inject_hyperparams` are: commands, schedules and policies change them by
+    name without recompiling, events and logs show them, and checkpoints hold them. step_fn reads them from the state,
+    as in `state["loss"]["kl_weight"]`, and returns them with it. Put them beside the params, not inside, where an
+    average of the weights would take them for weights.
+
+    Args:
+        values: name -> real number. A Python number becomes an array of JAX' default dtype of its kind, one with a
+            dtype (`jnp.bfloat16(0.1)`) keeps it. The dtype stays: an int stays an int, a bool a bool.
+
+    Raises:
+        HyperparamError: no values, or one that is not a finite real number, such as a function.
+    """
+    if not values:
+        raise HyperparamError(f"hyperparams() got no values. Name at least one, as in {_PUT}.")
+    arrays: dict[str, jax.Array] = {}
+    for name, value in values.items():
+        if callable(value):
+            raise HyperparamError(
+                f"hyperparams({name}=...): expected a number, got {type(value).__name__}. For a schedule, begin with a "
+                f"number and subscribe subscribers.HyperparamScheduler({name!r}, schedule)."
+            )
+        try:
+            dtype = value.dtype if is_array(value) else np.result_type(type(_number(value)))
+            arrays[name] = jnp.asarray(_fitted(value, jax.dtypes.canonicalize_dtype(dtype)))
+        except HyperparamError as error:
+            raise HyperparamError(f"hyperparams({name}=...): {error}") from None
+    return Hyperparams(arrays)
 
 
 def find_hyperparams(state: PyTree) -> list[Hyperparam]:
@@ -119,6 +188,12 @@ def resolve(hyperparams: Sequence[Hyperparam], name: str, path: str | None = Non
     return hyperparam
 
 
+def resolve_label(hyperparams: Sequence[Hyperparam], label: str) -> Hyperparam:
+    """Returns the hyperparameter with a name, or with a whole path, as `labels` gives it. Raises as `resolve`."""
+    at_path = next((h for h in hyperparams if h.path == label), None)
+    return resolve(hyperparams, label if at_path is None else at_path.name, at_path and label)
+
+
 def labels(hyperparams: Sequence[Hyperparam]) -> dict[str, str]:
     """Returns path -> key in events and ``control.hyperparams``: the name, or the path where names collide."""
     names = [h.name for h in hyperparams]
@@ -146,21 +221,26 @@ def write(leaf: jax.Array, value: object) -> jax.Array:
     Raises:
         HyperparamError: `value` is not a finite real number, or does not fit the leaf's dtype.
     """
+    return put(_fitted(value, leaf.dtype), leaf.sharding)
+
+
+def _fitted(value: object, kind: Any) -> np.ndarray[Any, Any]:
+    """Returns `value` as an array of dtype `kind`. Raises a HyperparamError as `write` does."""
     number = _number(value)
-    kind = leaf.dtype
     if isinstance(number, bool) != (kind == np.bool_):
         raise HyperparamError(
             f"Cannot write {value!r} to a hyperparameter of dtype {kind}: one is a bool and the other is not. Pass a "
             "value of the same kind."
         )
-    if not math.isfinite(number):
+    if not isinstance(number, int) and not math.isfinite(number):
         raise HyperparamError(
             f"Cannot write {value!r} to a hyperparameter: the next update would make the weights NaN. Pass a finite "
             "number."
         )
     if jnp.issubdtype(kind, np.integer):
         limits = jnp.iinfo(kind)
-        fits = float(number).is_integer() and int(limits.min) <= number <= int(limits.max)
+        whole = isinstance(number, int) or number.is_integer()
+        fits = whole and int(limits.min) <= number <= int(limits.max)
     else:
         limit = 1.0 if kind == np.bool_ else float(jnp.finfo(kind).max)
         fits = abs(number) <= limit and (number == 0 or bool(np.asarray(number, kind) != 0))
@@ -169,7 +249,7 @@ def write(leaf: jax.Array, value: object) -> jax.Array:
             f"Cannot write {value!r} to a hyperparameter of dtype {kind}, which cannot hold it. Pass a number in its "
             "range, or build the optimiser with hyperparam_dtype=jnp.float32."
         )
-    return put(np.asarray(number, kind), leaf.sharding)
+    return np.asarray(number, kind)
 
 
 def nonfinite_metrics(opt_state: PyTree, *, prefix: str = "") -> dict[str, jax.Array]:
@@ -250,8 +330,10 @@ def _unknown_message(hyperparams: Sequence[Hyperparam], name: str) -> str:
     if not names:
         return (
             f"No hyperparameter {name!r}: the state has none, because the optimiser keeps them as constants of the "
-            f"program. Build it with {_BUILD}."
+            f"program. Build it with {_BUILD}, or put {_PUT} into the state."
         )
-    return f"No hyperparameter {name!r}: the optimiser state holds {listed(names, 10)}. " + did_you_mean(
-        name, names, f"To set {name!r}, name it when building the optimiser, as in {_BUILD}."
+    return f"No hyperparameter {name!r}: the state holds {listed(names, 10)}. " + did_you_mean(
+        name,
+        names,
+        f"To set {name!r}, name it when building the optimiser, as in {_BUILD}, or put {_PUT} into the state.",
     )

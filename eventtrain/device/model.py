@@ -15,7 +15,7 @@ from eventtrain.device.default_params import find_params
 from eventtrain.device.executable_cache import LowerOnCaller, compile_lowered, lower_here
 from eventtrain.device.extensions import ParamsLens, StepExtension, Use, checked_uses
 from eventtrain.device.fused_step import StepFn, StepOptions
-from eventtrain.device.hyperparams import find_hyperparams
+from eventtrain.device.hyperparams import Hyperparam, find_hyperparams, read, resolve_label, write
 from eventtrain.device.placement import put
 from eventtrain.device.state import (
     Leaves,
@@ -135,6 +135,29 @@ class Model:
         if changed:
             self.structure = structure
             self._forget_compiled()
+
+    def new_hyperparams(self, values: Mapping[str, object]) -> dict[Hyperparam, jax.Array]:
+        """Returns leaves with these values, for `set_hyperparams`.
+
+        Args:
+            values: by name; by path where several have one name.
+
+        Raises:
+            HyperparamError: there is no such hyperparameter, or it cannot have this value.
+        """
+        known = find_hyperparams(self.structure.join(self.leaves))
+        targets = {label: resolve_label(known, label) for label in values}
+        return {one: write(self.leaves[one.leaf_index], values[label]) for label, one in targets.items()}
+
+    def set_hyperparams(self, leaves: Mapping[Hyperparam, jax.Array]) -> dict[Hyperparam, float | int | bool]:
+        """Put these leaves into the state. Returns the values before. Blocks until those are computed."""
+        before: dict[Hyperparam, float | int | bool] = {}
+        self.leaves = list(self.leaves)
+        for one, leaf in leaves.items():
+            index = self.structure.paths.index(one.path)
+            before[one] = read(self.leaves[index])
+            self.leaves[index] = leaf
+        return before
 
     def _types(self, leaves: Sequence[jax.Array]) -> list[jax.ShapeDtypeStruct]:
         return abstract(leaves, [path in self._weak for path in self.structure.paths])

@@ -67,7 +67,10 @@ class RunStarted(RunEvent):
 
 
 class RunResumed(RunEvent):
-    """A run continues from a checkpoint. Not part of the training sequence, which continues where it was saved."""
+    """A run continues from a checkpoint; published in place of RunStarted.
+
+    The one event of the training sequence that an uninterrupted run does not have.
+    """
 
     kind: Literal["run_resumed"] = "run_resumed"
     epoch: int
@@ -433,6 +436,7 @@ BUILT_IN: tuple[type[Event], ...] = tuple(globals()[name] for name in __all__)
 
 TRAINING_SEQUENCE: tuple[type[Event], ...] = (
     RunStarted,
+    RunResumed,
     RunCompleted,
     RunFailed,
     EpochStarted,

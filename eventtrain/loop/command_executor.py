@@ -43,7 +43,7 @@ class CommandExecutor:
 
     Attributes:
         carry: the state between two steps.
-        hyperparams: all that the optimiser state holds.
+        hyperparams: all that the state holds.
         status, plane, windows: of the run.
         ledger, checkpoints, evaluations, profiler: do what commands ask for.
         agreement: with the other processes of the run.

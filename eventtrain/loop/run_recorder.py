@@ -11,6 +11,7 @@ from typing import Any, Literal, TypeAlias
 from eventtrain.control.run_state import LoopRecord, pack
 from eventtrain.data.batch_group import BatchGroup
 from eventtrain.errors import listed
+from eventtrain.events.models import Number
 from eventtrain.loop.lag_gates import LagGates
 from eventtrain.loop.run_status import RunStatus
 
@@ -74,6 +75,7 @@ class RunRecorder:
         fingerprint: what an exact continuation depends on.
         resumed: the record from which the run resumes. The run then began where that run began.
         attempt: how many times the run has begun or been resumed.
+        given: path -> value, of the hyperparameters that this call of ``fit`` was given.
     """
 
     def __init__(
@@ -85,9 +87,11 @@ class RunRecorder:
         resumed: LoopRecord | None = None,
         *,
         attempt: int = 1,
+        given: Mapping[str, Number] | None = None,
     ) -> None:
         self.aim = aim
         self.attempt = attempt
+        self._given = dict(given or {})
         self.data = DataPosition()
         self.start_step, self.start_epoch = start_step, start_epoch
         self._fingerprint = dict(fingerprint)
@@ -141,6 +145,7 @@ class RunRecorder:
             deterministic=status.deterministic and not gates.timed_out(),
             fingerprint=dict(self._fingerprint),
             attempt=self.attempt,
+            given=self._given,
         )
 
     def unchanged(self, status: RunStatus) -> bool:

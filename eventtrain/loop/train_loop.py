@@ -62,7 +62,7 @@ class TrainingLoop:
         source: the model, and what it is evaluated on.
         compiled: the prepared step.
         carry: the state to start from. The loop owns it from now on.
-        hyperparams: all that the optimiser state holds.
+        hyperparams: all that the state holds.
         status, resources, recorder: of the run.
         agreement: with the other processes of the run.
         pace: how far to run ahead.

@@ -22,7 +22,7 @@ from eventtrain.device.hyperparams import find_hyperparams, values_of
 from eventtrain.device.model import Model
 from eventtrain.device.snapshot import Snapshot
 from eventtrain.device.state import split_state
-from eventtrain.errors import ConfigurationError, SnapshotError, StateError, shortened
+from eventtrain.errors import ConfigurationError, SnapshotError, StateError, listed, shortened
 from eventtrain.events import Event, RunResumed
 from eventtrain.loop.run_recorder import Aim
 from eventtrain.loop.run_resources import RunResources
@@ -209,18 +209,18 @@ def take_over(
     left = remaining(record.loop, aim)
     before_end = record.before_end if ended is None and 0 not in (left.epochs, left.steps) else None
     record = before_end or record
-    changed = differences(record.loop.fingerprint, now)
-    if changed:
-        logger.warning(
-            "The run resumes from %s under different conditions and may not repeat bit for bit: %s",
-            saved.path, "; ".join(changed),
-        )  # fmt: skip
     all_shares = {name: share.share() for name, share in record.shares.items()}
     shares = _meant_for(subscribers, all_shares)
     like = model.structure.join(model.leaves)
     kept = saved.kept(like, before_end=before_end is not None)
     state_tag = BEFORE_END if BEFORE_END in kept else None
     state = kept.pop(BEFORE_END)[1] if state_tag is not None else saved.state(like)
+    changed = differences(record.loop.fingerprint, now, values_of(find_hyperparams(state), _leaves_of(state)))
+    if changed:
+        logger.warning(
+            "The run resumes from %s under different conditions and may not repeat bit for bit: %s",
+            saved.path, listed(changed, 20),
+        )  # fmt: skip
     tags = {tag.removeprefix(f"{BEFORE_END}/"): tag for tag in kept}
     left_out = all_shares.keys() - shares.keys()
     orders = tuple(order for order in record.loop.orders if order.subscriber not in left_out)
@@ -352,6 +352,7 @@ def resume_stream(point: ResumePoint, resources: RunResources) -> None:
         pending = PendingCommand(command, CrossLoopFuture(), cause, names[saved.subscriber], saved.issue)
         resources.plane.queue.due.append(pending)
     loop, path = record.loop, str(point.saved.path)
+    resources.gates.note(RunResumed, loop.step)
     fetcher.put(RunResumed(step=loop.step, epoch=loop.epoch, batch=loop.batch, path=path))
 
 
@@ -402,22 +403,34 @@ def fingerprint(model: Model) -> dict[str, Any]:
     }
 
 
-def differences(saved: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+def differences(
+    saved: Mapping[str, Any], now: Mapping[str, Any], restored: Mapping[str, Any] | None = None
+) -> list[str]:
     """Returns what differs from the fingerprint of the checkpoint, one phrase each.
 
-    Of the data, only what is known of both is compared: a generator around a loader does not describe itself.
+    Of the data, only what is known of both is compared: a generator around a loader does not describe itself. Nor is
+    the state compared: one that does not fit is refused.
+
+    Args:
+        restored: the hyperparameters with which the run continues.
     """
     found: list[str] = []
-    for name in sorted({*saved, *now}):
+    for name in sorted({*saved, *now} - {"state"}):
         then, here = saved.get(name), now.get(name)
         if name in ("data", "hyperparams"):
-            continues = "; the checkpoint's value continues" if name == "hyperparams" else ""
             then, here = dict(then or {}), dict(here or {})
-            found += [
-                f"{name}: {key}={shortened(repr(then[key]))} then, {shortened(repr(here[key]))} now{continues}"
-                for key in sorted(then.keys() & here.keys())
-                if then[key] != here[key]
-            ]
+            for key in sorted(then.keys() & here.keys()):
+                if then[key] == here[key]:
+                    continue
+                continues = ""
+                if name == "hyperparams":
+                    value = f" {restored[key]!r}" if restored and key in restored else ""
+                    continues = (
+                        f"; the checkpoint's value{value} continues, fit(hyperparams=...) sets another"
+                    )
+                found.append(
+                    f"{name}: {key}={shortened(repr(then[key]))} then, {shortened(repr(here[key]))} now{continues}"
+                )
         elif then != here:
             found.append(f"{name}: {shortened(repr(then))} then, {shortened(repr(here))} now")
     return found

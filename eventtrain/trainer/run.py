@@ -36,6 +36,7 @@ from eventtrain.events import (
     EpochCompleted,
     EpochStarted,
     EvalCompleted,
+    HyperparamChanged,
     RunCompleted,
     RunFailed,
     RunStarted,
@@ -86,6 +87,7 @@ class Run:
         agreement: with the other processes of the run.
         resume_point: where the run resumes.
         restarts: it should have resumed, and nothing was saved.
+        changes: of hyperparameters, made before the first step.
 
     Attributes:
         loop: None until the step is compiled for the first batch.
@@ -106,6 +108,7 @@ class Run:
         agreement: Agreement,
         resume_point: ResumePoint | None = None,
         restarts: bool = False,
+        changes: Sequence[HyperparamChanged] = (),
     ) -> None:
         model = source.model
         self.source = source
@@ -124,6 +127,7 @@ class Run:
         self._lifecycle = SubscriberLifecycle(bus, subscribers)
         self._resume_point = resume_point
         self._restarts = restarts
+        self._changes = changes
         self._first_step = model.step
         builder = EventBuilder(bus, plane.view, weight=options.weight)
         fetcher = Fetcher(builder.take, self._fetch_failed)
@@ -398,6 +402,9 @@ class Run:
         else:
             gates.note(RunStarted, model.step)
             fetcher.put(RunStarted(step=model.step))
+        for change in self._changes:
+            self.status.changes += 1
+            fetcher.put(change)
 
     def _finish(self, raised: BaseException | None = None) -> None:
         """Settle everything: the state, what is due, the last events, the subscribers.

@@ -23,10 +23,11 @@ from eventtrain.data.epoch_iterator import Leftovers
 from eventtrain.data.sources import describe, length_of
 from eventtrain.device.extensions import StepExtension
 from eventtrain.device.fused_step import StepOptions
+from eventtrain.device.hyperparams import Hyperparam, find_hyperparams, labels, read
 from eventtrain.device.model import Model
 from eventtrain.device.state import PyTree
 from eventtrain.errors import AlreadyRunning, ConfigurationError, PeerLost, StateInUse
-from eventtrain.events import EpochCompleted, Event
+from eventtrain.events import EpochCompleted, Event, HyperparamChanged
 from eventtrain.events.models import Number
 from eventtrain.loop.agreement.agreement import Agreement
 from eventtrain.loop.evaluation import EvaluationSource
@@ -337,6 +338,7 @@ class Trainer(Generic[S]):
         steps: int | None = None,
         eval_data: Any = None,
         resume: bool | str | int | Path = False,
+        hyperparams: Mapping[str, Number] | None = None,
         progress: bool | None = None,
     ) -> FitResult[S]:
         """Train for ``epochs`` epochs or ``steps`` steps more, on this thread. Blocks until everything has settled.
@@ -354,18 +356,22 @@ class Trainer(Generic[S]):
                 this path, tag or step. ``epochs`` and ``steps`` are then those of the whole run. If nothing is saved
                 yet, True starts from scratch and logs that. A run that has ended trains nothing more, unless the aim
                 is higher.
+            hyperparams: name (or path, where several have one name) -> value, set before the first step, whether the
+                run resumes or not, and published as HyperparamChanged. A script that resumes again and again
+                (``resume=True``) with the same values sets them once: the checkpoints remember it.
             progress: show a progress display. By default on a terminal or in a notebook.
 
         Raises:
             ConfigurationError, DataError, StepError, StateError, MetricsError: invalid input, by name.
+            HyperparamError: one of ``hyperparams`` does not exist, follows a schedule, or cannot have that value.
             SubscriberError: a subscription with ``on_error="fail"`` failed.
             AlreadyRunning: a run of this trainer is in progress.
         """
         with self._user_frames:
-            self._check_fit(epochs, steps, eval_data, resume, progress)
+            self._check_fit(epochs, steps, eval_data, resume, hyperparams, progress)
             extra = [ProgressBar()] if (shows_progress() if progress is None else progress) else []
             with self._on_this_thread("fit"):
-                return self._fit(data, epochs, steps, eval_data, extra, resume)
+                return self._fit(data, epochs, steps, eval_data, extra, resume, hyperparams or {})
 
     async def fit_async(
         self,
@@ -375,6 +381,7 @@ class Trainer(Generic[S]):
         steps: int | None = None,
         eval_data: Any = None,
         resume: bool | str | int | Path = False,
+        hyperparams: Mapping[str, Number] | None = None,
         progress: bool = False,
     ) -> FitResult[S]:
         """Like ``fit``, in a thread of its own beside the running event loop, which stays free.
@@ -384,10 +391,10 @@ class Trainer(Generic[S]):
         was published within ``drain_timeout_s`` before it is raised; the state reached is in ``state``.
         """
         with self._user_frames, self._execution.claim("fit_async"):
-            self._check_fit(epochs, steps, eval_data, resume, progress)
+            self._check_fit(epochs, steps, eval_data, resume, hyperparams, progress)
             extra = [ProgressBar()] if progress else []
             return await self._execution.beside_loop(
-                lambda: self._fit(data, epochs, steps, eval_data, extra, resume)
+                lambda: self._fit(data, epochs, steps, eval_data, extra, resume, hyperparams or {})
             )
 
     @contextmanager
@@ -419,11 +426,21 @@ class Trainer(Generic[S]):
         signals.raise_received(self._signal)
 
     def _check_fit(
-        self, epochs: int | None, steps: int | None, eval_data: Any, resume: object, progress: object
+        self,
+        epochs: int | None,
+        steps: int | None,
+        eval_data: Any,
+        resume: object,
+        hyperparams: object,
+        progress: object,
     ) -> None:
         if not fits(resume, bool | str | int | Path):
             raise ConfigurationError(
                 f"fit: resume must be a bool, a path, a tag or a step, got {shown(resume)}."
+            )
+        if not fits(hyperparams, Mapping[str, Any] | None):
+            raise ConfigurationError(
+                f"fit: hyperparams must be a dict of name -> value, got {shown(hyperparams)}."
             )
         if not fits(progress, bool | None):
             raise ConfigurationError(f"fit: progress must be True, False or None, got {shown(progress)}.")
@@ -450,6 +467,8 @@ class Trainer(Generic[S]):
         agreement: Agreement,
         restarts: bool = False,
         data: Any = None,
+        given: Mapping[str, Number] | None = None,
+        changes: Sequence[HyperparamChanged] = (),
     ) -> Run:
         model = self._model
         return Run(
@@ -473,10 +492,12 @@ class Trainer(Generic[S]):
                 {**self._fingerprint, "data": describe(data)},
                 point.record.loop if point is not None else None,
                 attempt=self._attempt if agreement.is_shared else self._begin_attempt(point),
+                given=given,
             ),
             agreement=agreement,
             resume_point=point,
             restarts=restarts,
+            changes=changes,
         )
 
     def _begin_attempt(self, point: ResumePoint | None) -> int:
@@ -507,25 +528,42 @@ class Trainer(Generic[S]):
         eval_data: Any,
         extra: Sequence[Subscriber],
         resume: bool | str | int | Path,
+        hyperparams: Mapping[str, Number],
     ) -> FitResult[S]:
         model = self._model
         aim = Aim(epochs, steps, length_of(data))
+        wanted = model.new_hyperparams(hyperparams)
+        given = {one.path: read(leaf) for one, leaf in wanted.items()}
         with (
             self._joined() as agreement,
             self._run_directory(agreement),
         ):
             saved = self._find_saved(resume) if resume is not False and agreement.decides else None
             saved = self._begin(agreement, saved)
-            point, left = self._resume(saved, aim, data, named=resume is not True) if saved else (None, aim)
+            point, left = None, aim
+            if saved:
+                point, left = self._resume(saved, aim, data, named=resume is not True, given=given)
             if point is not None and is_beyond(point.record.loop, aim):
                 point.backup.discard()
                 return self._result(0, "completed", [], {})
             restarts = resume is not False and point is None
+            known = point is not None and (
+                point.ended is not None or (resume is True and point.record.loop.given == given)
+            )
+            changes = [] if known else self._set_hyperparams(wanted, given)
             temporary = [
                 RunSubscriber(one, subscribe(self._core, one)) for one in (extra if agreement.decides else ())
             ]
             run = self._new_run(
-                aim, eval_data, temporary, point, restarts=restarts, data=data, agreement=agreement
+                aim,
+                eval_data,
+                temporary,
+                point,
+                restarts=restarts,
+                data=data,
+                agreement=agreement,
+                given=given,
+                changes=changes,
             )
             first_epoch = model.epoch
             try:
@@ -541,6 +579,23 @@ class Trainer(Generic[S]):
         return self._result(
             model.epoch - first_epoch, run.ended_by, list(run.resources.builder.history), run.undelivered
         )
+
+    def _set_hyperparams(
+        self, wanted: Mapping[Hyperparam, jax.Array], values: Mapping[str, Number]
+    ) -> list[HyperparamChanged]:
+        """Sets what ``fit`` was given. Returns the events of what has changed."""
+        return [
+            HyperparamChanged(
+                step=self._model.step,
+                name=one.name,
+                path=one.path,
+                old=old,
+                new=values[one.path],
+                reason="fit(hyperparams=...)",
+            )
+            for one, old in self._model.set_hyperparams(wanted).items()
+            if old != values[one.path]
+        ]
 
     def _result(
         self, epochs: int, reason: str, history: list[EpochCompleted], undelivered: Mapping[str, int]
@@ -612,13 +667,20 @@ class Trainer(Generic[S]):
             )
         return saved
 
-    def _resume(self, saved: SavedRun, aim: Aim, data: Any, *, named: bool) -> tuple[ResumePoint, Aim]:
-        """Take over ``saved``. Returns it, and what is left of ``aim``."""
-        run_dir = self.run_dir
-        now = {**self._fingerprint, "data": describe(data)}
-        point = take_over(
-            saved, self._model, self._plane.view, self._subscribers_here(), now, aim, named=named
-        )
+    def _resume(
+        self, saved: SavedRun, aim: Aim, data: Any, *, named: bool, given: Mapping[str, Number]
+    ) -> tuple[ResumePoint, Aim]:
+        """Take over ``saved``. Returns it, and what is left of ``aim``.
+
+        Args:
+            given: path -> value, of the hyperparameters that ``fit`` was given, for which nothing is warned of.
+        """
+        run_dir, model = self.run_dir, self._model
+        names = labels(find_hyperparams(model.structure.join(model.leaves)))
+        built = self._fingerprint["hyperparams"]
+        kept = {name: built[name] for path, name in names.items() if path not in given and name in built}
+        now = {**self._fingerprint, "hyperparams": kept, "data": describe(data)}
+        point = take_over(saved, model, self._plane.view, self._subscribers_here(), now, aim, named=named)
         record, ended = point.record.loop, point.ended
         if ended is not None:
             logger.warning(

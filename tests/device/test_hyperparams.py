@@ -10,6 +10,8 @@ import optax
 import pytest
 from flax.training.train_state import TrainState
 
+import eventtrain as et
+from eventtrain.device.default_params import find_params
 from eventtrain.device.hyperparams import Hyperparam, find_hyperparams, read, resolve, write
 from eventtrain.device.state import place, split_state
 from eventtrain.errors import (
@@ -223,3 +225,46 @@ def test_what_is_no_finite_number_of_the_dtype_is_refused(dtype: str, value: Any
     (leaf,) = place([jnp.asarray(1, dtype)])
     with pytest.raises(HyperparamError, match=expected):
         write(leaf, value)
+
+
+def test_parameters_of_the_step_are_found_at_their_paths_and_are_no_weights() -> None:
+    class Training(NamedTuple):
+        params_of_model: Any
+        opt_state: Any
+        loss: et.Hyperparams
+
+    loss = et.hyperparams(kl_weight=0.5, level=2, hard=False, rate=jnp.bfloat16(0.25))
+    state = Training({"w": jnp.ones(3)}, sgd(0.5).init(PARAMS), loss)
+    found = {h.name: h for h in find_hyperparams(state) if "loss" in h.path}
+    leaves, structure = split_state(state)
+    assert {name: h.dtype.name for name, h in found.items()} == {
+        "hard": "bool", "kl_weight": "float32", "level": "int32", "rate": "bfloat16",
+    }  # fmt: skip
+    assert found["kl_weight"].path == ".loss.hyperparams['kl_weight']"
+    assert structure.paths[found["kl_weight"].leaf_index] == found["kl_weight"].path
+    leaves[found["level"].leaf_index] = jnp.int32(3)
+    joined = structure.join(leaves).loss
+    assert {name: value.item() for name, value in joined.items()} == {
+        "hard": False, "kl_weight": 0.5, "level": 3, "rate": 0.25,
+    }  # fmt: skip
+    assert not any(leaf.weak_type for leaf in loss.values())
+    assert find_params(state) is state.params_of_model
+
+
+@pytest.mark.parametrize(
+    ("value", "expected"),
+    [
+        (lambda epoch: 0.1, r"hyperparams\(x=...\): expected a number.*HyperparamScheduler\('x', schedule\)"),
+        ("high", r"hyperparams\(x=...\): Cannot write str.*one real number"),
+        (None, "NoneType"),
+        (jnp.ones(2), r"of shape \(2,\)"),
+        (float("nan"), "Pass a finite number"),
+        (2**40, "int32, which cannot hold it"),
+        (10**400, "int32, which cannot hold it"),
+    ],
+)
+def test_a_parameter_of_the_step_that_is_no_number_is_refused_by_name(value: Any, expected: str) -> None:
+    with pytest.raises(HyperparamError, match=expected):
+        et.hyperparams(x=value)
+    with pytest.raises(HyperparamError, match="no values"):
+        et.hyperparams()

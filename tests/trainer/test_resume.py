@@ -68,7 +68,8 @@ class Record(et.Subscriber):
 
     async def handle(self, event: et.Event) -> None:
         by_lag = not isinstance(event, et.CommandApplied) or event.command.due is not None
-        if isinstance(event, et.events.TRAINING_SEQUENCE) and by_lag:
+        in_sequence = isinstance(event, et.events.TRAINING_SEQUENCE) and not isinstance(event, et.RunResumed)
+        if in_sequence and by_lag:
             self.seen.append(event)
 
     def sequence(self, after: int = 0) -> list[dict[str, Any]]:

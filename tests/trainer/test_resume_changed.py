@@ -5,11 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import anyio
 import pytest
 
 import eventtrain as et
 from eventtrain import subscribers as subs
-from tests.support.models import batches, examples, make_trainer, new_state, step_fn
+from tests.support.models import batches, examples, make_trainer, new_state, record, step_fn
 
 STOPPING = subs.EarlyStopping
 
@@ -56,7 +57,7 @@ class Described:
             loader(),
             loader(),
             0.25,
-            ["hyperparams: learning_rate=0.5 then, 0.25 now; the checkpoint's value continues"],
+            ["hyperparams: learning_rate=0.5 then, 0.25 now; the checkpoint's value 0.5 continues"],
         ),
     ],
 )
@@ -160,3 +161,64 @@ def test_a_position_behind_the_end_of_the_data_is_refused_by_name(tmp_path: Path
 
 async def stop(event: et.StepCompleted, control: et.Control) -> None:
     control.stop("enough", final=False)
+
+
+def resumed(
+    tmp_path: Path, epochs: int, resume: Any = True, **options: Any
+) -> tuple[et.Trainer[Any], list[Any]]:
+    trainer = make_trainer(tmp_path, subscribers=[subs.Checkpointer("ck", every=4, max_to_keep=None)])
+    seen = record(trainer, et.RunResumed, et.HyperparamChanged, et.StepCompleted)
+    trainer.fit(batches(4), epochs=epochs, resume=resume, **options)
+    return trainer, seen
+
+
+def test_a_resume_sets_other_values_once_and_again_where_the_checkpoint_is_named(tmp_path: Path) -> None:
+    resumed(tmp_path, 1)
+    other = {"hyperparams": {"learning_rate": 0.125}}
+    trainer, seen = resumed(tmp_path, 2, **other)
+    assert [event.kind for event in seen[:3]] == ["run_resumed", "hyperparam_changed", "step_completed"]
+    assert (seen[1].step, seen[1].old, seen[1].new, seen[1].cause) == (4, 0.5, 0.125, None)
+    assert [event.metrics["rate"] for event in seen[2:]] == [0.125] * 4
+
+    trainer = make_trainer(tmp_path, subscribers=[subs.Checkpointer("ck", every=4)])
+    trainer.on(et.StepCompleted, once=True, lag=0)(halve)
+    trainer.fit(batches(4), epochs=3, resume=True, **other)
+    _, seen = resumed(tmp_path, 4, **other)  # the same script again: what was halved continues
+    assert [event.metrics["rate"] for event in seen if event.kind == "step_completed"] == [0.0625] * 4
+    _, seen = resumed(tmp_path, 5, resume=16, **other)
+    assert [event.metrics["rate"] for event in seen if event.kind == "step_completed"] == [0.125] * 4
+
+
+async def halve(event: et.StepCompleted, control: et.Control) -> None:
+    control.scale_hyperparam("learning_rate", 0.5)
+
+
+def test_values_that_cannot_be_set_are_refused_before_anything_has_changed(tmp_path: Path) -> None:
+    resumed(tmp_path, 1)
+    trainer = make_trainer(tmp_path, subscribers=[subs.Checkpointer("ck")])
+    for given, said in (
+        ({"learning_rte": 0.1}, "Did you mean 'learning_rate'"),
+        ({"learning_rate": float("nan")}, "finite"),
+        ({"learning_rate": "fast"}, "one real number"),
+    ):
+        with pytest.raises(et.errors.HyperparamError, match=said):
+            trainer.fit(batches(4), epochs=2, resume=True, hyperparams=given)
+    for wrong in ([], {1: 0.1}, 0.1):
+        with pytest.raises(et.ConfigurationError, match="hyperparams must be a dict of name -> value"):
+            trainer.fit(batches(4), epochs=2, resume=True, hyperparams=wrong)  # type: ignore[arg-type]
+    assert (trainer.step, trainer.control.hyperparams) == (0, {})
+
+
+def test_a_run_that_resumes_is_decided_on_before_its_first_step(tmp_path: Path) -> None:
+    resumed(tmp_path, 1)
+    trainer = make_trainer(tmp_path, subscribers=[subs.Checkpointer("ck")])
+    seen = record(trainer, et.HyperparamChanged, et.StepCompleted)
+
+    @trainer.on(et.RunResumed, lag=0)
+    async def slow_down(event: et.RunResumed, control: et.Control) -> None:
+        await anyio.sleep(0.05)  # the loop waits for it
+        control.set_hyperparam("learning_rate", 0.25)
+
+    trainer.fit(batches(4), epochs=2, resume=True)
+    assert (seen[0].step, seen[0].new) == (4, 0.25)
+    assert [event.metrics["rate"] for event in seen[1:]] == [0.25] * 4

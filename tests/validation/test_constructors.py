@@ -69,6 +69,7 @@ NEEDED: dict[str, dict[str, Any]] = {
     "subscriber_config": {"cls": subs.EarlyStopping},
     "nonfinite_metrics": {"opt_state": {"x": np.zeros(2)}},
     "load_state": {"path": "missing", "like": {"w": np.zeros(2)}},
+    "take_matching": {"saved": {"w": np.zeros(2)}, "like": {"w": np.zeros(2)}},
     "restore_state": {"path": "missing", "like": {"w": np.zeros(2)}},
     "load_subscribers": {"path": "missing.toml"},
     "read_events": {"run_dir": "missing"},
@@ -118,8 +119,8 @@ def constructors() -> Iterator[tuple[str, Callable[..., Any]]]:
 
 
 MADE_BY_EVENTTRAIN = {
-    "Control", "EventReader", "EventStream", "FitResult", "KeptSnapshot", "LoopStatistics", "RunContext", "Session",
-    "StepProgram", "StepSeries", "Subscription", "SubscriptionStatistics",
+    "Control", "EventReader", "EventStream", "FitResult", "Hyperparams", "KeptSnapshot", "LoopStatistics",
+    "RunContext", "Session", "StepProgram", "StepSeries", "Subscription", "SubscriptionStatistics",
 }  # fmt: skip
 
 

@@ -24,7 +24,6 @@ from eventtrain.events import (
     CommandRejected,
     Event,
     PeerLost,
-    RunResumed,
     SnapshotTaken,
     SubscriberLagged,
 )
@@ -42,7 +41,7 @@ UNSTAMPED = {"seq": 0, "stream": None, "attempt": 0}
 """Fields that the bus of process 0 sets."""
 ON_EVERY_BUS: tuple[type[Event], ...] = (
     *TRAINING_SEQUENCE,
-    *(RunResumed, PeerLost, CommandRejected, CommandConflict, SnapshotTaken),
+    *(PeerLost, CommandRejected, CommandConflict, SnapshotTaken),
     *(CheckpointStarted, CheckpointCommitted, CheckpointFailed, CheckpointSkipped, CheckpointRestored),
 )
 """Events that process 0 publishes itself: never forwarded."""

@@ -20,7 +20,9 @@ import json
 import math
 import zlib
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from datetime import datetime
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
@@ -132,6 +134,14 @@ class SavedArray(BaseModel):
             return cls(dtype=array.dtype.name, shape=array.shape, crc32=None, shards=shards)
         array = read(local(array))
         return cls(dtype=array.dtype.name, shape=array.shape, crc32=checksum(array), key=key)
+
+    def type(self) -> jax.ShapeDtypeStruct:
+        """Returns shape and dtype; of a typed PRNG key those of the key."""
+        if self.key is not None:
+            with suppress(ValueError, TypeError):  # data of another implementation than the manifest names
+                data = jax.ShapeDtypeStruct(self.shape, self.dtype)
+                return jax.eval_shape(partial(jax.random.wrap_key_data, impl=self.key), data)
+        return jax.ShapeDtypeStruct(self.shape, jnp.dtype(self.dtype))
 
     def with_shards(self, other: SavedArray) -> SavedArray:
         """Returns the description with the shards that another process has written."""

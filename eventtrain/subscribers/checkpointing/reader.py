@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Collection, Mapping, Set
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import closing, suppress
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -79,7 +79,8 @@ class SavedCheckpoint:
         part = EXTENSIONS if tag is None else KEPT_EXTENSIONS + tag
         saved = self.manifest.arrays.get(part, {})
         _require_same(like.keys(), saved.keys(), "The step extensions saved", "the trainer's", self.path)
-        return list(self._values(part, {path: (path, leaf) for path, leaf in like.items()}).values())
+        wanted = {path: (path, leaf) for path, leaf in like.items()}
+        return list(self.values(part, wanted, "the trainer's").values())
 
     def kept(self, like: Any, *, before_end: bool) -> dict[str, tuple[int, Any]]:
         """Returns other snapshots: tag -> step, and state placed as ``like``; see ``SavedRun``."""
@@ -119,52 +120,74 @@ class SavedCheckpoint:
         if places is None:
             _require_same(wanted.keys(), saved.keys(), "The state saved", other, self.path)
             places = {path: path for path in wanted}
-        values = self._values(part, {path: (place, wanted[path]) for path, place in places.items()})
+        values = self.values(part, {path: (place, wanted[path]) for path, place in places.items()}, other)
         return jax.tree_util.tree_map_with_path(
             lambda path, leaf: values.get(path_name(jax.tree_util.keystr(path)), leaf), like
         )
 
-    def _values(self, part: str, wanted: Mapping[str, tuple[str, Any]]) -> dict[str, Any]:
-        """Returns arrays of a part, placed. ``wanted``: any name -> path in the part, array to be placed like."""
+    def values(
+        self, part: str, wanted: Mapping[str, tuple[str, Any]], other: str = "`like`"
+    ) -> dict[str, Any]:
+        """Returns arrays of a part, placed.
+
+        Args:
+            wanted: any name -> path in the part, and the array of ``other`` to be placed like.
+
+        Raises:
+            StateError: arrays of other shapes or dtypes. SnapshotError: the checkpoint is not complete.
+        """
+        known = self.manifest.arrays[part] if wanted else {}
+        if others := [
+            f"{place} is {shown(known[place].type())}, but {shown(like)} in {other}"
+            for place, like in wanted.values()
+            if not fits(known[place].type(), like)
+        ]:
+            raise StateError(
+                f"{self.path} does not fit: {listed(others, 10)}. Pass a state built as the one that was saved, or "
+                "take what fits with et.take_matching."
+            )
         sharded = {place: like for place, like in wanted.values() if _is_global(like)}
         if not sharded:
             arrays = self.part(part)
             return {
-                name: self._placed(part, place, like, arrays[place]) for name, (place, like) in wanted.items()
+                name: _placed(arrays[place], known[place], like) for name, (place, like) in wanted.items()
             }
-        known = self.manifest.arrays[part]
-        for place, like in sharded.items():
-            if (known[place].shape, jnp.dtype(known[place].dtype)) != (like.shape, like.dtype):
-                raise self._does_not_fit(place, known[place], like)
         _require_files(self.path, self.manifest)
         rest = {place: known[place] for place, _ in wanted.values() if place not in sharded}
         arrays = _read(self.path, self.manifest, {part: rest})[part] if rest else {}
         own = _read_shards(self.path, self.manifest, part, sharded)
         return {
-            name: own[place] if place in own else self._placed(part, place, like, arrays[place])
+            name: own[place] if place in own else _placed(arrays[place], known[place], like)
             for name, (place, like) in wanted.items()
         }
 
-    def _does_not_fit(self, path: str, saved: SavedArray, like: Any) -> StateError:
-        what = f"a key of {saved.key}" if saved.key else f"{saved.dtype}{list(saved.shape)}"
-        return StateError(f"{path} is {what} in {self.path}, but {like.dtype}{list(like.shape)} in `like`.")
 
-    def _placed(self, part: str, path: str, like: Any, value: HostArray) -> Any:
-        impl = self.manifest.arrays[part][path].key
-        if isinstance(like, (bool, int, float, complex)):  # the run has made it an array
-            like = jnp.zeros((), value.dtype)
-        is_key = jnp.issubdtype(like.dtype, jax.dtypes.prng_key)
-        if is_key and impl is not None:
-            with suppress(ValueError, TypeError):  # data of another implementation than the manifest names
-                key = jax.random.wrap_key_data(jnp.asarray(value), impl=impl)
-                if key.dtype == like.dtype and key.shape == like.shape:
-                    return jax.random.wrap_key_data(_on_devices(value, like.sharding), impl=impl)
-        elif not is_key and impl is None and value.shape == like.shape and value.dtype == like.dtype:
-            return value if isinstance(like, (np.ndarray, np.generic)) else _on_devices(value, like.sharding)
-        raise self._does_not_fit(path, self.manifest.arrays[part][path], like)
+def fits(there: Any, like: Any) -> bool:
+    """Returns whether an array, of which only shape and dtype are looked at, can take the place of one like ``like``.
+
+    A Python number takes any number: the run has made it an array.
+    """
+    if isinstance(like, (bool, int, float, complex)):
+        return there.shape == () and not jnp.issubdtype(there.dtype, jax.dtypes.prng_key)
+    return (tuple(there.shape), str(there.dtype)) == (tuple(like.shape), str(like.dtype))
 
 
-def _on_devices(value: HostArray, sharding: jax.sharding.Sharding | None) -> jax.Array:
+def shown(leaf: Any) -> str:
+    """Returns dtype and shape for a message, such as "float32[4, 2]"."""
+    if isinstance(leaf, (bool, int, float, complex)):
+        return f"a Python {type(leaf).__name__}"
+    return f"{leaf.dtype}{list(leaf.shape)}"
+
+
+def _placed(value: HostArray, saved: SavedArray, like: Any) -> Any:
+    """Returns ``value``, which fits, as an array like ``like``."""
+    if isinstance(like, (np.ndarray, np.generic)):
+        return value
+    placed = on_devices(value, getattr(like, "sharding", None))
+    return placed if saved.key is None else jax.random.wrap_key_data(placed, impl=saved.key)
+
+
+def on_devices(value: HostArray, sharding: jax.sharding.Sharding | None) -> jax.Array:
     """Returns the array; each process transfers its own shards. `device_put` would compare values across processes."""
     if sharding is None:
         return jnp.asarray(value)
@@ -382,7 +405,8 @@ def _require_same(wanted: Set[str], there: Set[str], what: str, other: str, path
         return
     raise StateError(
         f"{what} in {path} must have the structure of {other}: missing {_first_of(wanted - there)}, unexpected "
-        f"{_first_of(there - wanted)}. Pass a state built as the one that was saved."
+        f"{_first_of(there - wanted)}. Pass a state built as the one that was saved, or take what fits with "
+        "et.take_matching."
     )
 
 

@@ -16,6 +16,7 @@ from eventtrain.events import (
     Event,
     RunCompleted,
     RunFailed,
+    RunResumed,
     StepCompleted,
     StepsCompleted,
     StepStarted,
@@ -28,8 +29,9 @@ from eventtrain.subscribers.loggers.row_file import RowFile
 from eventtrain.validation.annotations import checked
 from eventtrain.validation.arguments import require_choice
 
-WRITTEN = tuple(kind for kind in TRAINING_SEQUENCE if kind is not StepStarted)
-"""The training sequence without StepStarted, which adds nothing to StepCompleted: one row for each step."""
+WRITTEN = tuple(kind for kind in TRAINING_SEQUENCE if kind not in (RunResumed, StepStarted))
+"""The training sequence without StepStarted, which adds nothing to StepCompleted: one row for each step. And without
+RunResumed, so that the rows of a resumed run are those of an uninterrupted one."""
 
 
 class JSONLFile(RowFile[bytes | StepTable]):
@@ -60,7 +62,8 @@ class JSONLLogger(FileLogger[JSONLFile]):
     Args:
         path: relative to ``run_dir``; missing folders are created, an existing file is appended to.
         events: a class, a union or a tuple of classes; if None the training sequence, of which CommandApplied only
-            those with a finite lag or from outside the program, and without StepStarted, so that each step has one row.
+            those with a finite lag or from outside the program, and without StepStarted, so that each step has one row,
+            and RunResumed, so that a resumed run writes the rows of an uninterrupted one.
         by: "step": each row is its event, though no event is built for it unless another subscriber wants it.
             "window": the rows of steps are made from StepsCompleted. They are the same, except that ``seq`` is 0,
             ``time`` is that of the window, and they follow the rows of other events published during the window.

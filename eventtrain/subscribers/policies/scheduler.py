@@ -30,10 +30,10 @@ class ScheduleState(SavedState):
 
 
 class HyperparamScheduler(Policy[ScheduleState]):
-    """Like ``LearningRateScheduler``, for anything in ``optax.inject_hyperparams``: weight decay, momentum, b1.
+    """Like ``LearningRateScheduler``, for any hyperparameter: weight decay, momentum, or one of ``et.hyperparams``.
 
     Args:
-        hyperparam: its name, as the optimiser's factory calls it: "weight_decay".
+        hyperparam: its name, as the optimiser's factory or ``et.hyperparams`` calls it: "weight_decay".
         schedule, by, path, lag: as of ``LearningRateScheduler``; ``schedule(epoch, value)`` gets this hyperparameter's
             value in effect.
 
