@@ -18,8 +18,9 @@ import numpy as np
 
 from eventtrain.data.global_batches import require_global
 from eventtrain.data.sources import Batch
+from eventtrain.device.batch_sharding import BatchSharding
 from eventtrain.device.fused_step import StackedBatches
-from eventtrain.device.placement import put_all
+from eventtrain.device.placement import put_all, put_each
 
 SMALL_BYTES = 256 * 1024
 """The largest batch that is handed to the compiled call as it is, and of which many may wait."""
@@ -105,7 +106,7 @@ class GroupMaker:
         """Returns the groups that are whole now, none to two."""
         leaves, treedef = jax.tree_util.tree_flatten(batch)
         if self._size == 1:
-            if self._take_in(leaves):
+            if self._take_in(leaves, treedef):
                 batch = jax.tree_util.tree_unflatten(treedef, leaves)
             return [BatchGroup(batch, 1, (position,))]
         kinds = [self._kind(leaf) for leaf in leaves]
@@ -123,7 +124,7 @@ class GroupMaker:
             for stack, leaf in zip(group.stacked, leaves, strict=True):
                 stack[len(group.positions)] = leaf
         else:
-            self._take_in(leaves)
+            self._take_in(leaves, treedef)
             group.batches.append(jax.tree_util.tree_unflatten(treedef, leaves))
         group.positions.append(position)
         return whole + (self.take() if len(group.positions) == self._size else [])
@@ -137,7 +138,7 @@ class GroupMaker:
         if group.stacked is not None:
             leaves: list[Any] = group.stacked
             if sum(leaf.nbytes for leaf in leaves) > self.most_on_host:
-                leaves = put_all(leaves, self._sharding)
+                leaves = self._put_stacked(leaves, group.treedef)
             call: Any = StackedBatches(jax.tree_util.tree_unflatten(group.treedef, leaves))
         else:
             call = tuple(group.batches + group.batches[-1:] * (self._size - steps))
@@ -153,10 +154,10 @@ class GroupMaker:
     def place(self, batch: Batch) -> Batch:
         """Returns `batch` with its leaves as the step gets them."""
         leaves, treedef = jax.tree_util.tree_flatten(batch)
-        self._take_in(leaves)
+        self._take_in(leaves, treedef)
         return jax.tree_util.tree_unflatten(treedef, leaves)
 
-    def _take_in(self, leaves: list[Any]) -> bool:
+    def _take_in(self, leaves: list[Any], treedef: Any) -> bool:
         """Replaces NumPy leaves by what the step gets. Returns whether there were any."""
         size_bytes = 0
         on_host: list[int] = []
@@ -168,10 +169,18 @@ class GroupMaker:
                 size_bytes += copied.nbytes
                 on_host.append(index)
         if size_bytes > self.most_on_host:
-            moved = put_all([leaves[index] for index in on_host], self._sharding)
+            moved = self._put([leaves[index] for index in on_host], on_host, leaves, treedef)
             for index, leaf in zip(on_host, moved, strict=True):
                 leaves[index] = leaf
         return bool(on_host)
+
+    def _put(self, values: list[Any], indices: list[int], leaves: list[Any], treedef: Any) -> list[jax.Array]:
+        """Returns some of the leaves of a batch on the device."""
+        return put_all(values, self._sharding)
+
+    def _put_stacked(self, leaves: list[Any], treedef: Any) -> list[Any]:
+        """Returns the stacked leaves of several batches on the device."""
+        return put_all(leaves, self._sharding)
 
     def _dtype(self, leaf: Any) -> Any:
         """Returns the dtype on the device of a NumPy leaf; None for other leaves."""
@@ -193,6 +202,29 @@ class GroupMaker:
         if isinstance(leaf, jax.Array):
             return leaf.sharding, leaf.shape, leaf.dtype
         return type(leaf), getattr(leaf, "shape", None), getattr(leaf, "dtype", None)
+
+
+class GroupMakerOfSplitBatches(GroupMaker):
+    """Makes the groups where each device gets its part of a batch: NumPy arrays, and arrays of no committed place."""
+
+    def __init__(self, size: int, split: BatchSharding, *, gives_memory: bool = False) -> None:
+        super().__init__(size, split.replicated, gives_memory=gives_memory)
+        self._split = split
+
+    def _take_in(self, leaves: list[Any], treedef: Any) -> bool:
+        super()._take_in(leaves, treedef)
+        others = [i for i, leaf in enumerate(leaves) if isinstance(leaf, jax.Array) and not leaf.committed]
+        moved = self._put([leaves[index] for index in others], others, leaves, treedef)
+        for index, leaf in zip(others, moved, strict=True):
+            leaves[index] = leaf
+        return True
+
+    def _put(self, values: list[Any], indices: list[int], leaves: list[Any], treedef: Any) -> list[jax.Array]:
+        shardings = self._split.of(leaves, treedef)
+        return put_each(values, [shardings[index] for index in indices])
+
+    def _put_stacked(self, leaves: list[Any], treedef: Any) -> list[Any]:
+        return put_each(leaves, self._split.of(leaves, treedef, stacked=True))
 
 
 class GroupMakerOfGlobalBatches(GroupMaker):

@@ -10,9 +10,15 @@ from typing import Any, Protocol
 import jax
 
 from eventtrain.data.array_loader import ArrayLoader
-from eventtrain.data.batch_group import BatchGroup, GroupMaker, GroupMakerOfGlobalBatches
+from eventtrain.data.batch_group import (
+    BatchGroup,
+    GroupMaker,
+    GroupMakerOfGlobalBatches,
+    GroupMakerOfSplitBatches,
+)
 from eventtrain.data.prefetch import Prefetcher
 from eventtrain.data.sources import EpochReader, require_batches
+from eventtrain.device.batch_sharding import BatchSharding
 from eventtrain.errors import DataError
 
 CLOSE_S = 0.5
@@ -59,6 +65,7 @@ class EpochIterator:
     Args:
         data: as for ``Trainer.fit``.
         sharding: of NumPy batches on the device.
+        split: of the parts of a batch, where each device gets its own; in place of ``sharding``.
         start: batches of a resumed epoch that were trained on before; it may have no batch left.
         data_state: state of the data's iterator after them, where it has one.
         batch_crc32: of the last one of them. If it is made again and is another, that is logged.
@@ -78,6 +85,7 @@ class EpochIterator:
         steps_per_call: int,
         sharding: jax.sharding.Sharding | None,
         waiter: Waiter,
+        split: BatchSharding | None = None,
         start: int = 0,
         data_state: Any = None,
         batch_crc32: int | None = None,
@@ -99,6 +107,8 @@ class EpochIterator:
         gives_memory = type(data) is ArrayLoader and data.gives_memory
         if jax.process_count() > 1:
             maker = GroupMakerOfGlobalBatches(steps_per_call, sharding, name=self._name)
+        elif split is not None:
+            maker = GroupMakerOfSplitBatches(steps_per_call, split, gives_memory=gives_memory)
         else:
             maker = GroupMaker(steps_per_call, sharding, gives_memory=gives_memory)
         if not checks and _is_direct(data, maker.most_on_host) and start <= len(data):

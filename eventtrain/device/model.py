@@ -8,6 +8,7 @@ from typing import Any, TypeAlias
 import jax
 import jax.numpy as jnp
 
+from eventtrain.device.batch_sharding import BatchSharding
 from eventtrain.device.compiled_eval import CompiledEval, CompiledPredict
 from eventtrain.device.compiled_step import CompiledStep
 from eventtrain.device.debugged_step import DebuggedStep
@@ -44,8 +45,10 @@ class Model:
         step_fn, state, eval_fn, predict_fn, params, extensions: as for ``Trainer``. ``state`` is neither copied nor
             donated: the first step of a run keeps it.
         options: how to compile the step.
+        batch_sharding: as for ``Trainer``. A state that is not committed goes to its mesh.
 
     Attributes:
+        split: the same, checked; None without it.
         leaves: of the state; empty while a run owns it.
         ext_leaves: of the step extensions; None before the first run.
         step, epoch: completed.
@@ -66,6 +69,7 @@ class Model:
         params: ParamsLens | None,
         extensions: Sequence[StepExtension],
         options: StepOptions,
+        batch_sharding: PyTree = None,
     ) -> None:
         for name, function, shape in (
             ("step_fn", step_fn, "(state, batch) -> (state, metrics)"),
@@ -80,6 +84,9 @@ class Model:
         leaves, self.structure = split_state(state)
         self._may_move = not any(isinstance(leaf, jax.Array) and leaf.committed for leaf in leaves)
         self.leaves = place(leaves)
+        self.split = None if batch_sharding is None else BatchSharding(batch_sharding)
+        if self.split is not None:
+            self._join(self.split)
         # Paths of weakly typed leaves. One that was read from a checkpoint is strong, and is traced as it was before.
         self._weak = {path for path, leaf in zip(self.structure.paths, leaves, strict=True) if is_weak(leaf)}
         self.ext_leaves: Leaves | None = None
@@ -170,6 +177,19 @@ class Model:
             if sharding.device_set != replicated_sharding(self.leaves).device_set:
                 self.leaves = [put(leaf, sharding) for leaf in self.leaves]
                 self._forget_compiled()
+
+    def _join(self, split: BatchSharding) -> None:
+        """Place the state on the mesh of the batches."""
+        mesh, here = split.replicated.device_set, replicated_sharding(self.leaves).device_set
+        if mesh == here:
+            return
+        if not self._may_move:
+            raise ConfigurationError(
+                f"Trainer: batch_sharding is over {len(mesh)} devices, and the state is committed to {len(here)} "
+                "others. Put it on the same mesh, for example with jax.device_put(state, NamedSharding(mesh, "
+                "PartitionSpec()))."
+            )
+        self.leaves = [put(leaf, split.replicated) for leaf in self.leaves]
 
     def _promote(self, error: PromotionError) -> None:
         """Make the leaves that ``error`` names arrays of the dtypes that it names."""

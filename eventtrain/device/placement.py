@@ -39,6 +39,11 @@ def put_all(values: Sequence[Any], sharding: Sharding | None = None) -> list[jax
     return [put(value, sharding) for value in values]
 
 
+def put_each(values: Sequence[Any], shardings: Sequence[Sharding]) -> list[jax.Array]:
+    """Returns each value on its sharding, on the devices of one process, as `put` does."""
+    return jax.device_put(list(values), list(shardings))
+
+
 def move(array: jax.Array, sharding: Sharding) -> jax.Array:
     """Returns ``array`` on ``sharding``, which is its own in another memory of the same devices. Any thread.
 

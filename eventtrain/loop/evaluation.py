@@ -154,6 +154,7 @@ class Evaluations:
             status.epoch,
             steps_per_call=1,
             sharding=replicated_sharding(carry.leaves),
+            split=source.model.split,
             waiter=place,
             name="evaluation data",
         )

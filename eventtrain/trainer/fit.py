@@ -96,6 +96,7 @@ def _open(
         run.status.epoch,
         steps_per_call=run.source.model.options.steps_per_call,
         sharding=run.sharding,
+        split=run.source.model.split,
         waiter=run,
         start=record.batch if record is not None and record.in_epoch else 0,
         data_state=record.data if record is not None else None,

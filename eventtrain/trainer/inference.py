@@ -137,6 +137,7 @@ class Inference:
             self._model.epoch,
             steps_per_call=1,
             sharding=replicated_sharding(self._model.leaves),
+            split=self._model.split,
             waiter=self._waiter,
             name=name,
         )

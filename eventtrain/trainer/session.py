@@ -10,7 +10,9 @@ import jax
 
 from eventtrain.control.control import Control
 from eventtrain.control.loop_statistics import LoopStatistics
+from eventtrain.data.batch_group import GroupMakerOfSplitBatches
 from eventtrain.data.global_batches import require_global
+from eventtrain.device.batch_sharding import BatchSharding
 from eventtrain.device.compiled_step import StepProgram
 from eventtrain.errors import ConfigurationError
 from eventtrain.events import EpochCompleted
@@ -157,3 +159,27 @@ class Session:
         """Wait for ``seconds``, serving commands and flushing in time. Returns False if the run has to end first."""
         end_s = monotonic() + seconds
         return self.wait(lambda: monotonic() >= end_s)
+
+
+class _SplittingSession(Session):
+    """A session of which each device gets its part of the batches."""
+
+    def __init__(self, run: Run, control: Control, split: BatchSharding) -> None:
+        super().__init__(run, control)
+        self._maker = GroupMakerOfSplitBatches(1, split)
+
+    def step(self, batch: Any) -> bool:
+        return super().step(self._maker.place(batch))
+
+    def prepare(self, batch: Any) -> None:
+        batches = batch if self._run.grouped else (batch,)
+        placed = tuple(map(self._maker.place, batches))
+        super().prepare(placed if self._run.grouped else placed[0])
+
+
+def session_of(run: Run, control: Control) -> Session:
+    """Returns the session of a run."""
+    split = run.source.model.split
+    if split is None or jax.process_count() > 1:
+        return Session(run, control)
+    return _SplittingSession(run, control, split)

@@ -55,7 +55,7 @@ from eventtrain.trainer.resume import (
 )
 from eventtrain.trainer.run import Run, RunOptions
 from eventtrain.trainer.run_directory import next_attempt, run_directory
-from eventtrain.trainer.session import Session
+from eventtrain.trainer.session import Session, session_of
 from eventtrain.trainer.shared_paths import MARK, check_paths, marked
 from eventtrain.trainer.signals import SignalGuard
 from eventtrain.trainer.subscriber_lifecycle import RunSubscriber
@@ -98,6 +98,11 @@ class Trainer(Generic[S]):
             sum.
         snapshot: how a snapshot survives: "keep" (the next step does not donate the state), "copy" (a copy on the
             device), "host" (a copy in pinned host memory).
+        batch_sharding: of each batch, for training, evaluation and prediction: a ``NamedSharding``, such as
+            ``NamedSharding(mesh, PartitionSpec("data"))``, or a pytree of them, like the batch or a prefix of it. Each
+            device gets its part of NumPy arrays, and of JAX arrays that are not committed to devices; without it, each
+            gets all of a NumPy batch. A state that is not committed goes to the same mesh. In one process: several
+            need ``ArrayLoader(sharding=...)``.
         backend, backend_options: event loop of the bus for ``fit``. ``fit_async`` uses the running one.
         drain_timeout_s: how long the end of a run waits for handlers.
         debug: run ``step_fn`` uncompiled before each step too, so that ``print`` and ``breakpoint()`` in it see values
@@ -132,6 +137,7 @@ class Trainer(Generic[S]):
         max_in_flight_steps: int = 16,
         weight: str | None = None,
         snapshot: Literal["keep", "copy", "host"] = "keep",
+        batch_sharding: Any = None,
         backend: str = "asyncio",
         backend_options: dict[str, Any] | None = None,
         drain_timeout_s: float = 30.0,
@@ -164,6 +170,7 @@ class Trainer(Generic[S]):
             params=params,
             extensions=step_extensions,
             options=StepOptions(donate=donate, steps_per_call=steps_per_call, snapshot=snapshot, debug=debug),
+            batch_sharding=batch_sharding,
         )
         self._options = RunOptions(
             run_id=self.run_id,
@@ -415,7 +422,7 @@ class Trainer(Generic[S]):
             self._begin(agreement, None)
             run = self._new_run(Aim(), eval_data, agreement=agreement)
             with self._running(run):
-                yield Session(run, self._plane.control)
+                yield session_of(run, self._plane.control)
 
     @contextmanager
     def _on_this_thread(self, name: str) -> Generator[None]:
