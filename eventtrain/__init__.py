@@ -21,8 +21,9 @@ from eventtrain.control.run_context import RunContext
 from eventtrain.control.snapshots import KeptSnapshot
 from eventtrain.data.array_loader import ArrayLoader
 from eventtrain.device.compiled_step import StepProgram
-from eventtrain.device.extensions import StepExtension
+from eventtrain.device.extensions import StepChange, StepExtension
 from eventtrain.device.hyperparams import Hyperparams, hyperparams, nonfinite_metrics
+from eventtrain.device.norms import norms
 from eventtrain.device.weight_averaging import EMA, SWA
 from eventtrain.errors import *  # noqa: F403
 from eventtrain.events import AnyEvent, Event, events_json_schema, parse_event
@@ -68,6 +69,7 @@ __all__ = [
     "Queue",
     "RunContext",
     "Session",
+    "StepChange",
     "StepExtension",
     "StepProgram",
     "StepSeries",
@@ -81,6 +83,7 @@ __all__ = [
     "load_state",
     "load_subscribers",
     "nonfinite_metrics",
+    "norms",
     "parse_event",
     "read_events",
     "subscriber_config",

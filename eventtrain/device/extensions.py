@@ -6,27 +6,46 @@ impossible outside of it, so it is fused with the step.
 
 from __future__ import annotations
 
-import abc
-from collections.abc import Callable, Collection, Sequence
-from typing import Any, Literal, TypeAlias, get_args
+from collections.abc import Callable, Collection, Mapping, Sequence
+from typing import Any, Literal, NamedTuple, TypeAlias, get_args
 
 import jax
+import jax.numpy as jnp
 import numpy as np
+from jax import lax
 
+from eventtrain.device.metric_codec import MetricLayout
 from eventtrain.device.state import Leaves, PyTree, TreeStructure, abstract, copy_leaves, partition, place
 from eventtrain.device.validation import call_user, matched_leaves
-from eventtrain.errors import ConfigurationError
+from eventtrain.errors import ConfigurationError, MetricsError, StepError
 
 Use: TypeAlias = Literal["eval", "predict", "final"]
 # From the state to the weights in it; what it computes instead cannot be replaced.
 ParamsLens: TypeAlias = Callable[[PyTree], PyTree]
 
 
-class StepExtension(abc.ABC):
-    """A pure update of a small state of its own, after every step, inside the compiled step.
+class StepChange(NamedTuple):
+    """One step, as an extension sees it: what step_fn was given and what it returned. To be traced.
 
-    All methods are traced by JAX: no side effects, no Python branches on values. The extension's state is donated from
-    step to step and is part of snapshots.
+    Attributes:
+        old_params, params: the weights before and after it.
+        old_state, state: the whole state before and after it.
+        step: int32[], counts completed steps, up to 2**31 - 1.
+    """
+
+    old_params: PyTree
+    params: PyTree
+    old_state: PyTree
+    state: PyTree
+    step: jax.Array
+
+
+class StepExtension:
+    """A pure update of a small state of its own, and metrics, after every step, inside the compiled step.
+
+    Override `init` and `update` for a state that follows the weights; `after_step` for metrics, or for what needs the
+    state or the weights before the step. All methods are traced by JAX: no side effects, no Python branches on values.
+    The extension's state is donated from step to step and is part of snapshots.
 
     Attributes:
         name: unique among the extensions of one trainer; the key of its state in a snapshot.
@@ -38,16 +57,24 @@ class StepExtension(abc.ABC):
     name: str
     use_for: frozenset[Use] = frozenset()
 
-    @abc.abstractmethod
     def init(self, params: PyTree) -> PyTree:
-        """Returns the extension's state before the first step; any pytree of arrays."""
+        """Returns the extension's state before the first step; any pytree of arrays. By default it has none."""
+        return ()
 
-    @abc.abstractmethod
     def update(self, ext_state: PyTree, params: PyTree, step: jax.Array) -> PyTree:
-        """Returns the state after a step, of the same structure, shapes and dtypes.
+        """Returns the state after a step, of the same structure, shapes and dtypes; by default as it was.
 
         `params` are those after the update; `step`, int32[], counts completed steps, up to 2**31 - 1.
         """
+        return ext_state
+
+    def after_step(self, ext_state: PyTree, change: StepChange) -> tuple[PyTree, Mapping[str, Any]]:
+        """Returns the state after a step, as `update` does, and metrics of the step beside those of step_fn.
+
+        By default what `update` returns, and no metrics. XLA keeps what is used of `change`: to use the old params or
+        the old state costs a copy of them at every step, since the step overwrites them.
+        """
+        return self.update(ext_state, change.params, change.step), {}
 
     def weights(self, ext_state: PyTree, params: PyTree) -> PyTree:
         """Returns the weights that replace `params` where `use_for` says so; by default `params`.
@@ -94,17 +121,38 @@ class ExtensionStates:
         """Returns the leaves for a state after `step` steps, in buffers of their own."""
         return self._init(leaves, step)[0]
 
-    def update(self, ext_leaves: Leaves, state: PyTree) -> Leaves:
-        """Returns the leaves after the step that made `state`; traced inside the step."""
+    def update(
+        self, ext_leaves: Leaves, old_state: PyTree, state: PyTree, metrics: Mapping[str, Any]
+    ) -> tuple[Leaves, Mapping[str, Any]]:
+        """Returns the leaves after the step that made `state`, and its metrics with those of the extensions; traced.
+
+        Raises:
+            StepError: an extension raised, or did not return a pair. MetricsError: its metrics are not a flat dict of
+                scalars, or have names that others have.
+        """
         if not self._extensions:
-            return ext_leaves
+            return ext_leaves, metrics
         step, states = self.structure.join(ext_leaves)
-        step, params = step + (step < LAST_STEP), call_user("params", self._params, state)
-        updated = {
-            name: call_user(f"{extension!r}.update", extension.update, states[name], params, step)
-            for name, extension in self._extensions.items()
-        }
-        return matched_leaves((step, updated), self.structure, ext_leaves, "step_extensions", "ext_state")
+        step = step + (step < LAST_STEP)
+        old_params, params = (call_user("params", self._params, one) for one in (old_state, state))
+        change = StepChange(old_params, params, old_state, state, step)
+        updated: dict[str, PyTree] = {}
+        for name, extension in self._extensions.items():
+            subject = f"{extension!r}.after_step"
+            updated[name], given = _pair(
+                subject, call_user(subject, extension.after_step, states[name], change)
+            )
+            if given:
+                MetricLayout.of(metrics, "step_fn")
+                MetricLayout.of(given, subject)
+                if taken := sorted(given.keys() & metrics.keys()):
+                    raise MetricsError(
+                        f"{subject} returned the metric {taken[0]!r}, which step_fn or another extension returns too. "
+                        "Rename one of them."
+                    )
+                metrics = {**metrics, **given}
+        leaves = matched_leaves((step, updated), self.structure, ext_leaves, "step_extensions", "ext_state")
+        return leaves, metrics
 
     def by_name(self, ext_leaves: Sequence[jax.Array]) -> dict[str, PyTree]:
         """Returns the state of each extension."""
@@ -121,6 +169,32 @@ class ExtensionStates:
         fresh, structure = partition((np.int32(min(step, LAST_STEP)), states))
         placed = place([*leaves, *fresh])[len(leaves) :]
         return copy_leaves(placed), structure
+
+
+def _pair(subject: str, returned: object) -> tuple[PyTree, Mapping[str, Any]]:
+    if isinstance(returned, tuple) and len(returned) == 2 and isinstance(returned[1], Mapping):  # pyright: ignore[reportUnknownArgumentType]
+        return returned  # pyright: ignore[reportUnknownVariableType]
+    raise StepError(
+        f"{subject} must return a pair (ext_state, metrics) with a dict of metrics, got {type(returned).__name__}."
+    )
+
+
+def if_due(
+    due: jax.Array, change: Callable[[list[Any], list[Any]], list[Any]], old: list[Any], new: list[Any]
+) -> list[Any]:
+    """Returns `change(old, new)` if `due`, else `old`, at no cost to the other steps where the platform allows it.
+
+    On a GPU, XLA decides a branch on the host, so that each dispatch would wait for the device. There the change is
+    always computed and used if due.
+    """
+
+    def branch(old: list[Any], new: list[Any]) -> list[Any]:
+        return lax.cond(due, change, lambda old, _: old, old, new)
+
+    def select(old: list[Any], new: list[Any]) -> list[Any]:
+        return [jnp.where(due, after, before) for after, before in zip(change(old, new), old, strict=True)]
+
+    return lax.platform_dependent(old, new, cuda=select, rocm=select, default=branch)
 
 
 def checked_uses(subject: str, use_for: Any) -> frozenset[Use]:

@@ -90,11 +90,15 @@ class FusedStep:
             result = call_user("step_fn", self.step_fn, self.structure.join(leaves), batch)
             state, metrics = state_and_metrics(result)
             new_leaves = matched_leaves(state, self.structure, leaves, "step_fn", "state")
+            joined = self.structure.join(new_leaves)
+            new_ext_leaves, metrics = self.extensions.update(
+                ext_leaves, self.structure.join(leaves), joined, metrics
+            )
             watched = {index: new_leaves[index] for index in self.watched}
             layout = MetricLayout.of(metrics, "step_fn", watched=watched)
             layouts.append(layout)
             row = layout.encode(metrics, list(watched.values()))
-            return new_leaves, self.extensions.update(ext_leaves, self.structure.join(new_leaves)), row
+            return new_leaves, new_ext_leaves, row
 
         traced_once = jax.jit(one_step, inline=True)
         traced_once.trace(self.leaf_types, self.extensions.types, first_batch(batch) if grouped else batch)

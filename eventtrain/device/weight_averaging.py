@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from eventtrain.device.extensions import StepExtension, Use, checked_uses
+from eventtrain.device.extensions import StepExtension, Use, checked_uses, if_due
 from eventtrain.device.state import PyTree, is_array, partition
 from eventtrain.errors import ConfigurationError
 from eventtrain.validation.annotations import checked
@@ -128,7 +128,7 @@ class SWA(StepExtension):
         def sampled(old: list[Any], new: list[Any]) -> list[Any]:
             return list(map(mean, old, new))
 
-        average = _if_due(due, sampled, old, partition(params)[0])
+        average = if_due(due, sampled, old, partition(params)[0])
         return {"count": count + due, "average": structure.join(average)}
 
     def weights(self, ext_state: PyTree, params: PyTree) -> PyTree:
@@ -137,24 +137,6 @@ class SWA(StepExtension):
         return _on_floats(
             lambda new, old: jnp.where(started, old, _widened(new)), params, ext_state["average"]
         )
-
-
-def _if_due(
-    due: jax.Array, change: Callable[[list[Any], list[Any]], list[Any]], old: list[Any], new: list[Any]
-) -> list[Any]:
-    """Returns `change(old, new)` if `due`, else `old`, at no cost to the other steps where the platform allows it.
-
-    On a GPU, XLA decides a branch on the host, so that each dispatch would wait for the device. There the change is
-    always computed and used if due, which costs as much as an `EMA`.
-    """
-
-    def branch(old: list[Any], new: list[Any]) -> list[Any]:
-        return lax.cond(due, change, lambda old, _: old, old, new)
-
-    def select(old: list[Any], new: list[Any]) -> list[Any]:
-        return [jnp.where(due, after, before) for after, before in zip(change(old, new), old, strict=True)]
-
-    return lax.platform_dependent(old, new, cuda=select, rocm=select, default=branch)
 
 
 def _on_floats(function: Callable[..., Any], params: PyTree, *trees: PyTree) -> PyTree:

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
 from typing import Any
 
-import anyio
 import pytest
 
 import eventtrain as et
@@ -215,8 +215,10 @@ def test_a_run_that_resumes_is_decided_on_before_its_first_step(tmp_path: Path) 
     seen = record(trainer, et.HyperparamChanged, et.StepCompleted)
 
     @trainer.on(et.RunResumed, lag=0)
-    async def slow_down(event: et.RunResumed, control: et.Control) -> None:
-        await anyio.sleep(0.05)  # the loop waits for it
+    def slow_down(event: et.RunResumed, control: et.Control) -> None:
+        while trainer._model.compiled is None:
+            time.sleep(0.01)
+        time.sleep(0.1)  # all steps would be dispatched by now, if the loop did not wait
         control.set_hyperparam("learning_rate", 0.25)
 
     trainer.fit(batches(4), epochs=2, resume=True)

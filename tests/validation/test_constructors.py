@@ -69,6 +69,7 @@ NEEDED: dict[str, dict[str, Any]] = {
     "subscriber_config": {"cls": subs.EarlyStopping},
     "nonfinite_metrics": {"opt_state": {"x": np.zeros(2)}},
     "load_state": {"path": "missing", "like": {"w": np.zeros(2)}},
+    "norms": {"tree": {"w": np.zeros(2)}},
     "take_matching": {"saved": {"w": np.zeros(2)}, "like": {"w": np.zeros(2)}},
     "restore_state": {"path": "missing", "like": {"w": np.zeros(2)}},
     "load_subscribers": {"path": "missing.toml"},
@@ -120,7 +121,7 @@ def constructors() -> Iterator[tuple[str, Callable[..., Any]]]:
 
 MADE_BY_EVENTTRAIN = {
     "Control", "EventReader", "EventStream", "FitResult", "Hyperparams", "KeptSnapshot", "LoopStatistics",
-    "RunContext", "Session", "StepProgram", "StepSeries", "Subscription", "SubscriptionStatistics",
+    "RunContext", "Session", "StepChange", "StepProgram", "StepSeries", "Subscription", "SubscriptionStatistics",
 }  # fmt: skip
 
 
@@ -194,7 +195,7 @@ def test_a_wrong_value_for_an_option_of_a_subscription_is_an_error_by_name_or_wo
 @pytest.mark.parametrize(
     ("method", "names"),
     [
-        ("fit", ["epochs", "steps", "eval_data", "resume", "progress", "data"]),
+        ("fit", ["epochs", "steps", "eval_data", "resume", "hyperparams", "progress", "data"]),
         ("evaluate", ["data"]),
         ("predict", ["data"]),
     ],

@@ -77,7 +77,9 @@ def test_what_gives_no_state_is_refused_by_name(path: Path) -> None:
     with pytest.raises(et.StateError, match=r"nothing of the saved state fits `like` \(\['x'\]: not saved"):
         et.take_matching(path, {"x": jnp.zeros(2)})
     with pytest.raises(et.StateError, match=r"\['x'\] of `like` would be left without a value"):
-        et.take_matching(path, {"params": state_of(0.0)["params"], "x": jax.ShapeDtypeStruct((2,), np.float32)})
+        et.take_matching(
+            path, {"params": state_of(0.0)["params"], "x": jax.ShapeDtypeStruct((2,), np.float32)}
+        )
     with pytest.raises(et.ConfigurationError, match="requires the path of a checkpoint"):
         et.take_matching(state_of(1.0), state_of(1.0), part="params")
     with pytest.raises(et.SnapshotError, match="is not a checkpoint"):
