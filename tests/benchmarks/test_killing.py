@@ -22,16 +22,16 @@ def test_a_run_killed_at_random_moments_ends_as_the_undisturbed_one_with_one_row
     half: int,
 ) -> None:
     counts: Counter[str] = Counter()
-    for seed in range(FIRST_SEED + 8 * half, FIRST_SEED + 8 * (half + 1)):
+    for seed in range(FIRST_SEED + 5 * half, FIRST_SEED + 5 * (half + 1)):
         counts.update(sigkill.trial(seed))
-    assert counts["kills"] >= 10
+    assert counts["kills"] >= 6
     assert counts["in_save"] >= counts["kills"] / 5
     assert counts["tails_kept"] > 0
 
 
 def test_every_log_of_a_killed_run_has_each_step_once_and_what_was_cut_off_beside() -> None:
     counts: Counter[str] = Counter()
-    for seed in (FIRST_SEED + 9, FIRST_SEED + 10):
+    for seed in (FIRST_SEED + 10, FIRST_SEED + 11):
         counts.update(sigkill_files.trial(seed))
     assert counts["kills"] >= 4
     assert all(

@@ -384,7 +384,7 @@ async def test_many_jobs_on_one_bus_leave_no_subscriptions_and_no_threads(tmp_pa
     async with et.EventBus() as bus:
         await make_trainer(tmp_path / "first", bus=bus).fit_async(batches(1), epochs=1)
         before = threading.active_count()
-        for n in range(15):
+        for n in range(6):
             trainer = make_trainer(tmp_path / str(n), bus=bus, subscribers=[subs.JSONLLogger("log.jsonl")])
             await trainer.fit_async(batches(1), epochs=1)
             del trainer
