@@ -17,6 +17,7 @@ from eventtrain.bus.step_series import StepSeries
 from eventtrain.bus.subscription import Subscription, SubscriptionStatistics
 from eventtrain.control.control import Control
 from eventtrain.control.loop_statistics import LoopStatistics
+from eventtrain.control.requests import TracedRun
 from eventtrain.control.run_context import RunContext
 from eventtrain.control.snapshots import KeptSnapshot
 from eventtrain.data.array_loader import ArrayLoader
@@ -24,6 +25,7 @@ from eventtrain.device.compiled_step import StepProgram
 from eventtrain.device.extensions import StepChange, StepExtension
 from eventtrain.device.hyperparams import Hyperparams, hyperparams, nonfinite_metrics
 from eventtrain.device.norms import norms
+from eventtrain.device.reductions import Last, Max, Mean, Sum
 from eventtrain.device.weight_averaging import EMA, SWA
 from eventtrain.errors import *  # noqa: F403
 from eventtrain.events import AnyEvent, Event, events_json_schema, parse_event
@@ -64,8 +66,11 @@ __all__ = [
     "Hyperparams",
     "KeepLatest",
     "KeptSnapshot",
+    "Last",
     "LoopStatistics",
     "Lossless",
+    "Max",
+    "Mean",
     "Queue",
     "RunContext",
     "Session",
@@ -76,6 +81,8 @@ __all__ = [
     "Subscriber",
     "Subscription",
     "SubscriptionStatistics",
+    "Sum",
+    "TracedRun",
     "Trainer",
     "errors",
     "events_json_schema",

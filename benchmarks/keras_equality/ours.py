@@ -163,6 +163,9 @@ class ModelledRun:
 
     # --- RunContext ---
 
+    def before_first_step(self, check: Callable[[Any], None]) -> None:
+        """Every metric that a policy monitors is there."""
+
     def require_hyperparam(self, name: str, path: str | None = None) -> str:
         return name
 

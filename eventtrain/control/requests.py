@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from time import monotonic
-from typing import Literal
+from typing import Any, Literal
 
+from eventtrain.events import Event
 from eventtrain.events.commands import AnyCommand
 
 WhenFull = Literal["skip", "wait", "fail"]
@@ -102,6 +103,24 @@ class ReplayedCommand:
     after: int = 0
 
 
+@dataclass(frozen=True)
+class TracedRun:
+    """Facts about a run whose functions are traced, before its first step.
+
+    Attributes:
+        state: its pytree, with the shape, dtype and sharding of each array (``jax.ShapeDtypeStruct``).
+        batch: the first one, or an array of shapes and dtypes; None if an earlier run has compiled the step.
+        metrics: event class -> names of the metrics that its events can have: StepCompleted, EpochCompleted,
+            EvalCompleted, the last only if they are known.
+        knows_evaluation: whether the metrics of evaluations are known, and so those of epochs that begin with ``val_``.
+    """
+
+    state: Any
+    batch: Any
+    metrics: Mapping[type[Event], frozenset[str]]
+    knows_evaluation: bool = True
+
+
 @dataclass
 class RunRequests:
     """The requests of one run. Subscribers add to them in ``start``; the training thread reads them afterwards."""
@@ -114,13 +133,15 @@ class RunRequests:
     final_restores: list[FinalRestore] = field(default_factory=list[FinalRestore])
     replayed: deque[ReplayedCommand] = field(default_factory=deque[ReplayedCommand])
     """In the order in which they are applied. The training thread takes them out."""
+    checks: list[Callable[[TracedRun], None]] = field(default_factory=list[Callable[[TracedRun], None]])
+    """Called before the first step. What one raises ends the run."""
     reads_snapshots: bool = False
     """Arrays of snapshots are read on the host, also if no Checkpointer writes them."""
 
     def clear(self) -> None:
         """Forget the requests of the run before."""
         for requests in (
-            self.checkpoints, self.evaluations, self.traces, self.final_restores, self.replayed,
+            self.checkpoints, self.evaluations, self.traces, self.final_restores, self.replayed, self.checks,
         ):  # fmt: skip
             requests.clear()
         self.reads_snapshots = False

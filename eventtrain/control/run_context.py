@@ -19,6 +19,7 @@ from eventtrain.control.requests import (
     PeriodicRequest,
     ReplayedCommand,
     RunRequests,
+    TracedRun,
     TraceRequest,
     WhenFull,
 )
@@ -188,6 +189,15 @@ class RunContext:
             raise ConfigurationError(f"{subject} requires the weights, but {self.unknown_params}")
 
     # --- requests, while the subscriber starts ----------------------------------------------------------------
+
+    def before_first_step(self, check: Callable[[TracedRun], None]) -> None:
+        """Has ``check`` called on the training thread, once step_fn and eval_fn are traced, before the first step.
+
+        What it raises ends the run. It may look metrics up, or trace a function of its own:
+        ``jax.eval_shape(function, traced.state)``.
+        """
+        if self._plane is not None:
+            self._requests.checks.append(check)
 
     def replay_commands(self, commands: Sequence[ReplayedCommand]) -> None:
         """Applies commands that another run got from outside, each at its boundary."""

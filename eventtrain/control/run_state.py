@@ -18,17 +18,26 @@ from pydantic import Field, model_validator
 from eventtrain.bus.barrier import SubscriptionCheckpoint
 from eventtrain.events import parse_event
 from eventtrain.events.commands import AnyCommand
-from eventtrain.events.models import Frozen, Number
+from eventtrain.events.models import Array, Frozen, Number
 
 BEFORE_END = "before-end"
 """Tag of the state before the end of a run, if that is another one. Kept snapshots of it: ``before-end/<tag>``."""
 
 
+class SavedReduction(Frozen):
+    """How a metric with a reduction of its own is reduced, and the weight of the rows so far that have a value."""
+
+    how: Literal["mean", "sum", "max", "last"]
+    weight: str | None = None
+    total: float = 0.0
+
+
 class SavedMeans(Frozen):
-    """The sums behind the means of an epoch or an evaluation."""
+    """The sums behind the means of an epoch or an evaluation; for metrics in ``reductions``, what they reduce to."""
 
     sums: dict[str, float] = Field(default_factory=dict)
     total: float = 0.0
+    reductions: dict[str, SavedReduction] = Field(default_factory=dict)
 
 
 class SavedCommand(Frozen):
@@ -50,7 +59,9 @@ class LoopRecord(Frozen):
         in_epoch: EpochStarted of ``epoch`` was published, and EpochCompleted was not.
         step_started: StepStarted of the next step was published, for deciders.
         evaluation: how far the evaluation of this boundary is.
-        evaluated_batches: of the evaluation that was cut short at this boundary; None if none was.
+        evaluated_batches: of the evaluation that was cut short at this boundary, of its set in progress; None if none
+            was.
+        evaluated_sets: number of batches of each set before that.
         epoch_first_step: steps completed before the epoch in progress.
         start_step, start_epoch: completed when the call of ``fit`` began whose aim the run has.
         epochs, steps: the aim of that call; both None in a session.
@@ -72,6 +83,7 @@ class LoopRecord(Frozen):
     step_started: bool = False
     evaluation: Literal["none", "pending", "done"] = "none"
     evaluated_batches: int | None = Field(default=None, ge=0)
+    evaluated_sets: tuple[int, ...] = ()
     epoch_first_step: int = Field(ge=0)
     start_step: int = Field(ge=0)
     start_epoch: int = Field(ge=0)
@@ -113,6 +125,9 @@ class StreamRecord(Frozen):
         epoch_means: of the epoch in progress.
         eval_means: of the evaluation that was cut short.
         evaluated: means of the epoch's last evaluation, for its EpochCompleted.
+        epoch_states, eval_states: of the metrics with state, in the epoch in progress and in the evaluation that was
+            cut short.
+        eval_metrics, eval_arrays: of the sets that this evaluation has finished.
         watched: values of the hyperparameters that follow a schedule.
     """
 
@@ -121,6 +136,10 @@ class StreamRecord(Frozen):
     epoch_means: SavedMeans = SavedMeans()
     eval_means: SavedMeans = SavedMeans()
     evaluated: dict[str, Number] | None = None
+    epoch_states: tuple[Array, ...] = ()
+    eval_states: tuple[Array, ...] = ()
+    eval_metrics: dict[str, Number] = Field(default_factory=dict)
+    eval_arrays: dict[str, Array] = Field(default_factory=dict)
     watched: dict[str, Number] = Field(default_factory=dict)
 
 

@@ -137,6 +137,14 @@ class EpochIterator:
             DataError: ``data`` yields no batches, or NumPy arrays in a run of several processes. What the user's code
                 raises passes unchanged.
         """
+        return self._next()
+
+    def sample(self) -> Any:
+        """Returns the first batch, to trace a function for; None if the run has to end first. Raises as ``next``."""
+        group = self._next()
+        return None if group is None else group.call
+
+    def _next(self) -> BatchGroup | None:
         self._group, self._used = None, 0
         if self._prefetcher is not None:
             ready = self._prefetcher.ready

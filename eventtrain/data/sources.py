@@ -6,7 +6,8 @@ import collections
 import inspect
 import itertools
 import json
-from collections.abc import Callable, Iterable, Iterator
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, TypeAlias
 
 import jax
@@ -65,6 +66,26 @@ def require_batches(data: object, name: str) -> None:
             f"The {name} is a tuple of {len(arrays)} arrays of the shapes {shapes}, each of which would be taken for a "
             "batch. Pass et.ArrayLoader(arrays, batch_size), or a list of batches."
         )
+
+
+def evaluation_sets(data: object) -> Mapping[str, Any]:
+    """Returns evaluation data by name: that of a mapping, or ``data`` itself under the name "".
+
+    Raises:
+        DataError: a mapping has no entry, or a name that cannot be part of the name of a metric.
+    """
+    if not isinstance(data, Mapping):
+        return {"": data}
+    sets: Mapping[Any, Any] = data
+    if not sets:
+        raise DataError("The evaluation data is an empty mapping. Pass at least one set by name, or None.")
+    for name in sets:
+        if not isinstance(name, str) or not re.fullmatch(r"[\w./-]+", name):
+            raise DataError(
+                f"The evaluation data has a set named {name!r}, but its metrics are called val_<set>_<metric>. Name it "
+                "with letters, digits and _ . - /, for example eval_data={'clean': ..., 'noisy': ...}."
+            )
+    return sets
 
 
 class EpochReader:

@@ -3,18 +3,32 @@
 from __future__ import annotations
 
 import abc
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Sequence
+from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 import jax
 import numpy as np
 
-from eventtrain.device.executable_cache import ExecutableCache, LowerOnCaller, compile_lowered, lower_here
+from eventtrain.device.executable_cache import (
+    ExecutableCache,
+    LowerOnCaller,
+    argument_types,
+    compile_lowered,
+    lower_here,
+)
 from eventtrain.device.metric_codec import MetricLayout
 from eventtrain.device.metric_ring import MetricRings, RingCarry, TakenRing, write_row
 from eventtrain.device.placement import own_shards
 from eventtrain.device.state import Leaves, PyTree, TreeStructure, abstract, replicated_sharding
+from eventtrain.device.stateful_metrics import (
+    CompiledStates,
+    HostArray,
+    StatefulMetrics,
+    TakenStates,
+    split_metrics,
+)
 from eventtrain.device.validation import call_user, check_leaves
 from eventtrain.errors import StepError
 
@@ -78,8 +92,30 @@ class _StateReader(abc.ABC):
         return call_user(self._name, self._function, self._structure.join(leaves), batch)
 
 
+@dataclass(slots=True, eq=False, kw_only=True)
+class EvalCarry(RingCarry):
+    """State that one call of `CompiledEval` hands to the next.
+
+    Attributes:
+        states: of the metrics with state, merged so far; donated. Empty without such metrics.
+    """
+
+    states: Leaves
+
+
+class _TracedEval(NamedTuple):
+    """eval_fn, traced for one batch signature: JAX does not trace `function` again when it is called with that."""
+
+    function: Callable[[Leaves, PyTree], tuple[jax.Array, Leaves]]
+    layout: MetricLayout
+    states: StatefulMetrics
+    computed: frozenset[str]
+
+
 class CompiledEval(_StateReader):
     """`eval_fn`, `(state, batch) -> metrics`, fused with a metric ring as the step is.
+
+    Metrics with state are merged in the same program.
 
     Attributes:
         capacity: rows of the ring.
@@ -89,7 +125,7 @@ class CompiledEval(_StateReader):
 
     def __init__(
         self,
-        eval_fn: Callable[[PyTree, PyTree], Mapping[str, Any]],
+        eval_fn: Callable[[PyTree, PyTree], Any],
         structure: TreeStructure,
         leaves: Sequence[jax.Array],
         *,
@@ -100,48 +136,93 @@ class CompiledEval(_StateReader):
         super().__init__(eval_fn, structure, leaves, leaf_types=leaf_types, lower_on_caller=lower_on_caller)
         self.capacity = capacity
         self._rings = MetricRings(self._name, capacity, self._replicated)
+        self._traces: dict[Hashable, _TracedEval] = {}
+        self._states = CompiledStates(self._replicated)
 
-    def initial(self) -> RingCarry:
-        """Returns the carry to start an evaluation with, after `prepare`."""
-        return RingCarry(*self._rings.fresh())
+    def initial(self, states: Sequence[HostArray] = ()) -> EvalCarry:
+        """Returns the carry to start an evaluation with, after `prepare`.
 
-    def __call__(self, carry: RingCarry, leaves: Sequence[jax.Array], batch: PyTree) -> None:
+        `states` are those of an evaluation that was cut short, from `take_states`. Raises a StateError if eval_fn has
+        other ones.
+        """
+        return EvalCarry(*self._rings.fresh(), states=self._states.initial(states))
+
+    def __call__(self, carry: EvalCarry, leaves: Sequence[jax.Array], batch: PyTree) -> None:
         """Dispatches eval_fn on one batch and returns at once; its metrics are the ring's next row.
 
         Errors as in `prepare`; then `carry` is as it was.
         """
         if carry.rows >= self.capacity:
             raise self._rings.refuse_more(carry)
-        carry.ring, carry.cursor = self._dispatch(leaves, carry.ring, carry.cursor, batch)
+        carry.ring, carry.cursor, carry.states = self._dispatch(
+            leaves, carry.ring, carry.cursor, carry.states, batch
+        )
         carry.rows += 1
 
-    def take_ring(self, carry: RingCarry, window: Any = None) -> TakenRing:
+    def take_ring(self, carry: EvalCarry, window: Any = None) -> TakenRing:
         """Returns the ring of `carry`, with `window` as the caller's record of it; `carry` gets a fresh one."""
         return self._rings.take(carry, window)
 
+    def take_values(self, carry: EvalCarry, window: Any = None) -> TakenStates:
+        """Dispatches `compute()` of the metrics with state. Returns its results by name; none without such metrics."""
+        return self._states.computed(carry.states, window)
+
+    def take_states(self, carry: EvalCarry, window: Any = None) -> TakenStates:
+        """Returns the merged states, for `initial`."""
+        return self._states.copied(carry.states, window)
+
     def _build(self, batch: PyTree) -> Callable[..., Any]:
-        layout, lowered = self._lower_on_caller(lambda: self._lower(batch))
+        layout, states, lowered = self._lower_on_caller(lambda: self._lower(batch))
         self._rings.adopt(layout)
+        self._states.adopt(states, self._lower_on_caller)
         return compile_lowered(lowered)
 
-    def _lower(self, batch: PyTree) -> tuple[MetricLayout, jax.stages.Lowered]:
-        layouts: list[MetricLayout] = []
+    def trace(self, batch: PyTree) -> frozenset[str]:
+        """Traces and checks eval_fn for `batch` without compiling it; `prepare` does not trace it again.
 
-        def row_of(leaves: Leaves, batch: PyTree) -> jax.Array:
-            metrics = self._call(leaves, batch)
-            layouts.append(MetricLayout.of(metrics, self._name))
-            return layouts[-1].encode(metrics)
+        Returns:
+            The names of the scalars that an evaluation has.
 
-        traced_once = jax.jit(row_of, inline=True)
-        traced_once.trace(self._leaf_types, batch)
+        Raises:
+            As `prepare`.
+        """
+        traced = self._lower_on_caller(lambda: self._traced(batch))
+        return frozenset(traced.layout.names) | traced.computed
+
+    def _traced(self, batch: PyTree) -> _TracedEval:
+        signature = argument_types(batch)
+        if signature not in self._traces:
+            self._traces[signature] = self._trace(batch)
+        return self._traces[signature]
+
+    def _trace(self, batch: PyTree) -> _TracedEval:
+        found: list[tuple[MetricLayout, StatefulMetrics]] = []
+
+        def measured(leaves: Leaves, batch: PyTree) -> tuple[jax.Array, Leaves]:
+            scalars, stateful = split_metrics(self._call(leaves, batch), self._name)
+            layout = MetricLayout.of(scalars, self._name)
+            states, state_leaves = StatefulMetrics.split(stateful, self._name)
+            found.append((layout, states))
+            return layout.encode(scalars), state_leaves
+
+        jitted = jax.jit(measured, inline=True)
+        jitted.trace(self._leaf_types, batch)
+        layout, states = found[0]
+        return _TracedEval(jitted, layout, states, states.scalar_names(layout.names))
+
+    def _lower(self, batch: PyTree) -> tuple[MetricLayout, StatefulMetrics, jax.stages.Lowered]:
+        traced = self._traced(batch)
+        layout, states = traced.layout, traced.states
 
         def call(
-            leaves: Leaves, ring: jax.Array, cursor: jax.Array, batch: PyTree
-        ) -> tuple[jax.Array, jax.Array]:
-            return write_row(ring, cursor, traced_once(leaves, batch))
+            leaves: Leaves, ring: jax.Array, cursor: jax.Array, carried: Leaves, batch: PyTree
+        ) -> tuple[jax.Array, jax.Array, Leaves]:
+            row, new = traced.function(leaves, batch)
+            return *write_row(ring, cursor, row), states.merge(carried, new)
 
-        jitted = jax.jit(call, donate_argnums=1, out_shardings=self._replicated)
-        return layouts[0], jitted.lower(self._leaf_types, *self._rings.types(layouts[0]), batch)
+        jitted = jax.jit(call, donate_argnums=(1, 3), out_shardings=self._replicated)
+        types = (*self._rings.types(layout), states.carried_types(self._replicated))
+        return layout, states, jitted.lower(self._leaf_types, *types, batch)
 
 
 class CompiledPredict(_StateReader):
@@ -166,6 +247,19 @@ class CompiledPredict(_StateReader):
     @cached_property
     def _gather(self) -> Callable[[Sequence[jax.Array]], list[jax.Array]]:
         return jax.jit(lambda outputs: outputs, out_shardings=self._replicated)
+
+    def trace(self, batch: PyTree) -> None:
+        """Traces and checks predict_fn for `batch`, which may be of another kind than those to predict on.
+
+        Raises:
+            StepError: what is wrong with it is not the batch: a name that is not defined, an import that fails, or
+                outputs that are not arrays.
+        """
+        try:
+            self._lower_on_caller(lambda: jax.eval_shape(self._outputs, self._leaf_types, batch))
+        except StepError as error:
+            if error.__cause__ is None or isinstance(error.__cause__, (NameError, ImportError, SyntaxError)):
+                raise
 
     def _build(self, batch: PyTree) -> Callable[..., Any]:
         lowered = self._lower_on_caller(lambda: jax.jit(self._outputs).lower(self._leaf_types, batch))

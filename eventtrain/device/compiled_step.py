@@ -32,6 +32,7 @@ from eventtrain.device.fused_step import FusedStep, LoweredStep, StepFn, StepOpt
 from eventtrain.device.metric_ring import MetricRings, RingCarry, TakenRing
 from eventtrain.device.placement import put
 from eventtrain.device.state import Leaves, PyTree, TreeStructure, abstract, copy_leaves, replicated_sharding
+from eventtrain.device.stateful_metrics import CompiledStates, HostArray, TakenStates
 from eventtrain.device.validation import check_leaves
 from eventtrain.errors import SnapshotError, first_lines
 
@@ -44,7 +45,7 @@ class Carry(RingCarry):
 
     Attributes:
         leaves: array leaves of the training state; donated.
-        ext_leaves: array leaves of `ExtensionStates`; donated.
+        ext_leaves: array leaves of `ExtensionStates`, and behind them what is carried of metrics with state; donated.
     """
 
     leaves: Leaves
@@ -95,6 +96,9 @@ class CompiledStep:
             rings=MetricRings("step_fn", options.capacity, sharding),
             options=options,
         )
+        self._extension_count = len(self._fused.extensions.types)
+        self._states = CompiledStates(sharding)
+        self._computed_names = frozenset[str]()
         counts = range(options.steps_per_call + 1)
         self._counts = [put(np.int32(count), sharding) for count in counts]
         self._lower_on_caller = lower_on_caller
@@ -106,6 +110,16 @@ class CompiledStep:
     def compilations(self) -> int:
         """Number of batch signatures that were compiled; each blocked its caller once."""
         return len(self._executables.built)
+
+    @property
+    def metric_names(self) -> tuple[str, ...]:
+        """Names of the metrics of a step, after `prepare`."""
+        return self._fused.rings.layout.names
+
+    @property
+    def computed_names(self) -> frozenset[str]:
+        """Names of the scalars that metrics with state compute for an epoch, after `prepare`."""
+        return self._computed_names
 
     def program(self) -> StepProgram | None:
         """Returns the compiled step for the batch signature in use; None before `prepare`."""
@@ -131,20 +145,22 @@ class CompiledStep:
         ext_leaves: Sequence[jax.Array] | None = None,
         *,
         step: int = 0,
+        states: Sequence[HostArray] = (),
     ) -> Carry:
         """Returns the carry to start from, after `prepare`; the first call will donate `leaves`.
 
         Without `ext_leaves` the extensions are initialised from these weights, with `step` as the number of completed
-        steps.
+        steps. `states` are those of the metrics of an epoch that was cut short, from `take_states`.
 
         Raises:
-            StateError: leaves of other shapes, dtypes or shardings than the step was compiled for.
+            StateError: leaves of other shapes, dtypes or shardings than the step was compiled for, or other states.
         """
         ring, cursor = self._fused.rings.fresh()
         self._check(leaves, ext_leaves)
         if ext_leaves is None:
             ext_leaves = self._fused.extensions.init(leaves, step)
-        return Carry(ring, cursor, leaves=list(leaves), ext_leaves=list(ext_leaves))
+        carried = [*ext_leaves, *self._states.initial(states)]
+        return Carry(ring, cursor, leaves=list(leaves), ext_leaves=carried)
 
     def __call__(
         self, carry: Carry, batch: PyTree, start: int = 0, stop: int = 1, *, keep: bool = False
@@ -188,9 +204,37 @@ class CompiledStep:
         """Returns the ring of `carry`, with `window` as the caller's record of it; `carry` gets a fresh one."""
         return self._fused.rings.take(carry, window)
 
+    def begin_epoch(self, carry: Carry) -> None:
+        """Begins the metrics with state from scratch: the next step finds no state."""
+        carry.ext_leaves[self._extension_count :] = self._states.restarted(self._carried_states(carry))
+
+    def take_values(self, carry: Carry, window: Any = None) -> TakenStates | None:
+        """Dispatches `compute()` of the metrics with state. Returns its results by name; None without such metrics."""
+        states = self._carried_states(carry)
+        return self._states.computed(states, window) if states else None
+
+    def take_states(self, carry: Carry, window: Any = None) -> TakenStates | None:
+        """Returns a copy of the states of the metrics, for `initial`; None without such metrics."""
+        states = self._carried_states(carry)
+        return self._states.copied(states, window) if states else None
+
+    def extension_leaves(self, carry: Carry) -> Leaves:
+        """Returns the leaves of the extensions only."""
+        return carry.ext_leaves[: self._extension_count]
+
+    def with_extensions(self, carry: Carry, extensions: Sequence[jax.Array]) -> Leaves:
+        """Returns `carry.ext_leaves` with other leaves of the extensions, from another step.
+
+        The first one, which counts completed steps, stays, and so do the states of metrics.
+        """
+        return [*self.extension_leaves(carry)[:1], *extensions[1:], *self._carried_states(carry)]
+
+    def _carried_states(self, carry: Carry) -> Leaves:
+        return carry.ext_leaves[self._extension_count :]
+
     def extension_states(self, ext_leaves: Sequence[jax.Array]) -> dict[str, PyTree]:
         """Returns the extensions' states by name, from the leaves of a carry or a snapshot."""
-        return self._fused.extensions.by_name(ext_leaves)
+        return self._fused.extensions.by_name(ext_leaves[: self._extension_count])
 
     @property
     def extension_types(self) -> dict[str, jax.ShapeDtypeStruct]:
@@ -212,6 +256,8 @@ class CompiledStep:
     def _build(self, batch: PyTree) -> _Variants:
         lowered: LoweredStep = self._lower_on_caller(lambda: self._fused.lower(batch))
         self._fused.rings.adopt(lowered.layout)
+        self._states.adopt(lowered.states, self._lower_on_caller)
+        self._computed_names = lowered.computed_names
         return _Variants(lowered)
 
     def _call_after(
@@ -229,7 +275,8 @@ class CompiledStep:
         fused = self._fused
         check_leaves("state", leaves, fused.structure, fused.leaf_types)
         if ext_leaves is not None:
-            check_leaves("ext_state", ext_leaves, fused.extensions.structure, fused.extensions.types)
+            own = ext_leaves[: self._extension_count]
+            check_leaves("ext_state", own, fused.extensions.structure, fused.extensions.types)
 
     def _call_keeping(self, carry: Carry, batch: PyTree, counts: tuple[jax.Array, ...]) -> Any:
         executable = self._executables.select(batch)

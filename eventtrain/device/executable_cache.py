@@ -98,10 +98,20 @@ class ExecutableCache(Generic[E]):
         return self.built[signature]
 
 
-def _signature_of(batch: PyTree) -> Hashable:
+def argument_types(batch: PyTree) -> Hashable:
+    """Returns what tracing depends on: structure, and each leaf's shape and dtype, but not where it is.
+
+    Raises:
+        DataError: a leaf of the batch is neither an array nor a number.
+    """
+    treedef, kinds = _signature_of(batch)
+    return treedef, tuple(kind[:3] if isinstance(kind, tuple) else kind for kind in kinds)
+
+
+def _signature_of(batch: PyTree) -> tuple[Any, tuple[Any, ...]]:
     """Returns all that an executable depends on: structure, and each leaf's shape, dtype, sharding."""
     with_paths, treedef = jax.tree_util.tree_flatten_with_path(batch)
-    kinds: list[Hashable] = []
+    kinds: list[Any] = []
     for path, leaf in with_paths:
         if isinstance(leaf, jax.Array):
             sharding = leaf.sharding if leaf.committed else None

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from typing import Any
 
 from eventtrain.device.metric_ring import TakenRing
+from eventtrain.device.stateful_metrics import TakenStates
 
 
 class Fetcher:
@@ -16,8 +17,8 @@ class Fetcher:
     Rings are put in as they are dispatched. Other items (events of the loop) keep their place between them.
 
     Args:
-        deliver: gets each item, on the fetch thread: a `MetricColumns` for a `TakenRing`, any other item as it was put.
-            Later items wait while it runs.
+        deliver: gets each item, on the fetch thread: a `MetricColumns` for a `TakenRing`, a `FetchedStates` for a
+            `TakenStates`, any other item as it was put. Later items wait while it runs.
         on_failure: called once, on the fetch thread, with the first error of the device or of `deliver`, which is also
             `failure`. That item and all later ones are discarded.
     """
@@ -55,7 +56,7 @@ class Fetcher:
         while (item := self._queue.get()) is not _END:
             if self.failure is None:
                 try:
-                    self._deliver(item.fetch() if isinstance(item, TakenRing) else item)
+                    self._deliver(item.fetch() if isinstance(item, (TakenRing, TakenStates)) else item)
                 except BaseException as error:
                     self.failure = error
                     self._on_failure(error)

@@ -7,6 +7,8 @@ per call it takes a tuple of K batches, and the range `start, stop` of steps to 
   never the batch.
 - Output shardings are the input shardings, so that one executable serves every step.
 - step_fn is traced once for each batch signature: both variants and all K steps share that trace.
+- What is carried of metrics with state follows the leaves of the extensions, in the same list: without such metrics a
+  call has nothing more to pass.
 """
 
 from __future__ import annotations
@@ -24,6 +26,7 @@ from eventtrain.device.extensions import ExtensionStates
 from eventtrain.device.metric_codec import MetricLayout
 from eventtrain.device.metric_ring import MetricRings, write_row
 from eventtrain.device.state import Leaves, PyTree, TreeStructure
+from eventtrain.device.stateful_metrics import StatefulMetrics, split_metrics
 from eventtrain.device.validation import call_user, matched_leaves, state_and_metrics
 
 # State leaves, extension leaves, ring, cursor.
@@ -60,6 +63,8 @@ class LoweredStep(NamedTuple):
     """One batch signature, lowered; `.compile()` of the variants may run on any thread."""
 
     layout: MetricLayout
+    states: StatefulMetrics
+    computed_names: frozenset[str]
     donating: jax.stages.Lowered
     keeping: jax.stages.Lowered | None
     jaxpr: Any  # a ClosedJaxpr, whose class has no public place in JAX
@@ -84,33 +89,41 @@ class FusedStep:
             StepError, StateError, MetricsError: as in `CompiledStep.prepare`.
         """
         options, grouped = self.options, self.options.steps_per_call > 1
-        layouts: list[MetricLayout] = []
+        found: list[tuple[MetricLayout, StatefulMetrics]] = []
 
-        def one_step(leaves: Leaves, ext_leaves: Leaves, batch: PyTree) -> tuple[Leaves, Leaves, jax.Array]:
+        def one_step(
+            leaves: Leaves, ext_leaves: Leaves, batch: PyTree
+        ) -> tuple[Leaves, Leaves, jax.Array, Leaves]:
             result = call_user("step_fn", self.step_fn, self.structure.join(leaves), batch)
             state, metrics = state_and_metrics(result)
             new_leaves = matched_leaves(state, self.structure, leaves, "step_fn", "state")
             joined = self.structure.join(new_leaves)
-            new_ext_leaves, metrics = self.extensions.update(
-                ext_leaves, self.structure.join(leaves), joined, metrics
+            scalars, stateful = split_metrics(metrics, "step_fn")
+            new_ext_leaves, scalars = self.extensions.update(
+                ext_leaves, self.structure.join(leaves), joined, scalars
             )
             watched = {index: new_leaves[index] for index in self.watched}
-            layout = MetricLayout.of(metrics, "step_fn", watched=watched)
-            layouts.append(layout)
-            row = layout.encode(metrics, list(watched.values()))
-            return new_leaves, new_ext_leaves, row
+            layout = MetricLayout.of(scalars, "step_fn", watched=watched)
+            states, state_leaves = StatefulMetrics.split(stateful, "step_fn")
+            found.append((layout, states))
+            row = layout.encode(scalars, list(watched.values()))
+            return new_leaves, new_ext_leaves, row, state_leaves
 
         traced_once = jax.jit(one_step, inline=True)
-        traced_once.trace(self.leaf_types, self.extensions.types, first_batch(batch) if grouped else batch)
-        ring, cursor = self.rings.types(layouts[0])
+        extensions, own = self.extensions.types, len(self.extensions.types)
+        traced_once.trace(self.leaf_types, extensions, first_batch(batch) if grouped else batch)
+        layout, states = found[0]
+        computed_names = states.scalar_names(layout.names)
+        ring, cursor = self.rings.types(layout)
 
         def call(
             leaves: Leaves, ext_leaves: Leaves, ring: jax.Array, cursor: jax.Array, batch: PyTree
         ) -> Carried:
-            leaves, ext_leaves, row = traced_once(leaves, ext_leaves, batch)
-            return leaves, ext_leaves, *write_row(ring, cursor, row)
+            leaves, extended, row, new = traced_once(leaves, ext_leaves[:own], batch)
+            return leaves, [*extended, *states.merge(ext_leaves[own:], new)], *write_row(ring, cursor, row)
 
-        arguments = [self.leaf_types, self.extensions.types, ring, cursor, batch]
+        carried = [*extensions, *states.carried_types(ring.sharding)]
+        arguments = [self.leaf_types, carried, ring, cursor, batch]
         if grouped:
             arguments += [jax.ShapeDtypeStruct((), np.int32, sharding=ring.sharding)] * 2
         shardings = jax.tree.map(lambda leaf: leaf.sharding, tuple(arguments[:4]))
@@ -127,7 +140,7 @@ class FusedStep:
 
         donating = traced(0, 1, 2) if options.donate else traced(2)
         keeping = traced(2).lower() if options.donate and options.snapshot == "keep" else None
-        return LoweredStep(layouts[0], donating.lower(), keeping, donating.jaxpr)
+        return LoweredStep(layout, states, computed_names, donating.lower(), keeping, donating.jaxpr)
 
 
 def first_batch(batches: tuple[PyTree, ...] | StackedBatches) -> PyTree:

@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from eventtrain.device.reductions import Reduction, reductions_of, value_of
 from eventtrain.errors import MetricsError, listed
 
 # uint32[k, words]: the rows of k steps, on the host.
@@ -31,13 +32,15 @@ class MetricLayout:
 
     `names` are sorted, as JAX sorts the keys of a dict; `dtypes[i]` belongs to `names[i]`. A value takes one uint32
     word, or two if it is 64 bits wide. `watched` are indices of state leaves (hyperparameters) whose value after each
-    step follows the metrics in the row. Two layouts are equal if they decode alike.
+    step follows the metrics in the row. `reductions` are those of the metrics that have one of their own. Two layouts
+    are equal if they decode and reduce alike.
     """
 
     names: tuple[str, ...]
     dtypes: tuple[np.dtype[Any], ...]
     watched: tuple[int, ...] = ()
     watched_dtypes: tuple[np.dtype[Any], ...] = ()
+    reductions: tuple[tuple[str, Reduction], ...] = ()
 
     @classmethod
     def of(
@@ -61,8 +64,9 @@ class MetricLayout:
                     "the key, since events carry metrics by name."
                 )
         names, leaves = tuple(sorted(given)), watched or {}
-        dtypes = tuple(_scalar_dtype(name, given[name], function) for name in names)
-        return cls(names, dtypes, tuple(leaves), tuple(np.dtype(leaf.dtype) for leaf in leaves.values()))
+        dtypes = tuple(_scalar_dtype(name, value_of(given[name]), function) for name in names)
+        watched_dtypes = tuple(np.dtype(leaf.dtype) for leaf in leaves.values())
+        return cls(names, dtypes, tuple(leaves), watched_dtypes, reductions_of(given))
 
     @property
     def words(self) -> int:
@@ -71,7 +75,7 @@ class MetricLayout:
 
     def encode(self, metrics: Mapping[str, Any], watched: Sequence[jax.Array] = ()) -> jax.Array:
         """Returns the row of one step, uint32[words]; traced. `watched` has the order of `self.watched`."""
-        values = [metrics[name] for name in self.names] + list(watched)
+        values = [value_of(metrics[name]) for name in self.names] + list(watched)
         dtypes = (*self.dtypes, *self.watched_dtypes)
         words = [_to_words(jnp.asarray(v, d)) for v, d in zip(values, dtypes, strict=True)]
         return jnp.concatenate(words) if words else jnp.zeros((1,), jnp.uint32)
@@ -104,6 +108,8 @@ class MetricLayout:
             for name in self.names
             if after.get(name, before[name]) != before[name]
         ]
+        if self.reductions != other.reductions:
+            found.append("the reductions (et.Mean, et.Sum, et.Max, et.Last) changed")
         raise MetricsError(
             f"{function} returned other metrics for a batch of another shape: {listed(found)}. Every step of a run "
             "must return the same metrics: return jnp.nan where one does not apply, and keep its dtype."

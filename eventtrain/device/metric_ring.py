@@ -26,6 +26,8 @@ from jax.sharding import Sharding
 
 from eventtrain.device.metric_codec import Column, MetricLayout
 from eventtrain.device.placement import put
+from eventtrain.device.reductions import Reduction
+from eventtrain.device.validation import sharded_as
 from eventtrain.errors import StepError
 
 
@@ -47,13 +49,14 @@ class RingCarry:
 class MetricColumns(NamedTuple):
     """A fetched ring, on the host: read-only columns of `rows` values, of metrics by name and watched leaves by index.
 
-    `window` is that of the `TakenRing`.
+    `window` is that of the `TakenRing`; `reductions` are those of its layout.
     """
 
     metrics: dict[str, Column]
     rows: int
     window: Any
     watched: dict[int, Column]
+    reductions: tuple[tuple[str, Reduction], ...] = ()
 
 
 class TakenRing(NamedTuple):
@@ -72,12 +75,13 @@ class TakenRing(NamedTuple):
         # On a CPU this is a view of the buffer, and a live view would keep it from being reused: decode() copies.
         rows = np.asarray(self.ring)[: self.rows]
         metrics, watched = self.layout.decode(rows)
-        return MetricColumns(metrics, self.rows, self.window, watched)
+        return MetricColumns(metrics, self.rows, self.window, watched, self.layout.reductions)
 
 
 def write_row(ring: jax.Array, cursor: jax.Array, row: jax.Array) -> tuple[jax.Array, jax.Array]:
     """Returns ring and cursor after `row`, uint32[words], was written; traced inside the step."""
-    ring = lax.dynamic_update_slice(ring, row[None, :], (cursor, jnp.uint32(0)))
+    # Without any metric the row is a constant, which on explicit mesh axes is not on the mesh yet.
+    ring = lax.dynamic_update_slice(ring, sharded_as(ring, row[None, :]), (cursor, jnp.uint32(0)))
     return ring, cursor + jnp.uint32(1)
 
 
@@ -129,6 +133,11 @@ class MetricRings:
             f"The metric ring holds {self._capacity} rows and {carry.rows} are used, so the next call would overwrite "
             "some. Call take_ring() first."
         )
+
+    @property
+    def layout(self) -> MetricLayout:
+        """The layout of a row; raises a StepError before `adopt`."""
+        return self._require_layout()
 
     def _require_layout(self) -> MetricLayout:
         if self._layout is None:

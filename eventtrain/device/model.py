@@ -34,7 +34,7 @@ from eventtrain.device.validation import PromotionError, call_user, structure_di
 from eventtrain.errors import ConfigurationError, StateError, listed
 from eventtrain.validation.callables import require_plain
 
-EvalFn: TypeAlias = Callable[[PyTree, PyTree], Mapping[str, Any]]
+EvalFn: TypeAlias = Callable[[PyTree, PyTree], Any]
 PredictFn: TypeAlias = Callable[[PyTree, PyTree], PyTree]
 
 
@@ -52,6 +52,7 @@ class Model:
         leaves: of the state; empty while a run owns it.
         ext_leaves: of the step extensions; None before the first run.
         step, epoch: completed.
+        weak_paths: of leaves that are traced as weakly typed.
         unknown_params: why the default of ``params`` cannot tell the weights in the state; None if it can.
         lower_on_caller: another one while a run trains on another thread than the one that called ``fit``.
 
@@ -87,8 +88,10 @@ class Model:
         self.split = None if batch_sharding is None else BatchSharding(batch_sharding)
         if self.split is not None:
             self._join(self.split)
-        # Paths of weakly typed leaves. One that was read from a checkpoint is strong, and is traced as it was before.
-        self._weak = {path for path, leaf in zip(self.structure.paths, leaves, strict=True) if is_weak(leaf)}
+        # Weakly typed leaves. One that was read from a checkpoint is strong, and is traced as it was before.
+        self.weak_paths = {
+            path for path, leaf in zip(self.structure.paths, leaves, strict=True) if is_weak(leaf)
+        }
         self.ext_leaves: Leaves | None = None
         self.step_fn, self.eval_fn, self.predict_fn = step_fn, eval_fn, predict_fn
         self.params, self.extensions, self.options = params or find_params, tuple(extensions), options
@@ -167,7 +170,7 @@ class Model:
         return before
 
     def _types(self, leaves: Sequence[jax.Array]) -> list[jax.ShapeDtypeStruct]:
-        return abstract(leaves, [path in self._weak for path in self.structure.paths])
+        return abstract(leaves, [path in self.weak_paths for path in self.structure.paths])
 
     def _move_to(self, batch: PyTree) -> None:
         """Place a state that is not committed to devices where the batch is."""
@@ -198,7 +201,7 @@ class Model:
         for position, dtype in error.dtypes.items():
             path = jax.tree_util.keystr(with_paths[position][0])
             leaves[position] = strong(jnp.asarray(leaves[position], dtype))
-            (self._weak.add if dtype is None else self._weak.discard)(path)
+            (self.weak_paths.add if dtype is None else self.weak_paths.discard)(path)
         self.adopt(jax.tree_util.tree_unflatten(treedef, leaves))
 
     def _forget_compiled(self) -> None:

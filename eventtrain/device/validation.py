@@ -91,7 +91,7 @@ def matched_leaves(
             "missing reduction, cast with .astype, or make a number an array with jnp.asarray."
         )
     return [
-        _sharded_as(wanted, array if is_weak(wanted) else strong(array))
+        sharded_as(wanted, array if is_weak(wanted) else strong(array))
         for array, wanted in zip(arrays, expected, strict=True)
     ]
 
@@ -186,7 +186,7 @@ def _array_like(leaf: Any, wanted: Any) -> Any:
         return leaf
 
 
-def _sharded_as(wanted: Any, array: jax.Array) -> jax.Array:
+def sharded_as(wanted: Any, array: jax.Array) -> jax.Array:
     """Returns `array` in the sharding of `wanted`, which on explicit mesh axes is part of the type."""
     sharding = jax.typeof(wanted).sharding
     if AxisType.Explicit not in sharding.mesh.axis_types or jax.typeof(array).sharding == sharding:

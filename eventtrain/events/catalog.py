@@ -13,7 +13,7 @@ from pydantic import Field
 
 from eventtrain.events.base import EpochEvent, Event, LifecycleEvent, RunEvent
 from eventtrain.events.commands import Cause, CommandApplied, CommandRejected
-from eventtrain.events.models import ByKind, Columns, FrozenDict, Number, Numbers, Text
+from eventtrain.events.models import Arrays, ByKind, Columns, FrozenDict, Number, Numbers, Text
 
 __all__ = [
     "ActionRequested",
@@ -122,6 +122,8 @@ class EpochCompleted(EpochEvent):
 
     kind: Literal["epoch_completed"] = "epoch_completed"
     metrics: Numbers
+    arrays: Arrays = Field(default_factory=FrozenDict)
+    """Results of metrics with state of ``step_fn`` that are not scalars: read-only NumPy arrays."""
     hyperparams: Numbers = Field(default_factory=FrozenDict)
     steps: int
     duration_s: float
@@ -178,11 +180,13 @@ class EvalStepCompleted(Event):
 
 
 class EvalCompleted(Event):
-    """``metrics``: weighted means over the evaluation data, without a prefix."""
+    """``metrics``: weighted means over the evaluation data, and what metrics with state computed; without a prefix."""
 
     kind: Literal["eval_completed"] = "eval_completed"
     epoch: int
     metrics: Numbers
+    arrays: Arrays = Field(default_factory=FrozenDict)
+    """Results of metrics with state that are not scalars, such as a confusion matrix: read-only NumPy arrays."""
     steps: int
     duration_s: float
 

@@ -396,6 +396,52 @@ Columns = Annotated[dict[str, Column], AfterValidator(FrozenDict)]
 """Name to column, read-only."""
 
 
+def _array_from_json(form: dict[Any, Any]) -> np.ndarray:
+    shape = form.get("shape")
+    if not isinstance(shape, list) or not all(type(size) is int and size >= 0 for size in shape):  # pyright: ignore[reportUnknownVariableType]
+        raise ValueError('an array in JSON must be {"dtype": ..., "shape": [...], "values": [...]}')
+    values = _column_from_json({name: part for name, part in form.items() if name != "shape"})
+    if values.size != math.prod(shape):  # pyright: ignore[reportUnknownArgumentType]
+        raise ValueError(f"an array of the shape {shape} cannot have {values.size} values")
+    return values.reshape(shape)  # pyright: ignore[reportUnknownArgumentType]
+
+
+def _array(value: Any) -> np.ndarray:
+    array = _array_from_json(value) if isinstance(value, dict) else np.asarray(value)
+    if array.dtype.kind not in "biuf" or array.dtype.name not in _JSON_VALUES:
+        raise ValueError(f"an array must hold bools, integers or floats of up to 64 bits, got {array.dtype}")
+    if array.flags.writeable:
+        array = array.copy()
+        array.flags.writeable = False
+    return array
+
+
+Array = Annotated[
+    np.ndarray,
+    PlainValidator(_array),
+    PlainSerializer(
+        lambda a: {"dtype": a.dtype.name, "shape": list(a.shape), "values": a.reshape(-1).tolist()},
+        return_type=dict[str, Any],
+        when_used="json",
+    ),
+    WithJsonSchema(
+        {
+            "type": "object",
+            "properties": {
+                "dtype": {"type": "string"},
+                "shape": {"type": "array", "items": {"type": "integer", "minimum": 0}},
+                "values": {"type": "array"},
+            },
+            "required": ["dtype", "shape", "values"],
+        }
+    ),
+]
+"""A read-only NumPy array of any shape; in JSON ``{"dtype": ..., "shape": [...], "values": [...]}``, row by row."""
+
+Arrays = Annotated[dict[str, Array], AfterValidator(FrozenDict)]
+"""Name to array, read-only."""
+
+
 def _same(a: Any, b: Any) -> bool:
     """Compares with NaN equal to NaN, so that an event equals what its own JSON parses to."""
     if a is b:

@@ -23,6 +23,7 @@ from eventtrain.loop.agreement.agreement import Agreement
 from eventtrain.loop.agreement.log import BeginEnd, TakeCheckpoint
 from eventtrain.loop.backpressure import STALL_REPORT_S
 from eventtrain.loop.evaluation import Evaluations
+from eventtrain.loop.event_builder import EpochStates
 from eventtrain.loop.metric_windows import MetricWindows
 from eventtrain.loop.request_schedule import RequestSchedule
 from eventtrain.loop.run_recorder import RunRecorder
@@ -180,12 +181,16 @@ class Checkpoints:
                 self.status,
                 self.resources.gates,
                 evaluation=self.evaluations.state,
-                evaluated_batches=self.evaluations.evaluated_batches,
+                cut=self.evaluations.cut,
             )
             barrier.run.last_batch = self.recorder.data.last_batch(self.status.batch)
             self.resources.plane.queue.open_barrier(barrier)
         except TypeError as error:
             barrier.abandon(str(error))
+        if self.status.in_epoch:
+            states = self.ledger.compiled.take_states(self.ledger.carry, EpochStates())
+            if states is not None:
+                self.windows.put(states)
         self.windows.put(Marker(barrier))
         return barrier
 

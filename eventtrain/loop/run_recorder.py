@@ -13,7 +13,7 @@ from eventtrain.data.batch_group import BatchGroup
 from eventtrain.errors import listed
 from eventtrain.events.models import Number
 from eventtrain.loop.lag_gates import LagGates
-from eventtrain.loop.run_status import RunStatus
+from eventtrain.loop.run_status import EvalPosition, RunStatus
 
 logger = logging.getLogger("eventtrain")
 
@@ -117,12 +117,12 @@ class RunRecorder:
         gates: LagGates,
         *,
         evaluation: Literal["none", "pending", "done"],
-        evaluated_batches: int | None,
+        cut: EvalPosition | None,
     ) -> LoopRecord:
         """Returns where the run is.
 
         Args:
-            evaluation, evaluated_batches: how far the evaluation of this boundary is.
+            evaluation, cut: how far the evaluation of this boundary is.
 
         Raises:
             TypeError: the state of the data's iterator cannot be saved.
@@ -134,7 +134,8 @@ class RunRecorder:
             in_epoch=status.in_epoch,
             step_started=status.announced_step == status.step,
             evaluation=evaluation,
-            evaluated_batches=evaluated_batches,
+            evaluated_batches=None if cut is None else cut.batches,
+            evaluated_sets=() if cut is None else cut.sets,
             epoch_first_step=status.epoch_first_step,
             start_step=self.start_step,
             start_epoch=self.start_epoch,

@@ -8,6 +8,14 @@ from eventtrain.events import TO_BE_CONTINUED
 from eventtrain.loop.agreement.log import Moment
 
 
+@dataclass(frozen=True)
+class EvalPosition:
+    """Position in an evaluation that was cut short: batches of the sets before, and of the one in progress."""
+
+    sets: tuple[int, ...] = ()
+    batches: int = 0
+
+
 @dataclass(slots=True)
 class RunStatus:
     """The state of a run between two steps. Training thread only; every part of the loop holds the same object.

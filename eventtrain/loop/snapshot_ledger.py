@@ -73,7 +73,7 @@ class SnapshotLedger:
 
     def take(self, taken: SnapshotTaken) -> Snapshot:
         """Returns the snapshot that ``taken`` announces: the state of this boundary."""
-        leaves, extensions = self.carry.leaves, self.carry.ext_leaves
+        leaves, extensions = self.carry.leaves, self.compiled.extension_leaves(self.carry)
         if self._to_host:
             leaves, extensions = map(self._pool.copy, leaves), map(self._pool.copy, extensions)
         snapshot = Snapshot(
@@ -153,9 +153,8 @@ class SnapshotLedger:
                 leaves[index] = source[index]
         else:
             leaves = list(source)
-            extensions = self._on_device(snapshot.extensions, carry.ext_leaves)
-            # The first extension leaf is the number of completed steps, which never goes back.
-            carry.ext_leaves = [*carry.ext_leaves[:1], *extensions[1:]]
+            extensions = self._on_device(snapshot.extensions, self.compiled.extension_leaves(carry))
+            carry.ext_leaves = self.compiled.with_extensions(carry, extensions)
         carry.leaves = leaves
         self.status.changes += 1
         self._shared = True

@@ -43,7 +43,7 @@ from eventtrain.loop.profiling import StepProfiler
 from eventtrain.loop.run_ahead import RunAhead
 from eventtrain.loop.run_recorder import RunRecorder
 from eventtrain.loop.run_resources import RunResources
-from eventtrain.loop.run_status import RunStatus
+from eventtrain.loop.run_status import EvalPosition, RunStatus
 from eventtrain.loop.snapshot_ledger import SnapshotLedger
 
 
@@ -265,6 +265,7 @@ class TrainingLoop:
         self.boundary.begin_phase()
         self.boundary.admit_deciders()
         self.windows.begin_epoch()
+        self.compiled.begin_epoch(self.carry)
         status.epoch_first_step = status.step
         status.in_epoch = True
         hyperparams = dict(self._view.hyperparams)
@@ -285,9 +286,8 @@ class TrainingLoop:
             return False  # the run that resumes from here publishes EpochCompleted
         steps = status.step - status.epoch_first_step
         self._gates.note(EpochCompleted, status.step, status.epoch)
-        self.windows.put(
-            EpochEnd(status.step, status.epoch, steps, self._epoch_began_s, self._view.hyperparams)
-        )
+        end = EpochEnd(status.step, status.epoch, steps, self._epoch_began_s, self._view.hyperparams)
+        self.windows.put(self.compiled.take_values(self.carry, end) or end)
         status.epoch += 1
         status.in_epoch = False
         self.boundary.begin_phase()
@@ -305,7 +305,9 @@ class TrainingLoop:
         status.in_epoch = True
         status.epoch_first_step = record.epoch_first_step
         status.announced_step = status.step if record.step_started else -1
-        self.evaluations.resume(record.evaluation, record.evaluated_batches)
+        cut = record.evaluated_batches
+        position = None if cut is None else EvalPosition(record.evaluated_sets, cut)
+        self.evaluations.resume(record.evaluation, position)
         self._epoch_began_s = perf_counter()
 
     def finish(self, deadline_s: float) -> None:

@@ -18,6 +18,7 @@ from eventtrain.control.control_plane import ControlPlane
 from eventtrain.control.loop_statistics import LoopClock
 from eventtrain.control.run_view import RunView
 from eventtrain.data.epoch_iterator import EpochIterator
+from eventtrain.data.sources import evaluation_sets
 from eventtrain.device.fetcher import Fetcher
 from eventtrain.device.model import Model
 from eventtrain.device.placement import read
@@ -25,7 +26,7 @@ from eventtrain.device.state import PyTree, replicated_sharding
 from eventtrain.events import PredictCompleted, PredictStarted, PredictStepCompleted
 from eventtrain.events.models import Number
 from eventtrain.loop.agreement.agreement import Agreement
-from eventtrain.loop.evaluation import dispatch_evaluation
+from eventtrain.loop.evaluation import EvaluationDispatch, name_of_set
 from eventtrain.loop.event_builder import EventBuilder
 from eventtrain.loop.run_ahead import RunAhead
 from eventtrain.loop.run_status import RunStatus
@@ -73,20 +74,19 @@ class Inference:
 
     def _evaluate(self, data: Any) -> dict[str, Number]:
         model = self._model
-        builder = EventBuilder(self._bus, RunView(), weight=self._options.weight)
+        options = self._options
+        builder = EventBuilder(self._bus, RunView(), weight=options.weight, derive=options.derive)
         fetcher = Fetcher(builder.take)
         fetcher.start()
         try:
-            with self._open(data, "evaluation data") as batches:
-                dispatch_evaluation(
-                    model.evaluation(model.leaves),
-                    model.leaves_for("eval", model.leaves, model.ext_leaves),
-                    batches,
-                    RunStatus(model.step, model.epoch),
-                    fetcher=fetcher,
-                    ahead=RunAhead(self._options.pace.max_in_flight_calls, LoopClock()),
-                    continues=lambda: fetcher.failure is None and not self._waiter.cancelled,
-                )
+            EvaluationDispatch(
+                model.evaluation(model.leaves),
+                model.leaves_for("eval", model.leaves, model.ext_leaves),
+                RunStatus(model.step, model.epoch),
+                fetcher=fetcher,
+                ahead=RunAhead(self._options.pace.max_in_flight_calls, LoopClock()),
+                continues=lambda: fetcher.failure is None and not self._waiter.cancelled,
+            ).run(evaluation_sets(data), lambda name, batches: self._open(batches, name_of_set(name)))
         finally:
             fetcher.close()
         if fetcher.failure is not None:

@@ -25,7 +25,7 @@ from eventtrain.control.run_context import RunContext
 from eventtrain.control.run_view import NONE
 from eventtrain.data.batch_group import BatchGroup
 from eventtrain.data.sources import shapes_of
-from eventtrain.device.compiled_step import StepProgram
+from eventtrain.device.compiled_step import CompiledStep, StepProgram
 from eventtrain.device.fetcher import Fetcher
 from eventtrain.device.fused_step import first_batch
 from eventtrain.device.hyperparams import find_hyperparams, values_of
@@ -47,12 +47,13 @@ from eventtrain.loop.agreement.log import ApplyCommand, EndRun
 from eventtrain.loop.backpressure import ROW_EVENTS
 from eventtrain.loop.boundary import require_served
 from eventtrain.loop.evaluation import EvaluationSource
-from eventtrain.loop.event_builder import EventBuilder
+from eventtrain.loop.event_builder import Derivations, EventBuilder
 from eventtrain.loop.lag_gates import LagGates
 from eventtrain.loop.run_recorder import RunRecorder
 from eventtrain.loop.run_resources import RunResources
 from eventtrain.loop.run_status import RunStatus
 from eventtrain.loop.train_loop import Pace, TrainingLoop
+from eventtrain.trainer.checks import trace_run
 from eventtrain.trainer.resume import ResumePoint, resume_loop, resume_stream, take_over_extensions
 from eventtrain.trainer.subscriber_lifecycle import RunSubscriber, SubscriberLifecycle
 
@@ -72,6 +73,7 @@ class RunOptions:
     run_dir_is_new: bool
     pace: Pace
     weight: str | None
+    derive: Derivations
     drain_timeout_s: float
 
 
@@ -129,7 +131,7 @@ class Run:
         self._restarts = restarts
         self._changes = changes
         self._first_step = model.step
-        builder = EventBuilder(bus, plane.view, weight=options.weight)
+        builder = EventBuilder(bus, plane.view, weight=options.weight, derive=options.derive)
         fetcher = Fetcher(builder.take, self._fetch_failed)
         self.resources = RunResources(bus, plane, LagGates(bus), builder, fetcher, LoopClock())
         self._agreement = agreement
@@ -198,7 +200,10 @@ class Run:
         hyperparams = find_hyperparams(model.structure.join(model.leaves))
         if point is not None:
             model.ext_leaves = take_over_extensions(point, compiled.extension_types, self._plane.view)
-        carry = compiled.initial(model.leaves, model.ext_leaves, step=model.step)
+        if point is None or point.ended is None:
+            self._check(compiled, batch)
+        states = self.resources.builder.epoch_states  # of the epoch in which the run resumes
+        carry = compiled.initial(model.leaves, model.ext_leaves, step=model.step, states=states)
         self.loop = TrainingLoop(
             self.source,
             compiled,
@@ -214,6 +219,23 @@ class Run:
         model.leaves, model.ext_leaves = [], None
         if point is not None:
             resume_loop(point, self.loop)
+
+    def _check(self, compiled: CompiledStep, batch: Any) -> None:
+        """Fail now where the first evaluation would, or where a subscriber requested a check that fails."""
+        aim, checks = self.recorder.aim, self._plane.requests.checks
+        if not checks and self._model.predict_fn is None and not self.source.available:
+            return
+        traced = trace_run(
+            self.source,
+            compiled,
+            first_batch(batch) if self.grouped and batch is not None else batch,
+            epoch=self.status.epoch,
+            derive=self.options.derive,
+            may_evaluate_later=aim.epochs is None and aim.steps is None,
+            waiter=self,
+        )
+        for check in checks:
+            check(traced)
 
     def advance(self, batch: Any, count: int, group: BatchGroup | None = None) -> int:
         """Run the first ``count`` steps of a call. Returns how many were dispatched before the run had to end.
@@ -539,7 +561,7 @@ class Run:
     def _give_state_back(self) -> None:
         loop, model = self.loop, self._model
         if loop is not None:
-            model.leaves, model.ext_leaves = loop.carry.leaves, loop.carry.ext_leaves
+            model.leaves, model.ext_leaves = loop.carry.leaves, loop.compiled.extension_leaves(loop.carry)
             model.step, model.epoch = self.status.step, self.status.epoch
 
     # --- failures ---------------------------------------------------------------------------------------------

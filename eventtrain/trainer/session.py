@@ -12,6 +12,7 @@ from eventtrain.control.control import Control
 from eventtrain.control.loop_statistics import LoopStatistics
 from eventtrain.data.batch_group import GroupMakerOfSplitBatches
 from eventtrain.data.global_batches import require_global
+from eventtrain.data.sources import evaluation_sets
 from eventtrain.device.batch_sharding import BatchSharding
 from eventtrain.device.compiled_step import StepProgram
 from eventtrain.errors import ConfigurationError
@@ -126,6 +127,7 @@ class Session:
                 "end_epoch(eval_data=...) requires an eval_fn: Trainer(..., eval_fn=(state, batch) -> metrics)."
             )
         if eval_data is not None and self._run.status.in_epoch:
+            evaluation_sets(eval_data)
             source.data = eval_data
         with self._user_frames:
             return self._run.end_epoch()

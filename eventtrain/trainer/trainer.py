@@ -20,7 +20,7 @@ from eventtrain.control.control import Control
 from eventtrain.control.control_plane import ControlPlane
 from eventtrain.control.run_state import SavedRun
 from eventtrain.data.epoch_iterator import Leftovers
-from eventtrain.data.sources import describe, length_of
+from eventtrain.data.sources import describe, evaluation_sets, length_of
 from eventtrain.device.extensions import StepExtension
 from eventtrain.device.fused_step import StepOptions
 from eventtrain.device.hyperparams import Hyperparam, find_hyperparams, labels, read
@@ -31,6 +31,7 @@ from eventtrain.events import EpochCompleted, Event, HyperparamChanged
 from eventtrain.events.models import Number
 from eventtrain.loop.agreement.agreement import Agreement
 from eventtrain.loop.evaluation import EvaluationSource
+from eventtrain.loop.event_builder import Derivations
 from eventtrain.loop.run_recorder import Aim, RunRecorder
 from eventtrain.loop.train_loop import Pace
 from eventtrain.notebook import html
@@ -62,6 +63,7 @@ from eventtrain.trainer.subscriber_lifecycle import RunSubscriber
 from eventtrain.trainer.tracebacks import UserFrames
 from eventtrain.validation.annotations import checked, fits, shown
 from eventtrain.validation.arguments import require_choice, require_count, require_number
+from eventtrain.validation.callables import require_plain
 
 if TYPE_CHECKING:
     from eventtrain.bus.options import EventTypesOf
@@ -75,11 +77,14 @@ class Trainer(Generic[S]):
 
     Args:
         step_fn: ``(state, batch) -> (state, metrics)``. Pure; traced once per batch shape. ``metrics`` is a flat dict
-            of scalars of any real dtype; each keeps its exact value.
+            of scalars of any real dtype; each keeps its exact value. ``Mean``, ``Sum``, ``Max`` and ``Last`` around one
+            say what the epoch has of it; by default its mean.
         state: any pytree of arrays (TrainState, Flax, Equinox, plain dict), sharded or not. It stays valid for its
             owner: it is copied once at the start, and the copy is donated from step to step. Leaves that are not
             arrays are static; a Python number that step_fn changes becomes an array, as under ``jax.jit``.
-        eval_fn: ``(state, batch) -> metrics``, for ``eval_data`` and ``evaluate``.
+        eval_fn: ``(state, batch) -> metrics``, for ``eval_data`` and ``evaluate``. It, and step_fn, may also return
+            metrics with state: pytrees with ``merge(other)`` and ``compute()``, which are merged on the device over all
+            batches (clu.metrics, metrax, metrics of Flax NNX).
         predict_fn: ``(state, batch) -> outputs``, a pytree of arrays, for ``predict``.
         params: lens ``state -> weights``, any tree of arrays of the state. By default ``state.params`` or
             ``state["params"]``, parts named so further inside, the ``nnx.Param`` variables of Flax NNX, or what is
@@ -110,6 +115,9 @@ class Trainer(Generic[S]):
             the frames of eventtrain and JAX.
         remote_control: serve ``run_dir/control.sock`` during each run that has subscribers, for ``eventtrain ctl``, and
             look for the files STOP and CHECKPOINT in run_dir. Only the user of the run may connect.
+        derive: name -> function of the means (and of what comes before it), for epochs and evaluations alike:
+            ``{"perplexity": lambda means: math.exp(means["loss"])}``. One that asks for a metric that is not there is
+            left out. Runs on another thread.
 
     One run at a time. ``fit`` trains on the calling thread and serves the bus in another; ``fit_async`` trains in a
     thread and serves the bus on the running event loop.
@@ -123,7 +131,7 @@ class Trainer(Generic[S]):
         self,
         step_fn: Callable[[S, Any], tuple[S, Mapping[str, Any]]],
         state: S,
-        eval_fn: Callable[[S, Any], Mapping[str, Any]] | None = None,
+        eval_fn: Callable[[S, Any], Any] | None = None,
         predict_fn: Callable[[S, Any], PyTree] | None = None,
         params: Callable[[S], PyTree] | None = None,
         subscribers: Sequence[Subscriber] = (),
@@ -143,6 +151,7 @@ class Trainer(Generic[S]):
         drain_timeout_s: float = 30.0,
         debug: bool = False,
         remote_control: bool = True,
+        derive: Mapping[str, Callable[[Mapping[str, Number]], Number]] | None = None,
     ) -> None:
         require_count("Trainer", "steps_per_call", steps_per_call, at_least=1)
         require_count("Trainer", "max_in_flight_steps", max_in_flight_steps, at_least=1)
@@ -178,6 +187,7 @@ class Trainer(Generic[S]):
             run_dir_is_new=run_dir is None and run_id is None,
             pace=Pace(flush_interval_s, max(1, max_in_flight_steps // steps_per_call)),
             weight=weight,
+            derive=_checked_derivations(derive or {}),
             drain_timeout_s=drain_timeout_s,
         )
         self._remote_control = remote_control
@@ -358,7 +368,9 @@ class Trainer(Generic[S]):
             data: an iterable of batches, iterated again in each epoch; or a callable ``epoch -> iterable``, such as
                 ``ArrayLoader``. Large NumPy batches are put on the device ahead of time.
             epochs, steps: of this call; exactly one of them. The last epoch ends where its data or ``steps`` end.
-            eval_data: like ``data``; evaluated at the end of each epoch. Requires ``eval_fn``.
+            eval_data: like ``data``; evaluated at the end of each epoch. Requires ``eval_fn``. Several sets by name,
+                ``{"clean": ..., "noisy": ...}``, are evaluated one after the other, as one evaluation: their metrics
+                are ``clean_loss`` and so on, in epochs ``val_clean_loss``.
             resume: continue from the newest checkpoint (True) of this trainer's Checkpointers, or from the one with
                 this path, tag or step. ``epochs`` and ``steps`` are then those of the whole run. If nothing is saved
                 yet, True starts from scratch and logs that. A run that has ended trains nothing more, unless the aim
@@ -414,6 +426,7 @@ class Trainer(Generic[S]):
         """
         if eval_data is not None:
             self._require_eval_fn("session(eval_data=...)")
+            evaluation_sets(eval_data)
         with (
             self._on_this_thread("session"),
             self._joined() as agreement,
@@ -459,6 +472,7 @@ class Trainer(Generic[S]):
         _require_positive("steps", steps)
         if eval_data is not None:
             self._require_eval_fn("fit(eval_data=...)")
+            evaluation_sets(eval_data)
 
     def _subscribers_here(self) -> tuple[Subscriber, ...]:
         """The subscribers that run in this process: all in process 0, those ``per_host`` in the others."""
@@ -702,7 +716,8 @@ class Trainer(Generic[S]):
     def evaluate(self, data: Any) -> dict[str, Number]:
         """Return the means of eval_fn's metrics over ``data`` (weighted by ``weight``), in float64. Blocks.
 
-        Publishes EvalStarted, EvalStepCompleted and EvalCompleted.
+        Metrics with state have what they compute, if that is a scalar; arrays are in EvalCompleted only. ``data`` may
+        be several sets by name, as for ``fit``. Publishes EvalStarted, EvalStepCompleted and EvalCompleted.
 
         Raises:
             ConfigurationError: there is no eval_fn. DataError: there is no batch.
@@ -757,6 +772,16 @@ def _checked_run_id(run_id: object) -> str:
             "letter, a digit or _, since folders are named after it."
         )
     return run_id
+
+
+def _checked_derivations(derive: Mapping[str, Any]) -> Derivations:
+    for name, function in derive.items():
+        if not isinstance(name, str) or not callable(function):  # pyright: ignore[reportUnnecessaryIsInstance]
+            raise ConfigurationError(
+                f"Trainer(derive={{{name!r}: {function!r}}}): expected names of metrics, with functions of the means."
+            )
+        require_plain(f"derive[{name!r}]", function)
+    return dict(derive)
 
 
 def _require_positive(name: str, value: object) -> None:

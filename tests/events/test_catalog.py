@@ -60,6 +60,15 @@ def columns(draw: st.DrawFn) -> dict[str, np.ndarray]:
     return made
 
 
+@st.composite
+def arrays(draw: st.DrawFn) -> dict[str, np.ndarray]:
+    shapes = [(-1,), (-1, 1), (1, -1, 1)]
+    return {
+        name: column.reshape(() if column.size == 1 else draw(st.sampled_from(shapes)))
+        for name, column in draw(columns()).items()
+    }
+
+
 COMMANDS = st.sampled_from(
     [
         commands.SetHyperparam(name="learning_rate", value=3, due=4),
@@ -74,6 +83,8 @@ def values_of(name: str, annotation: Any) -> st.SearchStrategy[Any]:
     """Values for a field, from its type."""
     if name in ("metrics", "hyperparams"):
         return NUMBER_DICTS
+    if name == "arrays":
+        return arrays()
     if name == "command":
         return COMMANDS
     if name in ("step", "epoch", "peer"):
@@ -122,7 +133,8 @@ def exactly(value: Any) -> Any:
     if isinstance(value, dict):
         return {key: exactly(item) for key, item in value.items()}
     if isinstance(value, np.ndarray):
-        return (value.dtype.name, value.tobytes() if value.dtype.kind != "f" else repr(value.tolist()))
+        numbers = value.tobytes() if value.dtype.kind != "f" else repr(value.tolist())
+        return (value.dtype.name, value.shape, numbers)
     if isinstance(value, datetime):  # Pydantic reads a UTC of its own
         return value.astimezone(UTC)
     return (type(value).__name__, repr(value))
@@ -806,3 +818,19 @@ def test_the_users_own_model_stays_as_it_is() -> None:
 def test_events_of_eventtrain_are_not_written_to_json_when_they_are_made() -> None:
     assert [kind.__name__ for kind in BUILT_IN if kind._holds_objects] == []
     assert Nested._holds_objects
+
+
+@pytest.mark.parametrize(
+    ("form", "message"),
+    [
+        ({"dtype": "float32", "values": [1.0]}, '"shape"'),
+        ({"dtype": "float32", "shape": [2, 2], "values": [1.0]}, r"the shape \[2, 2\] cannot have 1 values"),
+        ({"dtype": "float32", "shape": [-1], "values": [1.0]}, '"shape"'),
+        ({"dtype": "object", "shape": [1], "values": [1.0]}, "the dtype of a column"),
+        ({"dtype": "int8", "shape": [1], "values": [300]}, "out of range"),
+    ],
+)
+def test_an_array_that_contradicts_itself_is_refused(form: Any, message: str) -> None:
+    event = json.loads(et.EvalCompleted(epoch=0, metrics={}, steps=1, duration_s=1.0).model_dump_json())
+    with pytest.raises(et.EventParseError, match=message):
+        et.parse_event({**event, "arrays": {"a": form}})

@@ -50,14 +50,15 @@ class Stuck:
 
 def sources(where: str) -> tuple[Stuck, dict[str, Any]]:
     """The data that blocks, and the arguments of fit."""
-    if where == "evaluation":
-        stuck = Stuck()
+    if "evaluation" in where:
+        stuck = Stuck(epoch=int(where == "second evaluation"))
         return stuck, {"data": batches(4), "eval_data": stuck}
     stuck = Stuck(epoch=int(where == "second epoch"))
     return stuck, {"data": stuck}
 
 
-WHERE = ["first epoch", "second epoch", "evaluation"]
+# A batch of the first evaluation is read before the first step.
+WHERE = {"first epoch": 0, "second epoch": 4, "first evaluation": 0, "second evaluation": 8}
 
 
 @pytest.mark.parametrize("where", WHERE)
@@ -83,7 +84,7 @@ def test_a_stop_is_answered_within_a_second_while_the_first_batch_is_awaited(
         with pytest.raises(SystemExit):
             trainer.fit(**arguments, epochs=3)
     assert time.monotonic() - began_s[0] < 2.0  # a second, and what the end of a run takes on a busy machine
-    assert trainer.step == (0 if where == "first epoch" else 4)
+    assert trainer.step == WHERE[where]
     stuck.free.set()
 
 
@@ -213,7 +214,7 @@ def test_the_users_data_runs_on_the_prefetch_thread_with_the_callers_context(tmp
     trainer.fit(Data(), epochs=1, eval_data=Data())
     trainer.evaluate(Data())
     assert set(seen) == {("eventtrain-prefetch", "caller")}
-    assert len(seen) == 6
+    assert len(seen) == 8  # a batch of eval_data is read before the first step, too
 
 
 # --- the code ---------------------------------------------------------------------------------------------------
@@ -227,7 +228,7 @@ ALLOWED = {
     # Bounded by CLOSE_S.
     ("data/prefetch.py", "close", "self._thread.join(timeout_s)"),
     # Takes from a list.
-    ("data/epoch_iterator.py", "next", "next(self._direct, None)"),
+    ("data/epoch_iterator.py", "_next", "next(self._direct, None)"),
 }
 
 

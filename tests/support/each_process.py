@@ -24,6 +24,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 import eventtrain as et
 from eventtrain import subscribers as subs
+from tests.support.stateful_metrics import F1
 
 jax.distributed.initialize()
 FOLDER, PROCESSES, ME = sys.argv[1], jax.process_count(), jax.process_index()
@@ -59,7 +60,7 @@ def step_fn(state: Any, batch: Any) -> Any:
 
 
 def eval_fn(state: Any, batch: Any) -> Any:
-    return {"loss": loss_fn(state["params"], batch)}
+    return {"loss": loss_fn(state["params"], batch), "f1": F1.of(batch[:, 0] > 0, batch[:, 1] > 0)}
 
 
 def predict_fn(state: Any, batch: Any) -> Any:

@@ -225,9 +225,10 @@ def test_the_differences_between_then_and_now_are_said(
 ) -> None:
     checkpointer = MemoryCheckpointer(every=3)
     trainer, _ = make(tmp_path, checkpointer)
-    trainer.fit(loader(), steps=7)
+    evaluated_on = list(loader()(0))[:1]
+    trainer.fit(loader(), steps=7, eval_data=evaluated_on)
     resumed, _ = make(tmp_path, checkpointer, steps_per_call=2)
-    result = resumed.fit(loader(), steps=12, resume=3)
+    result = resumed.fit(loader(), steps=12, eval_data=evaluated_on, resume=3)
     assert result.step == 12
     assert "steps_per_call: 1 then, 2 now" in caplog.text
 

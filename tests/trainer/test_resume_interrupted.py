@@ -20,6 +20,7 @@ from eventtrain import subscribers as subs
 from eventtrain.data.epoch_iterator import EpochIterator
 from tests.support.models import batches, eval_fn, new_state, step_fn
 from tests.support.saved_in_memory import MemoryCheckpointer
+from tests.support.stateful_metrics import measured, scored, uneven
 from tests.trainer.test_resume import Positioned, Record
 
 PATIENCE_S = 20.0
@@ -44,12 +45,10 @@ def make(
     checkpointer.name = "memory"
     record = Heard()
     trainer = et.Trainer(
-        step_fn,
-        new_state(),
-        eval_fn=eval_fn,
+        state=new_state(),
         subscribers=[record, *extra, checkpointer],
         run_dir=tmp_path,
-        **options,
+        **{"step_fn": step_fn, "eval_fn": eval_fn, **options},
     )
     return trainer, record
 
@@ -382,6 +381,33 @@ def test_a_run_by_steps_that_was_interrupted_in_its_last_evaluation_still_ends_i
     again = trainer.fit(data, steps=5, eval_data=evaluated_on, resume=5)
     assert before.sequence()[:-1] + after.sequence() == whole.sequence()
     assert (trainer.epoch, len(again.history)) == (1, len(result.history))
+
+
+@pytest.mark.parametrize("named", [False, True])
+@pytest.mark.parametrize("cut", [1, 4])
+def test_an_interrupted_evaluation_goes_on_with_the_states_of_its_metrics(
+    tmp_path: Any, cut: int, named: bool
+) -> None:
+    data = uneven(scored())
+
+    def run(name: str, checkpointer: MemoryCheckpointer) -> tuple[et.Trainer, Heard]:
+        trainer, heard = make(tmp_path / name, checkpointer, eval_fn=measured, step_fn=counted)
+        return trainer, heard
+
+    def counted(state: Any, batch: Any) -> Any:
+        return state, {"loss": batch["score"].sum()}
+
+    trainer, whole = run("whole", MemoryCheckpointer())
+    evaluated_on, checkpointer = data[:4], MemoryCheckpointer(at_end=True)
+    sets = {"first": data[:2], "second": evaluated_on} if named else evaluated_on
+    trainer.fit(data, epochs=2, eval_data=sets)
+    trainer, before = run("first", checkpointer)
+    with interrupted_before(cut, evaluated_on):
+        trainer.fit(data, epochs=2, eval_data=sets)
+    trainer, after = run("second", checkpointer)
+    trainer.fit(data, epochs=2, eval_data=sets, resume=4)
+    assert any(event.arrays for event in after.seen if isinstance(event, et.EvalCompleted))
+    assert before.sequence()[:-1] + after.sequence() == whole.sequence()
 
 
 @pytest.mark.parametrize("steps_per_call", [1, 4])

@@ -67,6 +67,10 @@ NEEDED: dict[str, dict[str, Any]] = {
     "Trainer": {"step_fn": step_fn, "state": {"w": np.zeros(2)}},
     "parse_event": {"source": "{}"},
     "subscriber_config": {"cls": subs.EarlyStopping},
+    "Last": {"value": 1.0},
+    "Max": {"value": 1.0},
+    "Mean": {"value": 1.0},
+    "Sum": {"value": 1.0},
     "nonfinite_metrics": {"opt_state": {"x": np.zeros(2)}},
     "load_state": {"path": "missing", "like": {"w": np.zeros(2)}},
     "norms": {"tree": {"w": np.zeros(2)}},
@@ -122,6 +126,7 @@ def constructors() -> Iterator[tuple[str, Callable[..., Any]]]:
 MADE_BY_EVENTTRAIN = {
     "Control", "EventReader", "EventStream", "FitResult", "Hyperparams", "KeptSnapshot", "LoopStatistics",
     "RunContext", "Session", "StepChange", "StepProgram", "StepSeries", "Subscription", "SubscriptionStatistics",
+    "TracedRun",
 }  # fmt: skip
 
 

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import difflib
 import logging
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
+from eventtrain.control.requests import TracedRun
+from eventtrain.control.run_context import RunContext
 from eventtrain.errors import ConfigurationError
+from eventtrain.events import EvalCompleted, Event
 from eventtrain.events.models import Number
 
 logger = logging.getLogger("eventtrain")
@@ -37,6 +40,21 @@ class MetricReader:
     def for_run(self, owner: str, *, evaluates: bool = False) -> MetricReader:
         """Returns a reader of the same metric that has reported nothing yet; arguments as of the constructor."""
         return MetricReader(owner, self.metric, strict=self._strict, evaluates=evaluates)
+
+    def look_up_in(self, run: RunContext, event: type[Event]) -> None:
+        """Has the run fail before its first step if events of this class cannot have the metric. While it starts."""
+
+        def check(traced: TracedRun) -> None:
+            is_evaluation = event is EvalCompleted
+            if not traced.knows_evaluation and (is_evaluation or self.metric.startswith("val_")):
+                return
+            known = traced.metrics[event]
+            if (self.metric.removeprefix("val_") if is_evaluation else self.metric) not in known:
+                raise ConfigurationError(
+                    self._explain([f"val_{name}" if is_evaluation else name for name in known])
+                )
+
+        run.before_first_step(check)
 
     def read(self, metrics: Mapping[str, Number], *, unprefixed: bool = False) -> float | None:
         """Returns the value, or None if it is missing.
@@ -77,8 +95,10 @@ class MetricReader:
             self._reported = True
             logger.warning("%s", message)
 
-    def _explain(self, metrics: Mapping[str, Number]) -> str:
-        names = sorted(metrics, key=lambda name: -difflib.SequenceMatcher(None, self.metric, name).ratio())
+    def _explain(self, metrics: Iterable[str]) -> str:
+        names = sorted(
+            sorted(metrics), key=lambda name: -difflib.SequenceMatcher(None, self.metric, name).ratio()
+        )
         listed = ", ".join(names[:MOST_NAMES]) or "none"
         if len(names) > MOST_NAMES:
             listed += f" and {len(names) - MOST_NAMES} more"

@@ -41,7 +41,8 @@ class EarlyStopping(MonitorPolicy):
             (StepCompleted; ``lag=64``); "seconds" (EpochCompleted, by the clock: no lag, so not reproducible).
         min_delta_relative: ``min_delta`` is a fraction of the value to beat.
         nan: a NaN is never the best. "count": no improvement; "ignore": skipped; "stop": stop the run.
-        strict: fail the run if the metric is missing, instead of warning once.
+        strict: fail the run if an event lacks the metric, instead of warning once. A metric that no event can have
+            fails it before the first step.
 
     The count starts from scratch with every ``fit``, unless a saved state was loaded.
 

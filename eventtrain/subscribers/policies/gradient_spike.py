@@ -47,7 +47,8 @@ class GradientSpike(Policy[GradientSpikeState]):
         hyperparam: its name in ``optax.inject_hyperparams``.
         path: of the hyperparameter, if several have this name.
         lag: the cut takes effect this many steps after the spike, in every rerun; None: as soon as it arrives.
-        strict: fail the run if the metric is missing, instead of warning once.
+        strict: fail the run if a step lacks the metric, instead of warning once. A metric that no step has fails it
+            before the first one.
 
     It starts from scratch with every ``fit``, unless a saved state was loaded; of a longer saved window the newest
     values are used. A run whose optimiser has no such hyperparameter fails when it starts.
@@ -109,6 +110,7 @@ class GradientSpike(Policy[GradientSpikeState]):
         """Starts from scratch, unless a state was loaded. Raises HyperparamError for an unusable hyperparameter."""
         run.require_hyperparam(self._hyperparam, self._path)
         self._reader = self._reader.for_run(self._name)
+        self._reader.look_up_in(run, StepCompleted)
         await super().start(run)
 
     async def handle(self, event: StepCompleted, control: Control) -> None:

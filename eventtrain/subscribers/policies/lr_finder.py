@@ -204,6 +204,7 @@ class LRFinder(Policy[LRFinderState]):
         """
         run.require_hyperparam(self._hyperparam, self._path)
         self._reader = self._reader.for_run(self._name)
+        self._reader.look_up_in(run, StepCompleted)
         if self.every != 1:
             raise ConfigurationError(
                 f"{self._name}: every={self.every!r} would leave out steps of the test. Leave it at 1."

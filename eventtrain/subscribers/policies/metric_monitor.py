@@ -195,6 +195,7 @@ class MonitorPolicy(Policy[MonitorPolicyState]):
         await super().start(run)
         evaluates = run.can_evaluate and self._monitor.unit in ("epochs", "seconds")
         self._reader = self._reader.for_run(self._name, evaluates=evaluates)
+        self._reader.look_up_in(run, UNITS[self._monitor.unit][0])
 
     async def handle(self, event: Monitored | RunCompleted, control: Control) -> None:
         """Counts, and decides when patience is exhausted."""

@@ -62,7 +62,8 @@ class TerminateOnNaN(Policy[TerminateOnNaNState]):
         path: of the learning rate, if several have this name.
         lag: a decision takes effect this many steps after the bad one, in every rerun. None: as soon as it arrives,
             but not for "rollback".
-        strict: fail the run if the metric is missing, instead of warning once.
+        strict: fail the run if a step lacks the metric, instead of warning once. A metric that no step has fails it
+            before the first one.
 
     A snapshot is good once a step computed from it had a finite loss: the loss of step k is that of the state before
     its update. At most two are kept on the device, the good one and its successor until that is proven. The first is
@@ -130,6 +131,7 @@ class TerminateOnNaN(Policy[TerminateOnNaNState]):
         hyperparameter cannot be set.
         """
         self._reader = self._reader.for_run(self._name)
+        self._reader.look_up_in(run, StepCompleted)
         await super().start(run)
         if self._action != "rollback":
             return

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from datetime import datetime
 from typing import Literal
 
+import numpy as np
 from pydantic import BaseModel, ConfigDict, Field
 
 from eventtrain.events import (
@@ -34,7 +36,7 @@ from eventtrain.events import (
     SubscriberLagged,
 )
 from eventtrain.events.base import LifecycleEvent
-from eventtrain.events.models import Number
+from eventtrain.events.models import Array, Number
 from eventtrain.subscribers._shared.display_text import command_text, file_name, issuer, size_text
 from eventtrain.subscribers._shared.state import SavedState
 
@@ -42,6 +44,8 @@ MOST_ROWS = 100
 """Of each list; the newest are kept, and all are counted."""
 MOST_NAMES = 200
 MOST_TEXT = 500
+MOST_CELLS = 1024
+"""Of an array that is shown; of a larger one only the shape is."""
 
 REPORTED = (
     LifecycleEvent,
@@ -94,6 +98,16 @@ class Extremes(BaseModel):
             self.high, self.high_step = value, step
 
 
+class LastArray(BaseModel):
+    """The last value of an array that metrics with state computed; None if it is too large to be shown."""
+
+    model_config = ConfigDict(extra="forbid", ser_json_inf_nan="strings")
+
+    step: int
+    type: str
+    value: Array | None
+
+
 class Tally(BaseModel):
     """How often commands of one kind from one subscriber took effect, and the last of them."""
 
@@ -131,6 +145,7 @@ class RunSummary(SavedState):
     reason: str = "the run ended without an event"
     deterministic: bool = True
     metrics: dict[str, Extremes] = Field(default_factory=dict[str, Extremes])
+    arrays: dict[str, LastArray] = Field(default_factory=dict[str, LastArray])
     step_metrics: dict[str, Extremes] = Field(default_factory=dict[str, Extremes])
     tallies: list[Tally] = Field(default_factory=list[Tally])
     commands: Rows = Field(default_factory=Rows)
@@ -174,9 +189,11 @@ class RunSummary(SavedState):
                 self.epochs += 1
                 means = {name: mean for name, mean in event.metrics.items() if not name.startswith("val_")}
                 _measure(self.metrics, means, event.step)
+                self._keep(event.arrays, event.step)
             case EvalCompleted():
                 values = {f"val_{name}": value for name, value in event.metrics.items()}
                 _measure(self.metrics, values, event.step)
+                self._keep({f"val_{name}": array for name, array in event.arrays.items()}, event.step)
             case RunStarted():
                 self.first_step = event.step
             case RunResumed():
@@ -189,6 +206,14 @@ class RunSummary(SavedState):
                 self.reason, self.outcome = _short(event.error), "failed"
             case _:
                 pass
+
+    def _keep(self, arrays: Mapping[str, np.ndarray], step: int) -> None:
+        for name, array in arrays.items():
+            if name in self.arrays or len(self.arrays) < MOST_ROWS:
+                value = array if array.size <= MOST_CELLS else None
+                self.arrays[name] = LastArray(
+                    step=step, type=f"{array.dtype}{list(array.shape)}", value=value
+                )
 
     def _add_checkpoint(self, event: Event) -> None:
         step = f"{event.step:,}"

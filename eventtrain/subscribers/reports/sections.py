@@ -6,7 +6,7 @@ import math
 import os
 import platform
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, fields, is_dataclass, replace
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
@@ -24,6 +24,7 @@ from eventtrain.subscribers._shared.run_series import RunSeries
 from eventtrain.subscribers.reports.run_summary import Extremes, Rows, RunSummary
 
 BARS = "▁▂▃▄▅▆▇█"
+MOST_COLUMNS = 32
 PACKAGES = ("jax", "jaxlib", "optax", "orbax-checkpoint", "numpy")
 
 Facts = Sequence[tuple[str, str]]
@@ -113,6 +114,7 @@ def sections(
     found = (
         _result(summary),
         _metrics(summary),
+        *_arrays(summary),
         _hyperparams(series),
         _commands(summary),
         _listed("Checkpoints", summary.checkpoints, ("step", "event", "checkpoint", "details"), checkpoints),
@@ -207,6 +209,20 @@ def _metrics(summary: RunSummary) -> Section:
     )
     head = ("metric", "last", "best", "at step", "lowest", "highest")
     return Section("Metrics", note, table=Table(head, rows, frozenset(range(1, 6))))
+
+
+def _arrays(summary: RunSummary) -> Iterator[Section]:
+    """Yields one section for each array of a metric: a table for a vector or a matrix that is not too large."""
+    for name, one in sorted(summary.arrays.items()):
+        value, title = one.value, name
+        note = f"{one.type}, at step {one.step:,}."
+        if value is None or value.ndim > 2 or not value.size or value.shape[-1] > MOST_COLUMNS:
+            yield Section(title, note)
+            continue
+        cells = [[number(cell) for cell in row] for row in np.atleast_2d(value).tolist()]
+        head = ("", *map(str, range(len(cells[0]))))
+        rows = [(str(index), *row) for index, row in enumerate(cells)]
+        yield Section(title, note, table=Table(head, rows, frozenset(range(len(head)))))
 
 
 def _best(name: str, one: Extremes) -> tuple[float, int] | None:

@@ -13,7 +13,7 @@ import numpy as np
 
 from eventtrain.control.run_context import StepProgram
 from eventtrain.errors import ConfigurationError, StorageError
-from eventtrain.events import Event, RunFailed, StepsCompleted
+from eventtrain.events import EpochCompleted, EvalCompleted, Event, RunFailed, StepsCompleted
 from eventtrain.subscribers.base import RunContext
 from eventtrain.subscribers.trackers.curves import Points, TrackedCurves
 from eventtrain.subscribers.trackers.histograms import Array, HistogramSnapshots
@@ -22,6 +22,9 @@ from eventtrain.validation.arguments import require_count
 
 Record = Mapping[type[Event], Callable[[Any], Mapping[str, Any]]]
 """Event class -> function that returns what to record of such an event, by name."""
+
+SMALLEST_IMAGE = 256
+"""Pixels; a smaller matrix is enlarged."""
 
 
 @dataclass
@@ -154,6 +157,9 @@ class MediaTracker(Tracker):
             arrays = cache(partial(self._histograms.read, snapshot))
             if not self._add(event, lambda: target.log_histograms(event, snapshot.step, arrays())):
                 self._histograms.release(snapshot)
+        if isinstance(event, (EvalCompleted, EpochCompleted)) and event.arrays:
+            group = "eval" if isinstance(event, EvalCompleted) else "epoch"
+            self._add(event, partial(target.log_recorded, event, computed_arrays(group, event.arrays)))
         if isinstance(event, tuple(self._record)):
             values = cache(partial(self._recorded, event))  # called once, however often it is written
             self._add(event, lambda: target.log_recorded(event, values()))
@@ -176,6 +182,28 @@ class MediaTracker(Tracker):
                         f"record[{kind.__name__}] raised {type(error).__name__}: {error}"
                     ) from error
         return RecordedValues.of(values)
+
+
+def computed_arrays(group: str, arrays: Mapping[str, Array]) -> RecordedValues:
+    """Returns arrays of metrics for a tracker: vectors as histograms, matrices as images; others are not shown."""
+    found = RecordedValues()
+    for name, array in arrays.items():
+        if array.ndim == 1:
+            found.arrays[f"{group}/{name}"] = array
+        elif array.ndim == 2 and array.size:
+            found.images[f"{group}/{name}"] = _shades(array)
+    return found
+
+
+def _shades(matrix: Array) -> Array:
+    """Returns a matrix as shades of grey, from black at its lowest value to white at its highest."""
+    with np.errstate(invalid="ignore", over="ignore"):
+        values = matrix.astype(np.float64)
+        finite = values[np.isfinite(values)]
+        low, high = (finite.min(), finite.max()) if finite.size else (0.0, 1.0)
+        shades = _pixels((np.clip(values, low, high) - low)[:, :, None] / ((high - low) or 1.0))
+    size = max(1, SMALLEST_IMAGE // max(matrix.shape))  # a cell of one pixel could not be seen
+    return shades.repeat(size, axis=0).repeat(size, axis=1)
 
 
 def _pixels(array: Array) -> Array:

@@ -67,7 +67,8 @@ class TensorBoardLogger(MediaTracker):
 
     The curves are ``step/<metric>``, ``epoch/<metric>`` (those of evaluation with ``val_``), ``eval/<metric>`` and
     ``hyperparams/<name>``, all over the step. A value of ``hyperparams`` is shown at the first step computed with it,
-    and at the last of each epoch.
+    and at the last of each epoch. The arrays of an evaluation or an epoch are ``eval/<name>``, ``epoch/<name>``:
+    vectors as histograms, matrices as images from black (the lowest value) to white.
 
     A thread of its own writes. Rows that wait for it are bounded; what a full disk costs is reported
     (``TrackerThread``). Histograms are made in that thread from a snapshot of the state. It requests one at a time, so

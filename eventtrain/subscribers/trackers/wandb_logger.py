@@ -69,8 +69,8 @@ class WandbLogger(MediaTracker):
             ``drain_timeout_s``.
 
     The names are those of ``TensorBoardLogger``: ``step/<metric>``, ``epoch/<metric>``, ``eval/<metric>``,
-    ``hyperparams/<name>``, ``histograms/<array>``; the run's name is ``run_id``. A thread of its own uses W&B. Rows
-    that wait for it are bounded; what an outage costs is reported (``TrackerThread``).
+    ``hyperparams/<name>``, ``histograms/<array>``, and those of arrays of metrics; the run's name is ``run_id``. A
+    thread of its own uses W&B. Rows that wait for it are bounded; what an outage costs is reported (``TrackerThread``).
 
     A resumed run continues W&B's run. Steps that W&B has already, or that an earlier attempt left in its files below
     ``directory``, are not logged again. Not promised: rows that W&B's own process had not written when the machine

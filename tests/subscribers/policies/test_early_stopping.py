@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Sequence
+from contextlib import nullcontext
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, cast
@@ -319,12 +320,22 @@ def test_patience_in_evaluations_stops_in_the_middle_of_an_epoch(tmp_path: Path)
     assert result.state["params"]["w"].tolist() == [5, 5]
 
 
-def test_a_missing_metric_fails_the_run_where_strict(tmp_path: Path) -> None:
-    trainer, run = climbing(
-        [1.0, 1.0], subscribers=[subs.EarlyStopping("val_loss", strict=True)], run_dir=tmp_path
-    )
-    with pytest.raises(et.SubscriberError, match=r"'val_loss', which is not among the metrics \(loss\)"):
+def test_a_metric_that_no_event_can_have_fails_the_run_before_its_first_step(tmp_path: Path) -> None:
+    trainer, run = climbing([1.0, 1.0], subscribers=[subs.EarlyStopping("val_loss")], run_dir=tmp_path)
+    with pytest.raises(et.ConfigurationError, match=r"'val_loss', which is not among the metrics \(loss\)"):
         trainer.fit(**run)
+    assert trainer.step == 0
+
+
+@pytest.mark.parametrize("strict", [False, True])
+def test_a_metric_that_an_evaluation_lacks_is_found_at_the_first_one_if_not_before(
+    tmp_path: Path, strict: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    policy = subs.EarlyStopping("val_los", mode="min", strict=strict)
+    trainer, run = climbing([1.0], subscribers=[policy], run_dir=tmp_path)
+    with pytest.raises(et.SubscriberError) if strict else nullcontext():
+        trainer.fit(**run, eval_data=iter([np.float32(1)]))  # is not read ahead
+    assert "'val_los', which is not among the metrics (val_loss" in caplog.text
 
 
 @pytest.mark.parametrize("unit", ["steps", "seconds"])
@@ -405,15 +416,13 @@ def test_a_metric_that_comes_with_a_later_evaluation_is_not_missing(
 
 
 @POLICIES_OF_EPOCHS
-def test_a_metric_that_an_evaluation_lacks_is_missing_at_the_first_one(tmp_path: Path, kind: Any) -> None:
-    trainer, run = evaluating(tmp_path, kind, 2, monitor="val_error", strict=True)
-    epochs: list[int] = []
-    trainer.on(et.EpochCompleted)(lambda event: epochs.append(event.epoch))
+def test_a_metric_that_evaluations_lack_is_missing_before_the_first_step(tmp_path: Path, kind: Any) -> None:
+    trainer, run = evaluating(tmp_path, kind, 2, monitor="val_error")
     with pytest.raises(
-        et.SubscriberError, match=r"'val_error', which is not among .*val_loss.*EvaluateEvery"
+        et.ConfigurationError, match=r"'val_error', which is not among .*val_loss.*EvaluateEvery"
     ):
         trainer.fit(**run)
-    assert epochs == [0, 1]
+    assert trainer.step == 0
 
 
 @POLICIES_OF_EPOCHS

@@ -304,7 +304,7 @@ def test_the_steps_of_the_test_are_not_to_be_thinned_out() -> None:
 
 def test_a_metric_that_is_not_there_fails_the_run_with_the_names_that_are() -> None:
     trainer, _ = make_trainer([subs.LRFinder(monitor="losss")])
-    with pytest.raises(et.SubscriberError, match=r"LRFinder monitors 'losss'.*loss"):
+    with pytest.raises(et.ConfigurationError, match=r"LRFinder monitors 'losss'.*loss"):
         trainer.fit(endless, epochs=1)
 
 

@@ -17,6 +17,7 @@ import anyio.to_thread
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from sklearn.metrics import confusion_matrix
 
 import eventtrain as et
 from eventtrain import subscribers as subs
@@ -31,6 +32,7 @@ from tests.subscribers.trackers.tracked_runs import (
     wait_for_snapshots,
     window,
 )
+from tests.support.stateful_metrics import Confusion, measured, scored, uneven
 
 REASON = "not installed: pip install 'eventtrain[tensorboard]' tensorboard"
 pytest.importorskip("tensorboardX", reason=REASON)
@@ -192,6 +194,35 @@ def test_what_functions_give_for_events_is_shown_also_for_events_of_the_users(tm
     np.testing.assert_array_equal(pixels("colours"), colours)
     np.testing.assert_array_equal(pixels("matrix")[:, :, 0], [[0, 255]])
     assert pixels("file").shape == (3, 7, 3)
+
+
+def test_arrays_of_metrics_are_images_and_histograms_and_tables_of_the_report(tmp_path: Path) -> None:
+    from PIL import Image
+
+    def eval_fn(state: Any, batch: Any) -> dict[str, Any]:
+        return {**measured(state, batch), "curve": Confusion(jnp.arange(3.0))}
+
+    trainer = et.Trainer(
+        lambda state, batch: (state, {"loss": state["w"]}),
+        {"w": jnp.zeros(())},
+        eval_fn=eval_fn,
+        subscribers=[subs.TensorBoardLogger(), subs.Report()],
+        run_dir=tmp_path,
+    )
+    examples = scored()
+    trainer.fit(uneven(examples), epochs=1, eval_data=uneven(examples))
+    found = read(tmp_path / "tensorboard")
+    assert found.Histograms("eval/curve")[0].histogram_value.num == 3
+    image = np.asarray(Image.open(io.BytesIO(found.Images("eval/confusion")[0].encoded_image_string)))
+    counts = confusion_matrix(examples["class"], examples["predicted"])
+    assert image.shape == (255, 255, 3)
+    shades = image[42::85, 42::85, 0].astype(int)
+    assert (shades.min(), shades.max()) == (0, 255)
+    assert (shades.ravel().argsort(kind="stable") == counts.ravel().argsort(kind="stable")).all()
+    report = (tmp_path / "report.md").read_text()
+    assert "## val\\_confusion" in report
+    for index, row in enumerate(counts):
+        assert f"| {index} | " + " | ".join(map(str, row)) + " |" in report
 
 
 def test_a_function_that_raises_or_gives_nonsense_costs_its_own_rows_only_and_is_named(
