@@ -31,13 +31,14 @@ ROOT = DOCS.parent
 GROUPS = {
     "The run": ("RunStarted", "RunResumed", "RunCompleted", "RunFailed", "PeerLost"),
     "Epochs and steps": ("EpochStarted", "EpochCompleted", "StepStarted", "StepCompleted", "StepsCompleted"),
-    "Evaluation and prediction": (
+    "Evaluation, prediction, samples": (
         "EvalStarted",
         "EvalStepCompleted",
         "EvalCompleted",
         "PredictStarted",
         "PredictStepCompleted",
         "PredictCompleted",
+        "SampleTaken",
     ),
     "Control": (
         "CommandApplied",

@@ -26,6 +26,7 @@ from eventtrain.device.extensions import StepChange, StepExtension
 from eventtrain.device.hyperparams import Hyperparams, hyperparams, nonfinite_metrics
 from eventtrain.device.norms import norms
 from eventtrain.device.reductions import Last, Max, Mean, Sum
+from eventtrain.device.state import StateArray
 from eventtrain.device.weight_averaging import EMA, SWA
 from eventtrain.errors import *  # noqa: F403
 from eventtrain.events import AnyEvent, Event, events_json_schema, parse_event
@@ -45,6 +46,7 @@ if _TYPE_CHECKING:
     from eventtrain.runs.reading import EventReader, read_events
     from eventtrain.subscribers.checkpointing.matching import take_matching
     from eventtrain.subscribers.checkpointing.reader import load_state
+    from eventtrain.trainer.replay import replay
 
 __all__ = [
     "EMA",
@@ -74,6 +76,7 @@ __all__ = [
     "Queue",
     "RunContext",
     "Session",
+    "StateArray",
     "StepChange",
     "StepExtension",
     "StepProgram",
@@ -93,6 +96,7 @@ __all__ = [
     "norms",
     "parse_event",
     "read_events",
+    "replay",
     "subscriber_config",
     "take_matching",
 ]
@@ -108,6 +112,7 @@ _LAZY = {  # rarely needed, or slow to import, as Orbax is
     "load_state": "eventtrain.subscribers.checkpointing.reader",
     "load_subscribers": "eventtrain.config.load",
     "read_events": "eventtrain.runs.reading",
+    "replay": "eventtrain.trainer.replay",
     "subscriber_config": "eventtrain.config.subscriber_config",
     "take_matching": "eventtrain.subscribers.checkpointing.matching",
 }

@@ -22,6 +22,7 @@ from eventtrain.events.commands import (
     ScaleHyperparam,
     SetHyperparam,
     Stop,
+    TakeSample,
 )
 from eventtrain.runs.control_client import ControlClient
 
@@ -118,6 +119,17 @@ def profile(context: typer.Context, steps: int, reason: Reason = "", as_json: As
 
 
 @app.command()
+def sample(
+    context: typer.Context,
+    name: Annotated[str, typer.Argument(help="The name of a Sample among the run's subscribers.")],
+    reason: Reason = "",
+    as_json: AsJson = False,
+) -> None:
+    """Have the model make a sample."""
+    _send(context, as_json, TakeSample, name=name, reason=reason)
+
+
+@app.command()
 def status(context: typer.Context, as_json: AsJson = False) -> None:
     """Print where the run is, and its hyperparameters."""
     try:
@@ -161,6 +173,8 @@ def _effect(applied: CommandApplied) -> str:
             what = f"scaled {name} by {factor:g}"
         case SaveCheckpoint(tag=tag):
             what = f"took the checkpoint {tag}" if tag else "took a checkpoint"
+        case TakeSample(name=name):
+            what = f"made the sample {name}"
         case _:
             what = command.kind
     return f"step {applied.step}: {what}"

@@ -13,6 +13,7 @@ from eventtrain.cli import checkpoints, ctl, runs
 from eventtrain.cli.dashboard import dashboard
 from eventtrain.cli.demo import run_demo
 from eventtrain.cli.launch import OPTIONS_END_AT_THE_SCRIPT, launch
+from eventtrain.cli.replay import replay
 from eventtrain.cli.script import Job, imported, length_of, passed_through, prepare
 from eventtrain.config.load import FitConfig, RunConfig, described, load_run, run_json_schema
 from eventtrain.errors import printable
@@ -29,7 +30,7 @@ app.add_typer(checkpoints.app, name="checkpoints")
 app.add_typer(ctl.app, name="ctl")
 app.command(context_settings=OPTIONS_END_AT_THE_SCRIPT)(launch)
 app.command()(dashboard)
-for command in (runs.ls, runs.show, runs.tail):
+for command in (runs.ls, runs.show, runs.tail, replay):
     app.command()(command)
 
 

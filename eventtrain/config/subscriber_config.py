@@ -21,7 +21,7 @@ from eventtrain.validation.annotations import checked
 GROUP = "eventtrain.subscribers"
 """The entry-point group by which a package offers classes: ``name = "package.module:Class"``."""
 
-NOT_IN_FILES = {"lambda"}
+NOT_IN_FILES = {"lambda", "sample"}
 """Types whose constructor requires functions, which a file cannot contain; the error for using one says so."""
 
 Boundaries = Annotated[int, Field(ge=0)]

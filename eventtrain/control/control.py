@@ -29,6 +29,7 @@ from eventtrain.events.commands import (
     ScaleHyperparam,
     SetHyperparam,
     Stop,
+    TakeSample,
     TakeSnapshot,
 )
 from eventtrain.events.models import Number
@@ -168,6 +169,13 @@ class Control:
         trace is written; ``ProfileCaptured`` follows.
         """
         return self._send(Profile, steps=steps, reason=reason)
+
+    def sample(self, name: str, *, reason: str = "") -> Command:
+        """Make the sample of the ``subscribers.Sample`` of this name, from the state of the boundary of the effect.
+
+        The command is applied when it is dispatched. ``SampleTaken`` follows when its value is on the host.
+        """
+        return self._send(TakeSample, name=name, reason=reason)
 
     # --- reading --------------------------------------------------------------------------------------------
 

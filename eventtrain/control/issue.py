@@ -19,6 +19,7 @@ from eventtrain.events.commands import (
     ScaleHyperparam,
     SetHyperparam,
     Stop,
+    TakeSample,
     TakeSnapshot,
 )
 
@@ -29,8 +30,9 @@ def issue(control: Control, command: Any) -> Command:
     Its cause and its boundary are those of ``control``.
 
     Raises:
-        ConfigurationError: it cannot work.
+        ConfigurationError: it cannot work, or has what only the run may set.
     """
+    require_unset(command)
     reason = command.reason
     match command:
         case SetHyperparam(name=name, value=value, path=path):
@@ -55,8 +57,16 @@ def issue(control: Control, command: Any) -> Command:
             return control.evaluate(reason=reason)
         case Profile(steps=steps):
             return control.profile(steps, reason=reason)
+        case TakeSample(name=name):
+            return control.sample(name, reason=reason)
         case _:
             raise ConfigurationError(f"there is no command {command.kind}")
+
+
+def require_unset(command: Command) -> None:
+    """Raises ConfigurationError if the sender has set what only the run may set."""
+    if command.due is not None or command.cause is not None or command.source is not None:
+        raise ConfigurationError("due, cause and source are set by the run")
 
 
 def first_problem(error: ValidationError) -> str:

@@ -64,6 +64,22 @@ class CheckpointRequest(PeriodicRequest):
     taken: tuple[int, int, str | None] | None = None
 
 
+@dataclass
+class SampleRequest(PeriodicRequest):
+    """A sample that the model makes at these boundaries, and when a command asks for it.
+
+    Attributes:
+        name: of the sample.
+        function: ``state -> a pytree of arrays``, to be compiled.
+        deliver: gets the step and the arrays, which may not be computed yet. Returns False if too many of them wait
+            already. Training thread; never blocks.
+    """
+
+    name: str = ""
+    function: Callable[[Any], Any] = field(default=lambda state: None)
+    deliver: Callable[[int, Any], bool] = field(default=lambda step, arrays: False)
+
+
 @dataclass(frozen=True)
 class TraceRequest:
     """Steps that one subscriber wants traced by JAX's profiler.
@@ -128,6 +144,7 @@ class RunRequests:
     checkpoints: list[CheckpointRequest] = field(default_factory=list[CheckpointRequest])
     evaluations: list[PeriodicRequest] = field(default_factory=list[PeriodicRequest])
     """If there are any, they replace the evaluation at the end of each epoch."""
+    samples: list[SampleRequest] = field(default_factory=list[SampleRequest])
     traces: list[TraceRequest] = field(default_factory=list[TraceRequest])
     """A command that asks for a trace uses the folder of the first one."""
     final_restores: list[FinalRestore] = field(default_factory=list[FinalRestore])
@@ -141,7 +158,8 @@ class RunRequests:
     def clear(self) -> None:
         """Forget the requests of the run before."""
         for requests in (
-            self.checkpoints, self.evaluations, self.traces, self.final_restores, self.replayed, self.checks,
+            self.checkpoints, self.evaluations, self.samples, self.traces, self.final_restores, self.replayed,
+            self.checks,
         ):  # fmt: skip
             requests.clear()
         self.reads_snapshots = False

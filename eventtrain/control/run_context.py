@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import KW_ONLY, dataclass, field
 from pathlib import Path
-from typing import Literal, Protocol
+from typing import Any, Literal, Protocol
 
 from eventtrain.bus.core import BusCore
 from eventtrain.bus.subscription import SubscriptionStatistics
@@ -19,12 +19,14 @@ from eventtrain.control.requests import (
     PeriodicRequest,
     ReplayedCommand,
     RunRequests,
+    SampleRequest,
     TracedRun,
     TraceRequest,
     WhenFull,
 )
 from eventtrain.device.compiled_step import StepProgram
 from eventtrain.device.hyperparams import Hyperparam, labels, resolve
+from eventtrain.device.state import StateArray
 from eventtrain.errors import ConfigurationError
 from eventtrain.events import Event, SnapshotTaken
 
@@ -38,6 +40,10 @@ class RunFigures(Protocol):
 
     def program(self) -> StepProgram | None:
         """Returns the compiled step; None before the first one."""
+        ...
+
+    def arrays(self) -> Sequence[StateArray]:
+        """Returns what is known of each array of the state."""
         ...
 
 
@@ -164,6 +170,10 @@ class RunContext:
         """Returns the compiled step; None before the first one."""
         return self._figures.program() if self._figures is not None else None
 
+    def arrays(self) -> Sequence[StateArray]:
+        """Returns path, shape, dtype, sharding and size of each array of the state."""
+        return self._figures.arrays() if self._figures is not None else ()
+
     def require_hyperparam(self, name: str, path: str | None = None) -> str:
         """Checks that ``control.set_hyperparam(name, ..., path=path)`` can work in this run.
 
@@ -173,7 +183,9 @@ class RunContext:
         Raises:
             UnknownHyperparam, AmbiguousHyperparam, ScheduledHyperparam: it cannot; the message says how to build the
                 optimiser.
+            ConfigurationError: the run is replayed from its log.
         """
+        self._require_loop()
         return labels(self._hyperparams)[resolve(self._hyperparams, name, path).path]
 
     def require_params(self, subject: str) -> None:
@@ -251,6 +263,42 @@ class RunContext:
                 "fit(eval_data=...)."
             )
         self._requests.evaluations.append(PeriodicRequest(owner, every, every_epochs, every_s))
+
+    def schedule_samples(
+        self,
+        owner: str,
+        name: str,
+        function: Callable[[Any], Any],
+        deliver: Callable[[int, Any], bool],
+        *,
+        every: int | None = None,
+        every_epochs: int | None = None,
+    ) -> None:
+        """Has the model make a sample at exactly these boundaries, and when ``control.sample(name)`` takes effect.
+
+        Args:
+            owner: name of the subscriber.
+            name: of the sample.
+            function: ``state -> a pytree of arrays``; compiled before the first step, and called on the training
+                thread. The state is that for predictions.
+            deliver: gets the step and the arrays on the training thread, and must not block: another thread waits for
+                them. Returns False if too many of them wait already, so that this one is left out.
+            every, every_epochs: steps, epochs.
+
+        Raises:
+            ConfigurationError: another subscriber makes a sample of that name, or the run has several processes.
+        """
+        if self.process_count > 1:
+            raise ConfigurationError(
+                f"{owner} cannot be used in a run of {self.process_count} processes: each of them would have to "
+                "dispatch the sample. Make samples from a checkpoint instead."
+            )
+        samples = self._requests.samples
+        if any(request.name == name for request in samples):
+            raise ConfigurationError(f"Two subscribers make a sample named {name!r}. Give one another name.")
+        samples.append(
+            SampleRequest(owner, every, every_epochs, name=name, function=function, deliver=deliver)
+        )
 
     def schedule_traces(
         self, owner: str, folder: Path, ranges: Sequence[tuple[int, int]] = (), *, python: bool = False
@@ -346,5 +394,14 @@ class RunContext:
 
     @property
     def _requests(self) -> RunRequests:
+        self._require_loop()
         assert self._plane is not None
         return self._plane.requests
+
+    def _require_loop(self) -> None:
+        if self._plane is None and not self._hyperparams:
+            raise ConfigurationError(
+                "This run is replayed from its log, so there is neither a state nor a loop to steer: snapshots, "
+                "checkpoints, evaluations, traces and changes of hyperparameters are not possible. Leave this "
+                "subscriber out, or use it in a run that trains."
+            )

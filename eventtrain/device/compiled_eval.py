@@ -6,9 +6,10 @@ import abc
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from eventtrain.device.executable_cache import (
@@ -40,7 +41,7 @@ class _StateReader(abc.ABC):
     batch of a new signature is compiled when it is met, which blocks.
     """
 
-    _name: ClassVar[str]
+    _name: str
 
     def __init__(
         self,
@@ -68,7 +69,7 @@ class _StateReader(abc.ABC):
 
         Raises:
             DataError: the batch has a leaf that is neither an array nor a number.
-            StepError: the function raised, or predict_fn returned other things than arrays.
+            StepError: the function raised, or returned other things than arrays where those are expected.
             MetricsError: eval_fn did not return a flat dict of scalars.
         """
         self._executables.select(batch)
@@ -270,7 +271,37 @@ class CompiledPredict(_StateReader):
         for path, leaf in jax.tree_util.tree_flatten_with_path(outputs)[0]:
             if not isinstance(leaf, (jax.Array, np.ndarray, np.generic, bool, int, float)):
                 raise StepError(
-                    f"predict_fn returned outputs{jax.tree_util.keystr(path)} as {type(leaf).__name__}, which a "
+                    f"{self._name} returned outputs{jax.tree_util.keystr(path)} as {type(leaf).__name__}, which a "
                     "compiled function cannot return. Return a pytree of arrays."
                 )
         return outputs
+
+
+class CompiledSample(CompiledPredict):
+    """The function of a sample, `state -> outputs`, compiled before the first step. Training thread only.
+
+    Its outputs are arrays of their own, also where the function returns a part of the state: the next step may donate
+    that.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        function: Callable[[PyTree], PyTree],
+        structure: TreeStructure,
+        leaves: Sequence[jax.Array],
+        *,
+        leaf_types: Sequence[jax.ShapeDtypeStruct],
+        lower_on_caller: LowerOnCaller,
+    ) -> None:
+        self._name = f"the function of the sample {name!r}"
+        super().__init__(
+            lambda state, _: function(state),
+            structure,
+            leaves,
+            leaf_types=leaf_types,
+            lower_on_caller=lower_on_caller,
+        )
+
+    def _outputs(self, leaves: Leaves, batch: PyTree) -> PyTree:
+        return jax.tree.map(jnp.copy, super()._outputs(leaves, batch))

@@ -377,6 +377,25 @@ class StepProgram:
         analysis = _if_supported(self._compiled.cost_analysis) or {}
         return MappingProxyType({str(name): float(value) for name, value in analysis.items()})
 
+    @cached_property
+    def memory(self) -> Mapping[str, int]:
+        """XLA's memory for one call on one device, in bytes; empty where the backend tells none.
+
+        "arguments" and "outputs"; "aliased": of the outputs, where they take the place of donated arguments;
+        "temporary"; "code".
+        """
+        stats = _if_supported(self._compiled.memory_analysis)
+        if stats is None:
+            return MappingProxyType({})
+        sizes = {
+            "arguments": stats.argument_size_in_bytes,
+            "outputs": stats.output_size_in_bytes,
+            "aliased": stats.alias_size_in_bytes,
+            "temporary": stats.temp_size_in_bytes,
+            "code": stats.generated_code_size_in_bytes,
+        }
+        return MappingProxyType({name: int(size) for name, size in sizes.items()})
+
 
 def _if_supported(question: Callable[[], Any]) -> Any:
     """Returns the answer, or None where the backend cannot give one."""

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from eventtrain.device.batch_sharding import BatchSharding
-from eventtrain.device.compiled_eval import CompiledEval, CompiledPredict
+from eventtrain.device.compiled_eval import CompiledEval, CompiledPredict, CompiledSample
 from eventtrain.device.compiled_step import CompiledStep
 from eventtrain.device.debugged_step import DebuggedStep
 from eventtrain.device.default_params import find_params
@@ -21,6 +21,7 @@ from eventtrain.device.placement import put
 from eventtrain.device.state import (
     Leaves,
     PyTree,
+    StateArray,
     TreeStructure,
     abstract,
     is_weak,
@@ -103,6 +104,7 @@ class Model:
         self.lower_on_caller: LowerOnCaller = lower_here
         self._evaluation: CompiledEval | None = None
         self._prediction: CompiledPredict | None = None
+        self._samples: dict[int, CompiledSample] = {}
         self._overrides = _params_overrides(
             self.extensions, self.params, self.structure, self.leaves, self._lower
         )
@@ -206,6 +208,7 @@ class Model:
 
     def _forget_compiled(self) -> None:
         self._evaluation = self._prediction = None
+        self._samples = {}
         self._overrides = _params_overrides(
             self.extensions, self.params, self.structure, self.leaves, self._lower
         )
@@ -236,6 +239,28 @@ class Model:
             )
         return self._prediction
 
+    def sample(
+        self, name: str, function: Callable[[PyTree], PyTree], leaves: Sequence[jax.Array]
+    ) -> CompiledSample:
+        """Returns the function of a sample, compiled for a state with leaves like ``leaves``; made once. Blocks.
+
+        Raises:
+            StepError: it raised, or returned other things than arrays.
+        """
+        key = id(function)  # of an object that the compiled sample keeps; not every callable has a hash
+        if key not in self._samples:
+            made = CompiledSample(
+                name,
+                function,
+                self.structure,
+                leaves,
+                leaf_types=self._types(leaves),
+                lower_on_caller=self._lower,
+            )
+            made.prepare(())
+            self._samples[key] = made
+        return self._samples[key]
+
     def _lower(self, function: Callable[[], Any]) -> Any:
         return self.lower_on_caller(function)
 
@@ -244,10 +269,26 @@ class Model:
         if self.unknown_params is not None:
             raise ConfigurationError(f"{subject} requires the weights, but {self.unknown_params}")
 
-    def params_indices(self) -> list[int]:
-        """Returns the indices of the leaves that the params lens selects."""
-        found = _params_indices(self.params, self.structure, self.leaves)
+    def params_indices(self, leaves: Sequence[jax.Array] | None = None) -> list[int]:
+        """Returns the indices of the leaves that the params lens selects, for a state with these leaves."""
+        found = _params_indices(self.params, self.structure, self.leaves if leaves is None else leaves)
         return [index for index in found.values() if index is not None]
+
+    def arrays(self, leaves: Sequence[jax.Array]) -> list[StateArray]:
+        """Returns what is known of each array of a state with these leaves, without reading it. Any thread."""
+        params: set[int] = set() if self.unknown_params else set(self.params_indices(leaves))
+        return [
+            StateArray(
+                path,
+                leaf.shape,
+                str(leaf.dtype),
+                _sharding_text(leaf),
+                leaf.size,
+                leaf.nbytes,
+                index in params,
+            )
+            for index, (path, leaf) in enumerate(zip(self.structure.paths, leaves, strict=True))
+        ]
 
     def params_paths(self) -> dict[str, str | None]:
         """Returns, for the path of each array that the params lens selects, its path in the state, if it has one."""
@@ -411,3 +452,12 @@ def _unknown_params(structure: TreeStructure, leaves: Sequence[Any]) -> str | No
 def _unplaced(leaves: Sequence[Any]) -> list[jax.ShapeDtypeStruct]:
     """Returns shape and dtype of each leaf."""
     return [jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) for leaf in leaves]
+
+
+def _sharding_text(leaf: jax.Array) -> str:
+    sharding = leaf.sharding
+    if isinstance(sharding, jax.sharding.NamedSharding):
+        axes = ", ".join(f"{name}={size}" for name, size in sharding.mesh.shape.items())
+        return f"{sharding.spec} on ({axes})"
+    devices = sorted(sharding.device_set, key=lambda device: device.id)
+    return str(devices[0]) if len(devices) == 1 else f"{len(devices)} devices"

@@ -104,6 +104,27 @@ def split_state(state: PyTree) -> tuple[list[Leaf], TreeStructure]:
     return leaves, structure
 
 
+@dataclasses.dataclass(frozen=True)
+class StateArray:
+    """One array of a state.
+
+    Attributes:
+        path: in the state.
+        shape, dtype: of all of it, over all devices.
+        sharding: as text.
+        count, size_bytes: numbers in it, and their size, over all devices; a replicated array counts once.
+        is_param: whether it is one of the weights.
+    """
+
+    path: str
+    shape: tuple[int, ...]
+    dtype: str
+    sharding: str
+    count: int
+    size_bytes: int
+    is_param: bool
+
+
 def abstract(leaves: Sequence[jax.Array], weak: Sequence[bool] | None = None) -> list[jax.ShapeDtypeStruct]:
     """Returns shape, dtype, sharding and weak type (`weak`, if given) of each leaf, without its values."""
     weak = [is_weak(leaf) for leaf in leaves] if weak is None else weak

@@ -14,6 +14,7 @@ from pydantic import Field
 from eventtrain.events.base import EpochEvent, Event, LifecycleEvent, RunEvent
 from eventtrain.events.commands import Cause, CommandApplied, CommandRejected
 from eventtrain.events.models import Arrays, ByKind, Columns, FrozenDict, Number, Numbers, Text
+from eventtrain.events.samples import Media, SampleValue
 
 __all__ = [
     "ActionRequested",
@@ -46,6 +47,7 @@ __all__ = [
     "RunFailed",
     "RunResumed",
     "RunStarted",
+    "SampleTaken",
     "SnapshotTaken",
     "StagingLimited",
     "StepCompleted",
@@ -64,6 +66,10 @@ class RunStarted(RunEvent):
     """A run begins: the first event of its stream. ``step`` counts the updates completed before it."""
 
     kind: Literal["run_started"] = "run_started"
+    params_count: int | None = None
+    """Numbers in the weights; None if the trainer cannot tell which arrays they are."""
+    state_bytes: int | None = None
+    """Size of the state over all devices, a replicated array counted once."""
 
 
 class RunResumed(RunEvent):
@@ -225,6 +231,8 @@ class HyperparamChanged(Event):
     new: Number
     reason: Text = ""
     cause: Cause | None = None
+    source: str | None = None
+    """The way by which the command came from outside the program, such as "dashboard"; None: the program issued it."""
 
 
 class CommandConflict(Event):
@@ -246,6 +254,17 @@ class SnapshotTaken(Event):
     epoch: int = 0
     requested_by: str | None = None
     """The subscriber whose schedule requested it; None if a command did."""
+
+
+class SampleTaken(Event):
+    """The model has made a sample from the state of ``step``, as a ``subscribers.Sample`` says."""
+
+    kind: Literal["sample_taken"] = "sample_taken"
+    name: Text
+    media: Media
+    value: SampleValue
+    """By ``media``: a str; the bytes of a PNG file (base64 in JSON); a read-only NumPy array (dtype, shape and flat
+    values in JSON); or name -> column of a table, with numbers, text and None."""
 
 
 class ActionRequested(LifecycleEvent):
@@ -491,6 +510,7 @@ AnyEvent = Annotated[
     | RunFailed
     | RunResumed
     | RunStarted
+    | SampleTaken
     | SnapshotTaken
     | StagingLimited
     | StepCompleted

@@ -143,6 +143,13 @@ class Profile(Command):
     steps: int = Field(ge=1)
 
 
+class TakeSample(Command):
+    """Makes the sample ``name`` from the state of this boundary."""
+
+    kind: Literal["take_sample"] = "take_sample"
+    name: str
+
+
 AnyCommand = Annotated[
     SetHyperparam
     | ScaleHyperparam
@@ -153,7 +160,8 @@ AnyCommand = Annotated[
     | Pause
     | Resume
     | Evaluate
-    | Profile,
+    | Profile
+    | TakeSample,
     Field(discriminator="kind"),
 ]
 """Any command, told apart by ``kind``."""

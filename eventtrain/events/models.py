@@ -114,7 +114,7 @@ def frozen(value: Any) -> Any:
     if isinstance(value, (deque, bytearray)):
         remedy = "bytes" if isinstance(value, bytearray) else "list"
         raise ValueError(f"an event cannot hold a {type(value).__name__}, which can be changed: use {remedy}")
-    if hasattr(value, "__array__") and not (isinstance(value, np.ndarray) and _is_column(value)):
+    if hasattr(value, "__array__") and not (isinstance(value, np.ndarray) and _is_frozen_array(value)):
         raise _array_refused(value)
     return value
 
@@ -351,8 +351,8 @@ def _column_from_json(form: dict[Any, Any]) -> np.ndarray:
         raise ValueError(f"a value of this column is out of range for {dtype}") from error
 
 
-def _is_column(array: np.ndarray) -> bool:
-    return array.ndim == 1 and array.dtype.kind in "biuf" and not array.flags.writeable
+def _is_frozen_array(array: np.ndarray) -> bool:
+    return array.dtype.kind in "biuf" and not array.flags.writeable
 
 
 def _column(value: Any) -> np.ndarray:
@@ -406,7 +406,8 @@ def _array_from_json(form: dict[Any, Any]) -> np.ndarray:
     return values.reshape(shape)  # pyright: ignore[reportUnknownArgumentType]
 
 
-def _array(value: Any) -> np.ndarray:
+def read_only_array(value: Any) -> np.ndarray:
+    """Returns the array of a field, from Python or from JSON, read-only. Raises ValueError if it holds no numbers."""
     array = _array_from_json(value) if isinstance(value, dict) else np.asarray(value)
     if array.dtype.kind not in "biuf" or array.dtype.name not in _JSON_VALUES:
         raise ValueError(f"an array must hold bools, integers or floats of up to 64 bits, got {array.dtype}")
@@ -418,7 +419,7 @@ def _array(value: Any) -> np.ndarray:
 
 Array = Annotated[
     np.ndarray,
-    PlainValidator(_array),
+    PlainValidator(read_only_array),
     PlainSerializer(
         lambda a: {"dtype": a.dtype.name, "shape": list(a.shape), "values": a.reshape(-1).tolist()},
         return_type=dict[str, Any],

@@ -24,6 +24,7 @@ from eventtrain.events.commands import (
     ScaleHyperparam,
     SetHyperparam,
     Stop,
+    TakeSample,
     TakeSnapshot,
 )
 from eventtrain.events.models import Number
@@ -34,6 +35,7 @@ from eventtrain.loop.evaluation import Evaluations
 from eventtrain.loop.metric_windows import MetricWindows
 from eventtrain.loop.profiling import StepProfiler
 from eventtrain.loop.run_status import RunStatus
+from eventtrain.loop.samples import Samples
 from eventtrain.loop.snapshot_ledger import SnapshotLedger
 
 
@@ -45,7 +47,7 @@ class CommandExecutor:
         carry: the state between two steps.
         hyperparams: all that the state holds.
         status, plane, windows: of the run.
-        ledger, checkpoints, evaluations, profiler: do what commands ask for.
+        ledger, checkpoints, evaluations, profiler, samples: do what commands ask for.
         agreement: with the other processes of the run.
     """
 
@@ -58,6 +60,7 @@ class CommandExecutor:
     checkpoints: Checkpoints
     evaluations: Evaluations
     profiler: StepProfiler
+    samples: Samples
     agreement: Agreement
 
     def __post_init__(self) -> None:
@@ -100,6 +103,8 @@ class CommandExecutor:
                     self.evaluations.request()
                 case Profile():
                     self.profiler.request(command.steps)
+                case TakeSample():
+                    self.samples.take(command.name)
         except (EventTrainError, OverflowError) as error:
             if not self.agreement.decides:
                 raise ProcessesDiverged(
@@ -189,6 +194,7 @@ class CommandExecutor:
             new=self._values[target.path],
             reason=command.reason,
             cause=command.cause,
+            source=command.source,
         )
         return [changed, *conflict]
 

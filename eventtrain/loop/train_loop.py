@@ -44,6 +44,7 @@ from eventtrain.loop.run_ahead import RunAhead
 from eventtrain.loop.run_recorder import RunRecorder
 from eventtrain.loop.run_resources import RunResources
 from eventtrain.loop.run_status import EvalPosition, RunStatus
+from eventtrain.loop.samples import Samples
 from eventtrain.loop.snapshot_ledger import SnapshotLedger
 
 
@@ -115,6 +116,7 @@ class TrainingLoop:
             evaluations=self.evaluations,
             agreement=agreement,
         )
+        self.samples = Samples(model=source.model, carry=carry, status=status, plane=plane, windows=windows)
         self._executor = CommandExecutor(
             carry=carry,
             hyperparams=hyperparams,
@@ -125,6 +127,7 @@ class TrainingLoop:
             checkpoints=self.checkpoints,
             evaluations=self.evaluations,
             profiler=self.profiler,
+            samples=self.samples,
             agreement=agreement,
         )
         self.boundary = Boundary(
@@ -199,6 +202,7 @@ class TrainingLoop:
             return False
         if self.checkpoints.take_due(boundary) and not boundary.settle():
             return False  # it waited for a writer, and the run was stopped meanwhile
+        self.samples.take_due()
         if self._gates.announces_steps:
             boundary.announce_step()
             if not boundary.settle():
@@ -208,7 +212,10 @@ class TrainingLoop:
             return True  # and look again before every step
         self.profiler.before_step()
         due = min(
-            boundary.next_due(), self.checkpoints.schedule.next_step(), self.evaluations.schedule.next_step()
+            boundary.next_due(),
+            self.checkpoints.schedule.next_step(),
+            self.evaluations.schedule.next_step(),
+            self.samples.schedule.next_step(),
         )
         self._attention = min(
             due,
@@ -293,6 +300,7 @@ class TrainingLoop:
         self.boundary.begin_phase()
         self.windows.begin_epoch()
         continues = self.boundary.settle() and continues
+        self.samples.take_epoch(status.epoch)
         self.checkpoints.take_epoch(status.epoch, self.boundary)
         self._attention = 0
         return continues
@@ -315,6 +323,7 @@ class TrainingLoop:
         self.boundary.begin_phase()
         if self.status.stop_reason is None:
             self.boundary.settle()
+        self.samples.take_due()
         self.checkpoints.no_step_follows = True
         self.checkpoints.take_due(self.boundary)
         self.windows.flush()

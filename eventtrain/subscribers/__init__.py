@@ -31,7 +31,9 @@ if TYPE_CHECKING:
     from eventtrain.subscribers.monitoring.device_stats import DeviceStats as DeviceStats
     from eventtrain.subscribers.monitoring.overhead_meter import OverheadMeter as OverheadMeter
     from eventtrain.subscribers.monitoring.profiler import Profiler as Profiler
+    from eventtrain.subscribers.monitoring.sample import Sample as Sample
     from eventtrain.subscribers.monitoring.step_timer import StepTimer as StepTimer
+    from eventtrain.subscribers.monitoring.summary import Summary as Summary
     from eventtrain.subscribers.policies.command_replay import CommandReplay as CommandReplay
     from eventtrain.subscribers.policies.early_stopping import EarlyStopping as EarlyStopping
     from eventtrain.subscribers.policies.evaluate_every import EvaluateEvery as EvaluateEvery
@@ -94,10 +96,12 @@ _LAZY = {
     "Rule": "eventtrain.subscribers.alerts.metric_rules",
     "RunCompletedRule": "eventtrain.subscribers.alerts.event_rules",
     "RunFailedRule": "eventtrain.subscribers.alerts.event_rules",
+    "Sample": "eventtrain.subscribers.monitoring.sample",
     "SlowSubscriberRule": "eventtrain.subscribers.alerts.timed_rules",
     "SpikeRule": "eventtrain.subscribers.alerts.metric_rules",
     "StallRule": "eventtrain.subscribers.alerts.timed_rules",
     "StepTimer": "eventtrain.subscribers.monitoring.step_timer",
+    "Summary": "eventtrain.subscribers.monitoring.summary",
     "TensorBoardLogger": "eventtrain.subscribers.trackers.tensorboard_logger",
     "TerminateOnNaN": "eventtrain.subscribers.policies.terminate_on_nan",
     "Uploader": "eventtrain.subscribers.remote.uploader",

@@ -170,8 +170,6 @@ class RemoteControl:
         return self._carry_out(request)
 
     def _carry_out(self, command: Command) -> dict[str, Any]:
-        if command.due is not None or command.cause is not None or command.source is not None:
-            raise ConfigurationError("due, cause and source are set by the run")
         try:
             applied = anyio.run(issue(self._control, command).result)
         except CommandRejectedError as error:

@@ -29,7 +29,7 @@ from eventtrain.device.compiled_step import CompiledStep, StepProgram
 from eventtrain.device.fetcher import Fetcher
 from eventtrain.device.fused_step import first_batch
 from eventtrain.device.hyperparams import find_hyperparams, values_of
-from eventtrain.device.state import replicated_sharding
+from eventtrain.device.state import StateArray, replicated_sharding
 from eventtrain.errors import BusClosed, ConfigurationError, PeerLost, StepError
 from eventtrain.events import (
     CommandApplied,
@@ -168,6 +168,11 @@ class Run:
         """Returns what the step was compiled to; None before the first one. Any thread; never blocks."""
         compiled = self._model.compiled
         return compiled.program() if compiled is not None else None
+
+    def arrays(self) -> list[StateArray]:
+        """Returns what is known of each array of the state. Any thread; never blocks."""
+        loop = self.loop
+        return self._model.arrays(self._model.leaves if loop is None else loop.carry.leaves)
 
     @property
     def decides(self) -> bool:
@@ -309,7 +314,7 @@ class Run:
         ]
         owners = [
             request.owner
-            for request in (*requests.checkpoints, *requests.evaluations)
+            for request in (*requests.checkpoints, *requests.evaluations, *requests.samples)
             if request.every_epochs and not request.every and not request.every_s
         ]
         if deciders or owners:
@@ -423,10 +428,21 @@ class Run:
             resume_stream(point, self.resources)
         else:
             gates.note(RunStarted, model.step)
-            fetcher.put(RunStarted(step=model.step))
+            fetcher.put(self._started())
         for change in self._changes:
             self.status.changes += 1
             fetcher.put(change)
+
+    def _started(self) -> RunStarted:
+        model = self._model
+        if not self._bus.has_subscribers(RunStarted):
+            return RunStarted(step=model.step)
+        arrays = self.arrays()
+        return RunStarted(
+            step=model.step,
+            params_count=None if model.unknown_params else sum(one.count for one in arrays if one.is_param),
+            state_bytes=sum(one.size_bytes for one in arrays),
+        )
 
     def _finish(self, raised: BaseException | None = None) -> None:
         """Settle everything: the state, what is due, the last events, the subscribers.
@@ -440,6 +456,8 @@ class Run:
         deadline_s = monotonic() + self.options.drain_timeout_s
         plane, builder, clock = self._plane, self.resources.builder, self.resources.clock
         status, error = self.status, raised
+        if raised is not None and (note := self._save_memory_profile(raised)):
+            raised.add_note(note)
         begun = status.phase > 0 or status.step > self._first_step
         self._is_untouched = self._agreement.is_shared and not begun
         if self.loop is not None:
@@ -580,13 +598,28 @@ class Run:
         fetcher = self.resources.fetcher
         failed = fetcher.failure
         if failed is not None and not isinstance(failed, (StepError, PeerLost)):
+            note = self._save_memory_profile(failed)
             failure = self._lost_behind(failed) or StepError(
                 f"The device failed while computing a step: {type(failed).__name__}: {failed}. The state is lost. "
-                "Resume from a checkpoint."
+                f"Resume from a checkpoint. {note}".rstrip()
             )
             failure.__cause__ = failed
             fetcher.failure = failure
         return fetcher.failure
+
+    def _save_memory_profile(self, error: BaseException) -> str:
+        """Save what is in the memory of the devices, if ``error`` is that it was exhausted. Returns where, else ""."""
+        if not isinstance(error, jax.errors.JaxRuntimeError) or "RESOURCE_EXHAUSTED" not in str(error):
+            return ""
+        path = self.options.run_dir / f"memory-step-{self.status.step:08}-process-{jax.process_index()}.prof"
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            jax.profiler.save_device_memory_profile(str(path))
+        except (OSError, RuntimeError) as failed:
+            logger.error("The memory of the devices was not saved to %s: %s", path, failed)
+            return ""
+        logger.error("The memory of a device was exhausted at step %d.", self.status.step)
+        return f"What was in the memory of the devices is in {path}, for `pprof -top`."
 
     def _lost_behind(self, error: BaseException) -> PeerLost | None:
         """Returns the loss of another process, if that is why a computation failed. Waits until it can be known."""

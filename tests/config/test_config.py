@@ -64,6 +64,8 @@ TYPES = {
     "ReduceLROnPlateau": "reduce_lr_on_plateau",
     "StepTimer": "step_timer",
     "Report": "report",
+    "Sample": "sample",
+    "Summary": "summary",
     "TensorBoardLogger": "tensor_board_logger",
     "TerminateOnNaN": "terminate_on_nan",
     "Uploader": "uploader",
@@ -96,7 +98,7 @@ REQUIRED: dict[str, dict[str, Any]] = {
 }
 """What a table has to say besides its type."""
 
-NOT_IN_FILES = {"Lambda"}
+NOT_IN_FILES = {"Lambda", "Sample"}
 """What needs functions, which no file can give."""
 
 CLASSES = [
@@ -211,7 +213,7 @@ def test_a_subscriber_that_needs_functions_says_that_no_file_can_give_them(
 ) -> None:
     told = refusal(table(type=TYPES[name]))
     assert f'run.toml, [[subscribers]] #1, type = "{TYPES[name]}": {name}' in told
-    assert "uild it in Python: Trainer(subscribers=[...])" in told
+    assert "it in Python: Trainer(subscribers=[...])" in told
 
 
 def schedule_of(value: Any) -> Callable[[int], float]:

@@ -117,15 +117,32 @@ def values_of(name: str, annotation: Any) -> st.SearchStrategy[Any]:
     raise AssertionError(f"no values for {name}: {annotation}")
 
 
+SAMPLES = st.sampled_from(
+    [
+        ("text", "two\nlines \ud800"),
+        ("image", b"\x89PNG\r\n\x1a\n\x00"),
+        ("array", np.array([[1.5, np.nan], [-np.inf, 0]], np.float32)),
+        ("array", np.zeros((2, 0, 3), np.uint8)),
+        ("array", np.int64(2**62)),
+        ("table", {"i": [1, True, None], "x": np.array([0.5, 1.0, np.inf]), "NaN": ["NaN", "b", ""]}),
+    ]
+)
+
+
 def events_of(kind: type[et.Event]) -> st.SearchStrategy[et.Event]:
     fields = {
         name: columns()
         if (kind, name) == (et.StepsCompleted, "metrics")
         else values_of(name, info.annotation)
         for name, info in kind.model_fields.items()
-        if name not in ("kind", "schema_version")
+        if name not in ("kind", "schema_version") and (kind, name) != (et.SampleTaken, "value")
     }
-    return st.fixed_dictionaries(fields).map(lambda values: kind(**values))
+    made = st.fixed_dictionaries(fields)
+    if kind is et.SampleTaken:
+        made = st.builds(
+            lambda values, sample: {**values, "media": sample[0], "value": sample[1]}, made, SAMPLES
+        )
+    return made.map(lambda values: kind(**values))
 
 
 def exactly(value: Any) -> Any:

@@ -78,6 +78,7 @@ NEEDED: dict[str, dict[str, Any]] = {
     "restore_state": {"path": "missing", "like": {"w": np.zeros(2)}},
     "load_subscribers": {"path": "missing.toml"},
     "read_events": {"run_dir": "missing"},
+    "replay": {"run_dir": "missing", "into": [subs.History()]},
     "Checkpointer": {"directory": "c", "every": 3},
     "CSVLogger": {"path": "x.csv"},
     "JSONLLogger": {"path": "x.jsonl"},
@@ -102,6 +103,7 @@ NEEDED: dict[str, dict[str, Any]] = {
     "Lambda": {"on_epoch_completed": observe},
     "CommandReplay": {"run_dir": "missing"},
     "EvaluateEvery": {"steps": 3},
+    "Sample": {"fn": lambda state: state},
     "ScriptedStep": {"metrics": {"loss": [1.0]}},
 }
 
@@ -125,8 +127,8 @@ def constructors() -> Iterator[tuple[str, Callable[..., Any]]]:
 
 MADE_BY_EVENTTRAIN = {
     "Control", "EventReader", "EventStream", "FitResult", "Hyperparams", "KeptSnapshot", "LoopStatistics",
-    "RunContext", "Session", "StepChange", "StepProgram", "StepSeries", "Subscription", "SubscriptionStatistics",
-    "TracedRun",
+    "RunContext", "Session", "StateArray", "StepChange", "StepProgram", "StepSeries", "Subscription",
+    "SubscriptionStatistics", "TracedRun",
 }  # fmt: skip
 
 

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from eventtrain.events import HyperparamChanged
 from eventtrain.events.commands import Command
 
 
 def command_text(command: Command) -> str:
     """Returns ``command`` as a call, such as ``scale_hyperparam(name=learning_rate, factor=0.5)``."""
-    values = command.model_dump(exclude={"kind", "reason", "cause", "due", "path"})
+    values = command.model_dump(exclude={"kind", "reason", "cause", "due", "source", "path"})
     shown = ", ".join(
         f"{name}={value:.6g}" if isinstance(value, float) else f"{name}={value}"
         for name, value in values.items()
@@ -16,9 +20,22 @@ def command_text(command: Command) -> str:
     return f"{command.kind}({shown})"
 
 
-def issuer(command: Command) -> str:
-    """Returns the subscriber that issued ``command``; empty if none did."""
-    return command.cause.subscriber if command.cause is not None else ""
+def issuer(command: Command | HyperparamChanged) -> str:
+    """Returns the subscriber that issued a command, or the way by which it came from outside; empty for the program."""
+    return command.cause.subscriber if command.cause is not None else command.source or ""
+
+
+def table_text(table: Mapping[str, Sequence[Any]]) -> str:
+    """Returns the columns of a table, by name, as a table in Markdown."""
+    rows = [tuple(table), *zip(*table.values(), strict=True)]
+    lines = [f"| {' | '.join(map(_cell_text, row))} |" for row in rows]
+    return "\n".join([lines[0], "|" + "---|" * len(table), *lines[1:]])
+
+
+def _cell_text(value: Any) -> str:
+    if isinstance(value, float):
+        return f"{value:.6g}"
+    return "" if value is None else str(value).replace("|", "\\|").replace("\n", "<br>")
 
 
 def file_name(path: str) -> str:

@@ -13,6 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from eventtrain.events import EpochCompleted, EpochStarted, EvalCompleted, HyperparamChanged, StepsCompleted
 from eventtrain.events.models import Number
 from eventtrain.subscribers._shared.curve import Curve, StateCurve
+from eventtrain.subscribers._shared.display_text import issuer
 from eventtrain.subscribers._shared.state import SavedState
 
 logger = logging.getLogger("eventtrain")
@@ -170,9 +171,9 @@ class RunSeries(SavedState):
     def _note_change(self, name: str, event: HyperparamChanged) -> None:
         self.changed += 1
         if len(self.changes) < MOST_CHANGES:
-            by = event.cause.subscriber if event.cause is not None else ""
+            by, reason = issuer(event), event.reason
             self.changes.append(
-                Change(step=event.step, name=name, old=event.old, new=event.new, by=by, reason=event.reason)
+                Change(step=event.step, name=name, old=event.old, new=event.new, by=by, reason=reason)
             )
 
     def _put(self, curves: dict[str, Curve], values: Mapping[str, Number], step: int) -> None:

@@ -12,7 +12,7 @@ import numpy as np
 from pydantic_core import to_json
 
 from eventtrain.bus.step_series import StepSeries
-from eventtrain.events import StepCompleted, StepsCompleted
+from eventtrain.events import Event, StepCompleted, StepsCompleted
 from eventtrain.events.models import Number
 
 
@@ -81,6 +81,17 @@ def step_rows(window: StepsCompleted, every: int = 1) -> list[tuple[int, dict[st
         (step, dict(zip(table.metrics, (column[row] for column in columns), strict=True)))
         for row, step in enumerate(table.steps)
     ]
+
+
+def follows(event: Event, before: StepCompleted | StepsCompleted) -> bool:
+    """Returns whether ``event`` has the next step, or the next window, of the same epoch with the same metrics."""
+    return (
+        isinstance(event, (StepCompleted, StepsCompleted))
+        and type(event) is type(before)
+        and (event.first_step if isinstance(event, StepsCompleted) else event.step) == before.step + 1
+        and event.epoch == before.epoch
+        and event.metrics.keys() == before.metrics.keys()
+    )
 
 
 def number_texts(values: Iterable[Any]) -> list[bytes]:

@@ -79,8 +79,6 @@ class CommandInbox:
             raise _Refused(f"it expires in more than {LONGEST.total_seconds():g} s")
         if request.id in self._expiries:
             raise _Refused("its id was used before")
-        if request.command.due is not None or request.command.cause is not None:
-            raise _Refused("due and cause are set by the run")
         if len(self._expiries) >= MOST_IDS:
             self._expiries = {name: when for name, when in self._expiries.items() if when > now}
         if len(self._expiries) >= MOST_IDS or self._waiting >= MOST_WAITING:

@@ -143,8 +143,6 @@ def make_app(frames: Frames, steering: Steering | None, is_closed: Callable[[], 
             wanted = CommandRequest.model_validate_json(await request.body())
         except ValidationError as error:
             return _invalid(error)
-        if wanted.command.due is not None or wanted.command.cause is not None:
-            return JSONResponse({"error": "due and cause are set by the run"}, 422)
         try:
             with anyio.fail_after(ANSWER_TIMEOUT_S):
                 step = await steering.send(wanted.run, wanted.command)

@@ -31,7 +31,7 @@ logger = logging.getLogger("eventtrain")
 MOST_RUNS = 16
 """Runs that are shown; of more, the oldest ones that have ended are forgotten."""
 SOURCE = "dashboard"
-"""Begins the reason of each command that a page sends."""
+"""Source of each command that a page sends."""
 
 
 class Dashboard(Subscriber):
@@ -242,10 +242,7 @@ class _Steering:
         self.actions = actions
 
     async def send(self, run: str, command: Any) -> int:
-        reason = f"{SOURCE}: {command.reason}" if command.reason else SOURCE
-        sent = issue(
-            self._context(run).control.with_source("dashboard"), command.model_copy(update={"reason": reason})
-        )
+        sent = issue(self._context(run).control.with_source(SOURCE), command)
         return (await sent.result()).step
 
     def request(self, run: str, action: str) -> None:

@@ -26,7 +26,8 @@ from eventtrain.control.loop_statistics import LoopStatistics
 from eventtrain.events import Event, StepCompleted, StepsCompleted
 from eventtrain.events.models import Number
 from eventtrain.subscribers._shared.curve import Curve
-from eventtrain.subscribers.dashboard.observed_run import SECTIONS, ObservedRun, Section, follows
+from eventtrain.subscribers._shared.step_table import follows
+from eventtrain.subscribers.dashboard.observed_run import SECTIONS, ObservedRun, Section
 
 INTERVAL_S = 0.2
 """Between two frames, at least: a page shows the newest step within this time and that of a window."""

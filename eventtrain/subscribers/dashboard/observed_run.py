@@ -37,6 +37,7 @@ from eventtrain.events import (
     RunFailed,
     RunResumed,
     RunStarted,
+    SampleTaken,
     StepCompleted,
     StepsCompleted,
     SubscriberDisabled,
@@ -51,11 +52,13 @@ from eventtrain.events.commands import (
     SaveCheckpoint,
     ScaleHyperparam,
     SetHyperparam,
+    TakeSample,
 )
 from eventtrain.events.models import Number, escape_surrogates
 from eventtrain.subscribers._shared.curve import Curve, StateCurve
 from eventtrain.subscribers._shared.display_text import file_name, issuer
 from eventtrain.subscribers._shared.run_series import RunSeries
+from eventtrain.subscribers._shared.shown_sample import ShownSample, with_sample
 from eventtrain.subscribers._shared.state import SavedState
 
 MOST_ROWS = 200
@@ -78,16 +81,17 @@ OBSERVED = (
     SubscriberDisabled,
     LoopStalled,
     MachineMeasured,
+    SampleTaken,
 )
 """Events for ``ObservedRun.add``."""
 
 State = Literal["starting", "running", "paused", "completed", "stopped", "interrupted", "failed"]
 ENDED: tuple[State, ...] = ("completed", "stopped", "interrupted", "failed")
 Section = Literal[
-    "status", "hyperparams", "changes", "alerts", "checkpoints", "commands", "notices", "machine"
+    "status", "hyperparams", "changes", "alerts", "checkpoints", "commands", "notices", "machine", "samples"
 ]
 SECTIONS: tuple[Section, ...] = (
-    "status", "hyperparams", "changes", "alerts", "checkpoints", "commands", "notices", "machine",
+    "status", "hyperparams", "changes", "alerts", "checkpoints", "commands", "notices", "machine", "samples",
 )  # fmt: skip
 CURVES = ("steps", "epochs", "evaluations", "hyperparams", "machine")
 """Kinds of curves."""
@@ -197,6 +201,7 @@ class ObservedRun(SavedState):
     alerts: list[AlertRow] = Field(default_factory=list[AlertRow])
     checkpoints: list[CheckpointRow] = Field(default_factory=list[CheckpointRow])
     notices: list[NoticeRow] = Field(default_factory=list[NoticeRow])
+    samples: list[ShownSample] = Field(default_factory=list[ShownSample])
     _edits: dict[str, int] = PrivateAttr(default_factory=lambda: dict.fromkeys(SECTIONS, 0))
     _progress: deque[tuple[float, int]] = PrivateAttr(
         default_factory=lambda: deque[tuple[float, int]](maxlen=512)
@@ -291,13 +296,12 @@ class ObservedRun(SavedState):
                 self.series.add(event)
                 name = event.path if event.path in self.hyperparams else event.name
                 self._set_hyperparams({name: event.new})
-                by = event.cause.subscriber if event.cause is not None else ""
                 row = ChangeRow(
                     **_when(event),
                     name=_short(name),
                     old=event.old,
                     new=event.new,
-                    by=_short(by),
+                    by=_short(issuer(event)),
                     reason=_short(event.reason),
                 )
                 self._append("changes", self.changes, row)
@@ -446,6 +450,9 @@ class ObservedRun(SavedState):
             case ProfileCaptured():
                 steps = f"steps {event.first_step} to {event.last_step}"
                 self._notice(event, "profile", f"{steps} traced into {file_name(event.path)}")
+            case SampleTaken():
+                self.samples = with_sample(self.samples, event)
+                self._edit("samples")
             case ActionRequested():
                 self._notice(event, "action", event.name)
             case _:
@@ -494,6 +501,8 @@ def _words(command: AnyCommand) -> str:
             return f"restore {command.target}" + (" (weights)" if command.part == "params" else "")
         case Profile():
             return f"profile {command.steps} steps"
+        case TakeSample():
+            return f"sample {command.name}"
         case _:
             return command.kind
 
@@ -501,14 +510,3 @@ def _words(command: AnyCommand) -> str:
 def _short(text: str) -> str:
     text = escape_surrogates(text)
     return text if len(text) <= MOST_TEXT else f"{text[: MOST_TEXT - 1]}…"
-
-
-def follows(event: Event, before: StepCompleted | StepsCompleted) -> bool:
-    """Returns whether ``event`` has the next step, or the next window, of the same epoch with the same metrics."""
-    return (
-        isinstance(event, (StepCompleted, StepsCompleted))
-        and type(event) is type(before)
-        and (event.first_step if isinstance(event, StepsCompleted) else event.step) == before.step + 1
-        and event.epoch == before.epoch
-        and event.metrics.keys() == before.metrics.keys()
-    )

@@ -13,6 +13,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
+from eventtrain.control.issue import require_unset
 from eventtrain.errors import CommandRejectedError, EventTrainError, RunNotReachable
 from eventtrain.events import Event
 from eventtrain.runs.control_address import SOCKET, TOKEN
@@ -30,7 +31,7 @@ LOOK_S = 2.0
 ANSWER_S = 9.0
 """How long a run may take to answer a command; less than the page waits."""
 SOURCE = "dashboard"
-"""Begins the reason of each command."""
+"""Begins the reason of each command: for the run its source is the control socket."""
 GONE = "its process is gone"
 """Reason of a run that was killed."""
 
@@ -116,6 +117,7 @@ class _FollowedRun(threading.Thread):
 
     def send(self, command: Any) -> int:
         """Sends a command through the control socket. Blocks."""
+        require_unset(command)
         reason = f"{SOURCE}: {command.reason}" if command.reason else SOURCE
         try:
             with ControlClient(self._folder, timeout_s=ANSWER_S) as client:

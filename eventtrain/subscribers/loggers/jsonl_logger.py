@@ -17,6 +17,7 @@ from eventtrain.events import (
     RunCompleted,
     RunFailed,
     RunResumed,
+    SampleTaken,
     StepCompleted,
     StepsCompleted,
     StepStarted,
@@ -29,9 +30,9 @@ from eventtrain.subscribers.loggers.row_file import RowFile
 from eventtrain.validation.annotations import checked
 from eventtrain.validation.arguments import require_choice
 
-WRITTEN = tuple(kind for kind in TRAINING_SEQUENCE if kind not in (RunResumed, StepStarted))
+WRITTEN = (*(kind for kind in TRAINING_SEQUENCE if kind not in (RunResumed, StepStarted)), SampleTaken)
 """The training sequence without StepStarted, which adds nothing to StepCompleted: one row for each step. And without
-RunResumed, so that the rows of a resumed run are those of an uninterrupted one."""
+RunResumed, so that the rows of a resumed run are those of an uninterrupted one. Samples beside it."""
 
 
 class JSONLFile(RowFile[bytes | StepTable]):

@@ -34,6 +34,7 @@ section { padding: 16px 20px; margin-bottom: 16px; }
 .curves { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 420px), 1fr)); gap: 18px; }
 figure { margin: 0; min-width: 0; } figcaption { font-weight: 600; font-size: 14px; overflow-wrap: anywhere; }
 svg { width: 100%; height: auto; display: block; }
+img { min-width: min(100%, 192px); max-width: 100%; image-rendering: pixelated; }
 .key { color: var(--soft); font-size: 13px; margin: 10px 0 0; }
 .key i { display: inline-block; width: 20px; height: 0; border-top: 3px solid; vertical-align: middle;
   margin: 0 6px 0 14px; }
@@ -70,7 +71,8 @@ def to_html(content: Content, light: object, dark: object) -> str:
         '<html lang="en"><head><meta charset="utf-8">',
         '<meta name="viewport" content="width=device-width, initial-scale=1">',
         '<meta name="color-scheme" content="light dark">',
-        "<meta http-equiv=\"Content-Security-Policy\" content=\"default-src 'none'; style-src 'unsafe-inline'\">",
+        '<meta http-equiv="Content-Security-Policy" content="default-src \'none\'; '
+        "style-src 'unsafe-inline'; img-src data:\">",
         f"<title>{safe.title}: {safe.outcome}</title>",
         f"<style>{_style(light, dark)}</style></head><body><main>",
         f"<header><h1>{safe.title}</h1>",
@@ -83,6 +85,14 @@ def to_html(content: Content, light: object, dark: object) -> str:
         parts.append('<section><h2>Curves</h2><div class="curves">')
         parts += [f"<figure><figcaption>{one.name}</figcaption>{one.svg}</figure>" for one in safe.drawings]
         parts.append(f"</div>{KEY}</section>")
+    if safe.images:
+        parts.append('<section><h2>Samples</h2><div class="curves">')
+        parts += [
+            f'<figure><figcaption>{one.caption}</figcaption><img src="data:image/png;base64,{one.image}" '
+            'alt=""></figure>'
+            for one in safe.images
+        ]
+        parts.append("</div></section>")
     parts += [_section(section) for section in safe.sections]
     parts.append(f"<footer>{safe.footer}</footer></main></body></html>")
     return "\n".join(parts) + "\n"

@@ -21,7 +21,16 @@ from eventtrain.subscribers.base import RunContext, Subscriber
 from eventtrain.subscribers.reports.html import to_html
 from eventtrain.subscribers.reports.markdown import to_markdown
 from eventtrain.subscribers.reports.run_summary import REPORTED, RunSummary
-from eventtrain.subscribers.reports.sections import Content, Drawing, Markup, bars, figures, mapped, sections
+from eventtrain.subscribers.reports.sections import (
+    Content,
+    Drawing,
+    Markup,
+    bars,
+    figures,
+    mapped,
+    pictures,
+    sections,
+)
 from eventtrain.validation.annotations import checked
 from eventtrain.validation.arguments import require_number
 from eventtrain.validation.optional_imports import import_optional, require_installed
@@ -167,6 +176,7 @@ class Report(Subscriber):
                 Drawing(panel.name, Markup(plotting.fragment(panel, series.marked)), bars(panel.curves[0]))
                 for panel in series.panels(changing[:MOST_PANELS], most=MOST_PANELS)
             ],
+            pictures(summary),
         )
 
 

@@ -30,6 +30,7 @@ from eventtrain.events import (
     RunFailed,
     RunResumed,
     RunStarted,
+    SampleTaken,
     StepsCompleted,
     SubscriberDisabled,
     SubscriberFailed,
@@ -38,6 +39,7 @@ from eventtrain.events import (
 from eventtrain.events.base import LifecycleEvent
 from eventtrain.events.models import Array, Number
 from eventtrain.subscribers._shared.display_text import command_text, file_name, issuer, size_text
+from eventtrain.subscribers._shared.shown_sample import ShownSample, with_sample
 from eventtrain.subscribers._shared.state import SavedState
 
 MOST_ROWS = 100
@@ -56,6 +58,7 @@ REPORTED = (
     SubscriberLagged,
     SubscriberDisabled,
     LoopStalled,
+    SampleTaken,
 )
 """Events for ``RunSummary.add``, besides StepsCompleted."""
 
@@ -157,6 +160,7 @@ class RunSummary(SavedState):
     open_alerts: list[str] = Field(default_factory=list[str])
     failures: Rows = Field(default_factory=Rows)
     resumed: Rows = Field(default_factory=Rows)
+    samples: list[ShownSample] = Field(default_factory=list[ShownSample])
 
     @property
     def duration_s(self) -> float:
@@ -269,6 +273,8 @@ class RunSummary(SavedState):
                 self.failures.add(step, event.subscriber, f"disabled: {event.reason}")
             case LoopStalled():
                 self.failures.add(step, event.subscriber, f"training waited {event.waited_s:.1f} s for it")
+            case SampleTaken():
+                self.samples = with_sample(self.samples, event)
             case _:
                 pass
 

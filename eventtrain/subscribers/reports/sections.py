@@ -66,6 +66,14 @@ class Drawing:
 
 
 @dataclass(frozen=True)
+class Picture:
+    """A sample that is an image: a PNG file in base64."""
+
+    caption: str
+    image: Markup
+
+
+@dataclass(frozen=True)
 class Content:
     """A complete report.
 
@@ -74,7 +82,7 @@ class Content:
         outcome: in one word; ``reason`` has the details.
         figures: the most important facts.
         footer: the last line.
-        sections, drawings: the rest.
+        sections, drawings, images: the rest.
     """
 
     title: str
@@ -84,6 +92,7 @@ class Content:
     footer: str
     sections: Sequence[Section] = ()
     drawings: Sequence[Drawing] = ()
+    images: Sequence[Picture] = ()
 
 
 def mapped(content: Content, change: Callable[[str], str]) -> Content:
@@ -115,6 +124,7 @@ def sections(
         _result(summary),
         _metrics(summary),
         *_arrays(summary),
+        _samples(summary),
         _hyperparams(series),
         _commands(summary),
         _listed("Checkpoints", summary.checkpoints, ("step", "event", "checkpoint", "details"), checkpoints),
@@ -233,6 +243,20 @@ def _best(name: str, one: Extremes) -> tuple[float, int] | None:
         return None
     value, step = (one.low, one.low_step) if mode == "min" else (one.high, one.high_step)
     return None if value is None else (value, step)
+
+
+def _samples(summary: RunSummary) -> Section | None:
+    if not summary.samples:
+        return None
+    rows = [(one.name, f"{one.step:,}", one.text or "an image") for one in summary.samples]
+    note = "The newest of each name."
+    return Section("Samples", note, table=Table(("sample", "step", "value"), rows, frozenset({1})))
+
+
+def pictures(summary: RunSummary) -> list[Picture]:
+    """Returns the samples that are images."""
+    shown = [one for one in summary.samples if one.image]
+    return [Picture(f"{one.name}, step {one.step:,}", Markup(one.image)) for one in shown]
 
 
 def _hyperparams(series: RunSeries) -> Section | None:

@@ -7,13 +7,15 @@ from abc import abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import cache, partial
-from typing import Any, Protocol, cast
+from typing import Any, Protocol
 
 import numpy as np
 
 from eventtrain.control.run_context import StepProgram
 from eventtrain.errors import ConfigurationError, StorageError
-from eventtrain.events import EpochCompleted, EvalCompleted, Event, RunFailed, StepsCompleted
+from eventtrain.events import EpochCompleted, EvalCompleted, Event, RunFailed, SampleTaken, StepsCompleted
+from eventtrain.subscribers._shared.display_text import table_text
+from eventtrain.subscribers._shared.images import is_image, pixels
 from eventtrain.subscribers.base import RunContext
 from eventtrain.subscribers.trackers.curves import Points, TrackedCurves
 from eventtrain.subscribers.trackers.histograms import Array, HistogramSnapshots
@@ -71,10 +73,8 @@ class RecordedValues:
             self.numbers[name] = float(array)
         elif array.ndim == 1:
             self.arrays[name] = array
-        elif array.ndim == 2:
-            self.images[name] = _pixels(array[:, :, None])
-        elif array.ndim == 3 and array.shape[2] in (1, 3, 4):
-            self.images[name] = _pixels(array)
+        elif is_image(array):
+            self.images[name] = pixels(array)
         else:
             raise StorageError(
                 f"{name!r} cannot be recorded: an image is [height, width] or [height, width, 1, 3 or 4], not "
@@ -117,13 +117,16 @@ class MediaTracker(Tracker):
         require_count(owner, "every", every, at_least=1)
         self._every = every
         self._histograms = HistogramSnapshots(owner, histogram_every, histogram_every_epochs, arrays)
-        self._record = dict(record or {})
-        for kind, function in self._record.items():
+        for kind, function in (record or {}).items():
             if not (isinstance(kind, type) and issubclass(kind, Event)) or not callable(function):  # pyright: ignore[reportUnnecessaryIsInstance]
                 raise ConfigurationError(
                     f"{owner}(record={{{kind!r}: {function!r}}}): record must map event classes to functions that take "
                     "such an event and return a dict of values by name."
                 )
+        self._record: dict[type[Event], Callable[[Any], Mapping[str, Any]]] = {
+            SampleTaken: _sampled,
+            **(record or {}),
+        }
         self._curves = TrackedCurves()
         self.events = (*TrackedCurves.events, *HistogramSnapshots.events, RunFailed, *self._record)
         self._program = program
@@ -201,14 +204,16 @@ def _shades(matrix: Array) -> Array:
         values = matrix.astype(np.float64)
         finite = values[np.isfinite(values)]
         low, high = (finite.min(), finite.max()) if finite.size else (0.0, 1.0)
-        shades = _pixels((np.clip(values, low, high) - low)[:, :, None] / ((high - low) or 1.0))
+        shades = pixels((np.clip(values, low, high) - low)[:, :, None] / ((high - low) or 1.0))
     size = max(1, SMALLEST_IMAGE // max(matrix.shape))  # a cell of one pixel could not be seen
     return shades.repeat(size, axis=0).repeat(size, axis=1)
 
 
-def _pixels(array: Array) -> Array:
-    if array.dtype == np.uint8:
-        return array
-    if array.dtype.kind == "f":
-        return cast("Array", (np.clip(np.nan_to_num(array), 0.0, 1.0) * 255 + 0.5).astype(np.uint8))
-    return np.clip(array, 0, 255).astype(np.uint8)
+def _sampled(event: SampleTaken) -> dict[str, Any]:
+    """Returns what to record of a sample: tables as text, and arrays as histograms."""
+    value = event.value
+    if event.media == "table":
+        value = table_text(value)
+    elif event.media == "array" and value.ndim > 1:
+        value = value.ravel()
+    return {f"samples/{event.name}": value}

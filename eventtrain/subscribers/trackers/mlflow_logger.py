@@ -11,6 +11,7 @@ from time import monotonic
 from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import SecretStr
+from pydantic_core import to_json
 
 from eventtrain.events import (
     TO_BE_CONTINUED,
@@ -19,6 +20,7 @@ from eventtrain.events import (
     RunCompleted,
     RunFailed,
     RunStarted,
+    SampleTaken,
     StepsCompleted,
 )
 from eventtrain.subscribers._shared.state import SavedState
@@ -82,7 +84,7 @@ class MLflowLogger(Tracker):
 
     The metrics in MLflow are ``step/<metric>``, ``epoch/<metric>`` (those of evaluation with ``val_``),
     ``eval/<metric>`` and ``hyperparams/<name>``, the value that a step was computed with. Characters that MLflow does
-    not take become ``_``.
+    not take become ``_``. Samples are files in ``samples/<name>``.
 
     A thread of its own uses MLflow. Rows that wait for it are bounded; what an outage costs is reported
     (``TrackerThread``). A resumed run continues the run in MLflow that its checkpoint names, and leaves out the steps
@@ -92,7 +94,7 @@ class MLflowLogger(Tracker):
         ConfigurationError: MLflow is not installed, or an argument is invalid.
     """
 
-    events = (*TrackedCurves.events, RunCompleted, RunFailed)
+    events = (*TrackedCurves.events, SampleTaken, RunCompleted, RunFailed)
 
     @checked
     def __init__(
@@ -143,6 +145,8 @@ class MLflowLogger(Tracker):
             case StepsCompleted() if self._every:
                 if rows := len(due_steps(event, self._every)):
                     self._put(partial(_step_values, event, self._every), rows, rows * len(event.metrics))
+            case SampleTaken() if self._mlflow is not None:
+                self._add(event, partial(_log_sample, self._mlflow, event))
             case RunCompleted():
                 self._end("KILLED" if event.reason in TO_BE_CONTINUED else "FINISHED", event.reason)
             case RunFailed():
@@ -216,6 +220,18 @@ class MLflowLogger(Tracker):
         run.open()
         self._run_id = run.run_id
         run.describe(self._params, tags)
+
+
+def _log_sample(run: MLflowRun, event: SampleTaken) -> None:
+    """Adds a sample as a file: text, PNG, the array in JSON, or the table in the form of MLflow's own tables."""
+    value, suffix = event.value, {"text": "txt", "image": "png"}.get(event.media, "json")
+    if event.media == "text":
+        value = value.encode()
+    elif event.media == "table":
+        value = to_json({"columns": list(value), "data": list(zip(*value.values(), strict=True))})
+    elif event.media == "array":
+        value = to_json(value.tolist(), inf_nan_mode="strings")
+    run.add_file(f"samples/{mlflow_store.key_for(event.name)}", f"step-{event.step:08}.{suffix}", value)
 
 
 def _log(run: MLflowRun, batch: _Batch) -> None:

@@ -14,6 +14,8 @@ import uuid
 from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from itertools import islice
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TypeVar
 
 from mlflow import MlflowClient
@@ -124,6 +126,14 @@ class MLflowRun:
         with without_text():
             for batch in _batches(metrics, METRICS_PER_BATCH):
                 client.log_batch(self.run_id, metrics=batch, synchronous=True)
+
+    def add_file(self, folder: str, name: str, data: bytes) -> None:
+        """Adds a file to the artifacts of the run. May be repeated."""
+        client = self.open()
+        with without_text(), TemporaryDirectory() as temporary:
+            path = Path(temporary) / name
+            path.write_bytes(data)
+            client.log_artifact(self.run_id, str(path), folder)
 
     def close(self, status: str, tags: Mapping[str, str]) -> None:
         """Sets tags and ends the run: "FINISHED", "FAILED" or "KILLED"."""

@@ -132,7 +132,9 @@ async def test_what_has_expired_or_never_will_is_refused() -> None:
     ):
         answer = await box.ask(expires=moment.isoformat())
         assert reason in answer["refused"]
-    assert "due and cause" in (await box.ask({"kind": "pause", "due": 3}))["refused"]
+    for name, forged in (("b", {"due": 3}), ("c", {"source": "dashboard"})):
+        answer = await box.ask({"kind": "pause", **forged}, id=name)
+        assert "due, cause and source" in answer["refused"]
     assert box.control.calls == []
 
 

@@ -44,7 +44,12 @@ def test_a_rate_set_on_the_page_holds_from_the_step_that_the_answer_names(tmp_pa
             if shown.get("changes"):
                 break
         (change,) = shown["changes"]
-        assert (change["step"], change["new"], change["reason"]) == (step, 0.125, "dashboard: by hand")
+        assert (change["step"], change["new"], change["by"], change["reason"]) == (
+            step,
+            0.125,
+            "dashboard",
+            "by hand",
+        )
         (command,) = shown["commands"]
         assert (command["text"], command["step"]) == ("learning_rate = 0.125", step)
 
@@ -98,6 +103,7 @@ def test_commands_that_cannot_work_are_answered_with_the_reason(tmp_path: Path) 
             {"kind": "set_hyperparam", "name": "learning_rate"},
             {"kind": "set_hyperparam", "name": "learning_rate", "value": "NaN"},
             {"kind": "stop", "due": 3},
+            {"kind": "stop", "source": "NATS"},
             {"kind": "pause", "more": 1},
         ):
             assert client.command(run, **wrong).status_code == 422
@@ -323,7 +329,7 @@ async def test_it_is_an_app_of_any_server_on_any_event_loop(
         result = await trainer.fit_async(batches(4), epochs=10_000)
         assert answers[0].status_code == 200, answers[0].text
         assert answers[0].json()["step"] == result.step
-        assert result.stop_reason == "dashboard: seen"
+        assert result.stop_reason == "seen"
     assert dashboard.url is None
 
 

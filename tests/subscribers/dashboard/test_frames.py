@@ -212,6 +212,18 @@ def test_lists_are_bounded_and_keep_the_newest() -> None:
     assert observed.commands[-1].text == "rate = 100"
 
 
+def test_the_newest_sample_of_each_name_is_shown() -> None:
+    observed, image = ObservedRun(), b"\x89PNG\r\n\x1a\n" + b"x" * 100
+    for step in (1, 2):
+        observed.add(et.SampleTaken(name="text", media="text", value=f"<b>{step}</b>", step=step))
+        observed.add(et.SampleTaken(name="image", media="image", value=image, step=step))
+    observed.add(et.SampleTaken(name="large", media="image", value=image * 10_000, step=3))
+    shown = {one.name: (one.step, one.text, one.image) for one in observed.samples}
+    assert shown["text"] == (2, "<b>2</b>", "")
+    assert shown["image"] == (2, "", base64.b64encode(image).decode())
+    assert shown["large"][1:] == ("an image of 1.1 MB, too large to be shown here", "")
+
+
 def test_the_lists_tell_what_happened_and_at_which_step() -> None:
     observed = ObservedRun()
     cause = et.Cause(event="epoch_completed", step=10, subscriber="ReduceLROnPlateau")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import os
+import re
 import subprocess
 import sys
 import threading
@@ -267,9 +268,10 @@ def test_an_action_a_checkpoint_and_stop_are_buttons(page: Page, tmp_path: Path)
         page.find("#checkpoint").click()
         page.find("#evaluate").click()
         page.wait(lambda seen: "evaluate" in seen["commands"] and "checkpoint" in seen["commands"])
+        wait_until(lambda: re.search(r"committed.* in .*\d s ago", page.find("#checkpoints").text, re.DOTALL))
         wait_until(lambda: requested == ["Render"])
         page.find("#stop").click()
         page.find("#stop-reason").send_keys("seen enough\n")
         page.wait(lambda seen: seen["state"] == "stopped")
         wait_until(lambda: training.result)
-        assert training.result.stop_reason == "dashboard: seen enough"
+        assert training.result.stop_reason == "seen enough"

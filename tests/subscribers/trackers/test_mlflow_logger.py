@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 import signal
@@ -133,6 +134,23 @@ def test_a_run_is_a_run_in_mlflow_with_metrics_params_tags_and_status(
         "epoch/val_loss",
         "eval/loss",
     }
+
+
+def test_samples_are_files_of_the_run(tmp_path: Path, store: Store) -> None:
+    store.client.create_experiment(store.experiment, artifact_location=(tmp_path / "files").as_uri())
+    table = subs.Sample(lambda state: {"i": state["w"]}, every=4, name="a b")
+    text = subs.Sample(lambda state: state["w"], every=2, name="text", decode=lambda w: f"{len(w)} values")
+    assert fit(tmp_path, store.logger(), table, text) == []
+    found = {
+        file.path: Path(store.client.download_artifacts(store.run.info.run_id, file.path)).read_text()
+        for folder in ("samples/a b", "samples/text")
+        for file in store.client.list_artifacts(store.run.info.run_id, folder)
+    }
+    assert found.keys() == {
+        "samples/a b/step-00000004.json", "samples/text/step-00000002.txt", "samples/text/step-00000004.txt"
+    }  # fmt: skip
+    assert found["samples/text/step-00000002.txt"] == "2 values"
+    assert json.loads(found["samples/a b/step-00000004.json"])["columns"] == ["i"]
 
 
 def test_only_every_so_many_steps_are_logged(tmp_path: Path, store: Store) -> None:

@@ -247,6 +247,24 @@ def test_a_function_that_raises_or_gives_nonsense_costs_its_own_rows_only_and_is
     assert len(curves(tmp_path / "tensorboard")["step/loss"]) == 15
 
 
+def test_samples_are_shown_by_what_they_are(tmp_path: Path) -> None:
+    samples = (
+        subs.Sample(
+            lambda state: state["step"], every=5, name="text", decode=lambda step: f"step **{step}**"
+        ),
+        subs.Sample(lambda state: jnp.ones((2, 3)), every=5, name="image", media="image"),
+        subs.Sample(lambda state: jnp.ones((2, 3)), every=5, name="array"),
+        subs.Sample(lambda state: {"a": jnp.arange(2)}, every=5, name="table"),
+    )
+    scripted_run(tmp_path, subs.TensorBoardLogger(), *samples).fit(data(), epochs=2)
+    folder = tmp_path / "tensorboard"
+    found = read(folder)
+    assert texts(folder)["samples/text"] == "step **10**"
+    assert texts(folder)["samples/table"] == "| a |\n|---|\n| 0 |\n| 1 |"
+    assert [image.step for image in found.Images("samples/image")] == [5, 10]
+    assert found.Histograms("samples/array")[0].histogram_value.num == 6
+
+
 def test_the_compiled_step_is_shown_as_text(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     scripted_run(tmp_path, subs.TensorBoardLogger(program=True)).fit(data(), epochs=2)
     found = texts(tmp_path / "tensorboard")

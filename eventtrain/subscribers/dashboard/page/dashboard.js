@@ -229,6 +229,7 @@ function show(frame) {
   if (changed("commands")) showLog("commands", sections.commands, commandRow);
   if (changed("checkpoints")) showLog("checkpoints", sections.checkpoints, checkpointRow);
   if (changed("notices")) showLog("notices", sections.notices, noticeRow);
+  if (changed("samples")) showSamples(sections.samples);
   if (changed("machine")) showMachine(run);
   if (changed("loop")) showLoop(sections.loop);
   if (changed("subscribers")) showSubscribers(sections.subscribers);
@@ -388,11 +389,36 @@ function checkpointRow(row) {
   const colour = { committed: "completed", uploaded: "completed", writing: "paused" }[row.state] || "failed";
   const size = row.size_bytes === null ? "" : `${bytes(row.size_bytes)} in ${number(row.duration_s)} s`;
   const what = [make("b", "", row.tag || row.name || "checkpoint"), " ", make("span", `badge ${colour}`, row.state)];
-  return logRow(row, what, row.detail || size, Boolean(row.detail));
+  const item = logRow(row, what, row.detail || size, Boolean(row.detail));
+  const when = item.querySelector(".when");
+  when.title = clock(row.time);
+  when.dataset.time = row.time;
+  showAge(when);
+  return item;
+}
+
+// Tables have no time.
+function showAge(when) {
+  const time = Number(when.dataset.time);
+  if (time > 0) when.textContent = `${duration(Math.max(0, Date.now() / 1000 + offset_s - time))} ago`;
 }
 
 function noticeRow(row) {
   return logRow(row, [make("b", "", row.subject)], row.text);
+}
+
+function showSamples(rows) {
+  $("samples-card").hidden = !rows?.length;
+  const figures = (rows || []).map((row) => {
+    const caption = make("figcaption", "", make("b", "", row.name), ` step ${whole(row.step)}`);
+    const shown = make(row.image ? "img" : "pre", "", row.image ? null : row.text);
+    if (row.image) {
+      shown.src = `data:image/png;base64,${row.image}`;
+      shown.alt = row.name;
+    }
+    return make("figure", "", caption, shown);
+  });
+  $("samples").replaceChildren(...figures);
 }
 
 const MACHINE = /percent$|bytes$|_c$|_w$|share$/;
@@ -685,7 +711,10 @@ async function main() {
   }
 }
 
-setInterval(() => runs.has(chosen) && showStatus(runs.get(chosen).sections), 1000);
+setInterval(() => {
+  if (runs.has(chosen)) showStatus(runs.get(chosen).sections);
+  document.querySelectorAll("[data-time]").forEach(showAge);
+}, 1000);
 window.addEventListener("hashchange", () => {
   takeToken();
 });
