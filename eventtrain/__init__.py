@@ -24,7 +24,7 @@ from eventtrain.data.array_loader import ArrayLoader
 from eventtrain.device.compiled_step import StepProgram
 from eventtrain.device.extensions import StepChange, StepExtension
 from eventtrain.device.hyperparams import Hyperparams, hyperparams, nonfinite_metrics
-from eventtrain.device.norms import norms
+from eventtrain.device.norms import UpdateNorms, norms
 from eventtrain.device.reductions import Last, Max, Mean, Sum
 from eventtrain.device.state import StateArray
 from eventtrain.device.weight_averaging import EMA, SWA
@@ -87,6 +87,7 @@ __all__ = [
     "Sum",
     "TracedRun",
     "Trainer",
+    "UpdateNorms",
     "errors",
     "events_json_schema",
     "hyperparams",

@@ -1,4 +1,4 @@
-"""Norms of the parts of a tree, for the metrics of a step_fn."""
+"""Norms of the parts of a tree: `norms` for the metrics of a step_fn, and the step extension `UpdateNorms`."""
 
 from __future__ import annotations
 
@@ -8,7 +8,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from eventtrain.device.extensions import StepChange, StepExtension, if_due
 from eventtrain.device.hyperparams import entry_name
+from eventtrain.device.reductions import Mean
 from eventtrain.device.state import PyTree, is_array
 from eventtrain.errors import ConfigurationError
 from eventtrain.validation.annotations import checked
@@ -37,6 +39,67 @@ def norms(tree: Any, *, prefix: str = "norm/", depth: int = 2) -> dict[str, jax.
         f"{prefix}{name}" if name else prefix.rstrip("/"): _norm(leaves[index] for index in indices)
         for name, indices in _parts(paths, depth).items()
     }
+
+
+class UpdateNorms(StepExtension):
+    """Metrics of every N-th step: the L2 norms of the params and of their update, and the ratio of both.
+
+    They are named `param_norm`, `update_norm` and `update_ratio` (update to param), for all params, and
+    `update_norm/encoder` for a part. Other steps do not have them, and means are those of the steps that do. A ratio
+    far below 1e-3 says that a layer hardly learns, one far above it that the learning rate is too high for it.
+
+    The steps between compute no norm, but for a GPU, where a branch would have each dispatch wait for the device. Every
+    step copies the params, since it overwrites the old ones otherwise.
+
+    Args:
+        every: N. The norms are those of the steps N, 2N and so on.
+        depth: how many levels of the params make the name of a part, as for `norms`; 0: no parts.
+        name: unique among the extensions of one trainer.
+
+    Raises:
+        ConfigurationError: `every` is not an integer >= 1, or `depth` is not one >= 0.
+    """
+
+    @checked
+    def __init__(self, every: int = 100, *, depth: int = 0, name: str = "update_norms") -> None:
+        require_count("UpdateNorms", "every", every, at_least=1)
+        require_count("UpdateNorms", "depth", depth, at_least=0)
+        self.every = every
+        self.depth = depth
+        self.name = name
+
+    def __repr__(self) -> str:
+        return f"UpdateNorms({self.every!r}, depth={self.depth!r}, name={self.name!r})"
+
+    def after_step(self, ext_state: PyTree, change: StepChange) -> tuple[PyTree, dict[str, Any]]:
+        """Returns the state as it is, and the metrics, NaN where they are not due."""
+        paths, leaves = _floats(repr(self), change.params)
+        both = [*_floats(repr(self), change.old_params)[1], *leaves]
+        parts = _parts(paths, self.depth)
+        if self.depth:
+            parts = {"": range(len(leaves)), **parts}
+        count = len(leaves)
+
+        def measured(_: list[Any], both: list[Any]) -> list[Any]:
+            before, after = both[:count], both[count:]
+            updates = [_widened(new) - _widened(old) for old, new in zip(before, after, strict=True)]
+            return [
+                _norm(arrays[index] for index in indices)
+                for arrays in (after, updates)
+                for indices in parts.values()
+            ]
+
+        absent = [
+            jnp.full(one.shape, jnp.nan, one.dtype) for one in jax.eval_shape(lambda: measured([], both))
+        ]
+        values = if_due(change.step % self.every == 0, measured, absent, both)
+        metrics: dict[str, Any] = {}
+        for name, param, update in zip(parts, values, values[len(parts) :], strict=False):
+            end = f"/{name}" if name else ""
+            ratio = update / jnp.maximum(param, jnp.finfo(param.dtype).tiny)
+            for kind, value in (("param_norm", param), ("update_norm", update), ("update_ratio", ratio)):
+                metrics[kind + end] = Mean(value)
+        return ext_state, metrics
 
 
 def _floats(subject: str, tree: PyTree) -> tuple[list[Any], list[Any]]:

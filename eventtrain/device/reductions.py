@@ -41,7 +41,7 @@ class Mean(_Reduced):
     has a mean too, which a single NaN makes NaN.
 
     Args:
-        value: a scalar of any real dtype. Events of single steps have it as it is.
+        value: a scalar of any real dtype. Events of single steps have it, but for those where it is NaN.
         weight: name of the metric that weights this mean; None: ``Trainer(weight=...)``.
     """
 
@@ -61,7 +61,7 @@ class Sum(_Reduced):
     """A metric of which epochs and evaluations have the sum, without the steps where it is NaN.
 
     Args:
-        value: a scalar of any real dtype. Events of single steps have it as it is.
+        value: a scalar of any real dtype. Events of single steps have it, but for those where it is NaN.
     """
 
     how = "sum"
@@ -73,7 +73,7 @@ class Max(_Reduced):
     """A metric of which epochs and evaluations have the largest value, without the steps where it is NaN.
 
     Args:
-        value: a scalar of any real dtype. Events of single steps have it as it is.
+        value: a scalar of any real dtype. Events of single steps have it, but for those where it is NaN.
     """
 
     how = "max"
@@ -85,7 +85,7 @@ class Last(_Reduced):
     """A metric of which epochs and evaluations have the last value that is not NaN.
 
     Args:
-        value: a scalar of any real dtype. Events of single steps have it as it is.
+        value: a scalar of any real dtype. Events of single steps have it, but for those where it is NaN.
     """
 
     how = "last"

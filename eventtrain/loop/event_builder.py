@@ -6,7 +6,7 @@ import math
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import count
+from itertools import count, pairwise
 from time import perf_counter
 from types import MappingProxyType
 from typing import Any, TypeAlias
@@ -368,42 +368,50 @@ class EventBuilder:
             last = {name: columns.watched[index][-1].item() for index, name in self._scheduled.items()}
             self._view.scheduled = MappingProxyType(last)
         steps = range(window.first_step, window.first_step + columns.rows)
-        build = _step_builder(columns.metrics, window)
-        given = StepColumns(window.first_step, window.first_batch, window.epoch, columns.metrics)
+        sections = [
+            _Section(
+                steps[rows.start : rows.stop],
+                _step_builder(metrics, window),
+                StepColumns(window.first_step, window.first_batch, window.epoch, metrics),
+            )
+            for rows, metrics in _alike(columns)
+        ]
         pieces: list[Event | EventSeries | Activation] = []
         announce = not window.announced and self._bus.has_subscribers(StepStarted)
         begin = steps.start
         for event in window.between:
             if event.step >= begin:
-                pieces += self._pieces(range(begin, event.step + 1), build, given, announce)
+                pieces += self._pieces(range(begin, event.step + 1), sections, announce)
                 begin = event.step + 1
             pieces.append(event)
-        pieces += self._pieces(range(begin, steps.stop), build, given, announce)
+        pieces += self._pieces(range(begin, steps.stop), sections, announce)
         if self._bus.has_subscribers(StepsCompleted):
-            pieces.append(
+            pieces += [
                 StepsCompleted(
-                    step=steps[-1],
-                    first_step=steps[0],
-                    last_step=steps[-1],
+                    step=section.steps[-1],
+                    first_step=section.steps[0],
+                    last_step=section.steps[-1],
                     epoch=window.epoch,
-                    first_batch=window.first_batch,
-                    metrics=columns.metrics,
+                    first_batch=window.first_batch + section.steps[0] - window.first_step,
+                    metrics=section.metrics,
                 )
-            )
+                for section in sections
+            ]
         return pieces
 
     @staticmethod
-    def _pieces(
-        steps: range, build: Callable[[Sequence[int]], Sequence[Event]], columns: StepColumns, announce: bool
-    ) -> Iterator[Event | EventSeries]:
-        if not announce:
-            if steps:
-                yield EventSeries(StepCompleted, steps, build, columns)
-            return
-        for step in steps:
-            batch = columns.first_batch + step - columns.first_step
-            yield StepStarted(step=step - 1, epoch=columns.epoch, batch=batch)
-            yield EventSeries(StepCompleted, range(step, step + 1), build, columns)
+    def _pieces(steps: range, sections: Sequence[_Section], announce: bool) -> Iterator[Event | EventSeries]:
+        for section in sections:
+            columns, build = section.columns, section.build
+            part = range(max(steps.start, section.steps.start), min(steps.stop, section.steps.stop))
+            if not announce:
+                if part:
+                    yield EventSeries(StepCompleted, part, build, columns)
+                continue
+            for step in part:
+                batch = columns.first_batch + step - columns.first_step
+                yield StepStarted(step=step - 1, epoch=columns.epoch, batch=batch)
+                yield EventSeries(StepCompleted, range(step, step + 1), build, columns)
 
     def _end_epoch(self, end: EpochEnd, computed: Mapping[str, HostArray]) -> EpochCompleted:
         self.epoch_states = ()
@@ -471,6 +479,43 @@ def _sorted_out(computed: Mapping[str, HostArray]) -> tuple[dict[str, Number], d
 
 def _in_set(set_name: str, name: str) -> str:
     return f"{set_name}_{name}" if set_name else name
+
+
+@dataclass(frozen=True, slots=True)
+class _Section:
+    """Consecutive steps of a window that have the same metrics: those of its columns."""
+
+    steps: range
+    build: Callable[[Sequence[int]], Sequence[Event]]
+    columns: StepColumns
+
+    @property
+    def metrics(self) -> dict[str, np.ndarray]:
+        """The columns of these steps alone."""
+        first = self.columns.first_step
+        part = slice(self.steps.start - first, self.steps.stop - first)
+        return {name: column[part] for name, column in self.columns.metrics.items()}
+
+
+def _alike(columns: MetricColumns) -> list[tuple[range, dict[str, np.ndarray]]]:
+    """Returns the rows that have the same metrics, with the columns of these: a NaN-aware one lacks those with NaN."""
+    absent = {
+        name: np.isnan(columns.metrics[name])
+        for name, _ in columns.reductions
+        if columns.metrics[name].dtype.kind == "f"
+    }
+    absent = {name: rows for name, rows in absent.items() if rows.any()}
+    if not absent:
+        return [(range(columns.rows), columns.metrics)]
+    masks = np.stack([*absent.values()])
+    edges = [0, *(np.flatnonzero((masks[:, 1:] != masks[:, :-1]).any(axis=0)) + 1).tolist(), columns.rows]
+    return [
+        (
+            range(begin, end),
+            {name: c for name, c in columns.metrics.items() if name not in absent or not absent[name][begin]},
+        )
+        for begin, end in pairwise(edges)
+    ]
 
 
 def _rows(columns: Mapping[str, np.ndarray], rows: Sequence[int]) -> list[dict[str, Number]]:
