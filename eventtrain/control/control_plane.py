@@ -7,6 +7,7 @@ from eventtrain.bus.subscription import SubscriptionCore
 from eventtrain.control.checkpoint_handover import CheckpointHandover
 from eventtrain.control.command_queue import CommandQueue
 from eventtrain.control.control import Control, Transaction
+from eventtrain.control.held_states import HeldStates
 from eventtrain.control.requests import RunRequests
 from eventtrain.control.run_view import RunView
 from eventtrain.events import Event
@@ -21,6 +22,7 @@ class ControlPlane:
         requests: of the subscribers of the run in progress.
         handover: snapshots on their way to Checkpointers.
         control: commands without a cause: they take effect as soon as they arrive.
+        held_states: of the functions that take the state. Changed between runs only.
     """
 
     def __init__(self, bus: BusCore) -> None:
@@ -29,6 +31,7 @@ class ControlPlane:
         self.requests = RunRequests()
         self.handover = CheckpointHandover(bus, self.queue, self.requests)
         self.control = Control(self.queue, self.view)
+        self.held_states: list[HeldStates] = []
 
     def control_of_run(self) -> Control:
         """Returns the control for the subscribers of the run that begins: later runs refuse its commands."""

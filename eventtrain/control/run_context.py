@@ -188,6 +188,18 @@ class RunContext:
         self._require_loop()
         return labels(self._hyperparams)[resolve(self._hyperparams, name, path).path]
 
+    def require_hyperparams(self, name: str) -> dict[str, str]:
+        """Returns key -> path of every hyperparameter ``name`` that can be set; keys as of ``require_hyperparam``.
+
+        Raises:
+            UnknownHyperparam, ScheduledHyperparam: there is none.
+        """
+        free = [h for h in self._hyperparams if h.name == name and not h.scheduled]
+        if not free:
+            self.require_hyperparam(name)  # raises
+        names = labels(self._hyperparams)
+        return {names[h.path]: h.path for h in free}
+
     def require_params(self, subject: str) -> None:
         """Checks that the trainer knows the weights.
 

@@ -31,7 +31,13 @@ from eventtrain.device.state import (
     split_state,
     strong,
 )
-from eventtrain.device.validation import PromotionError, call_user, structure_differences, type_differences
+from eventtrain.device.validation import (
+    PromotionError,
+    call_user,
+    static_differences,
+    structure_differences,
+    type_differences,
+)
 from eventtrain.errors import ConfigurationError, StateError, listed
 from eventtrain.validation.callables import require_plain
 
@@ -170,6 +176,28 @@ class Model:
             before[one] = read(self.leaves[index])
             self.leaves[index] = leaf
         return before
+
+    def leaves_like(self, state: PyTree, like: Sequence[jax.Array]) -> Leaves:
+        """Returns the leaves of ``state``, which replaces one with the leaves ``like``, placed as those are.
+
+        Raises:
+            StateError: another structure, shape, dtype or static leaf.
+        """
+        leaves, structure = split_state(state)
+        if structure.treedef != self.structure.treedef or structure.paths != self.structure.paths:
+            differences = [structure_differences(state, self.structure)]
+        else:
+            differences = type_differences("state", structure.paths, leaves, like)
+            differences += static_differences("state", self.structure, structure)
+        if differences:
+            raise StateError(
+                f"session.state cannot be replaced by one that differs: {listed(differences)}. The step is compiled "
+                "for the present state. Give one with the same structure, shapes and dtypes, and new values in it."
+            )
+        return [
+            wanted if leaf is wanted else strong(put(leaf, wanted.sharding))
+            for leaf, wanted in zip(leaves, like, strict=True)
+        ]
 
     def _types(self, leaves: Sequence[jax.Array]) -> list[jax.ShapeDtypeStruct]:
         return abstract(leaves, [path in self.weak_paths for path in self.structure.paths])

@@ -173,6 +173,15 @@ def structure_differences(tree: PyTree, structure: TreeStructure) -> str:
     return listed(found) or f"{_short(after.treedef)} instead of {_short(structure.treedef)}"
 
 
+def static_differences(tree: str, before: TreeStructure, after: TreeStructure) -> list[str]:
+    """Lists the leaves that are not arrays and differ, of two trees with the same paths."""
+    return [
+        f"{tree}{path} is {_short(new)} instead of {_short(old)}"
+        for (_, path, old), (_, _, new) in zip(before.static, after.static, strict=True)
+        if not _same(old, new)
+    ]
+
+
 def _array_like(leaf: Any, wanted: Any) -> Any:
     """Returns an array, or a Python number as the scalar array that `wanted` is; another object as it is."""
     if is_array(leaf):

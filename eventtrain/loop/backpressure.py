@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from time import monotonic
 
 from eventtrain.bus.core import BusCore
@@ -48,14 +49,14 @@ class Backpressure:
             if slowest is None:  # the event loop itself is behind
                 if not self._place.wait_for_observers(lambda: self.free_steps() > 0):
                     return False
-            elif not self._wait_for(slowest):
+            elif not self.wait_for(slowest, lambda: self.free_steps() > 0):
                 return False
         return True
 
-    def _wait_for(self, slowest: SubscriptionCore) -> bool:
-        """Wait until ``slowest`` has handled an event, or has failed to for its ``stall_timeout_s``.
+    def wait_for(self, slowest: SubscriptionCore, ready: Callable[[], bool]) -> bool:
+        """Wait until ``ready()``, or ``slowest`` has handled an event or has failed to for its ``stall_timeout_s``.
 
-        The time in which another handler blocked the event loop is not its fault.
+        The time in which another handler blocked the event loop is not its fault. Returns False if the run has to end.
         """
         began_s, handled, blocked_s = monotonic(), slowest.handled, self._bus.blocked_s
 
@@ -63,7 +64,7 @@ class Backpressure:
             return monotonic() - began_s - (self._bus.blocked_s - blocked_s) >= slowest.stall_timeout_s
 
         def has_moved() -> bool:
-            return self.free_steps() > 0 or slowest.handled != handled or is_stalled()
+            return ready() or slowest.handled != handled or is_stalled()
 
         if not self._place.wait_for_observers(has_moved):
             return False

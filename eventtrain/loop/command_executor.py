@@ -6,6 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+import jax
+
 from eventtrain.bus.subscription import SubscriptionCore
 from eventtrain.control.command_queue import PendingCommand
 from eventtrain.control.control_plane import ControlPlane
@@ -151,6 +153,14 @@ class CommandExecutor:
         """Restore what process 0 restores at the end of the run, and release it."""
         self._restore(self.ledger.find(order.tag).device, order.part)
         self.release((order.tag,))
+
+    def replace_state(self, leaves: list[jax.Array]) -> None:
+        """Make ``leaves`` the present state. Waits for the hyperparameters among them that are new."""
+        before = self.carry.leaves
+        self.ledger.replace(leaves)
+        changed = [h for h in self.hyperparams if leaves[h.leaf_index] is not before[h.leaf_index]]
+        if changed:
+            self._read_values(*changed)
 
     def _restore(self, snapshot: Snapshot, part: Literal["all", "params"]) -> None:
         self.windows.emit(self.ledger.restore(snapshot, part))

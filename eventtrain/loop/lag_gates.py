@@ -26,6 +26,7 @@ class LagGates:
         flush_by: the step at which the open window must be sent: half the lag after the oldest event in it.
         next_step_event: the next step whose StepCompleted a decider will be given.
         announces_steps: whether a decider is given StepStarted, so that the loop publishes it before each dispatch.
+        also_every: ``next_step_event`` counts the multiples of these, too.
     """
 
     def __init__(self, bus: BusCore) -> None:
@@ -39,6 +40,7 @@ class LagGates:
         self.flush_by = NEVER
         self.next_step_event = NEVER
         self.announces_steps = False
+        self.also_every: tuple[int, ...] = ()
 
     @property
     def stale(self) -> bool:
@@ -53,21 +55,19 @@ class LagGates:
             self._expected[subscription] = 0
             self._counts_from[subscription] = subscription.run + 1
         self.announces_steps = any(_lag(s, StepStarted) is not None for s in self._known)
-        self._plan_step_event(step)
+        self.plan_step_event(step)
         return newcomers
 
-    def _plan_step_event(self, step: int) -> None:
-        steps = [
-            (step // s.options.every + 1) * s.options.every
-            for s in self._known
-            if _lag(s, StepCompleted) is not None
-        ]
+    def plan_step_event(self, step: int) -> None:
+        """Find ``next_step_event`` behind ``step``."""
+        deciders = [s.options.every for s in self._known if _lag(s, StepCompleted) is not None]
+        steps = [(step // every + 1) * every for every in (*deciders, *self.also_every)]
         self.next_step_event = min(steps, default=NEVER)
 
     def note_step(self, step: int) -> None:
         """Count StepCompleted of ``step``, which was dispatched; ``step >= next_step_event``."""
         self.note(StepCompleted, step)
-        self._plan_step_event(step)
+        self.plan_step_event(step)
 
     def note(self, kind: type[Event], step: int, epoch: int = 0) -> None:
         """Count an event of class ``kind`` that the loop publishes at ``step``, now or from the ring."""

@@ -71,6 +71,17 @@ class SnapshotLedger:
         self._unconfirmed.clear()
         return not self._shared
 
+    def lend(self) -> list[jax.Array]:
+        """Returns the leaves of the present state to something outside. The next step leaves them alone."""
+        self._shared = True
+        return list(self.carry.leaves)
+
+    def replace(self, leaves: list[jax.Array]) -> None:
+        """Make ``leaves``, which something outside may hold too, the present state."""
+        self.carry.leaves = leaves
+        self.status.changes += 1
+        self._shared = True
+
     def take(self, taken: SnapshotTaken) -> Snapshot:
         """Returns the snapshot that ``taken`` announces: the state of this boundary."""
         leaves, extensions = self.carry.leaves, self.compiled.extension_leaves(self.carry)

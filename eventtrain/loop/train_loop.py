@@ -7,8 +7,9 @@ Invariants of the hot path:
 
 - ``_attention`` is a step count: ``step`` enters ``_settle`` when ``status.step`` has reached it. Only ``_settle``
   raises it, to the next boundary at which anything can be due. Everything else only lowers it: ``step`` to the
-  boundary of a decider whose event it has just counted; ``_flush`` to 0 where something goes by the clock or deciders
-  came or went; ``wait``, ``begin_epoch`` and ``end_epoch`` to 0, since anything may have happened meanwhile.
+  boundary of a decider whose event it has just counted, and to 0 where it has kept a state for a function; ``_flush``
+  to 0 where something goes by the clock or deciders came or went; ``wait``, ``begin_epoch`` and ``end_epoch`` to 0,
+  since anything may have happened meanwhile.
 - Other threads never write a field of the loop. They append to ``queue.arrived``, whose truth ``step`` tests.
 - ``carry`` is replaced leaf by leaf by the compiled step, which donates the old leaves unless ``ledger.pinned``.
   Nothing else may hold a leaf across a call of ``step``; the cursor is not donated and serves as the completion
@@ -24,11 +25,13 @@ from dataclasses import dataclass
 from time import perf_counter
 from typing import Any
 
+import jax
+
 from eventtrain.control.run_state import LoopRecord
 from eventtrain.device.compiled_step import Carry, CompiledStep
 from eventtrain.device.hyperparams import Hyperparam, labels
 from eventtrain.errors import SnapshotError
-from eventtrain.events import EpochCompleted, EpochStarted
+from eventtrain.events import EpochCompleted, EpochStarted, StepCompleted
 from eventtrain.loop.agreement.agreement import Agreement
 from eventtrain.loop.agreement.log import EndRun
 from eventtrain.loop.backpressure import Backpressure
@@ -38,6 +41,7 @@ from eventtrain.loop.command_executor import CommandExecutor
 from eventtrain.loop.evaluation import Evaluations, EvaluationSource
 from eventtrain.loop.event_builder import EpochEnd
 from eventtrain.loop.lag_gates import NEVER
+from eventtrain.loop.lent_states import LentStates
 from eventtrain.loop.metric_windows import MetricWindows
 from eventtrain.loop.profiling import StepProfiler
 from eventtrain.loop.run_ahead import RunAhead
@@ -140,6 +144,7 @@ class TrainingLoop:
             agreement=agreement,
         )
         self._backpressure = Backpressure(bus, windows, status, self.boundary)
+        self._lent = LentStates(status, resources, windows, self.ledger, self._backpressure)
         self._gates = resources.gates
         self._clock = resources.clock
         self._queue = plane.queue
@@ -180,6 +185,9 @@ class TrainingLoop:
         status.batch += count
         status.step = self._view.step = step = status.step + count
         if step >= gates.next_step_event:
+            if self._lent:
+                self._lent.keep(StepCompleted)
+                self._attention = 0
             gates.note_step(step)
             self._attention = min(self._attention, gates.next_due)
             self._clock.observing_s += perf_counter() - now_s
@@ -196,7 +204,7 @@ class TrainingLoop:
         status, boundary = self.status, self.boundary
         self._attention = 0
         self.evaluations.take_due()
-        if not self._backpressure.make_room() or not boundary.settle():
+        if not self._backpressure.make_room() or not boundary.settle() or not self._lent.make_room():
             return False
         if not boundary.replay_late():
             return False
@@ -258,6 +266,15 @@ class TrainingLoop:
 
     # --- between steps ----------------------------------------------------------------------------------------
 
+    def lend_state(self) -> list[jax.Array]:
+        """Returns the leaves of the present state. The next step leaves them alone; nothing is copied."""
+        self.compiled.request_keeping()
+        return self.ledger.lend()
+
+    def replace_state(self, leaves: list[jax.Array]) -> None:
+        """Make ``leaves``, of the same types and placement, the present state."""
+        self._executor.replace_state(leaves)
+
     def wait(self, ready: Callable[[], object]) -> bool:
         """Wait between two steps until ``ready()``, serving commands. Returns False if the run has to end first."""
         continues = self.boundary.settle() and self.boundary.wait(ready)
@@ -276,6 +293,7 @@ class TrainingLoop:
         status.epoch_first_step = status.step
         status.in_epoch = True
         hyperparams = dict(self._view.hyperparams)
+        self._lent.keep(EpochStarted)
         self.windows.emit(EpochStarted(step=status.step, epoch=status.epoch, hyperparams=hyperparams))
         self._attention = 0
         self._epoch_began_s = perf_counter()
@@ -293,6 +311,7 @@ class TrainingLoop:
             return False  # the run that resumes from here publishes EpochCompleted
         steps = status.step - status.epoch_first_step
         self._gates.note(EpochCompleted, status.step, status.epoch)
+        self._lent.keep(EpochCompleted)
         end = EpochEnd(status.step, status.epoch, steps, self._epoch_began_s, self._view.hyperparams)
         self.windows.put(self.compiled.take_values(self.carry, end) or end)
         status.epoch += 1

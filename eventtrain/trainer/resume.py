@@ -127,7 +127,7 @@ def find_saved_run(
     finders = [subscriber for subscriber in subscribers if subscriber.resumes_runs]
     if not finders:
         raise ConfigurationError(
-            f"fit(resume={resume!r}) requires a Checkpointer: Trainer(subscribers=[subs.Checkpointer(...)])."
+            f"resume={resume!r} requires a Checkpointer: Trainer(subscribers=[subs.Checkpointer(...)])."
         )
     found: list[SavedRun] = []
     missing: list[SnapshotError] = []
@@ -311,10 +311,10 @@ def take_over_extensions(
     return saved.extensions(types, point.state_tag)
 
 
-def resume_stream(point: ResumePoint, resources: RunResources) -> None:
+def resume_stream(point: ResumePoint, resources: RunResources, model: Model) -> None:
     """Put back what was under way at the checkpoint: unhandled events, open decisions, commands not due yet.
 
-    After the deciders were activated, before the first step.
+    After the deciders were activated, before the first step, which leaves the state of ``model`` alone.
     """
     record, bus, fetcher = point.record, resources.bus, resources.fetcher
     bus.stream.continue_from(record.stream.seq)
@@ -329,6 +329,10 @@ def resume_stream(point: ResumePoint, resources: RunResources) -> None:
                 )
             continue
         share = _deliverable(share, subscription)
+        for held in resources.plane.held_states:
+            for event in share.unhandled if held.subscription is subscription else ():
+                if event.step == model.step:
+                    held.add(type(event), Snapshot(event.step, model.leaves, model.structure))
         fetcher.put(SubscriptionRestore(name, share))
         for event, decided_on in zip(share.unhandled, share.decided_on, strict=True):
             if decided_on:

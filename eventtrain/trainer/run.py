@@ -191,6 +191,24 @@ class Run:
 
     # --- steps and epochs -------------------------------------------------------------------------------------
 
+    @property
+    def state(self) -> Any:
+        """The state after the steps dispatched so far. It stays valid: the next step leaves it alone."""
+        loop, model = self.loop, self._model
+        leaves = model.leaves if loop is None or self.ended_by else loop.lend_state()
+        return model.structure.join(leaves)
+
+    @state.setter
+    def state(self, state: Any) -> None:
+        self.require_open()
+        loop, model = self.loop, self._model
+        leaves = model.leaves_like(state, model.leaves if loop is None else loop.carry.leaves)
+        if loop is None:
+            model.leaves = leaves
+            self.status.changes += 1
+        else:
+            loop.replace_state(leaves)
+
     def prepare(self, batch: Any) -> None:
         """Compile the step for ``batch`` (a tuple of ``steps_per_call`` batches if that is above 1); once per run.
 
@@ -425,7 +443,7 @@ class Run:
         for newcomer in gates.refresh(model.step):
             fetcher.put(Activation(newcomer))
         if point is not None:
-            resume_stream(point, self.resources)
+            resume_stream(point, self.resources, model)
         else:
             gates.note(RunStarted, model.step)
             fetcher.put(self._started())
@@ -515,6 +533,8 @@ class Run:
         if self.loop is not None:
             self.loop.compiled.close()
         plane.handover.release_all()  # not before: a Checkpointer may claim until its queue is empty
+        for held in plane.held_states:
+            held.clear()
         error = error or self._bus.failure
         if error is not None and raised is None:
             raise error

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from time import monotonic
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 import jax
 
@@ -21,8 +21,10 @@ from eventtrain.trainer.run import Run
 from eventtrain.trainer.tracebacks import UserFrames
 from eventtrain.validation.callables import require_plain
 
+S = TypeVar("S")
 
-class Session:
+
+class Session(Generic[S]):
     """A run in progress. Made by ``trainer.session()``. All methods belong to the thread that entered it.
 
     ::
@@ -44,9 +46,35 @@ class Session:
         return self._control
 
     @property
+    def state(self) -> S:
+        """The training state after the steps so far, on the device. Reading it copies nothing and does not wait.
+
+        What you read stays valid while training continues: the next step writes its result elsewhere, which takes the
+        memory of a second state while you hold the first. Do not donate it.
+
+        Setting it replaces the state between two steps. The new one must have the same structure, shapes and dtypes;
+        nothing is recompiled. It waits for hyperparameters of the optimiser that are replaced, and for nothing else. A
+        checkpoint of step k holds the state as it is when ``step`` is called for step k + 1.
+
+        Raises:
+            StateError: the new state differs in more than its values.
+            ConfigurationError: set after the end.
+        """
+        return self._run.state
+
+    @state.setter
+    def state(self, state: S) -> None:
+        self._run.state = state
+
+    @property
     def step_count(self) -> int:
-        """Steps completed, including those still on the device."""
+        """Steps completed, including those still on the device. In a session that resumes, those of the whole run."""
         return self._run.status.step
+
+    @property
+    def batch(self) -> int:
+        """Steps of the epoch in progress: in a session that resumes, the batches of it that are trained on."""
+        return self._run.status.batch
 
     @property
     def epoch(self) -> int:
@@ -163,7 +191,7 @@ class Session:
         return self.wait(lambda: monotonic() >= end_s)
 
 
-class _SplittingSession(Session):
+class _SplittingSession(Session[S]):
     """A session of which each device gets its part of the batches."""
 
     def __init__(self, run: Run, control: Control, split: BatchSharding) -> None:
@@ -179,7 +207,7 @@ class _SplittingSession(Session):
         super().prepare(placed if self._run.grouped else placed[0])
 
 
-def session_of(run: Run, control: Control) -> Session:
+def session_of(run: Run, control: Control) -> Session[Any]:
     """Returns the session of a run."""
     split = run.source.model.split
     if split is None or jax.process_count() > 1:

@@ -8,7 +8,7 @@ from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Generic, Literal, Self, TypeVar, Unpack
+from typing import TYPE_CHECKING, Any, Generic, Literal, Self, TypeVar, Unpack, overload
 
 import jax
 
@@ -18,6 +18,7 @@ from eventtrain.bus.options import SubscriptionOptions, event_classes
 from eventtrain.bus.subscription import Subscription, SubscriptionCore
 from eventtrain.control.control import Control
 from eventtrain.control.control_plane import ControlPlane
+from eventtrain.control.held_states import HeldStates, StateHandlerDecorator, require_state_options
 from eventtrain.control.run_state import SavedRun
 from eventtrain.data.epoch_iterator import Leftovers
 from eventtrain.data.sources import describe, evaluation_sets, length_of
@@ -58,7 +59,7 @@ from eventtrain.trainer.run import Run, RunOptions
 from eventtrain.trainer.run_directory import next_attempt, run_directory
 from eventtrain.trainer.session import Session, session_of
 from eventtrain.trainer.shared_paths import MARK, check_paths, marked
-from eventtrain.trainer.signals import SignalGuard
+from eventtrain.trainer.signals import SignalGuard, checked_signals
 from eventtrain.trainer.subscriber_lifecycle import RunSubscriber
 from eventtrain.trainer.tracebacks import UserFrames
 from eventtrain.validation.annotations import checked, fits, shown
@@ -113,6 +114,7 @@ class Trainer(Generic[S]):
         debug: run ``step_fn`` uncompiled before each step too, so that ``print`` and ``breakpoint()`` in it see values
             and a NaN raises FloatingPointError at its operation. Slow. Requires ``steps_per_call=1``. Tracebacks keep
             the frames of eventtrain and JAX.
+        preempt_on: signals that end a run as SIGTERM does, for example ``[signal.SIGUSR1]`` under Slurm.
         remote_control: serve ``run_dir/control.sock`` during each run that has subscribers, for ``eventtrain ctl``, and
             look for the files STOP and CHECKPOINT in run_dir. Only the user of the run may connect.
         derive: name -> function of the means (and of what comes before it), for epochs and evaluations alike:
@@ -152,6 +154,7 @@ class Trainer(Generic[S]):
         debug: bool = False,
         remote_control: bool = True,
         derive: Mapping[str, Callable[[Mapping[str, Number]], Number]] | None = None,
+        preempt_on: Sequence[int] = (),
     ) -> None:
         require_count("Trainer", "steps_per_call", steps_per_call, at_least=1)
         require_count("Trainer", "max_in_flight_steps", max_in_flight_steps, at_least=1)
@@ -191,6 +194,7 @@ class Trainer(Generic[S]):
             drain_timeout_s=drain_timeout_s,
         )
         self._remote_control = remote_control
+        self._preempt_on = checked_signals(preempt_on)
         self._fingerprint = fingerprint(self._model)
         self._core = core_of(self.bus)
         self._plane = ControlPlane(self._core)
@@ -289,23 +293,68 @@ class Trainer(Generic[S]):
         """Commands without a cause, for services: they take effect as soon as they arrive. Any thread."""
         return self._plane.control
 
+    @overload
     def on(
-        self, event_type: EventTypesOf[E], **options: Unpack[SubscriptionOptions[E]]
-    ) -> HandlerDecorator[E, Control]:
+        self,
+        event_type: EventTypesOf[E],
+        *,
+        with_state: Literal[True],
+        **options: Unpack[SubscriptionOptions[E]],
+    ) -> StateHandlerDecorator[E, S, Control]: ...
+    @overload
+    def on(
+        self,
+        event_type: EventTypesOf[E],
+        *,
+        with_state: Literal[False] = False,
+        **options: Unpack[SubscriptionOptions[E]],
+    ) -> HandlerDecorator[E, Control]: ...
+    def on(
+        self, event_type: Any, *, with_state: bool = False, **options: Unpack[SubscriptionOptions[Any]]
+    ) -> Any:
         """Subscribe the decorated function, and return it unchanged. Options as in ``EventBus.subscribe``.
 
         It receives events while this trainer trains, evaluates or predicts. For those in between use ``bus.on``.
+
+        Args:
+            event_type: a class, a base class or a union.
+            with_state: call it with ``(event, state)`` or ``(event, state, control)``. ``state`` is the training state
+                after exactly ``event.step``, on the device (with ``snapshot="host"`` in pinned host memory), not a
+                copy; it is released when the function returns. Do not donate it. Training continues with one more state
+                in memory, and waits at the next such event until the function has returned. For StepCompleted,
+                EpochStarted and EpochCompleted, with ``lag`` None or 0.
+
+        Raises:
+            ConfigurationError: an option is invalid.
+            AlreadyRunning: ``with_state`` while a run is in progress.
         """
-        event_classes(event_type)  # @trainer.on without arguments would subscribe nothing: refuse it now
+        types = event_classes(
+            event_type
+        )  # @trainer.on without arguments would subscribe nothing: refuse it now
 
         def subscribe_function(handler: Handler) -> Handler:
-            subscription = self._core.subscribe(
-                event_type, handler, options, attach=False, owner=self._execution
-            )
-            self._execution.add(subscription)
+            if not with_state:
+                self._execution.add(self._subscribe_function(event_type, handler, options))
+                return handler
+            if self._execution.busy:
+                raise AlreadyRunning(
+                    f"Cannot subscribe a function with_state=True while {self._execution.name} is in progress, which "
+                    "would not keep its states. Subscribe it before."
+                )
+            require_state_options(handler, types, options)
+            held = HeldStates()
+            held.subscription = self._subscribe_function(event_type, held.with_state(handler), options)
+            self._execution.add(held.subscription)
+            known = self._plane.held_states
+            known[:] = [*(other for other in known if other.subscription.active), held]
             return handler
 
         return subscribe_function
+
+    def _subscribe_function(
+        self, event_type: Any, handler: Handler, options: Mapping[str, Any]
+    ) -> SubscriptionCore:
+        return self._core.subscribe(event_type, handler, options, attach=False, owner=self._execution)
 
     @property
     def subscribers(self) -> tuple[Subscriber, ...]:
@@ -417,13 +466,25 @@ class Trainer(Generic[S]):
             )
 
     @contextmanager
-    def session(self, *, eval_data: Any = None) -> Generator[Session]:
+    def session(
+        self, *, eval_data: Any = None, resume: bool | str | int | Path = False
+    ) -> Generator[Session[S]]:
         """Drive the run from your own loop: ``with trainer.session() as session: session.step(batch)``.
 
         Leaving the block settles the run as the end of ``fit`` does. An exception in it is published as RunFailed and
         raised again. Commands, events and waits are those of ``fit``. Ctrl-C makes ``step`` return False and raises at
         the end of the block.
+
+        Args:
+            eval_data: for ``control.evaluate()`` and the end of epochs. Requires ``eval_fn``.
+            resume: as for ``fit``. Your loop continues at ``session.step_count``, or at ``session.epoch`` and
+                ``session.batch``. In a run that was stopped for good, ``step`` returns False at once.
+
+        Raises:
+            ConfigurationError: there is no eval_fn, or no Checkpointer to resume from.
+            SnapshotError: there is no such checkpoint.
         """
+        self._check_resume("session", resume)
         if eval_data is not None:
             self._require_eval_fn("session(eval_data=...)")
             evaluation_sets(eval_data)
@@ -432,16 +493,22 @@ class Trainer(Generic[S]):
             self._joined() as agreement,
             self._run_directory(agreement),
         ):
-            self._begin(agreement, None)
-            run = self._new_run(Aim(), eval_data, agreement=agreement)
-            with self._running(run):
+            saved = self._find_saved(resume) if resume is not False and agreement.decides else None
+            saved = self._begin(agreement, saved)
+            point = None
+            if saved is not None:
+                point, _ = self._resume(saved, Aim(), None, named=resume is not True, given={})
+            restarts = resume is not False and point is None
+            run = self._new_run(Aim(), eval_data, (), point, restarts=restarts, agreement=agreement)
+            with _restored_if_unused(run, point), self._running(run):
                 yield session_of(run, self._plane.control)
 
     @contextmanager
     def _on_this_thread(self, name: str) -> Generator[None]:
         """Claim the trainer, handle signals, and have the bus served, for the length of the block."""
         execution, queue, self._signal = self._execution, self._plane.queue, None
-        with execution.claim(name), SignalGuard(queue.ask_to_stop) as signals, execution.serving():
+        guard = SignalGuard(queue.ask_to_stop, self._preempt_on)
+        with execution.claim(name), guard as signals, execution.serving():
             yield
         signals.raise_received(self._signal)
 
@@ -454,10 +521,7 @@ class Trainer(Generic[S]):
         hyperparams: object,
         progress: object,
     ) -> None:
-        if not fits(resume, bool | str | int | Path):
-            raise ConfigurationError(
-                f"fit: resume must be a bool, a path, a tag or a step, got {shown(resume)}."
-            )
+        self._check_resume("fit", resume)
         if not fits(hyperparams, Mapping[str, Any] | None):
             raise ConfigurationError(
                 f"fit: hyperparams must be a dict of name -> value, got {shown(hyperparams)}."
@@ -473,6 +537,13 @@ class Trainer(Generic[S]):
         if eval_data is not None:
             self._require_eval_fn("fit(eval_data=...)")
             evaluation_sets(eval_data)
+
+    @staticmethod
+    def _check_resume(what: str, resume: object) -> None:
+        if not fits(resume, bool | str | int | Path):
+            raise ConfigurationError(
+                f"{what}: resume must be a bool, a path, a tag or a step, got {shown(resume)}."
+            )
 
     def _subscribers_here(self) -> tuple[Subscriber, ...]:
         """The subscribers that run in this process: all in process 0, those ``per_host`` in the others."""
@@ -588,12 +659,8 @@ class Trainer(Generic[S]):
             )
             first_epoch = model.epoch
             try:
-                with self._running(run):
+                with _restored_if_unused(run, point), self._running(run):
                     train(run, data, left, self._leftovers, point)
-            except BaseException:
-                if point is not None and run.loop is None:
-                    point.backup.restore()
-                raise
             finally:
                 for member in temporary:
                     member.subscription.cancel()
@@ -762,6 +829,17 @@ class Trainer(Generic[S]):
             raise ConfigurationError(
                 "predict() requires a predict_fn: Trainer(..., predict_fn=(state, batch) -> outputs)."
             )
+
+
+@contextmanager
+def _restored_if_unused(run: Run, point: ResumePoint | None) -> Generator[None]:
+    """Give the trainer back what it was if the block raises before the run has continued from ``point``."""
+    try:
+        yield
+    except BaseException:
+        if point is not None and run.loop is None:
+            point.backup.restore()
+        raise
 
 
 def _checked_run_id(run_id: object) -> str:

@@ -288,6 +288,23 @@ def test_the_other_examples_run(name: str, tmp_path: Path) -> None:
     assert done.stderr == ""
 
 
+def test_a_study_prunes_the_trials_that_fall_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("optuna")
+    monkeypatch.chdir(tmp_path)
+    specification = importlib.util.spec_from_file_location("optuna_example", EXAMPLES / "optuna_pruning.py")
+    assert specification is not None
+    assert specification.loader is not None
+    example = importlib.util.module_from_spec(specification)
+    specification.loader.exec_module(example)
+    study = example.search(5)
+    states = [trial.state.name for trial in study.trials]
+    assert states.count("PRUNED") >= 1
+    assert states.count("COMPLETE") >= 2
+    pruned = next(trial for trial in study.trials if trial.state.name == "PRUNED")
+    assert len(pruned.intermediate_values) < 5
+    assert study.best_trial.state.name == "COMPLETE"
+
+
 @pytest.mark.slow
 def test_a_run_of_two_processes_that_was_killed_ends_on_four_with_every_step_logged_once(
     tmp_path: Path,

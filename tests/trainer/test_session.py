@@ -171,3 +171,26 @@ def test_handlers_that_somebody_installed_on_purpose_stay(tmp_path):
         assert calls == [signal.SIGTERM]
     finally:
         signal.signal(signal.SIGTERM, before)
+
+
+def test_a_signal_may_be_taken_for_sigterm_and_gets_its_handler_back(tmp_path: Path) -> None:
+    trainer = make_trainer(tmp_path, preempt_on=[signal.SIGUSR1])
+    ended = record(trainer, et.RunCompleted)
+
+    def data(epoch: int):
+        yield from batches(2)
+        os.kill(os.getpid(), signal.SIGUSR1)
+        while True:
+            yield batches(1)[0]
+
+    with pytest.raises(SystemExit) as raised:
+        trainer.fit(data, epochs=1)
+    assert raised.value.code == 128 + signal.SIGUSR1
+    assert [event.reason for event in ended] == ["preempted"]
+    assert signal.getsignal(signal.SIGUSR1) is signal.SIG_DFL
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT, 0, 1.5, True])
+def test_what_cannot_preempt_a_run_is_refused(tmp_path: Path, number) -> None:
+    with pytest.raises(et.ConfigurationError, match="preempt_on"):
+        make_trainer(tmp_path, preempt_on=[number])

@@ -68,6 +68,21 @@ async def handles_another_event(event: et.StepCompleted, control: et.Control) ->
 async def has_a_misspelt_option(event: et.StepCompleted) -> None: ...
 
 
+@trainer.on(et.EpochCompleted, with_state=True)
+async def looks_at_the_state(event: et.EpochCompleted, state: State) -> None:
+    print(state.weights, state.bias)  # E reportAttributeAccessIssue: attribute "bias" for class "State"
+
+
+@trainer.on(et.EpochCompleted, with_state=True)  # E reportArgumentType: is not assignable to "int"
+async def takes_another_state(event: et.EpochCompleted, state: int) -> None: ...
+
+
+def runs_its_own_loop() -> None:
+    with trainer.session(resume=True) as session:
+        reveal_type(session.state)  # T State
+        session.state = {"weights": 1}  # E reportAttributeAccessIssue: "dict[str, int]"
+
+
 # --- subscribers --------------------------------------------------------------------------------------------------
 
 

@@ -16,7 +16,15 @@ import anyio.to_thread
 from pydantic import SecretStr
 
 from eventtrain.errors import ConfigurationError
-from eventtrain.events import EpochCompleted, EvalCompleted, Event, RunCompleted, RunFailed, StepsCompleted
+from eventtrain.events import (
+    EpochCompleted,
+    EvalCompleted,
+    Event,
+    MachineMeasured,
+    RunCompleted,
+    RunFailed,
+    StepsCompleted,
+)
 from eventtrain.subscribers._shared.paths import file_path, require_writable_file
 from eventtrain.subscribers._shared.state import SavedState
 from eventtrain.subscribers._shared.worker_thread import in_own_thread
@@ -175,7 +183,7 @@ class Alerts(Subscriber):
         window = StepWindow(event.step, {})
         if isinstance(event, StepsCompleted):
             window = StepWindow(event.first_step, event.metrics)
-        elif isinstance(event, (EpochCompleted, EvalCompleted)):
+        elif isinstance(event, (EpochCompleted, EvalCompleted, MachineMeasured)):
             window = StepWindow.of_one(event.step, event.metrics)
         for alerts in self._by_event.get(type(event), ()):
             if isinstance(alerts, MetricRuleAlerts):

@@ -14,7 +14,14 @@ import numpy as np
 from pydantic import BaseModel, ConfigDict, FiniteFloat
 
 from eventtrain.errors import ConfigurationError
-from eventtrain.events import EpochCompleted, EvalCompleted, Event, StepCompleted, StepsCompleted
+from eventtrain.events import (
+    EpochCompleted,
+    EvalCompleted,
+    Event,
+    MachineMeasured,
+    StepCompleted,
+    StepsCompleted,
+)
 from eventtrain.events.models import Number
 from eventtrain.events.names import by_name
 from eventtrain.subscribers._shared.metric_goal import Goal, Mode, make_goal
@@ -25,8 +32,11 @@ from eventtrain.validation.arguments import require_count, require_number
 
 M = TypeVar("M")
 
-WATCHABLE = (EpochCompleted, StepCompleted, EvalCompleted)
-Watched = Annotated[type[EpochCompleted] | type[StepCompleted] | type[EvalCompleted], by_name(*WATCHABLE)]
+WATCHABLE = (EpochCompleted, StepCompleted, EvalCompleted, MachineMeasured)
+Watched = Annotated[
+    type[EpochCompleted] | type[StepCompleted] | type[EvalCompleted] | type[MachineMeasured],
+    by_name(*WATCHABLE),
+]
 MOST_COMPARED = 1000
 """Values in the window of a ForecastRule: half a million pairs."""
 FINE: Literal[""] = ""
@@ -72,7 +82,8 @@ class MetricRule(AlertRule, ABC, Generic[M]):
 
     Attributes:
         metric: its name in the event's ``metrics``; events without it are ignored.
-        event: the events to judge: EpochCompleted, StepCompleted or EvalCompleted.
+        event: the events to judge: EpochCompleted, StepCompleted or EvalCompleted; or MachineMeasured, for the
+            metrics of DeviceStats, StepTimer and OverheadMeter, such as "gpu0_temperature_c" and "steps_per_s".
     """
 
     metric: str
@@ -83,7 +94,7 @@ class MetricRule(AlertRule, ABC, Generic[M]):
         if self.event not in WATCHABLE:
             raise ConfigurationError(
                 f"{type(self).__name__}({self.metric!r}, event={self.event!r}): event must be EpochCompleted, "
-                "StepCompleted or EvalCompleted."
+                "StepCompleted, EvalCompleted or MachineMeasured."
             )
 
     @property

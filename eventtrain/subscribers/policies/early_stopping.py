@@ -3,31 +3,54 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+from time import monotonic
+from typing import Literal
 
 from eventtrain.control.control import Control
 from eventtrain.errors import ConfigurationError
-from eventtrain.events import EpochCompleted
+from eventtrain.events import EpochCompleted, EvalCompleted, RunCompleted
 from eventtrain.subscribers._shared.metric_goal import Goal, Mode, make_goal
+from eventtrain.subscribers._shared.metric_reader import MetricReader
 from eventtrain.subscribers.base import RunContext
 from eventtrain.subscribers.policies.metric_monitor import (
+    UNITS,
     MetricMonitor,
     Monitored,
     MonitorPolicy,
+    MonitorPolicyState,
+    MonitorState,
     NaNPolicy,
     Unit,
     Verdict,
 )
 from eventtrain.validation.annotations import checked
-from eventtrain.validation.arguments import require_count, require_number
+from eventtrain.validation.arguments import require_choice, require_count, require_number
 
 logger = logging.getLogger("eventtrain")
+
+
+class EarlyStoppingState(MonitorPolicyState):
+    """State of an ``EarlyStopping``; ``others``: of the metrics after the first, in their order."""
+
+    others: tuple[MonitorState, ...] = ()
+
+
+@dataclass(eq=False)
+class _Watched:
+    """One of the metrics after the first."""
+
+    monitor: MetricMonitor
+    reader: MetricReader
 
 
 class EarlyStopping(MonitorPolicy):
     """Stops the run before the next epoch begins (``lag=0``), with Keras 3's decisions.
 
     Args:
-        monitor: name of a metric of EpochCompleted; for other units, of that unit's event.
+        monitor: name of a metric of EpochCompleted; for other units, of that unit's event. A list of names watches
+            several, each with its own best value and count.
         min_delta: smallest change that counts as an improvement.
         patience: stop at the ``patience``-th epoch in a row without one (0 and 1 both: at the first), never at epoch 0.
         mode: "min", "max", or "auto" by the metric's name.
@@ -43,17 +66,22 @@ class EarlyStopping(MonitorPolicy):
         nan: a NaN is never the best. "count": no improvement; "ignore": skipped; "stop": stop the run.
         strict: fail the run if an event lacks the metric, instead of warning once. A metric that no event can have
             fails it before the first step.
+        when: with several metrics: stop when patience is exhausted for "all" of them at one event, or for "any".
 
-    The count starts from scratch with every ``fit``, unless a saved state was loaded.
+    Of several metrics the first decides which weights are the best. ``best``, ``best_epoch`` and ``wait`` are its own.
+    ``baseline`` and the thresholds are for one metric. The count starts from scratch with every ``fit``, unless a saved
+    state was loaded.
 
     Raises:
         ConfigurationError: an argument is invalid, or the metric's name does not tell its direction.
     """
 
+    _initial = EarlyStoppingState(monitor=MonitorState())
+
     @checked
     def __init__(
         self,
-        monitor: str = "val_loss",
+        monitor: str | Sequence[str] = "val_loss",
         min_delta: float = 0,
         patience: int = 0,
         mode: Mode = "auto",
@@ -67,19 +95,44 @@ class EarlyStopping(MonitorPolicy):
         min_delta_relative: bool = False,
         nan: NaNPolicy = "count",
         strict: bool = False,
+        when: Literal["all", "any"] = "all",
     ) -> None:
-        goal = make_goal("EarlyStopping", monitor, mode, min_delta, relative=min_delta_relative)
+        metrics = (monitor,) if isinstance(monitor, str) else tuple(monitor)
+        _require_distinct(metrics)
+        require_choice("EarlyStopping", "when", when, ("all", "any"))
+        goal, *goals = [
+            make_goal("EarlyStopping", metric, mode, min_delta, relative=min_delta_relative)
+            for metric in metrics
+        ]
         require_count("EarlyStopping", "start_from_epoch", start_from_epoch)
         require_number("EarlyStopping", "baseline", baseline, optional=True)
         require_number("EarlyStopping", "stopping_threshold", stopping_threshold, optional=True)
         require_number("EarlyStopping", "divergence_threshold", divergence_threshold, optional=True)
+        if goals and (baseline, stopping_threshold, divergence_threshold) != (None, None, None):
+            raise ConfigurationError(
+                f"EarlyStopping(monitor={list(metrics)!r}): baseline, stopping_threshold and divergence_threshold are "
+                "for one metric. Use another EarlyStopping for them."
+            )
         super().__init__(
-            monitor,
+            metrics[0],
             MetricMonitor(
                 goal, patience, unit=patience_unit, baseline=baseline, start_from=start_from_epoch, nan=nan
             ),
             strict=strict,
         )
+        self._others = [
+            _Watched(
+                MetricMonitor(other, patience, unit=patience_unit, start_from=start_from_epoch, nan=nan),
+                MetricReader("EarlyStopping", metric, strict=strict),
+            )
+            for metric, other in zip(metrics[1:], goals, strict=True)
+        ]
+        if goals:
+            about = {"monitor": ", ".join(metrics), "mode": ", ".join(one.mode for one in (goal, *goals))}
+            self.state_about = {**self.state_about, **about}
+        self._needed = 1 if when == "any" else len(metrics)
+        self._exhausted: list[str] = []
+        self._stop_now = ""
         if restore_best_weights and self.lag != 0:
             raise ConfigurationError(
                 f"EarlyStopping(restore_best_weights=True, patience_unit={patience_unit!r}): the loop would be some "
@@ -105,6 +158,9 @@ class EarlyStopping(MonitorPolicy):
             ConfigurationError: ``lag`` was changed, or the weights to be restored are unknown.
         """
         await super().start(run)
+        for other in self._others:
+            other.reader = other.reader.for_run(self._name, evaluates=self._evaluates(run))
+            other.reader.look_up_in(run, UNITS[other.monitor.unit][0])
         kept = run.control.snapshots.get(self._best_tag)
         if not self._loaded and kept is not None:
             kept.release()
@@ -125,19 +181,51 @@ class EarlyStopping(MonitorPolicy):
             )  # fmt: skip
         run.restore_at_end(self._best_tag, where=self._note_restoring)
 
-    def _decide(self, event: Monitored, value: float, verdict: Verdict, control: Control) -> None:
-        first = event.epoch == 0 if isinstance(event, EpochCompleted) else self._monitor.state.seen == 1
-        if verdict == "improved" and self._restores:
-            control.snapshot(self._best_tag, reason=f"best {self._metric}: {value:.6g}")
-        reason = self._threshold_passed(value)
-        if verdict == "stop":
-            reason = f"{self._metric} is NaN"
-        elif verdict == "exhausted" and not first:
-            reason = reason or self._explain(event.epoch)
+    async def handle(self, event: Monitored | RunCompleted, control: Control) -> None:
+        """Counts for each metric, and stops the run when patience is exhausted for enough of them."""
+        self._exhausted.clear()
+        self._stop_now = ""
+        await super().handle(event, control)
+        if isinstance(event, RunCompleted):
+            return
+        for other in self._others:
+            value = other.reader.read(event.metrics, unprefixed=isinstance(event, EvalCompleted))
+            if value is not None:
+                verdict = other.monitor.observe(value, epoch=event.epoch, step=event.step, time_s=monotonic())
+                self._note(event, verdict, other.reader.metric, other.monitor)
+        reason = self._stop_now
+        if not reason and len(self._exhausted) >= self._needed:
+            reason = "; ".join(self._exhausted)
         if reason:
             control.stop(reason=f"early stopping: {reason}")
 
+    def _decide(self, event: Monitored, value: float, verdict: Verdict, control: Control) -> None:
+        if verdict == "improved" and self._restores:
+            control.snapshot(self._best_tag, reason=f"best {self._metric}: {value:.6g}")
+        self._stop_now = self._threshold_passed(value)
+        self._note(event, verdict, self._metric, self._monitor)
+
+    def _note(self, event: Monitored, verdict: Verdict, metric: str, monitor: MetricMonitor) -> None:
+        first = event.epoch == 0 if isinstance(event, EpochCompleted) else monitor.state.seen == 1
+        if verdict == "stop":
+            self._stop_now = f"{metric} is NaN"
+        elif verdict == "exhausted" and not first:
+            self._exhausted.append(_explanation(metric, monitor, event.epoch))
+
+    def _get_state(self) -> EarlyStoppingState:
+        others = tuple(other.monitor.state for other in self._others)
+        return EarlyStoppingState(monitor=self._monitor.state, others=others)
+
+    def _set_state(self, state: MonitorPolicyState) -> None:
+        super()._set_state(state)
+        saved = state.others if isinstance(state, EarlyStoppingState) else ()
+        for index, other in enumerate(self._others):
+            other.monitor.load(saved[index] if index < len(saved) else MonitorState())
+
     def _end(self) -> None:
+        for other in self._others:
+            if other.monitor.state.seen == 0:
+                other.reader.end()
         if self._restores and not self._restored:
             logger.warning(
                 "%s restored no weights: %s. The last ones remain.",
@@ -162,16 +250,25 @@ class EarlyStopping(MonitorPolicy):
             return f"{self._metric} {value:.6g} is worse than the divergence threshold {limit:.6g}"
         return ""
 
-    def _explain(self, epoch: int) -> str:
-        if self.best is None or self.best_epoch is None:
-            return f"{self._metric} was never a number"
-        unit = self._monitor.unit
-        count = epoch - self.best_epoch if unit == "epochs" else self.wait
-        return (
-            f"{self._metric} has not improved for {count:.6g} {unit} "
-            f"(best {self.best:.6g} in epoch {self.best_epoch + 1}, {self._monitor.rule})"
-        )
-
     @property
     def _best_tag(self) -> str:
         return f"{self._name}/best"
+
+
+def _explanation(metric: str, monitor: MetricMonitor, epoch: int) -> str:
+    best, best_epoch, unit = monitor.state.best, monitor.state.best_epoch, monitor.unit
+    if best is None or best_epoch is None:
+        return f"{metric} was never a number"
+    count = epoch - best_epoch if unit == "epochs" else monitor.state.wait
+    return (
+        f"{metric} has not improved for {count:.6g} {unit} "
+        f"(best {best:.6g} in epoch {best_epoch + 1}, {monitor.rule})"
+    )
+
+
+def _require_distinct(metrics: tuple[str, ...]) -> None:
+    if not metrics or len(set(metrics)) < len(metrics):
+        raise ConfigurationError(
+            f"EarlyStopping(monitor={list(metrics)!r}): monitor must be the name of a metric, or a list of different "
+            "names."
+        )

@@ -193,9 +193,12 @@ class MonitorPolicy(Policy[MonitorPolicyState]):
     async def start(self, run: RunContext) -> None:
         """Starts from scratch, unless a state was loaded."""
         await super().start(run)
-        evaluates = run.can_evaluate and self._monitor.unit in ("epochs", "seconds")
-        self._reader = self._reader.for_run(self._name, evaluates=evaluates)
+        self._reader = self._reader.for_run(self._name, evaluates=self._evaluates(run))
         self._reader.look_up_in(run, UNITS[self._monitor.unit][0])
+
+    def _evaluates(self, run: RunContext) -> bool:
+        """Whether the metrics are those of epochs of a run that evaluates."""
+        return run.can_evaluate and self._monitor.unit in ("epochs", "seconds")
 
     async def handle(self, event: Monitored | RunCompleted, control: Control) -> None:
         """Counts, and decides when patience is exhausted."""

@@ -35,7 +35,8 @@ class ReduceLROnPlateau(MonitorPolicy):
             a step was computed with the smaller value: ``lag + 1`` steps.
         min_lr: the value is never cut below it.
         hyperparam: its name in ``optax.inject_hyperparams``.
-        path: of the hyperparameter, if several have this name.
+        path: of the hyperparameter, if several have this name. "*": all of this name that can be set (the groups of
+            ``optax.partition``, for example), each by the same factor and down to ``min_lr``.
         patience_unit: of patience and cooldown; the units are those of ``EarlyStopping``.
         min_delta_relative, nan, strict: as of ``EarlyStopping``.
 
@@ -78,7 +79,8 @@ class ReduceLROnPlateau(MonitorPolicy):
         self.state_about = {**self.state_about, "hyperparam": path or hyperparam}
         self._hyperparam = hyperparam
         self._path = path
-        self._label = hyperparam
+        self._targets: dict[str, str | None] = {hyperparam: path}
+        """Path, as commands name it, by the key of its value."""
 
     @property
     def cooldown_left(self) -> float:
@@ -87,7 +89,10 @@ class ReduceLROnPlateau(MonitorPolicy):
 
     async def start(self, run: RunContext) -> None:
         """Starts from scratch, unless a state was loaded. Raises HyperparamError for an unusable hyperparameter."""
-        self._label = run.require_hyperparam(self._hyperparam, self._path)
+        if self._path == "*":
+            self._targets = dict(run.require_hyperparams(self._hyperparam))
+        else:
+            self._targets = {run.require_hyperparam(self._hyperparam, self._path): self._path}
         lag = self.lag.get(StepCompleted) if isinstance(self.lag, Mapping) else self.lag
         if self._monitor.unit == "steps" and lag is not None:
             self._monitor.cooldown = max(self._monitor.cooldown, lag + 1)
@@ -98,19 +103,21 @@ class ReduceLROnPlateau(MonitorPolicy):
             control.stop(reason=f"{self._name}: {self._metric} is NaN")
         elif verdict == "exhausted" and self._can_be_cut(event, control):
             best = "nothing" if self.best is None else f"{self.best:.6g}"
-            control.scale_hyperparam(
-                self._hyperparam,
-                self._factor,
-                minimum=self._min_lr,
-                path=self._path,
-                reason=f"plateau: {self._metric} {value:.6g} is not an improvement on {best} ({self._monitor.rule})",
-            )
+            for path in self._targets.values():
+                control.scale_hyperparam(
+                    self._hyperparam,
+                    self._factor,
+                    minimum=self._min_lr,
+                    path=path,
+                    reason=f"plateau: {self._metric} {value:.6g} is not an improvement on {best} "
+                    f"({self._monitor.rule})",
+                )
             self._monitor.begin_cooldown()
 
     def _can_be_cut(self, event: Monitored, control: Control) -> bool:
-        """Returns whether the value in effect is above ``min_lr``; until then exhausted patience waits, as in Keras."""
+        """Returns whether a value in effect is above ``min_lr``; until then exhausted patience waits, as in Keras."""
         if isinstance(event, StepCompleted):
             return True  # the value at the boundary of the effect is not known yet; the command clips it
         values = event.hyperparams if isinstance(event, EpochCompleted) else control.hyperparams
         # In float32, as Keras compares: the device holds 0.001 as 0.0010000000475, which must not cause a cut.
-        return bool(np.float32(values[self._label]) > np.float32(self._min_lr))
+        return any(np.float32(values[key]) > np.float32(self._min_lr) for key in self._targets)

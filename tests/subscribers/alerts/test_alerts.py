@@ -74,6 +74,27 @@ def test_an_alert_is_raised_once_and_resolved_once(tmp_path: Path, caplog: pytes
     assert [record.levelno for record in records if record.levelno > logging.INFO] == [logging.CRITICAL] * 2
 
 
+def test_a_rule_may_watch_what_is_measured_of_the_machine(tmp_path: Path) -> None:
+    rules = [
+        subs.Rule("gpu0_temperature_c", above=85.0, event=et.MachineMeasured),
+        subs.Rule("steps_per_s", below=5.0, event=et.MachineMeasured, name="slow"),
+    ]
+
+    def measure(trainer: et.Trainer) -> None:
+        @trainer.on(et.StepCompleted)
+        async def publish(event: et.StepCompleted) -> None:
+            hot = {"gpu0_temperature_c": event.metrics["loss"]}
+            metrics = {"steps_per_s": 1.0} if event.step == 4 else hot
+            trainer.bus.publish(et.MachineMeasured(step=event.step, source="test", metrics=metrics))
+
+    seen = fit(tmp_path, subs.Alerts(rules), [50.0, 90.0, 60.0, 60.0], measure)
+    assert named(seen) == [
+        ("alert_raised", 2, "gpu0_temperature_c above 85"),
+        ("alert_resolved", 3, "gpu0_temperature_c above 85"),
+        ("alert_raised", 4, "slow"),
+    ]
+
+
 def test_the_non_finite_rule_sees_nan_and_infinity_and_the_others_do_not(tmp_path: Path) -> None:
     rules = [
         subs.Rule("loss", non_finite=True, event=et.StepCompleted),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import time
+from datetime import UTC, datetime, timedelta
 from itertools import pairwise
 from pathlib import Path
 from types import SimpleNamespace
@@ -21,6 +22,7 @@ from hypothesis import strategies as st
 import eventtrain as et
 from eventtrain import subscribers as subs
 from eventtrain.control.loop_statistics import LoopStatistics
+from eventtrain.subscribers.monitoring.overhead_meter import Goodput
 from tests.support.models import batches, in_step, make_trainer, record
 
 
@@ -222,3 +224,36 @@ def test_a_slow_observer_is_measured_and_costs_the_loop_nothing(tmp_path: Path) 
 def test_a_budget_that_cannot_work_is_refused_by_name(arguments: dict[str, Any], match: str) -> None:
     with pytest.raises(et.ConfigurationError, match=match):
         subs.OverheadMeter(**arguments)
+
+
+def test_goodput_counts_pauses_and_the_time_between_attempts_and_repeated_steps_against_the_run() -> None:
+    began = datetime(2026, 1, 1, tzinfo=UTC)
+
+    def window(goodput: Goodput, first: int, last: int, at_s: float) -> None:
+        event = et.StepsCompleted(step=last, first_step=first, last_step=last, epoch=0, metrics={})
+        object.__setattr__(event, "time", began + timedelta(seconds=at_s))
+        goodput.add(event)
+
+    first = Goodput(began.timestamp())
+    first.skip(began + timedelta(seconds=10))  # compiled
+    window(first, 1, 10, 20.0)
+    window(first, 11, 20, 30.0)
+    assert first.share(began.timestamp() + 30) == pytest.approx(20 / 30)
+    window(first, 21, 30, 60.0)  # 20 s of a pause
+    assert first.share(began.timestamp() + 60) == pytest.approx(30 / 60)
+
+    second = Goodput(first.began_s, productive_s=20.0)  # from the checkpoint of step 20, 100 s later
+    window(second, 21, 30, 160.0)
+    window(second, 31, 40, 170.0)
+    assert second.share(began.timestamp() + 170) == pytest.approx(40 / 170)
+
+
+def test_the_goodput_of_a_run_is_measured_and_continues_from_its_checkpoint(tmp_path: Path) -> None:
+    meter, other = subs.OverheadMeter(), subs.OverheadMeter()
+    trainer = make_trainer(tmp_path, subscribers=[meter])
+    seen = record(trainer, et.MachineMeasured)
+    trainer.fit(batches(6), epochs=3)
+    assert 0 <= seen[-1].metrics["goodput_share"] <= 1
+    other.load_state_dict(json.loads(json.dumps(meter.state_dict())))
+    assert other._loaded is not None
+    assert other._loaded.began_s == meter._goodput.began_s

@@ -451,3 +451,71 @@ def test_an_interrupted_run_misses_no_evaluation(
 
     assert trainer.fit(**run).stop_reason == "interrupted"
     assert "watches" not in caplog.text
+
+
+# --- several metrics --------------------------------------------------------------------------------------------
+
+WORSE_FROM_2 = [1.0, 0.5, 0.5, 0.5, 0.5, 0.5, 0.5, 0.5]
+BETTER_UNTIL_4 = [0.1, 0.2, 0.3, 0.4, 0.5, 0.5, 0.5, 0.5]
+
+
+def run_of_two(*policies: et.Subscriber, epochs: int = 8, **options: Any) -> tuple[Any, et.Trainer]:
+    script = ScriptedStep({"loss": WORSE_FROM_2, "accuracy": BETTER_UNTIL_4})
+    trainer = et.Trainer(script.step_fn, script.state, subscribers=policies, **options)
+    return trainer.fit(script.data, epochs=epochs), trainer
+
+
+@pytest.mark.parametrize(
+    ("when", "epochs", "words"),
+    [
+        ("any", 4, "loss has not improved for 2 epochs"),
+        ("all", 7, "loss has not improved for 5 epochs (best 0.5 in epoch 2, patience 2); accuracy has not"),
+    ],
+)
+def test_several_metrics_stop_the_run_together_or_each_by_itself(when: Any, epochs: int, words: str) -> None:
+    result, _ = run_of_two(subs.EarlyStopping(["loss", "accuracy"], patience=2, when=when))
+    assert result.epochs_completed == epochs
+    assert result.stop_reason.startswith(f"early stopping: {words}")
+
+
+def test_the_first_of_several_metrics_decides_which_weights_are_the_best() -> None:
+    for metrics, step in ((["loss", "accuracy"], 2), (["accuracy", "loss"], 5)):
+        policy = subs.EarlyStopping(metrics, patience=2, restore_best_weights=True)
+        result, _ = run_of_two(policy)
+        assert float(result.state["params"]["weight"]) == step
+        assert policy.best_epoch == step - 1
+
+
+@pytest.mark.parametrize("metrics", [["val_f1", "loss"], ["loss", "val_f1"]])
+def test_each_of_several_metrics_is_looked_up_before_the_first_step(metrics: list[str]) -> None:
+    with pytest.raises(et.ConfigurationError, match="monitors 'val_f1'"):
+        run_of_two(subs.EarlyStopping(metrics, patience=2, strict=True))
+
+
+def test_the_counts_of_several_metrics_survive_a_restart() -> None:
+    policy = subs.EarlyStopping(["loss", "accuracy"], patience=2)
+    for epoch in range(6):
+        asked: Any = Asked()
+        event = completed(epoch, loss=WORSE_FROM_2[epoch], accuracy=BETTER_UNTIL_4[epoch])
+        with pytest.raises(StopIteration):
+            policy.handle(event, asked).send(None)
+    other = subs.EarlyStopping(["loss", "accuracy"], patience=2)
+    other.load_state_dict(json.loads(json.dumps(policy.state_dict())))
+    with pytest.raises(StopIteration):
+        other.handle(completed(6, loss=0.5, accuracy=0.5), asked).send(None)
+    assert len(asked.reasons) == 1
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ({"monitor": []}, "list of different names"),
+        ({"monitor": ["loss", "loss"]}, "list of different names"),
+        ({"monitor": ["loss", "accuracy"], "baseline": 0.1}, "for one metric"),
+        ({"monitor": ["loss", "widgets"]}, "widgets"),
+        ({"monitor": ["loss", "accuracy"], "when": "both"}, "when"),
+    ],
+)
+def test_several_metrics_that_cannot_be_watched_are_refused(arguments: Any, words: str) -> None:
+    with pytest.raises(et.ConfigurationError, match=words):
+        subs.EarlyStopping(**arguments)

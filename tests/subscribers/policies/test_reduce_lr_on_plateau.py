@@ -229,3 +229,37 @@ def test_a_nan_stops_the_run_where_that_is_asked_for(tmp_path: Path) -> None:
     trainer, _ = make_trainer(tmp_path, subs.ReduceLROnPlateau("loss", nan="stop"))
     result = trainer.fit(lambda epoch: [np.float32(math.nan if epoch == 2 else 1.0)], epochs=5)
     assert (result.epochs_completed, result.stop_reason) == (3, "ReduceLROnPlateau: loss is NaN")
+
+
+def test_one_policy_cuts_the_rates_of_all_groups_that_can_be_set(tmp_path: Path) -> None:
+    def group(rate: Any) -> Any:
+        return optax.inject_hyperparams(optax.sgd)(learning_rate=rate)
+
+    groups = {"a": group(0.4), "b": group(0.02), "c": group(optax.constant_schedule(1.0))}
+    optimiser = optax.multi_transform(groups, {"a": "a", "b": "b", "c": "c"})
+    params = {"a": jnp.ones(()), "b": jnp.ones(()), "c": jnp.ones(())}
+
+    def step_fn(state: Any, batch: Any) -> Any:
+        updates, opt_state = optimiser.update(state["params"], state["opt_state"])
+        return {"params": optax.apply_updates(state["params"], updates), "opt_state": opt_state}, {
+            "loss": batch
+        }
+
+    policy = subs.ReduceLROnPlateau("loss", factor=0.5, patience=1, min_lr=0.01, path="*")
+    state = {"params": params, "opt_state": optimiser.init(params)}
+    trainer = et.Trainer(step_fn, state, subscribers=[policy], run_dir=tmp_path)
+    changed: list[et.HyperparamChanged] = []
+    trainer.on(et.HyperparamChanged)(changed.append)
+    trainer.fit([jnp.ones(())], epochs=4)
+    found = [(event.step, round(event.old, 4), round(event.new, 4)) for event in changed]
+    assert found == [(2, 0.4, 0.2), (2, 0.02, 0.01), (3, 0.2, 0.1), (4, 0.1, 0.05)]
+
+
+def test_groups_of_which_none_can_be_set_are_refused(tmp_path: Path) -> None:
+    params = {"a": jnp.ones(())}
+    optimiser = optax.inject_hyperparams(optax.sgd)(learning_rate=optax.constant_schedule(1.0))
+    state = {"params": params, "opt_state": optimiser.init(params)}
+    policy = subs.ReduceLROnPlateau("loss", path="*")
+    trainer = et.Trainer(lambda s, b: (s, {"loss": b}), state, subscribers=[policy], run_dir=tmp_path)
+    with pytest.raises(et.errors.ScheduledHyperparam):
+        trainer.fit([jnp.ones(())], epochs=1)
