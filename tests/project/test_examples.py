@@ -289,7 +289,6 @@ def test_the_other_examples_run(name: str, tmp_path: Path) -> None:
 
 
 def test_a_study_prunes_the_trials_that_fall_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    pytest.importorskip("optuna")
     monkeypatch.chdir(tmp_path)
     specification = importlib.util.spec_from_file_location("optuna_example", EXAMPLES / "optuna_pruning.py")
     assert specification is not None
