@@ -138,7 +138,8 @@ class ExtensionStates:
         change = StepChange(old_params, params, old_state, state, step)
         updated: dict[str, PyTree] = {}
         for name, extension in self._extensions.items():
-            subject = f"{extension!r}.after_step"
+            has_own = type(extension).after_step is not StepExtension.after_step
+            subject = f"{extension!r}.{'after_step' if has_own else 'update'}"
             updated[name], given = _pair(
                 subject, call_user(subject, extension.after_step, states[name], change)
             )

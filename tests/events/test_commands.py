@@ -24,6 +24,7 @@ COMMANDS = [
     commands.Resume(),
     commands.Evaluate(cause=commands.Cause(event="epoch_completed", step=3, subscriber="plateau")),
     commands.Profile(steps=10),
+    commands.TakeSample(name="text"),
 ]
 
 

@@ -116,6 +116,10 @@ def _placed(value: Any, like: Any) -> Any:
     if isinstance(like, (np.ndarray, np.generic)):
         return np.asarray(value)
     sharding = getattr(like, "sharding", None)
-    if not isinstance(value, jax.Array):
-        return on_devices(np.asarray(value), sharding)
-    return jnp.asarray(value) if sharding is None else jax.device_put(value, sharding)
+    if isinstance(value, jax.Array):
+        if sharding is None or value.sharding == sharding:
+            return value
+        if jnp.issubdtype(value.dtype, jax.dtypes.prng_key):
+            data = on_devices(np.asarray(jax.random.key_data(value)), sharding)
+            return jax.random.wrap_key_data(data, impl=jax.random.key_impl(value))
+    return on_devices(np.asarray(value), sharding)

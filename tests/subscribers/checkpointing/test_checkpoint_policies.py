@@ -807,9 +807,10 @@ def test_a_metric_that_only_evaluations_have_is_not_missed_in_the_epochs_without
 
     assert fit("val_loss", "ck") == []
     assert names(tmp_path / "ck") == ["004-6.0", "008-7.0", "step-00000002", "step-00000006"]
-    wrong = fit("val_lost", "wrong")
-    assert len(wrong) == 2
-    assert all("val_lost" in text for text in wrong)
+    with pytest.raises(
+        et.ConfigurationError, match=r"Checkpointer monitors 'val_lost', .* \(val_loss, loss\)"
+    ):
+        fit("val_lost", "wrong")
 
 
 def test_a_checkpointer_that_waited_for_an_evaluation_in_vain_says_so(
