@@ -54,24 +54,29 @@ def test_a_function_is_given_the_state_of_exactly_its_step_of_the_last_epoch_too
 
 
 def test_the_state_is_released_when_the_function_returns_or_fails(tmp_path: Path) -> None:
-    trainer, alive = make_trainer(tmp_path), []
+    trainer = make_trainer(tmp_path)
+    given: dict[str, list[tuple[int, weakref.ref[Any]]]] = {"fails_once": [], "tries_again": []}
 
     @trainer.on(et.EpochCompleted, with_state=True)
     async def fails_once(event: et.EpochCompleted, state: Any) -> None:
-        alive.append(weakref.ref(state["params"]["w"]))
+        given["fails_once"].append((event.epoch, weakref.ref(state["params"]["w"])))
         if event.epoch == 0:
             raise OSError
 
     @trainer.on(et.EpochCompleted, with_state=True, on_error="retry", retries=1, retry_delay_s=0.001)
     async def tries_again(event: et.EpochCompleted, state: Any) -> None:
-        alive.append(weakref.ref(state["params"]["w"]))
-        if event.epoch == 1 and len(alive) < 6:
+        given["tries_again"].append((event.epoch, weakref.ref(state["params"]["w"])))
+        if [epoch for epoch, _ in given["tries_again"]] == [0, 1]:
             raise OSError
 
     trainer.fit(batches(2), epochs=3)
     gc.collect()
-    assert len(alive) >= 6
-    assert {ref() is None for ref in alive[:-2]} == {True}
+    assert [epoch for epoch, _ in given["fails_once"]] == [0, 1, 2]
+    assert [epoch for epoch, _ in given["tries_again"]] == [0, 1, 1, 2]
+    earlier = [
+        ref() for refs in given.values() for epoch, ref in refs if epoch < 2
+    ]  # the trainer has the last one
+    assert earlier == [None] * 5
     assert not any(map(len, trainer._plane.held_states))
 
 
