@@ -46,6 +46,7 @@ def same(found: Any, expected: Any) -> None:
     jax.tree.map(np.testing.assert_array_equal, found, expected)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("new", "step_fn", "collect", "sync"),
     [
