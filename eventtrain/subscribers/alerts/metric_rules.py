@@ -32,7 +32,7 @@ from eventtrain.validation.arguments import require_count, require_number
 
 M = TypeVar("M")
 
-WATCHABLE = (EpochCompleted, StepCompleted, EvalCompleted, MachineMeasured)
+WATCHABLE = (MachineMeasured, EpochCompleted, StepCompleted, EvalCompleted)
 Watched = Annotated[
     type[EpochCompleted] | type[StepCompleted] | type[EvalCompleted] | type[MachineMeasured],
     by_name(*WATCHABLE),

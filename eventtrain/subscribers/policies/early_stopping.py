@@ -212,8 +212,10 @@ class EarlyStopping(MonitorPolicy):
         elif verdict == "exhausted" and not first:
             self._exhausted.append(_explanation(metric, monitor, event.epoch))
 
-    def _get_state(self) -> EarlyStoppingState:
+    def _get_state(self) -> MonitorPolicyState:
         others = tuple(other.monitor.state for other in self._others)
+        if not others:
+            return MonitorPolicyState(monitor=self._monitor.state)
         return EarlyStoppingState(monitor=self._monitor.state, others=others)
 
     def _set_state(self, state: MonitorPolicyState) -> None:
