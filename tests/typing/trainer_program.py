@@ -64,7 +64,7 @@ async def takes_another_control(event: et.StepCompleted, control: float) -> None
 async def handles_another_event(event: et.StepCompleted, control: et.Control) -> None: ...
 
 
-@trainer.on(et.StepCompleted, evry=10)  # E reportCallIssue: No parameter named "evry"
+@trainer.on(et.StepCompleted, evry=10)  # E reportCallIssue: No overloads for "on"
 async def has_a_misspelt_option(event: et.StepCompleted) -> None: ...
 
 
