@@ -201,10 +201,8 @@ class Worker:
                     else:
                         self.delivered += 1
                         failures.consecutive = 0
-                try:
-                    touched = (
-                        copy_context() != untouched
-                    )  # cheap: an untouched context is the same object inside
+                try:  # cheap: an untouched context is the same object inside
+                    touched = copy_context() != untouched
                 except Exception:  # of a value's __eq__
                     touched = True
                 if touched:

@@ -45,9 +45,8 @@ def _run() -> None:
             print(error.code, file=sys.stderr)
         code = error.code if isinstance(error.code, int) else int(error.code is not None)
     except BaseException as error:
-        traceback = (
-            error.__traceback__.tb_next if error.__traceback__ is not None else None
-        )  # without this file
+        # Without this file.
+        traceback = error.__traceback__.tb_next if error.__traceback__ is not None else None
         sys.excepthook(type(error), error.with_traceback(traceback), traceback)
         code = 128 + signal.SIGINT if isinstance(error, KeyboardInterrupt) else 1
     if code != 0:

@@ -224,9 +224,8 @@ def _sharded(batch: Batch, sharding: Sharding) -> Batch:
     def on_devices(path: Any, leaf: Any) -> jax.Array:
         try:
             leaf = np.asarray(leaf)
-            leaf = leaf.astype(
-                jax.dtypes.canonicalize_dtype(leaf.dtype)
-            )  # a copy: transform may keep what it returns
+            # A copy: transform may keep what it returns.
+            leaf = leaf.astype(jax.dtypes.canonicalize_dtype(leaf.dtype))
             return global_array(leaf.shape, sharding, lambda part: leaf[part])
         except (ValueError, TypeError, IndexError) as error:
             raise DataError(

@@ -280,9 +280,8 @@ class EvaluationDispatch:
             if carry.rows >= evaluation.capacity:
                 self._flush(carry, name, before + count)
         if carry is not None:
-            self._flush(
-                carry, name, before + count
-            )  # also if it ends early: what was dispatched is published
+            # Also if it ends early: what was dispatched is published.
+            self._flush(carry, name, before + count)
         if not self.continues():
             if carry is not None and carry.states:
                 self.fetcher.put(evaluation.take_states(carry, EvalStates()))

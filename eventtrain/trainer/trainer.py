@@ -328,9 +328,8 @@ class Trainer(Generic[S]):
             ConfigurationError: an option is invalid.
             AlreadyRunning: ``with_state`` while a run is in progress.
         """
-        types = event_classes(
-            event_type
-        )  # @trainer.on without arguments would subscribe nothing: refuse it now
+        # @trainer.on without arguments would subscribe nothing: refused now.
+        types = event_classes(event_type)
 
         def subscribe_function(handler: Handler) -> Handler:
             if not with_state:

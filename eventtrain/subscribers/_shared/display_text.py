@@ -43,6 +43,11 @@ def file_name(path: str) -> str:
     return path.replace("\\", "/").rstrip("/").rpartition("/")[2]
 
 
+def clipped(text: str, most: int) -> str:
+    """Returns ``text`` with at most ``most`` characters; an ellipsis stands for the rest."""
+    return text if len(text) <= most else f"{text[: most - 1]}…"
+
+
 def size_text(size_bytes: int) -> str:
     """1234567 -> "1.2 MB"."""
     size = float(size_bytes)

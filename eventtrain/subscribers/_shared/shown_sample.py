@@ -8,7 +8,7 @@ import numpy as np
 from pydantic import BaseModel, ConfigDict
 
 from eventtrain.events import SampleTaken
-from eventtrain.subscribers._shared.display_text import size_text, table_text
+from eventtrain.subscribers._shared.display_text import clipped, size_text, table_text
 
 MOST_SAMPLES = 12
 MOST_IMAGE_BYTES = 300_000
@@ -42,7 +42,7 @@ class ShownSample(BaseModel):
                     image = base64.b64encode(value).decode()
                 else:
                     text = f"an image of {size_text(len(value))}, too large to be shown here"
-        text = text if len(text) <= MOST_TEXT else f"{text[: MOST_TEXT - 1]}…"
+        text = clipped(text, MOST_TEXT)
         name = event.name[:100]
         return cls(name=name, step=event.step, time=event.time.timestamp(), text=text, image=image)
 

@@ -56,7 +56,7 @@ from eventtrain.events.commands import (
 )
 from eventtrain.events.models import Number, escape_surrogates
 from eventtrain.subscribers._shared.curve import Curve, StateCurve
-from eventtrain.subscribers._shared.display_text import file_name, issuer
+from eventtrain.subscribers._shared.display_text import clipped, file_name, issuer
 from eventtrain.subscribers._shared.run_series import RunSeries
 from eventtrain.subscribers._shared.shown_sample import ShownSample, with_sample
 from eventtrain.subscribers._shared.state import SavedState
@@ -508,5 +508,4 @@ def _words(command: AnyCommand) -> str:
 
 
 def _short(text: str) -> str:
-    text = escape_surrogates(text)
-    return text if len(text) <= MOST_TEXT else f"{text[: MOST_TEXT - 1]}…"
+    return clipped(escape_surrogates(text), MOST_TEXT)

@@ -91,9 +91,8 @@ class ProgressBar(Subscriber):
     async def start(self, run: RunContext) -> None:
         """Draws the empty bar."""
         self._run = run
-        self._limiter = anyio.CapacityLimiter(
-            1
-        )  # one line at a time, independent of threads that others block
+        # One line at a time, independent of threads that others block.
+        self._limiter = anyio.CapacityLimiter(1)
         self._summary, self._newest, self._checkpoint, self._behind = Summary(), {}, "", ""
         publisher = notebook_publisher() if self._console is None else None
         if publisher is not None:

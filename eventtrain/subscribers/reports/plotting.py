@@ -21,6 +21,7 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter, ScalarFormatter
 
 from eventtrain.subscribers._shared.curve import Curve, Points
+from eventtrain.subscribers._shared.display_text import clipped
 from eventtrain.subscribers._shared.run_series import Change, Panel
 
 FONT = "DejaVu Sans"  # comes with matplotlib
@@ -152,7 +153,7 @@ def plain(text: str) -> str:
     known = get_font(findfont(FontProperties(family=FONT))).get_charmap()
     shown = "".join(c if c.isprintable() else " " for c in text)
     shown = "".join(c if ord(c) in known else "\N{WHITE SQUARE}" for c in shown)
-    return shown if len(shown) <= LONGEST else f"{shown[: LONGEST - 1]}…"
+    return clipped(shown, LONGEST)
 
 
 def _draw(axes: Axes, panel: Panel, changes: Sequence[Change], colours: Colours, scale: Scale) -> None:

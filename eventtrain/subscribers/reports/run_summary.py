@@ -38,7 +38,7 @@ from eventtrain.events import (
 )
 from eventtrain.events.base import LifecycleEvent
 from eventtrain.events.models import Array, Number
-from eventtrain.subscribers._shared.display_text import command_text, file_name, issuer, size_text
+from eventtrain.subscribers._shared.display_text import clipped, command_text, file_name, issuer, size_text
 from eventtrain.subscribers._shared.shown_sample import ShownSample, with_sample
 from eventtrain.subscribers._shared.state import SavedState
 
@@ -297,4 +297,4 @@ def _measure(measured: dict[str, Extremes], values: dict[str, Number], step: int
 
 
 def _short(text: str) -> str:
-    return text if len(text) <= MOST_TEXT else f"{text[: MOST_TEXT - 1]}…"
+    return clipped(text, MOST_TEXT)
