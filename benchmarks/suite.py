@@ -33,6 +33,7 @@ PARTS: dict[str, tuple[float, float]] = {
     "control": (6, 40),
     "service": (9, 40),
     "dashboard": (7, 20),
+    "features": (10, 40),
     "growth": (16, 70),
     "tails": (10, 30),
     "processes": (20, 41),

@@ -19,7 +19,7 @@ import logging
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from types import MappingProxyType
 from typing import Any
 
@@ -46,10 +46,12 @@ class Carry(RingCarry):
     Attributes:
         leaves: array leaves of the training state; donated.
         ext_leaves: array leaves of `ExtensionStates`, and behind them what is carried of metrics with state; donated.
+        step: completed steps; only `PeriodicStep` counts them.
     """
 
     leaves: Leaves
     ext_leaves: Leaves
+    step: int = 0
 
 
 class CompiledStep:
@@ -102,7 +104,7 @@ class CompiledStep:
         counts = range(options.steps_per_call + 1)
         self._counts = [put(np.int32(count), sharding) for count in counts]
         self._lower_on_caller = lower_on_caller
-        self._executables = ExecutableCache("step_fn", self._build)
+        self._executables = ExecutableCache("step_fn", partial(self._build, self._fused))
         # Of the current executable: one look-up less at every step. Before prepare() it raises.
         self._donating: Callable[..., Any] = lambda *_: self._executables.require()
 
@@ -160,7 +162,7 @@ class CompiledStep:
         if ext_leaves is None:
             ext_leaves = self._fused.extensions.init(leaves, step)
         carried = [*ext_leaves, *self._states.initial(states)]
-        return Carry(ring, cursor, leaves=list(leaves), ext_leaves=carried)
+        return Carry(ring, cursor, leaves=list(leaves), ext_leaves=carried, step=step)
 
     def __call__(
         self, carry: Carry, batch: PyTree, start: int = 0, stop: int = 1, *, keep: bool = False
@@ -253,8 +255,8 @@ class CompiledStep:
             if executable.thread is not None:
                 executable.thread.join()
 
-    def _build(self, batch: PyTree) -> _Variants:
-        lowered: LoweredStep = self._lower_on_caller(lambda: self._fused.lower(batch))
+    def _build(self, fused: FusedStep, batch: PyTree) -> _Variants:
+        lowered: LoweredStep = self._lower_on_caller(lambda: fused.lower(batch))
         self._fused.rings.adopt(lowered.layout)
         self._states.adopt(lowered.states, self._lower_on_caller)
         self._computed_names = lowered.computed_names

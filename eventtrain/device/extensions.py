@@ -7,6 +7,7 @@ impossible outside of it, so it is fused with the step.
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping, Sequence
+from functools import partial
 from typing import Any, Literal, NamedTuple, TypeAlias, get_args
 
 import jax
@@ -15,6 +16,7 @@ import numpy as np
 from jax import lax
 
 from eventtrain.device.metric_codec import MetricLayout
+from eventtrain.device.reductions import value_of
 from eventtrain.device.state import Leaves, PyTree, TreeStructure, abstract, copy_leaves, partition, place
 from eventtrain.device.validation import call_user, matched_leaves
 from eventtrain.errors import ConfigurationError, MetricsError, StepError
@@ -44,8 +46,9 @@ class StepExtension:
     """A pure update of a small state of its own, and metrics, after every step, inside the compiled step.
 
     Override `init` and `update` for a state that follows the weights; `after_step` for metrics, or for what needs the
-    state or the weights before the step. All methods are traced by JAX: no side effects, no Python branches on values.
-    The extension's state is donated from step to step and is part of snapshots.
+    state or the weights before the step; `is_due` too if only some steps need it. All other methods are traced by JAX:
+    no side effects, no Python branches on values. The extension's state is donated from step to step and is part of
+    snapshots.
 
     Attributes:
         name: unique among the extensions of one trainer; the key of its state in a snapshot.
@@ -72,9 +75,19 @@ class StepExtension:
         """Returns the state after a step, as `update` does, and metrics of the step beside those of step_fn.
 
         By default what `update` returns, and no metrics. XLA keeps what is used of `change`: to use the old params or
-        the old state costs a copy of them at every step, since the step overwrites them.
+        the old state costs a copy of them, since the step overwrites them.
         """
         return self.update(ext_state, change.params, change.step), {}
+
+    def is_due(self, step: int) -> bool:
+        """Whether this step computes anything for the extension; by default every one does. Called on the host.
+
+        A step at which no extension is due runs a program without those that override this: it costs nothing, their
+        state stays as it is, and it has none of their metrics, which must be `Mean`, `Sum`, `Max` or `Last` of floats.
+        Other steps may still compute the extension, and with `steps_per_call` above 1 all do: let `after_step` keep
+        its state and return NaN where it is not due. The answer must depend on `step` only, counted from 1.
+        """
+        return True
 
     def weights(self, ext_state: PyTree, params: PyTree) -> PyTree:
         """Returns the weights that replace `params` where `use_for` says so; by default `params`.
@@ -117,14 +130,30 @@ class ExtensionStates:
         initial, self.structure = self._init(leaves, 0)
         self.types = abstract(initial, [False] * len(initial))
 
+    @property
+    def is_due(self) -> tuple[Callable[[int], bool], ...]:
+        """`is_due` of the extensions that override it; they raise a StepError where those raise."""
+        return tuple(
+            partial(call_user, f"{one!r}.is_due", one.is_due)
+            for one in self._extensions.values()
+            if is_periodic(one)
+        )
+
     def init(self, leaves: Sequence[jax.Array], step: int) -> Leaves:
         """Returns the leaves for a state after `step` steps, in buffers of their own."""
         return self._init(leaves, step)[0]
 
     def update(
-        self, ext_leaves: Leaves, old_state: PyTree, state: PyTree, metrics: Mapping[str, Any]
+        self,
+        ext_leaves: Leaves,
+        old_state: PyTree,
+        state: PyTree,
+        metrics: Mapping[str, Any],
+        none_due: bool = False,
     ) -> tuple[Leaves, Mapping[str, Any]]:
         """Returns the leaves after the step that made `state`, and its metrics with those of the extensions; traced.
+
+        With `none_due`, nothing is computed for the extensions that override `is_due`.
 
         Raises:
             StepError: an extension raised, or did not return a pair. MetricsError: its metrics are not a flat dict of
@@ -140,9 +169,14 @@ class ExtensionStates:
         for name, extension in self._extensions.items():
             has_own = type(extension).after_step is not StepExtension.after_step
             subject = f"{extension!r}.{'after_step' if has_own else 'update'}"
-            updated[name], given = _pair(
-                subject, call_user(subject, extension.after_step, states[name], change)
-            )
+            after_step = partial(call_user, subject, extension.after_step, states[name], change)
+            if none_due and is_periodic(extension):
+                updated[name], given = (
+                    states[name],
+                    _absent(subject, _pair(subject, jax.eval_shape(after_step))[1]),
+                )
+            else:
+                updated[name], given = _pair(subject, after_step())
             if given:
                 MetricLayout.of(metrics, "step_fn")
                 MetricLayout.of(given, subject)
@@ -170,6 +204,23 @@ class ExtensionStates:
         fresh, structure = partition((np.int32(min(step, LAST_STEP)), states))
         placed = place([*leaves, *fresh])[len(leaves) :]
         return copy_leaves(placed), structure
+
+
+def is_periodic(extension: StepExtension) -> bool:
+    """Whether the extension is due at some steps only."""
+    return type(extension).is_due is not StepExtension.is_due
+
+
+def _absent(subject: str, metrics: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Returns the metrics of a step that has none of them."""
+    for name, metric in metrics.items():
+        dtype = getattr(value_of(metric), "dtype", None)
+        if value_of(metric) is metric or dtype is None or not jnp.issubdtype(dtype, jnp.floating):
+            raise MetricsError(
+                f"{subject} returned the metric {name!r}, which the steps at which it is not due must be able to leave "
+                "out. Return et.Mean, et.Sum, et.Max or et.Last of a float."
+            )
+    return jax.tree.map(lambda value: jnp.full(value.shape, jnp.nan, value.dtype), dict(metrics))
 
 
 def _pair(subject: str, returned: object) -> tuple[PyTree, Mapping[str, Any]]:

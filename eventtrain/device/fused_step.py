@@ -81,6 +81,8 @@ class FusedStep:
     watched: Sequence[int]
     rings: MetricRings
     options: StepOptions
+    none_due: bool = False
+    """Whether to leave out the extensions that override `is_due`."""
 
     def lower(self, batch: PyTree) -> LoweredStep:
         """Traces step_fn for `batch`, checks what it returns, and lowers every variant.
@@ -100,7 +102,7 @@ class FusedStep:
             joined = self.structure.join(new_leaves)
             scalars, stateful = split_metrics(metrics, "step_fn")
             new_ext_leaves, scalars = self.extensions.update(
-                ext_leaves, self.structure.join(leaves), joined, scalars
+                ext_leaves, self.structure.join(leaves), joined, scalars, self.none_due
             )
             watched = {index: new_leaves[index] for index in self.watched}
             layout = MetricLayout.of(scalars, "step_fn", watched=watched)

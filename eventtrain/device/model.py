@@ -14,9 +14,10 @@ from eventtrain.device.compiled_step import CompiledStep
 from eventtrain.device.debugged_step import DebuggedStep
 from eventtrain.device.default_params import find_params
 from eventtrain.device.executable_cache import LowerOnCaller, compile_lowered, lower_here
-from eventtrain.device.extensions import ParamsLens, StepExtension, Use, checked_uses
+from eventtrain.device.extensions import ParamsLens, StepExtension, Use, checked_uses, is_periodic
 from eventtrain.device.fused_step import StepFn, StepOptions
 from eventtrain.device.hyperparams import Hyperparam, find_hyperparams, read, resolve_label, write
+from eventtrain.device.periodic_step import PeriodicStep
 from eventtrain.device.placement import put
 from eventtrain.device.state import (
     Leaves,
@@ -126,7 +127,7 @@ class Model:
             self._move_to(batch)
         while self.compiled is None:
             hyperparams = find_hyperparams(self.structure.join(self.leaves))
-            compiled = (DebuggedStep if self.options.debug else CompiledStep)(
+            compiled = self._step_class()(
                 self.step_fn,
                 self.structure,
                 self.leaves,
@@ -144,6 +145,13 @@ class Model:
             else:
                 self.compiled = compiled
         return self.compiled
+
+    def _step_class(self) -> type[CompiledStep]:
+        if self.options.debug:
+            return DebuggedStep
+        if self.options.steps_per_call == 1 and any(map(is_periodic, self.extensions)):
+            return PeriodicStep
+        return CompiledStep
 
     def adopt(self, state: PyTree) -> None:
         """Take over a state like the present one, which may have arrays where that has Python numbers."""

@@ -48,8 +48,8 @@ class UpdateNorms(StepExtension):
     `update_norm/encoder` for a part. Other steps do not have them, and means are those of the steps that do. A ratio
     far below 1e-3 says that a layer hardly learns, one far above it that the learning rate is too high for it.
 
-    The steps between compute no norm, but for a GPU, where a branch would have each dispatch wait for the device. Every
-    step copies the params, since it overwrites the old ones otherwise.
+    The steps between run a program without it, so that they cost nothing; a second program is compiled before the first
+    step. With ``steps_per_call`` above 1 there is one program, which copies the params at every step.
 
     Args:
         every: N. The norms are those of the steps N, 2N and so on.
@@ -70,6 +70,10 @@ class UpdateNorms(StepExtension):
 
     def __repr__(self) -> str:
         return f"UpdateNorms({self.every!r}, depth={self.depth!r}, name={self.name!r})"
+
+    def is_due(self, step: int) -> bool:
+        """Whether the step has norms."""
+        return step % self.every == 0
 
     def after_step(self, ext_state: PyTree, change: StepChange) -> tuple[PyTree, dict[str, Any]]:
         """Returns the state as it is, and the metrics, NaN where they are not due."""

@@ -115,6 +115,10 @@ class SWA(StepExtension):
         """Returns a count of zero, and the weights in place of the average."""
         return {"count": jnp.int32(0), "average": _on_floats(_widened, params)}
 
+    def is_due(self, step: int) -> bool:
+        """Whether the weights after this step count."""
+        return step >= self.start and (step - self.start) % self.every == 0
+
     def update(self, ext_state: PyTree, params: PyTree, step: jax.Array) -> PyTree:
         """Returns the mean including `params` if `step` is one of those that count, else the state as it was."""
         count, (old, structure) = ext_state["count"], partition(ext_state["average"])
