@@ -38,7 +38,7 @@ def figures(device: Device, budget_s: float, quick: bool) -> list[Figure]:
     return [
         figure("session", agreed_us, [1e6 * step_s for step_s in found["bare_s"]], at=at),
         figure("session, to one without agreement", agreed_us, apart_us, at=at, baseline="no agreement"),
-        figure("the agreement itself, on the training thread", asked_us, at=at, unit="us/step"),
+        figure("CPU time of the agreement on the training thread", asked_us, at=at, unit="us/step"),
         figure("command to effect", found["command_ms"], at=at, unit="ms"),
         figure("command to effect, in steps", found["command_steps"], at=at, unit="steps"),
     ]
