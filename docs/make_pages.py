@@ -6,6 +6,7 @@ docs/events.md          the events and their fields, from the classes and their 
 docs/promises.md        the mutants of each promise and behaviour, from tests/mutants/mutants.toml
 docs/how-it-works.md    the packages, from tests/test_architecture.py and the first line of each package
 docs/measuring.md       the tables and charts of measurements, from benchmarks/results
+docs/api/index.md       the names of each page of the reference, in the order of mkdocs.yml
 README.md               those of the part loop
 """
 
@@ -164,6 +165,29 @@ def _may_import() -> dict[str, str]:
     raise SystemExit("make_pages.py: tests/test_architecture.py has no MAY_IMPORT")
 
 
+# --- api/index.md ------------------------------------------------------------------------------------------
+
+
+def reference_page(page: str) -> str:
+    """Returns the page with a line for each topic, and a link to each name on it."""
+    rows = ["| topic | names |", "|---|---|"]
+    for name in re.findall(r" api/([\w-]+)\.md$", (ROOT / "mkdocs.yml").read_text(), re.MULTILINE):
+        if name != "index":
+            text = (DOCS / "api" / f"{name}.md").read_text()
+            title = re.search(r"^# (.+)$", text, re.MULTILINE)
+            assert title is not None
+            links = [_reference(path) for path in re.findall(r"^::: ([\w.]+)$", text, re.MULTILINE)]
+            rows.append(f"| [{title[1]}]({name}.md) | {', '.join(links)} |")
+    return between("reference", page, "\n".join(rows))
+
+
+def _reference(path: str) -> str:
+    if path == "eventtrain.errors":
+        return "[every error](errors.md)"
+    short = path.replace("eventtrain.subscribers.", "subs.").replace("eventtrain.testing.", "testing.")
+    return f"[`{short.replace('eventtrain.', 'et.')}`][{path}]"
+
+
 # --- README.md, measuring.md -------------------------------------------------------------------------------
 
 
@@ -198,6 +222,7 @@ PAGES: dict[Path, Callable[[str], str]] = {
     DOCS / "promises.md": promises_page,
     DOCS / "how-it-works.md": packages_page,
     DOCS / "measuring.md": measuring_page,
+    DOCS / "api" / "index.md": reference_page,
     ROOT / "README.md": readme_page,
 }
 
