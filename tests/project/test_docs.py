@@ -27,7 +27,7 @@ ROOT = Path(__file__).resolve().parents[2]
 DOCS = ROOT / "docs"
 PAGES = [*sorted(ROOT.glob("*.md")), *sorted(DOCS.rglob("*.md"))]
 
-SLOW = [DOCS / "model-libraries.md"]  # compiles three networks with batch normalisation
+SLOW = [DOCS / "model-libraries.md", DOCS / "recipes.md"]  # they compile many networks
 """Pages whose Python takes more than about ten seconds."""
 
 FENCE = re.compile(
