@@ -65,10 +65,18 @@ def describe() -> dict[str, Any]:
 
 
 def revision() -> str:
-    """Returns the tested commit, with the suffix ``-dirty`` if files differ from it."""
-    command = ["git", "describe", "--always", "--dirty"]
-    done = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True)
-    return done.stdout.strip() or "no checkout"
+    """Returns the tested commit, with the suffix ``-dirty`` if files differ from it; results do not count."""
+
+    def git(*arguments: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            ["git", *arguments], cwd=Path(__file__).parent, capture_output=True, text=True, check=False
+        )
+
+    commit = git("describe", "--always").stdout.strip()
+    if not commit:
+        return "no checkout"
+    is_changed = git("diff", "--quiet", "HEAD", "--", ":/", ":(exclude)results").returncode != 0
+    return f"{commit}-dirty" if is_changed else commit
 
 
 def _processor() -> str:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
+import subprocess
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from benchmarks import faults
+from benchmarks import faults, machine
 from benchmarks.campaign import Campaign
 
 
@@ -108,3 +109,22 @@ def test_every_result_that_is_kept_has_a_campaign_and_no_failure() -> None:
     for path in faults.RESULTS.glob("*.jsonl"):
         assert path.stem in faults.names()
         assert faults.Ledger(path).failures() == {}
+
+
+def test_new_results_do_not_make_the_tested_commit_dirty_and_other_changes_do(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    code, results = tmp_path / "benchmarks/machine.py", tmp_path / "benchmarks/results/one.jsonl"
+    monkeypatch.setattr(machine, "__file__", str(code))
+    results.parent.mkdir(parents=True)
+    assert machine.revision() == "no checkout"
+    for path in (code, results):
+        path.write_text("")
+    git = ["git", "-c", "user.name=x", "-c", "user.email=x"]
+    for arguments in (["init", "-q"], ["add", "."], ["commit", "-q", "-m", "x"]):
+        subprocess.run([*git, *arguments], cwd=tmp_path, check=True)
+    results.write_text("changed")
+    commit = machine.revision()
+    assert not commit.endswith("-dirty")
+    code.write_text("changed")
+    assert machine.revision() == f"{commit}-dirty"
