@@ -25,7 +25,9 @@ IGNORED = "import signal; signal.signal(signal.SIGHUP, signal.SIG_IGN); "
 APP = "from eventtrain.cli import app; app()"
 LAUNCH = [sys.executable, "-c", HEARD + APP, "launch"]
 RANK = "import os, sys\nrank = int(os.environ['JAX_PROCESS_ID'])\n"
-WAITS = RANK + "print('ready', flush=True)\nimport time\ntime.sleep(100)\n"
+# In short pieces: Python sleeps through a signal that arrives between its last look and the system call.
+UNTIL_SIGNALLED = "while True:\n    time.sleep(0.02)\n"
+WAITS = RANK + "print('ready', flush=True)\nimport time\n" + UNTIL_SIGNALLED
 
 Launch = Callable[..., "subprocess.Popen[str]"]
 
@@ -162,8 +164,8 @@ def end(*_):
     print("saved", flush=True)
     sys.exit(9)
 signal.signal(signal.SIGTERM, end)
-time.sleep(100)
 """
+        + UNTIL_SIGNALLED
     )
     process = launch(text, "-n", "2", "--grace-s", "60")
     stdout, _ = process.communicate(timeout=60)
@@ -281,7 +283,7 @@ def test_what_a_script_started_ends_with_it(launch: Launch) -> None:
 
 
 def test_a_reader_that_leaves_does_not_end_training(launch: Launch) -> None:
-    process = launch(WAITS.replace("time.sleep(100)", "[print(i) for i in range(20_000)]; sys.exit(3)"))
+    process = launch(WAITS.replace(UNTIL_SIGNALLED, "[print(i) for i in range(20_000)]; sys.exit(3)"))
     lines_until_ready(process)
     assert process.stdout is not None
     process.stdout.close()
