@@ -71,10 +71,10 @@ class Launch:
 class Job:
     """One process of the job.
 
-    Faults: "late": the first batch takes 3 s; "late_run": the run begins 3 s later; "data": the data raises in the
-    second epoch; "slow": it takes 2 s there; "subscriber": a subscriber that may fail the run raises; "disk": this
-    process's part of checkpoints cannot be written, three times; "full_disk": the same by a disk that is full;
-    "unshared": this process has another directory.
+    Faults: "late": the first batch takes 3 s; "late_run": the run begins 3 s later; "missing_run": it begins 9 s later;
+    "data": the data raises in the second epoch; "slow": it takes 2 s there; "subscriber": a subscriber that may fail
+    the run raises; "disk": this process's part of checkpoints cannot be written, three times; "full_disk": the same by
+    a disk that is full; "unshared": this process has another directory.
 
     Options: ``early``: a handler of process 0 halves the rate as soon as the run starts. ``hold``: name of a mark where
     each process waits for a second. ``delays``: handlers in each process send commands without a lag, with random
@@ -113,8 +113,7 @@ class Job:
 
         if self._options.get("delays"):
             self._add_delayed_commands(trainer)
-        if self._fault == "late_run":
-            time.sleep(3.0)
+        time.sleep({"late_run": 3.0, "missing_run": 9.0}.get(self._fault, 0.0))
         result = trainer.fit(
             self._batches, epochs=EPOCHS, eval_data=self._eval_batches, resume=True, progress=False
         )

@@ -30,7 +30,8 @@ logger = logging.getLogger("eventtrain")
 END_AFTER_S = 15.0
 """How long the training thread may take to leave ``fit`` once another process is lost."""
 EXIT_AFTER_S = 5.0
-"""How long JAX may wait for a process that is gone when the interpreter ends. Left alone, it waits for 100 s."""
+"""How long JAX may wait for a process that is gone when the interpreter ends, or for any after a signal that ended this
+one beside the others. Left alone, it waits for 100 s, and for 300 s."""
 EXIT_TOGETHER_S = 20.0
 """The same if all processes are there after a run that failed. Left alone, JAX waits for 300 s if one of them hangs."""
 EXIT_CODE = 75
@@ -111,8 +112,8 @@ class _Watch:
         if self._timer is not None:
             self._timer.cancel()
         if error is not None:
-            code = EXIT_CODE if isinstance(error, PeerLostError) else FAILED_CODE
-            self._end_with(code, EXIT_TOGETHER_S)
+            is_told_to_end = not isinstance(error, Exception)  # by a signal, which leaves little time
+            self._end_with(_code_of(error), EXIT_AFTER_S if is_told_to_end else EXIT_TOGETHER_S)
         if self._exit_code is None:
             atexit.unregister(self._exits.set)
 
@@ -132,6 +133,19 @@ class _Watch:
             code,
         )  # fmt: skip
         _exit(code)
+
+
+def _code_of(error: BaseException) -> int:
+    """Returns the exit code of a program that ``error`` ends."""
+    match error:
+        case PeerLostError():
+            return EXIT_CODE
+        case SystemExit(code=int(code)):
+            return code
+        case KeyboardInterrupt():
+            return 128 + signal.SIGINT
+        case _:
+            return FAILED_CODE
 
 
 def _exit(code: int) -> NoReturn:

@@ -12,7 +12,7 @@ import signal
 import threading
 from collections.abc import Callable, Sequence
 from types import FrameType, TracebackType
-from typing import Any, Self
+from typing import Any, NoReturn, Self
 
 from eventtrain.errors import ConfigurationError
 
@@ -89,7 +89,10 @@ class SignalGuard:
         if received is None and elsewhere is not None:
             received = signal.Signals(elsewhere)
             logger.warning("The run has ended because another process of it received %s.", received.name)
-        if received == signal.SIGINT:
-            raise KeyboardInterrupt
         if received is not None:
-            raise SystemExit(128 + received)
+            raise_signal(received)
+
+
+def raise_signal(number: int) -> NoReturn:
+    """Raises the exception by which a run ends that a signal has stopped."""
+    raise KeyboardInterrupt if number == signal.SIGINT else SystemExit(128 + number)

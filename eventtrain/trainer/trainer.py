@@ -59,7 +59,7 @@ from eventtrain.trainer.run import Run, RunOptions
 from eventtrain.trainer.run_directory import next_attempt, run_directory
 from eventtrain.trainer.session import Session, session_of
 from eventtrain.trainer.shared_paths import MARK, check_paths, marked
-from eventtrain.trainer.signals import SignalGuard, checked_signals
+from eventtrain.trainer.signals import SignalGuard, checked_signals, raise_signal
 from eventtrain.trainer.subscriber_lifecycle import RunSubscriber
 from eventtrain.trainer.tracebacks import UserFrames
 from eventtrain.validation.annotations import checked, fits, shown
@@ -731,7 +731,13 @@ class Trainer(Generic[S]):
         mark, here = f"{MARK}{uuid.uuid4().hex[:12]}", self._subscribers_here()
         with marked(self.run_dir, here if agreement.decides else (), mark):
             mine = Opening(run_id=self.run_id, attempt=known, resume=path, mark=mark)
-            opening = Opening.model_validate_json(agreement.begin(mine.model_dump_json()))
+            try:
+                opening = Opening.model_validate_json(agreement.begin(mine.model_dump_json()))
+            except PeerLost:
+                for stop in self._plane.queue.arrived:
+                    if stop.signal is not None:
+                        raise_signal(stop.signal)
+                raise
             self._attempt = opening.attempt
             if opening.run_id != self.run_id:
                 folder = Path("runs") / opening.run_id if self._options.run_dir_is_new else self.run_dir

@@ -70,9 +70,18 @@ def test_a_training_thread_that_leaves_in_time_is_not_ended(exits: Exits) -> Non
     assert not exits.codes
 
 
-@pytest.mark.parametrize(("error", "code"), [(LOST, EXIT_CODE), (OSError("gone"), FAILED_CODE)])
+@pytest.mark.parametrize(
+    ("error", "code"),
+    [
+        (LOST, EXIT_CODE),
+        (OSError("gone"), FAILED_CODE),
+        (SystemExit(143), 143),
+        (SystemExit("a message"), FAILED_CODE),
+        (KeyboardInterrupt(), 130),
+    ],
+)
 def test_an_interpreter_that_waits_for_a_lost_process_ends_with_the_code_of_the_failure(
-    exits: Exits, error: Exception, code: int
+    exits: Exits, error: BaseException, code: int
 ) -> None:
     watch().end(error)
     assert not exits.ended.wait(0.3)  # the program may do what it likes

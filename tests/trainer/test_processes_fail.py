@@ -92,6 +92,20 @@ def test_a_signal_while_process_0_waits_for_another_process_to_begin_ends_both_b
     assert not list((tmp_path / "checkpoints").iterdir())  # not one step was trained
 
 
+@pytest.mark.parametrize(("fault", "codes"), [("late_run", [143, 143]), ("missing_run", [1, 143])])
+def test_a_signal_while_another_process_waits_for_process_0_to_begin_ends_it_in_bounded_time(
+    tmp_path: Path, fault: str, codes: list[int]
+) -> None:
+    job = server().start(tmp_path, faults={0: fault})
+    job.until(lambda: "preemption service" in job.output(), "waited for process 0")
+    job.send(signal.SIGTERM, 1)
+    ends = ended(job, hosts.GRACE_S)
+    assert statuses(ends) == codes, job.output()
+    assert not list((tmp_path / "checkpoints").glob("*"))
+    if fault == "missing_run":
+        assert "Process 0 has not begun the run 5 s after a stop of this one" in job.output()
+
+
 @pytest.mark.parametrize(("fault", "failing"), [("data", 1), ("subscriber", 0)])
 def test_a_failure_in_one_process_is_the_failure_of_all_with_its_reason(
     tmp_path: Path, fault: str, failing: int

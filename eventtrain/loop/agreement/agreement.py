@@ -6,6 +6,7 @@ promises moments ahead; the others wait for the promise of the moment they are a
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Callable, Sequence
@@ -44,6 +45,8 @@ from eventtrain.loop.run_status import RunStatus
 AHEAD_S = 0.02
 """How far process 0 promises ahead, in steps of the present length. A command without a cause waits that long."""
 MOST_AHEAD = 64
+BEGIN_S = 5.0
+"""How long a process that was stopped waits for process 0 to begin the run, so that both end it alike."""
 
 
 class Agreement(ABC):
@@ -138,7 +141,10 @@ class Agreement(ABC):
 
     @abstractmethod
     def begin(self, opening: str) -> str:
-        """Returns the ``opening`` of process 0: what all have to know before the run begins. May block."""
+        """Returns the ``opening`` of process 0: what all have to know before the run begins. May block.
+
+        Raises PeerLost, also if this process is stopped and process 0 does not begin the run.
+        """
 
     @abstractmethod
     def end(self, error: BaseException | None = None) -> list[PendingCommand]:
@@ -498,9 +504,22 @@ class Follower(_Several):
         return None if number is None else self._asked.pop(number, None)
 
     def begin(self, opening: str) -> str:
-        """Returns the opening of process 0. Blocks until that begins the run."""
+        """Returns the opening of process 0. Blocks until that begins the run, or ``BEGIN_S`` after a stop here.
+
+        Raises:
+            PeerLost: process 0 has failed, or has not begun the run by then. This process has left it.
+        """
+        end_s = math.inf
         while (found := self._channel.wait_for("opening", READ_S)) is None:
             self.check()
+            if self._queue.arrived:  # a stop, since the queue is not open yet
+                end_s = min(end_s, monotonic() + BEGIN_S)
+            if monotonic() >= end_s:
+                error = PeerLost(
+                    f"Process 0 has not begun the run {BEGIN_S:.0f} s after a stop of this one", 0
+                )
+                self.leave(error)
+                raise error
         return found
 
     def end(self, error: BaseException | None = None) -> list[PendingCommand]:

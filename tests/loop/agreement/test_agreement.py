@@ -1,11 +1,20 @@
-"""How far process 0 promises ahead."""
+"""How far process 0 promises ahead, and how a process waits for it to begin."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from typing import Any
+
 import pytest
 
-from eventtrain.loop.agreement.agreement import MOST_AHEAD, Pace
+import eventtrain as et
+from eventtrain.control.control_plane import ControlPlane
+from eventtrain.errors import PeerLost
+from eventtrain.loop.agreement import agreement
+from eventtrain.loop.agreement.agreement import MOST_AHEAD, Follower, Pace
+from eventtrain.loop.agreement.channel import Channel
 from eventtrain.loop.agreement.log import Moment
+from tests.support.key_values import KeyValues
 
 
 def paced(step_s: float, steps: int, pace: Pace | None = None, at_s: float = 0.0) -> tuple[Pace, list[int]]:
@@ -35,3 +44,43 @@ def test_steps_that_are_dispatched_at_once_after_a_wait_do_not_count() -> None:
 def test_a_new_phase_keeps_the_pace() -> None:
     pace, ahead = paced(3e-3, 100)
     assert pace.steps_ahead(Moment(2, 0), 1.0) == ahead[-1]
+
+
+class Waiting:
+    """Process 1 of a run that process 0 has not begun."""
+
+    def __init__(self) -> None:
+        self.store = KeyValues()
+        self.queue = ControlPlane(et.EventBus()._core).queue
+        self.follower = Follower(Channel(self.store, "run/"), 1, 2, self.queue, ignore)
+
+
+def ignore(*arguments: Any) -> None: ...
+
+
+@pytest.fixture
+def waiting(monkeypatch: pytest.MonkeyPatch) -> Iterator[Waiting]:
+    monkeypatch.setattr(agreement, "READ_S", 0.02)
+    monkeypatch.setattr(agreement, "coordinator_host", lambda: None)
+    waiting = Waiting()
+    yield waiting
+    waiting.follower.leave()
+
+
+@pytest.mark.allow_blocking
+def test_a_stopped_process_leaves_a_run_that_process_0_does_not_begin_and_says_why(
+    waiting: Waiting, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(agreement, "BEGIN_S", 0.1)
+    waiting.queue.ask_to_stop("preempted", 15)
+    with pytest.raises(PeerLost, match="Process 0 has not begun the run"):
+        waiting.follower.begin("")
+    assert waiting.store.values["run/left/1"].startswith("PeerLost: Process 0 has not begun the run")
+
+
+@pytest.mark.allow_blocking
+def test_a_stopped_process_joins_a_run_that_process_0_begins_in_time(waiting: Waiting) -> None:
+    waiting.queue.ask_to_stop("preempted", 15)
+    waiting.store.key_value_set("run/opening", "facts")
+    assert waiting.follower.begin("") == "facts"
+    assert len(waiting.queue.arrived) == 1  # it is asked for in the run
