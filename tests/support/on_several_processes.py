@@ -28,6 +28,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 import eventtrain as et
 from eventtrain import subscribers as subs
 from eventtrain.device.compiled_step import CompiledStep
+from tests.support.stateful_metrics import AUC, BINS, CLASSES, F1, Confusion
 
 SEVERAL = "JAX_NUM_PROCESSES" in os.environ
 if SEVERAL:
@@ -64,6 +65,29 @@ def step_fn(state: Any, batch: Any) -> Any:
 
 def eval_fn(state: Any, batch: Any) -> Any:
     return {"loss": loss_of(state["params"], batch)}
+
+
+def with_state(batch: Any) -> dict[str, Any]:
+    """Metrics with state of a batch that the devices share."""
+    label, other = batch[:, 0] > 0, batch[:, 1] > 0
+    score = jnp.arange(BINS) == jnp.clip(jnp.round(batch[:, 2:3] * 5 + 5), 0, BINS - 1)
+    classes = [(batch[:, column, None] > np.array([0, 1])).sum(1)[:, None] for column in (3, 4)]
+    predicted, true = [jnp.arange(CLASSES) == one for one in classes]
+    return {
+        "f1": F1.of(other, label),
+        "auc": AUC((score & label[:, None]).sum(0), (score & ~label[:, None]).sum(0)),
+        "confusion": Confusion((true[:, :, None] & predicted[:, None, :]).sum(0)),
+        "largest": et.Max(jnp.max(batch)),
+    }
+
+
+def step_with_state(state: Any, batch: Any) -> Any:
+    state, metrics = step_fn(state, batch)
+    return state, metrics | with_state(batch)
+
+
+def eval_with_state(state: Any, batch: Any) -> Any:
+    return eval_fn(state, batch) | with_state(batch)
 
 
 def data(epoch: int) -> Iterator[jax.Array]:
@@ -145,7 +169,10 @@ def trained(folder: Path, *subscribers: et.Subscriber, epochs: int = 3, **option
     prepare: Callable[[et.Trainer[Any]], None] = options.pop("prepare", lambda _: None)
     sequence = Sequence()
     trainer = et.Trainer(
-        step_fn, new_state(), eval_fn=eval_fn, run_dir=folder, subscribers=[sequence, *subscribers], **options
+        **{"step_fn": step_fn, "eval_fn": eval_fn} | options,
+        state=new_state(),
+        run_dir=folder,
+        subscribers=[sequence, *subscribers],
     )
     prepare(trainer)
     CALLS.clear()
@@ -217,6 +244,20 @@ def decisions_between_groups(folder: Path) -> dict[str, Any]:
 def averaged_weights(folder: Path) -> dict[str, Any]:
     return trained(
         folder, epochs=2, step_extensions=[et.EMA(0.9, use_for={"eval", "final"})], snapshot="copy"
+    )
+
+
+@in_groups(4)
+@scenario
+def metrics_with_state(folder: Path, **options: Any) -> dict[str, Any]:
+    """Over the examples of all processes, per epoch and evaluation."""
+    return trained(
+        folder,
+        subs.EarlyStopping(monitor="val_f1", mode="max", patience=9),
+        epochs=2,
+        step_fn=step_with_state,
+        eval_fn=eval_with_state,
+        **options,
     )
 
 
@@ -452,9 +493,9 @@ def two_runs_of_one_trainer(folder: Path) -> dict[str, Any]:
 
 def _logged(folder: Path, steps: int, *, resume: bool) -> dict[str, Any]:
     trainer = et.Trainer(
-        step_fn,
+        step_with_state,
         new_state(),
-        eval_fn=eval_fn,
+        eval_fn=eval_with_state,
         run_dir=folder,
         run_id="run",
         subscribers=[
@@ -470,6 +511,7 @@ def _logged(folder: Path, steps: int, *, resume: bool) -> dict[str, Any]:
         "step": result.step,
         "state": bits(result.state),
         "logged": [row["step"] for row in rows if row["kind"] == "step_completed"],
+        "epochs": [[row["metrics"], row["arrays"]] for row in rows if row["kind"] == "epoch_completed"],
     }
 
 

@@ -24,7 +24,7 @@ pytestmark = pytest.mark.slow
 PROGRAM = Path(on_several_processes.__file__)
 EXACT = (
     "epoch_policies", "step_policies", "averaged_weights", "every_step_announced", "stopped_by_a_decider",
-    "best_checkpoints", "two_runs_of_one_trainer",
+    "best_checkpoints", "two_runs_of_one_trainer", "metrics_with_state", "metrics_with_state_in_groups",
 )  # fmt: skip
 GROUPS = ("decisions_between_groups", "every_step_announced_in_groups", "best_checkpoints_in_groups")
 """Scenarios in which nothing depends on the clock; ``GROUPS`` with several steps per call."""
@@ -80,6 +80,10 @@ def test_a_run_of_two_processes_resumes_on_one_two_and_four(
     assert found["logged"] == whole["logged"] == [*range(1, 41)]
     if count < 4:  # more devices add the parts of a sum in another order
         assert found["state"] == whole["state"]
+        assert found["epochs"] == whole["epochs"]
+    assert [arrays["confusion"] for _, arrays in found["epochs"]] == [
+        arrays["confusion"] for _, arrays in whole["epochs"]
+    ]
 
 
 @pytest.mark.parametrize("name", [*EXACT, *GROUPS])
