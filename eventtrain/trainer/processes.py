@@ -30,10 +30,11 @@ logger = logging.getLogger("eventtrain")
 END_AFTER_S = 15.0
 """How long the training thread may take to leave ``fit`` once another process is lost."""
 EXIT_AFTER_S = 5.0
-"""How long JAX may wait for a process that is gone when the interpreter ends, or for any after a signal that ended this
-one beside the others. Left alone, it waits for 100 s, and for 300 s."""
+"""How long JAX may wait for a process that is gone when the interpreter ends. Left alone, it waits for 100 s. A process
+that has failed waits as long for process 0, which JAX aborts it with if that hangs and ends after ``END_AFTER_S``."""
 EXIT_TOGETHER_S = 20.0
-"""The same if all processes are there after a run that failed. Left alone, JAX waits for 300 s if one of them hangs."""
+"""How long process 0, which the others cannot do without, waits for them after a run that failed. Left alone, JAX waits
+for 300 s if one of them hangs."""
 EXIT_CODE = 75
 """Exit code of a process that cannot end by itself since another one is lost: EX_TEMPFAIL, so that a launcher starts it
 again."""
@@ -112,8 +113,7 @@ class _Watch:
         if self._timer is not None:
             self._timer.cancel()
         if error is not None:
-            is_told_to_end = not isinstance(error, Exception)  # by a signal, which leaves little time
-            self._end_with(_code_of(error), EXIT_AFTER_S if is_told_to_end else EXIT_TOGETHER_S)
+            self._end_with(_code_of(error), EXIT_TOGETHER_S if jax.process_index() == 0 else EXIT_AFTER_S)
         if self._exit_code is None:
             atexit.unregister(self._exits.set)
 

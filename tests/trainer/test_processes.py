@@ -8,6 +8,7 @@ import threading
 from collections.abc import Callable
 from typing import Any
 
+import jax
 import pytest
 
 import eventtrain as et
@@ -88,6 +89,21 @@ def test_an_interpreter_that_waits_for_a_lost_process_ends_with_the_code_of_the_
     exits.end_interpreter()
     assert exits.ended.wait(30)
     assert exits.codes == [code]
+
+
+@pytest.mark.parametrize(("process", "wait_s"), [(0, 3.0), (1, 2.0)])
+def test_process_0_waits_longer_for_the_others_than_a_process_that_has_failed_for_it(
+    exits: Exits, monkeypatch: pytest.MonkeyPatch, process: int, wait_s: float
+) -> None:
+    slept: list[float] = []
+    monkeypatch.setattr(module, "sleep", slept.append)
+    monkeypatch.setattr(module, "EXIT_AFTER_S", 2.0)
+    monkeypatch.setattr(module, "EXIT_TOGETHER_S", 3.0)
+    monkeypatch.setattr(jax, "process_index", lambda: process)
+    watch().end(OSError("gone"))
+    exits.end_interpreter()
+    assert exits.ended.wait(30)
+    assert (exits.codes, slept) == ([FAILED_CODE], [wait_s])
 
 
 def test_after_a_run_that_ends_by_itself_the_interpreter_ends_as_ever(exits: Exits) -> None:
