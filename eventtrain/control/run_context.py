@@ -288,6 +288,9 @@ class RunContext:
     ) -> None:
         """Has the model make a sample at exactly these boundaries, and when ``control.sample(name)`` takes effect.
 
+        Each of several processes has to call this, so the subscriber must be ``per_host``. ``deliver`` is called in
+        process 0 alone, which decides when.
+
         Args:
             owner: name of the subscriber.
             name: of the sample.
@@ -298,13 +301,8 @@ class RunContext:
             every, every_epochs: steps, epochs.
 
         Raises:
-            ConfigurationError: another subscriber makes a sample of that name, or the run has several processes.
+            ConfigurationError: another subscriber makes a sample of that name.
         """
-        if self.process_count > 1:
-            raise ConfigurationError(
-                f"{owner} cannot be used in a run of {self.process_count} processes: each of them would have to "
-                "dispatch the sample. Make samples from a checkpoint instead."
-            )
         samples = self._requests.samples
         if any(request.name == name for request in samples):
             raise ConfigurationError(f"Two subscribers make a sample named {name!r}. Give one another name.")

@@ -27,6 +27,7 @@ from eventtrain.loop.agreement.log import (
     ApplyCommand,
     BeginEnd,
     EndRun,
+    MakeSample,
     Order,
     ReleaseSnapshots,
     RestoreSnapshot,
@@ -40,6 +41,7 @@ from eventtrain.loop.lag_gates import NEVER
 from eventtrain.loop.metric_windows import MetricWindows
 from eventtrain.loop.run_resources import RunResources
 from eventtrain.loop.run_status import RunStatus
+from eventtrain.loop.samples import Samples
 
 logger = logging.getLogger("eventtrain")
 
@@ -61,6 +63,7 @@ class Boundary:
     executor: CommandExecutor
     checkpoints: Checkpoints
     evaluations: Evaluations
+    samples: Samples
     agreement: Agreement
     deadline_s: float = math.inf
 
@@ -311,6 +314,8 @@ class Boundary:
                 self.executor.apply(pending)
             case TakeCheckpoint():
                 self.checkpoints.take_ordered(order)
+            case MakeSample():
+                self.samples.make_ordered(order)
             case RunEvaluation():
                 self.evaluations.request_ordered(order)
             case AnnounceStep():

@@ -1,4 +1,7 @@
-"""Samples: what the model makes at stated boundaries, dispatched here and waited for by other threads."""
+"""Samples: what the model makes at stated boundaries, dispatched here and waited for by other threads.
+
+In a run of several processes each of them dispatches the sample, by order of process 0, which alone reads it.
+"""
 
 from __future__ import annotations
 
@@ -8,8 +11,17 @@ from eventtrain.control.control_plane import ControlPlane
 from eventtrain.control.requests import SampleRequest
 from eventtrain.device.compiled_step import Carry
 from eventtrain.device.model import Model
-from eventtrain.errors import ConfigurationError, EventTrainError, StepError, did_you_mean
+from eventtrain.device.state import PyTree
+from eventtrain.errors import (
+    ConfigurationError,
+    EventTrainError,
+    ProcessesDiverged,
+    StepError,
+    did_you_mean,
+)
 from eventtrain.events import SubscriberFailed
+from eventtrain.loop.agreement.agreement import Agreement
+from eventtrain.loop.agreement.log import MakeSample
 from eventtrain.loop.metric_windows import MetricWindows
 from eventtrain.loop.request_schedule import RequestSchedule
 from eventtrain.loop.run_status import RunStatus
@@ -28,6 +40,7 @@ class Samples:
     status: RunStatus
     plane: ControlPlane
     windows: MetricWindows
+    agreement: Agreement
 
     def __post_init__(self) -> None:
         requests = self.plane.requests.samples
@@ -42,6 +55,8 @@ class Samples:
         Raises:
             ConfigurationError: there is no such sample. StepError: it was left out, or the device refused it.
         """
+        if not self.agreement.decides:
+            return  # process 0 has ordered it before
         request = self._requests.get(name)
         if request is None:
             known = f"Known names: {', '.join(self._requests)}." if self._requests else ""
@@ -52,12 +67,27 @@ class Samples:
 
     def take_due(self) -> None:
         """Make the samples that are due at this boundary by step."""
-        if self.schedule:
+        if self.schedule and self.agreement.is_open(self.status):
             self._take_each(self.schedule.take_due())
 
     def take_epoch(self, epochs: int) -> None:
         """Make the samples that are due at the end of the ``epochs``-th epoch."""
-        self._take_each(self.schedule.take_epoch(epochs))
+        if self.agreement.decides:
+            self._take_each(self.schedule.take_epoch(epochs))
+
+    def make_ordered(self, order: MakeSample) -> None:
+        """Take part in a sample of process 0.
+
+        Raises:
+            ProcessesDiverged: this process has no such sample.
+        """
+        request = self._requests.get(order.name)
+        if request is None:
+            raise ProcessesDiverged(
+                f"Process 0 makes the sample {order.name!r} at step {self.status.step}, and no subscriber of this "
+                "process has it. Set per_host = True in the class that calls run.schedule_samples."
+            )
+        self._dispatch(request)
 
     def _take_each(self, requests: list[SampleRequest]) -> None:
         for request in requests:
@@ -70,13 +100,20 @@ class Samples:
                 self.windows.emit(failed)
 
     def _take(self, request: SampleRequest) -> None:
-        model, carry, step = self.model, self.carry, self.status.step
-        leaves = model.leaves_for("predict", carry.leaves, carry.ext_leaves)
+        step = self.status.step
+        self.agreement.record(self.status, MakeSample(name=request.name))
         try:
-            made = model.sample(request.name, request.function, carry.leaves)(leaves, ())
+            made = self._dispatch(request)
         except RuntimeError as error:  # of the device, for example because it has no room
+            if self.agreement.is_shared:
+                raise  # the others may have dispatched it
             raise StepError(f"the sample {request.name!r} of step {step} failed: {error}") from error
         if not request.deliver(step, made):
             raise StepError(
                 f"the sample {request.name!r} of step {step} was left out: too many wait to be read and published."
             )
+
+    def _dispatch(self, request: SampleRequest) -> PyTree:
+        model, carry = self.model, self.carry
+        leaves = model.leaves_for("predict", carry.leaves, carry.ext_leaves)
+        return model.sample(request.name, request.function, carry.leaves)(leaves, ())

@@ -120,7 +120,14 @@ class TrainingLoop:
             evaluations=self.evaluations,
             agreement=agreement,
         )
-        self.samples = Samples(model=source.model, carry=carry, status=status, plane=plane, windows=windows)
+        self.samples = Samples(
+            model=source.model,
+            carry=carry,
+            status=status,
+            plane=plane,
+            windows=windows,
+            agreement=agreement,
+        )
         self._executor = CommandExecutor(
             carry=carry,
             hyperparams=hyperparams,
@@ -141,6 +148,7 @@ class TrainingLoop:
             executor=self._executor,
             checkpoints=self.checkpoints,
             evaluations=self.evaluations,
+            samples=self.samples,
             agreement=agreement,
         )
         self._backpressure = Backpressure(bus, windows, status, self.boundary)

@@ -263,6 +263,35 @@ def metrics_with_state(folder: Path, **options: Any) -> dict[str, Any]:
 
 @in_groups(4)
 @scenario
+def samples(folder: Path, **options: Any) -> dict[str, Any]:
+    """By step, by epoch and by command, at boundaries that have an evaluation too; of sharded weights and of a sum."""
+    taken: list[Any] = []
+
+    def prepare(trainer: et.Trainer[Any]) -> None:
+        @trainer.on(et.StepCompleted, every=5, lag=3)
+        async def ask(event: et.StepCompleted, control: et.Control) -> None:
+            await _pause()
+            control.evaluate()
+            control.sample("total")
+
+        @trainer.on(et.SampleTaken)
+        async def take(event: et.SampleTaken) -> None:
+            taken.append([event.step, event.name, np.asarray(event.value).tolist()])
+
+    found = trained(
+        folder,
+        subs.Sample(lambda state: state["params"]["w"], every=4, every_epochs=1, name="weights"),
+        subs.Sample(lambda state: jnp.sum(state["params"]["w"]), name="total"),
+        subs.EvaluateEvery(steps=8),
+        epochs=2,
+        prepare=prepare,
+        **options,
+    )
+    return found | {"samples": sorted(taken)}
+
+
+@in_groups(4)
+@scenario
 def every_step_announced(folder: Path, **options: Any) -> dict[str, Any]:
     def prepare(trainer: et.Trainer[Any]) -> None:
         @trainer.on(et.StepStarted, lag=0)

@@ -25,6 +25,7 @@ PROGRAM = Path(on_several_processes.__file__)
 EXACT = (
     "epoch_policies", "step_policies", "averaged_weights", "every_step_announced", "stopped_by_a_decider",
     "best_checkpoints", "two_runs_of_one_trainer", "metrics_with_state", "metrics_with_state_in_groups",
+    "samples", "samples_in_groups",
 )  # fmt: skip
 GROUPS = ("decisions_between_groups", "every_step_announced_in_groups", "best_checkpoints_in_groups")
 """Scenarios in which nothing depends on the clock; ``GROUPS`` with several steps per call."""
@@ -96,6 +97,18 @@ def test_two_processes_are_one_process_with_two_devices_bit_for_bit(
         assert process["state"] == alone["state"]
         assert process.get("folders") == alone.get("folders")
     assert len(alone["rows"]) > 20
+
+
+@pytest.mark.parametrize("name", ["samples", "samples_in_groups"])
+def test_process_0_publishes_the_samples_that_one_process_makes(
+    one_process: dict[str, Any], two_processes: dict[str, list[Any]], name: str
+) -> None:
+    first, second = two_processes[name]
+    assert first["samples"] == one_process[name]["samples"]
+    assert second["samples"] == []
+    steps = [(step, sample) for step, sample, _ in first["samples"]]
+    weights = [(step, "weights") for step in (4, 8, 12, 16, 20, 24)]
+    assert steps == sorted([*weights, *((step, "total") for step in (8, 13, 18, 23))])
 
 
 @pytest.mark.parametrize("name", GROUPS)

@@ -322,7 +322,7 @@ class Leader(_Several):
 
     def record(self, status: RunStatus, order: Order) -> None:
         """Writes ``order`` to the log."""
-        self._log.add(status.moment, order)
+        self._log.add(status.moment, order, status.phase_step)
         self._peers.wake()
 
     def promise(self, status: RunStatus, until: int) -> int:

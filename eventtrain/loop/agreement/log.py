@@ -8,7 +8,7 @@ due, promises reach many steps further than process 0 is.
 
 Laws, each with a test:
 
-1. Process 0 decides only at moments that are not promised.
+1. Process 0 decides only at moments that are not promised. A decision promises those before its own.
 2. Promises only rise, and a record holds every order that was added before its promise was given.
 3. A moment is counted where something is dispatched or published, never where a boundary happens to be looked at.
 4. A process passes a moment only when that is promised, and has then carried out exactly the orders up to it. Where it
@@ -79,6 +79,13 @@ class TakeCheckpoint(Frozen):
     kept: tuple[str, ...] = ()
 
 
+class MakeSample(Frozen):
+    """Dispatch the function of the sample ``name``, whose outputs process 0 reads."""
+
+    kind: Literal["make_sample"] = "make_sample"
+    name: str
+
+
 class RunEvaluation(Frozen):
     """Evaluate."""
 
@@ -132,6 +139,7 @@ Order = Annotated[
     ApplyCommand
     | RejectCommand
     | TakeCheckpoint
+    | MakeSample
     | RunEvaluation
     | AnnounceStep
     | EndGroup
@@ -209,11 +217,15 @@ class LeaderLog(_Log):
         """Returns whether an order may be added at ``moment``."""
         return moment > self.promised
 
-    def add(self, moment: Moment, order: Order) -> None:
-        """Adds an order. Its moment must be open."""
+    def add(self, moment: Moment, order: Order, phase_step: int = 0) -> None:
+        """Adds an order at ``moment``, which must be open, and promises those before it.
+
+        So the others come to it although process 0 waits for them there, in a computation that the order began.
+        """
         if not self.is_open(moment):
             raise ValueError(f"{order.kind} at {moment} comes after the promise of {self.promised}")
         self._orders.append(DatedOrder(moment=moment, order=order))
+        self.promise(Moment(moment.phase, moment.count - 1), phase_step)
 
     def promise_call(self, moment: Moment, steps: int, left: int, phase_step: int = 0) -> None:
         """Promises the moments of a call of ``steps`` steps at ``moment``, of ``left`` in its group of batches.
@@ -221,7 +233,7 @@ class LeaderLog(_Log):
         Adds the order by which it ends before its group does, if it does.
         """
         if steps < left:
-            self.add(Moment(moment.phase, moment.count + steps), EndGroup())
+            self.add(Moment(moment.phase, moment.count + steps), EndGroup(), phase_step)
         self.promise(Moment(moment.phase, moment.count + steps - 1), phase_step)
 
     def take_record(self, *, again: bool = False) -> Record | None:

@@ -48,11 +48,13 @@ class Sample(Subscriber):
     continues; one that cannot be traced fails the run before its first step. While eight samples wait to be read,
     further ones are left out.
 
-    A run of several processes refuses it.
+    In a run of several processes each of them computes fn, at the same boundary, and process 0 publishes the sample.
 
     Raises:
         ConfigurationError: an argument is invalid.
     """
+
+    per_host = True
 
     @checked
     def __init__(
@@ -82,7 +84,7 @@ class Sample(Subscriber):
         self._run: RunContext | None = None
 
     async def start(self, run: RunContext) -> None:
-        """Registers the boundaries with the loop. Raises ConfigurationError in a run of several processes."""
+        """Registers the boundaries with the loop."""
         owner = self.name or "Sample"
         run.schedule_samples(owner, self._sample, self._function, self._deliver, **self._plan)
         self._waiting = threading.Semaphore(MOST_WAITING)

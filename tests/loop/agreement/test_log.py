@@ -97,7 +97,7 @@ def test_every_process_carries_out_the_same_orders_at_the_same_moments(phases, d
             held.append(issued)
         if written.is_open(leader.status.moment):
             for number in held:
-                written.add(leader.status.moment, order(number))
+                written.add(leader.status.moment, order(number), leader.status.phase_step)
                 leader.carry_out(order(number))
             held.clear()
         ahead = 0 if held else data.draw(st.integers(0, 5), label="ahead")
@@ -174,7 +174,7 @@ def test_every_process_divides_the_groups_of_batches_alike(phases, size, data):
         moment, left = leader.status.moment, left_in_group(leader)
         for _ in range(data.draw(st.integers(0, 2), label="commands")):
             issued += 1
-            written.add(moment, order(issued))
+            written.add(moment, order(issued), leader.status.phase_step)
             leader.carry_out(order(issued))
         if left == 0:
             leader.move_on()
@@ -239,6 +239,16 @@ def test_process_0_decides_only_at_moments_that_are_not_promised():
         log.add(Moment(0, 3), order(2))
     log.promise(Moment(0, 1))
     assert log.promised == Moment(0, 3), "promises only rise"
+
+
+def test_an_order_promises_every_moment_before_its_own_so_that_the_others_come_to_it():
+    leader, log = LeaderLog(), FollowerLog()
+    leader.add(Moment(2, 0), order(1), 7)
+    record = leader.take_record()
+    assert record is not None
+    log.add(record)
+    assert [log.is_promised(Moment(1, 12), 7), log.is_promised(Moment(2, 0), 7)] == [True, False]
+    leader.add(Moment(2, 0), order(2), 7)  # still open
 
 
 def test_a_record_holds_every_order_added_before_its_promise_was_given():

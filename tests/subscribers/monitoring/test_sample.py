@@ -7,7 +7,6 @@ import threading
 from pathlib import Path
 from typing import Any
 
-import jax.numpy as jnp
 import numpy as np
 import pytest
 from PIL import Image
@@ -166,12 +165,7 @@ def test_no_step_waits_for_a_slow_sample_and_what_is_too_much_is_left_out(tmp_pa
     assert sorted([*taken(recorder), *left_out]) == list(range(1, 21))
 
 
-def test_two_samples_of_one_name_and_several_processes_are_refused(tmp_path: Path) -> None:
+def test_two_samples_of_one_name_are_refused(tmp_path: Path) -> None:
     twice = [subs.Sample(weights, name="one"), subs.Sample(weights, name="one")]
     with pytest.raises(et.ConfigurationError, match="named 'one'"):
         trainer(tmp_path, *twice).fit(DATA, steps=1, progress=False)
-    context = et.RunContext(
-        "run", tmp_path, et.Trainer(step_fn, {"w": jnp.zeros(1)}).control, print, process_count=2
-    )
-    with pytest.raises(et.ConfigurationError, match="2 processes"):
-        context.schedule_samples("Sample", "x", weights, lambda step, arrays: True)
