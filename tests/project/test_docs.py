@@ -214,6 +214,15 @@ def test_every_page_is_in_the_navigation() -> None:
     assert [page for page in pages if f" {page}\n" not in configuration] == []
 
 
+def test_the_site_loads_nothing_from_other_sites() -> None:
+    assert "  font: false" in (ROOT / "mkdocs.yml").read_text()
+    styles = [path.read_text() for path in DOCS.rglob("*.css")]
+    images = [match for page in PAGES for match in re.findall(r"!\[[^]]*\]\(([^)]+)\)", page.read_text())]
+    assert styles
+    assert images
+    assert [text for text in (*styles, *images) if re.search(r"(?:https?:)?//", text)] == []
+
+
 def test_each_promise_and_behaviour_names_tests_that_exist() -> None:
     page = (DOCS / "promises.md").read_text()
     rows = [line for line in page.splitlines() if re.match(r"\| (\d+|[a-z]+) \|", line)]
