@@ -16,13 +16,13 @@ import jax
 
 from eventtrain.bus.cancellation import persist
 from eventtrain.bus.core import BusCore
-from eventtrain.bus.subscription import SubscriptionCore
 from eventtrain.bus.wakeup import LoopThread
 from eventtrain.control.command_queue import CommandQueue
 from eventtrain.device.executable_cache import lower_here
 from eventtrain.device.model import Model
 from eventtrain.device.state import with_x64_of_caller
 from eventtrain.errors import AlreadyRunning, ConfigurationError
+from eventtrain.trainer.functions import Functions
 
 T = TypeVar("T")
 
@@ -87,6 +87,7 @@ class Execution:
         model: is traced on the calling thread.
         queue: gets the stop on cancellation.
         bus: of the trainer.
+        functions: receive events while something is in progress.
         backend, backend_options: of the event loop that ``serving`` starts.
 
     Attributes:
@@ -99,15 +100,16 @@ class Execution:
         model: Model,
         queue: CommandQueue,
         bus: BusCore,
+        functions: Functions,
         backend: str,
         backend_options: dict[str, Any] | None,
     ) -> None:
         self._model = model
         self._queue = queue
         self._bus = bus
+        self._functions = functions
         self._backend = (backend, backend_options)
         self._claimed = threading.Lock()
-        self._functions: list[SubscriptionCore] = []
         self._left_behind: EventLoopThread | None = None
         self.closed = False
         self.name = ""
@@ -116,28 +118,6 @@ class Execution:
     def busy(self) -> bool:
         """Whether something is in progress. Any thread."""
         return self._claimed.locked()
-
-    @property
-    def functions(self) -> tuple[SubscriptionCore, ...]:
-        """The subscriptions of functions. Any thread."""
-        return tuple(self._functions)
-
-    def add(self, function: SubscriptionCore) -> None:
-        """Route events to this detached subscription while something is in progress."""
-        self._functions.append(function)
-        if self.busy:
-            self._attach(function)
-
-    def cancel_functions(self) -> None:
-        """End the subscriptions of all functions, for good."""
-        for function in self._functions:
-            function.cancel()
-
-    def _attach(self, function: SubscriptionCore) -> None:
-        if jax.process_index() > 0 and not function.options.per_host:
-            return
-        self._bus.attach(function)
-        self._bus.start_worker(function)
 
     @contextmanager
     def claim(self, name: str) -> Generator[None]:
@@ -163,13 +143,9 @@ class Execution:
             self._bus.require_no_run()
             self.name = name
             self._queue.arrived.clear()  # a stop that came too late for the last run is not for this one
-            self._functions = [function for function in self._functions if function.state != "cancelled"]
-            for function in self._functions:
-                self._attach(function)
-            yield
+            with self._functions.receiving(name):
+                yield
         finally:
-            for function in self._functions:
-                self._bus.detach(function)
             self.name = ""
             self._model.lower_on_caller = lower_here
             self._claimed.release()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import uuid
 from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
@@ -18,7 +17,7 @@ from eventtrain.bus.options import SubscriptionOptions, event_classes
 from eventtrain.bus.subscription import Subscription, SubscriptionCore
 from eventtrain.control.control import Control
 from eventtrain.control.control_plane import ControlPlane
-from eventtrain.control.held_states import HeldStates, StateHandlerDecorator, require_state_options
+from eventtrain.control.held_states import StateHandlerDecorator
 from eventtrain.control.run_state import SavedRun
 from eventtrain.data.epoch_iterator import Leftovers
 from eventtrain.data.sources import describe, evaluation_sets, length_of
@@ -32,7 +31,6 @@ from eventtrain.events import EpochCompleted, Event, HyperparamChanged
 from eventtrain.events.models import Number
 from eventtrain.loop.agreement.agreement import Agreement
 from eventtrain.loop.evaluation import EvaluationSource
-from eventtrain.loop.event_builder import Derivations
 from eventtrain.loop.run_recorder import Aim, RunRecorder
 from eventtrain.loop.train_loop import Pace
 from eventtrain.notebook import html
@@ -40,9 +38,11 @@ from eventtrain.subscribers._shared.paths import local_path
 from eventtrain.subscribers.base import Subscriber, subscribe
 from eventtrain.subscribers.progress.display import shows_progress
 from eventtrain.subscribers.progress.progress_bar import ProgressBar
+from eventtrain.trainer.arguments import checked_derivations, checked_run_id, require_aim, require_start
 from eventtrain.trainer.execution import Execution
 from eventtrain.trainer.fit import train
 from eventtrain.trainer.fit_result import FitResult
+from eventtrain.trainer.functions import Functions
 from eventtrain.trainer.inference import Inference
 from eventtrain.trainer.processes import Opening, joined
 from eventtrain.trainer.remote_control import RemoteControl
@@ -64,7 +64,6 @@ from eventtrain.trainer.subscriber_lifecycle import RunSubscriber
 from eventtrain.trainer.tracebacks import UserFrames
 from eventtrain.validation.annotations import checked, fits, shown
 from eventtrain.validation.arguments import require_choice, require_count, require_number
-from eventtrain.validation.callables import require_plain
 
 if TYPE_CHECKING:
     from eventtrain.bus.options import EventTypesOf
@@ -168,7 +167,7 @@ class Trainer(Generic[S]):
                 "steps_per_call=1."
             )
         self._attempt = 0
-        self.run_id = uuid.uuid4().hex[:12] if run_id is None else _checked_run_id(run_id)
+        self.run_id = uuid.uuid4().hex[:12] if run_id is None else checked_run_id(run_id)
         folder = (
             Path("runs") / self.run_id if run_dir is None else local_path(run_dir, "Trainer(run_dir=...)")
         )
@@ -190,7 +189,7 @@ class Trainer(Generic[S]):
             run_dir_is_new=run_dir is None and run_id is None,
             pace=Pace(flush_interval_s, max(1, max_in_flight_steps // steps_per_call)),
             weight=weight,
-            derive=_checked_derivations(derive or {}),
+            derive=checked_derivations(derive or {}),
             drain_timeout_s=drain_timeout_s,
         )
         self._remote_control = remote_control
@@ -204,7 +203,10 @@ class Trainer(Generic[S]):
         for subscriber in subscribers:
             self._add(subscriber)
         self._inference = Inference(self._model, self._options, self._core, self._plane)
-        self._execution = Execution(self._model, self._plane.queue, self._core, backend, backend_options)
+        self._functions = Functions(self._core, self._plane)
+        self._execution = Execution(
+            self._model, self._plane.queue, self._core, self._functions, backend, backend_options
+        )
         self._run: Run | None = None
         self._signal: int | None = None
         self._leftovers = Leftovers()
@@ -237,7 +239,7 @@ class Trainer(Generic[S]):
         return f"at step {self.step:,}, epoch {self.epoch:,}" + (f", {doing}" if doing else "")
 
     def _subscriptions(self) -> list[SubscriptionCore]:
-        subscriptions = [*(member.subscription for member in self._members), *self._execution.functions]
+        subscriptions = [*(member.subscription for member in self._members), *self._functions.subscriptions]
         return [one for one in subscriptions if one.state != "cancelled"]
 
     def __exit__(self, *raised: object) -> None:
@@ -257,7 +259,7 @@ class Trainer(Generic[S]):
         self._execution.closed = True
         for member in self._members:
             member.subscription.cancel()
-        self._execution.cancel_functions()
+        self._functions.cancel()
         if self._core.control_source is self._plane:
             self._core.control_source = None
 
@@ -328,32 +330,13 @@ class Trainer(Generic[S]):
             ConfigurationError: an option is invalid.
             AlreadyRunning: ``with_state`` while a run is in progress.
         """
-        # @trainer.on without arguments would subscribe nothing: refused now.
-        types = event_classes(event_type)
+        event_classes(event_type)  # @trainer.on without arguments would subscribe nothing: refused now
 
         def subscribe_function(handler: Handler) -> Handler:
-            if not with_state:
-                self._execution.add(self._subscribe_function(event_type, handler, options))
-                return handler
-            if self._execution.busy:
-                raise AlreadyRunning(
-                    f"Cannot subscribe a function with_state=True while {self._execution.name} is in progress, which "
-                    "would not keep its states. Subscribe it before."
-                )
-            require_state_options(handler, types, options)
-            held = HeldStates()
-            held.subscription = self._subscribe_function(event_type, held.with_state(handler), options)
-            self._execution.add(held.subscription)
-            known = self._plane.held_states
-            known[:] = [*(other for other in known if other.subscription.active), held]
+            self._functions.subscribe(event_type, handler, options, with_state=with_state)
             return handler
 
         return subscribe_function
-
-    def _subscribe_function(
-        self, event_type: Any, handler: Handler, options: Mapping[str, Any]
-    ) -> SubscriptionCore:
-        return self._core.subscribe(event_type, handler, options, attach=False, owner=self._execution)
 
     @property
     def subscribers(self) -> tuple[Subscriber, ...]:
@@ -466,7 +449,11 @@ class Trainer(Generic[S]):
 
     @contextmanager
     def session(
-        self, *, eval_data: Any = None, resume: bool | str | int | Path = False
+        self,
+        *,
+        eval_data: Any = None,
+        resume: bool | str | int | Path = False,
+        hyperparams: Mapping[str, Number] | None = None,
     ) -> Generator[Session[S]]:
         """Drive the run from your own loop: ``with trainer.session() as session: session.step(batch)``.
 
@@ -478,29 +465,23 @@ class Trainer(Generic[S]):
             eval_data: for ``control.evaluate()`` and the end of epochs. Requires ``eval_fn``.
             resume: as for ``fit``. Your loop continues at ``session.step_count``, or at ``session.epoch`` and
                 ``session.batch``. In a run that was stopped for good, ``step`` returns False at once.
+            hyperparams: as for ``fit``.
 
         Raises:
             ConfigurationError: there is no eval_fn, or no Checkpointer to resume from.
+            HyperparamError: one of ``hyperparams`` does not exist, follows a schedule, or cannot have that value.
             SnapshotError: there is no such checkpoint.
         """
-        self._check_resume("session", resume)
+        require_start("session", resume, hyperparams)
         if eval_data is not None:
             self._require_eval_fn("session(eval_data=...)")
             evaluation_sets(eval_data)
         with (
             self._on_this_thread("session"),
-            self._joined() as agreement,
-            self._run_directory(agreement),
+            self._begun("session", Aim(), None, eval_data, resume, hyperparams or {}) as begun,
         ):
-            saved = self._find_saved(resume) if resume is not False and agreement.decides else None
-            saved = self._begin(agreement, saved)
-            point = None
-            if saved is not None:
-                point, _ = self._resume(saved, Aim(), None, named=resume is not True, given={})
-            restarts = resume is not False and point is None
-            run = self._new_run(Aim(), eval_data, (), point, restarts=restarts, agreement=agreement)
-            with _restored_if_unused(run, point), self._running(run):
-                yield session_of(run, self._plane.control)
+            assert begun is not None  # no checkpoint is beyond an aim that is open
+            yield session_of(begun[0], self._plane.control)
 
     @contextmanager
     def _on_this_thread(self, name: str) -> Generator[None]:
@@ -513,36 +494,20 @@ class Trainer(Generic[S]):
 
     def _check_fit(
         self,
-        epochs: int | None,
-        steps: int | None,
+        epochs: object,
+        steps: object,
         eval_data: Any,
         resume: object,
         hyperparams: object,
         progress: object,
     ) -> None:
-        self._check_resume("fit", resume)
-        if not fits(hyperparams, Mapping[str, Any] | None):
-            raise ConfigurationError(
-                f"fit: hyperparams must be a dict of name -> value, got {shown(hyperparams)}."
-            )
+        require_start("fit", resume, hyperparams)
+        require_aim(epochs, steps)
         if not fits(progress, bool | None):
             raise ConfigurationError(f"fit: progress must be True, False or None, got {shown(progress)}.")
-        if (epochs is None) == (steps is None):
-            raise ConfigurationError(
-                f"fit requires exactly one of epochs and steps, got epochs={shown(epochs)} and steps={shown(steps)}."
-            )
-        _require_positive("epochs", epochs)
-        _require_positive("steps", steps)
         if eval_data is not None:
             self._require_eval_fn("fit(eval_data=...)")
             evaluation_sets(eval_data)
-
-    @staticmethod
-    def _check_resume(what: str, resume: object) -> None:
-        if not fits(resume, bool | str | int | Path):
-            raise ConfigurationError(
-                f"{what}: resume must be a bool, a path, a tag or a step, got {shown(resume)}."
-            )
 
     def _subscribers_here(self) -> tuple[Subscriber, ...]:
         """The subscribers that run in this process: all in process 0, those ``per_host`` in the others."""
@@ -623,7 +588,33 @@ class Trainer(Generic[S]):
     ) -> FitResult[S]:
         model = self._model
         aim = Aim(epochs, steps, length_of(data))
-        wanted = model.new_hyperparams(hyperparams)
+        with self._begun("fit", aim, data, eval_data, resume, hyperparams, extra) as begun:
+            if begun is None:
+                return self._result(0, "completed", [], {})
+            run, point, left = begun
+            first_epoch = model.epoch
+            train(run, data, left, self._leftovers, point)
+        return self._result(
+            model.epoch - first_epoch, run.ended_by, list(run.resources.builder.history), run.undelivered
+        )
+
+    @contextmanager
+    def _begun(
+        self,
+        what: str,
+        aim: Aim,
+        data: Any,
+        eval_data: Any,
+        resume: bool | str | int | Path,
+        hyperparams: Mapping[str, Number],
+        extra: Sequence[Subscriber] = (),
+    ) -> Generator[tuple[Run, ResumePoint | None, Aim] | None]:
+        """Begin a run, from a checkpoint or not, and end it after the block.
+
+        Gives the run, the checkpoint that it resumes from, and what is left of ``aim``; None if the checkpoint is
+        beyond that. Arguments as of ``fit``, and ``what`` is the method that was called.
+        """
+        wanted = self._model.new_hyperparams(hyperparams)
         given = {one.path: read(leaf) for one, leaf in wanted.items()}
         with (
             self._joined() as agreement,
@@ -636,12 +627,13 @@ class Trainer(Generic[S]):
                 point, left = self._resume(saved, aim, data, named=resume is not True, given=given)
             if point is not None and is_beyond(point.record.loop, aim):
                 point.backup.discard()
-                return self._result(0, "completed", [], {})
+                yield None
+                return
             restarts = resume is not False and point is None
             known = point is not None and (
                 point.ended is not None or (resume is True and point.record.loop.given == given)
             )
-            changes = [] if known else self._set_hyperparams(wanted, given)
+            changes = [] if known else self._set_hyperparams(wanted, given, what)
             temporary = [
                 RunSubscriber(one, subscribe(self._core, one)) for one in (extra if agreement.decides else ())
             ]
@@ -656,21 +648,17 @@ class Trainer(Generic[S]):
                 given=given,
                 changes=changes,
             )
-            first_epoch = model.epoch
             try:
                 with _restored_if_unused(run, point), self._running(run):
-                    train(run, data, left, self._leftovers, point)
+                    yield run, point, left
             finally:
                 for member in temporary:
                     member.subscription.cancel()
-        return self._result(
-            model.epoch - first_epoch, run.ended_by, list(run.resources.builder.history), run.undelivered
-        )
 
     def _set_hyperparams(
-        self, wanted: Mapping[Hyperparam, jax.Array], values: Mapping[str, Number]
+        self, wanted: Mapping[Hyperparam, jax.Array], values: Mapping[str, Number], what: str
     ) -> list[HyperparamChanged]:
-        """Sets what ``fit`` was given. Returns the events of what has changed."""
+        """Sets what ``fit`` or ``session`` was given. Returns the events of what has changed."""
         return [
             HyperparamChanged(
                 step=self._model.step,
@@ -678,7 +666,7 @@ class Trainer(Generic[S]):
                 path=one.path,
                 old=old,
                 new=values[one.path],
-                reason="fit(hyperparams=...)",
+                reason=f"{what}(hyperparams=...)",
             )
             for one, old in self._model.set_hyperparams(wanted).items()
             if old != values[one.path]
@@ -845,30 +833,3 @@ def _restored_if_unused(run: Run, point: ResumePoint | None) -> Generator[None]:
         if point is not None and run.loop is None:
             point.backup.restore()
         raise
-
-
-def _checked_run_id(run_id: object) -> str:
-    """Returns ``run_id`` if it can be the name of a folder: it becomes one, here and in remote stores."""
-    if not isinstance(run_id, str) or not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,127}", run_id):
-        raise ConfigurationError(
-            f"Trainer(run_id={run_id!r}): run_id must be at most 128 letters, digits and _ . -, and begin with a "
-            "letter, a digit or _, since folders are named after it."
-        )
-    return run_id
-
-
-def _checked_derivations(derive: Mapping[str, Any]) -> Derivations:
-    for name, function in derive.items():
-        if not isinstance(name, str) or not callable(function):  # pyright: ignore[reportUnnecessaryIsInstance]
-            raise ConfigurationError(
-                f"Trainer(derive={{{name!r}: {function!r}}}): expected names of metrics, with functions of the means."
-            )
-        require_plain(f"derive[{name!r}]", function)
-    return dict(derive)
-
-
-def _require_positive(name: str, value: object) -> None:
-    if value is not None and (
-        isinstance(value, bool) or not isinstance(value, int) or not 1 <= value < 2**63
-    ):
-        raise ConfigurationError(f"{name} must be an integer >= 1, got {shown(value)}.")

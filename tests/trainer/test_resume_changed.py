@@ -189,6 +189,26 @@ def test_a_resume_sets_other_values_once_and_again_where_the_checkpoint_is_named
     assert [event.metrics["rate"] for event in seen if event.kind == "step_completed"] == [0.125] * 4
 
 
+def test_a_session_sets_the_values_that_it_is_given_as_fit_does(tmp_path: Path) -> None:
+    def session(resume: bool, rate: float) -> list[Any]:
+        trainer = make_trainer(tmp_path, subscribers=[subs.Checkpointer("ck", every=2)])
+        seen = record(trainer, et.HyperparamChanged, et.StepCompleted)
+        with trainer.session(resume=resume, hyperparams={"learning_rate": rate}) as session:
+            for batch in batches(4)[:2]:
+                session.step(batch)
+        return [
+            (event.step, event.old, event.new, event.reason)
+            if isinstance(event, et.HyperparamChanged)
+            else event.metrics["rate"]
+            for event in seen
+        ]
+
+    reason = "session(hyperparams=...)"
+    assert session(False, 0.25) == [(0, 0.5, 0.25, reason), 0.25, 0.25]
+    assert session(True, 0.25) == [0.25, 0.25]  # the checkpoint remembers that it was set
+    assert session(True, 0.125) == [(4, 0.25, 0.125, reason), 0.125, 0.125]
+
+
 async def halve(event: et.StepCompleted, control: et.Control) -> None:
     control.scale_hyperparam("learning_rate", 0.5)
 
@@ -206,6 +226,11 @@ def test_values_that_cannot_be_set_are_refused_before_anything_has_changed(tmp_p
     for wrong in ([], {1: 0.1}, 0.1):
         with pytest.raises(et.ConfigurationError, match="hyperparams must be a dict of name -> value"):
             trainer.fit(batches(4), epochs=2, resume=True, hyperparams=wrong)  # type: ignore[arg-type]
+        with (
+            pytest.raises(et.ConfigurationError, match="session: hyperparams must be a dict"),
+            trainer.session(hyperparams=wrong),  # type: ignore[arg-type]
+        ):
+            pass
     assert (trainer.step, trainer.control.hyperparams) == (0, {})
 
 
