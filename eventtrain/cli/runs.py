@@ -24,6 +24,7 @@ from eventtrain.runs.journal import JSONLJournal
 from eventtrain.runs.reading import EventReader
 from eventtrain.runs.rows import wanted
 from eventtrain.runs.summary import RunSummary, find_runs, summarise
+from eventtrain.subscribers._shared.display_text import duration_text
 from eventtrain.subscribers.checkpointing.manifest import is_checkpoint, read_manifest
 
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead: one line for each run or event.")]
@@ -58,7 +59,7 @@ def ls(
             _state(run),
             str(run.step),
             "-" if run.epoch is None else str(run.epoch),
-            _duration(run.duration_s),
+            "-" if run.duration_s is None else duration_text(run.duration_s),
             Text(printable(run.problem or _metrics(run, MOST_METRICS))),
             str(sum(1 for _ in _checkpoints(run.path))),
             Text(printable(str(run.path))),
@@ -76,10 +77,11 @@ def show(run_dir: RunDir, as_json: AsJson = False) -> None:
         return
     console, facts = _console(), Table(box=None, show_header=False, pad_edge=False)
     started = "-" if run.started is None else f"{run.started.astimezone():%Y-%m-%d %H:%M:%S}"
+    time = None if run.duration_s is None else duration_text(run.duration_s)
     for name, value in (
         ("state", _state(run)), ("reason", run.reason), ("run", run.run_id), ("attempt", run.attempt),
-        ("step", run.step), ("epochs completed", run.epoch), ("started", started),
-        ("time", _duration(run.duration_s)), ("log", run.log), ("problem", run.problem),
+        ("step", run.step), ("epochs completed", run.epoch), ("started", started), ("time", time),
+        ("log", run.log), ("problem", run.problem),
     ):  # fmt: skip
         if value not in (None, ""):
             facts.add_row(
@@ -216,13 +218,6 @@ def _metrics(run: RunSummary, most: int) -> str:
 
 def _number(value: Any) -> str:
     return f"{value:.6g}" if isinstance(value, float) else str(value)
-
-
-def _duration(seconds: float | None) -> str:
-    if seconds is None:
-        return "-"
-    hours, rest = divmod(round(seconds), 3600)
-    return f"{hours}:{rest // 60:02}:{rest % 60:02}"
 
 
 def _console() -> Console:

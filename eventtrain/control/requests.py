@@ -71,13 +71,13 @@ class SampleRequest(PeriodicRequest):
     Attributes:
         name: of the sample.
         function: ``state -> a pytree of arrays``, to be compiled.
-        deliver: gets the step and the arrays, which may not be computed yet. Returns False if too many of them wait
-            already. Training thread; never blocks.
+        deliver: gets the step, and a function that waits until the arrays are computed and returns them on the host.
+            Returns False if too many samples wait already. Training thread; never blocks.
     """
 
     name: str = ""
     function: Callable[[Any], Any] = field(default=lambda state: None)
-    deliver: Callable[[int, Any], bool] = field(default=lambda step, arrays: False)
+    deliver: Callable[[int, Callable[[], Any]], bool] = field(default=lambda step, read: False)
 
 
 @dataclass(frozen=True)

@@ -212,6 +212,11 @@ class RunContext:
         if self.unknown_params is not None:
             raise ConfigurationError(f"{subject} requires the weights, but {self.unknown_params}")
 
+    @property
+    def sample_names(self) -> tuple[str, ...]:
+        """Names for ``control.sample``, once all subscribers have started."""
+        return tuple(request.name for request in self._requests.samples) if self._plane is not None else ()
+
     # --- requests, while the subscriber starts ----------------------------------------------------------------
 
     def before_first_step(self, check: Callable[[TracedRun], None]) -> None:
@@ -281,7 +286,7 @@ class RunContext:
         owner: str,
         name: str,
         function: Callable[[Any], Any],
-        deliver: Callable[[int, Any], bool],
+        deliver: Callable[[int, Callable[[], Any]], bool],
         *,
         every: int | None = None,
         every_epochs: int | None = None,
@@ -296,8 +301,9 @@ class RunContext:
             name: of the sample.
             function: ``state -> a pytree of arrays``; compiled before the first step, and called on the training
                 thread. The state is that for predictions.
-            deliver: gets the step and the arrays on the training thread, and must not block: another thread waits for
-                them. Returns False if too many of them wait already, so that this one is left out.
+            deliver: gets the step, and a function that returns the pytree with NumPy arrays. It is called on the
+                training thread and must not block: the function waits for the device, so another thread calls it.
+                Returns False if too many samples wait already, so that this one is left out.
             every, every_epochs: steps, epochs.
 
         Raises:

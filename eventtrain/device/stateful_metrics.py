@@ -263,7 +263,7 @@ class TakenStates(NamedTuple):
 
     def fetch(self) -> FetchedStates:
         """Waits until they are computed and returns them on the host; the GIL is released meanwhile."""
-        return FetchedStates({name: _on_host(array) for name, array in self.arrays.items()}, self.window)
+        return FetchedStates({name: host_array(array) for name, array in self.arrays.items()}, self.window)
 
 
 class FetchedStates(NamedTuple):
@@ -273,7 +273,8 @@ class FetchedStates(NamedTuple):
     window: Any
 
 
-def _on_host(array: jax.Array) -> HostArray:
+def host_array(array: jax.Array) -> HostArray:
+    """Returns a copy that is read-only, with a dtype of NumPy's own. Waits until it is computed."""
     value = np.array(array)
     if value.dtype.kind not in "biuf":  # bfloat16, float8, int4 ...
         value = value.astype(np.float32 if jnp.issubdtype(value.dtype, np.floating) else np.int32)

@@ -6,12 +6,16 @@ In a run of several processes each of them dispatches the sample, by order of pr
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
+
+import jax
 
 from eventtrain.control.control_plane import ControlPlane
 from eventtrain.control.requests import SampleRequest
 from eventtrain.device.compiled_step import Carry
 from eventtrain.device.model import Model
 from eventtrain.device.state import PyTree
+from eventtrain.device.stateful_metrics import host_array
 from eventtrain.errors import (
     ConfigurationError,
     EventTrainError,
@@ -108,7 +112,7 @@ class Samples:
             if self.agreement.is_shared:
                 raise  # the others may have dispatched it
             raise StepError(f"the sample {request.name!r} of step {step} failed: {error}") from error
-        if not request.deliver(step, made):
+        if not request.deliver(step, partial(jax.tree.map, host_array, made)):
             raise StepError(
                 f"the sample {request.name!r} of step {step} was left out: too many wait to be read and published."
             )

@@ -55,6 +55,7 @@ if TYPE_CHECKING:
     from eventtrain.subscribers.trackers.opentelemetry import OpenTelemetry as OpenTelemetry
     from eventtrain.subscribers.trackers.prometheus_exporter import PrometheusExporter as PrometheusExporter
     from eventtrain.subscribers.trackers.tensorboard_logger import TensorBoardLogger as TensorBoardLogger
+    from eventtrain.subscribers.trackers.trackio_logger import TrackioLogger as TrackioLogger
     from eventtrain.subscribers.trackers.wandb_logger import WandbLogger as WandbLogger
 
 _LAZY = {
@@ -105,6 +106,7 @@ _LAZY = {
     "TensorBoardLogger": "eventtrain.subscribers.trackers.tensorboard_logger",
     "TerminateOnNaN": "eventtrain.subscribers.policies.terminate_on_nan",
     "Uploader": "eventtrain.subscribers.remote.uploader",
+    "TrackioLogger": "eventtrain.subscribers.trackers.trackio_logger",
     "WandbLogger": "eventtrain.subscribers.trackers.wandb_logger",
     "download_checkpoint": "eventtrain.subscribers.remote.download",
     "restore_state": "eventtrain.subscribers.checkpointing.checkpointer",

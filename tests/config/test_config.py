@@ -69,6 +69,7 @@ TYPES = {
     "TensorBoardLogger": "tensor_board_logger",
     "TerminateOnNaN": "terminate_on_nan",
     "Uploader": "uploader",
+    "TrackioLogger": "trackio_logger",
     "WandbLogger": "wandb_logger",
 }
 """Class -> its name in a file."""
@@ -94,6 +95,7 @@ REQUIRED: dict[str, dict[str, Any]] = {
     "ParquetLogger": {"path": "metrics"},
     "RedisEvents": {"url": "redis://host"},
     "Uploader": {"url": "s3://bucket/prefix"},
+    "TrackioLogger": {"project": "digits"},
     "WandbLogger": {"project": "digits"},
 }
 """What a table has to say besides its type."""

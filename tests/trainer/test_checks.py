@@ -66,6 +66,9 @@ def test_a_predict_fn_that_no_batch_can_mend_fails_before_the_first_step(
         (lambda: subs.GradientSpike("grad_norm"), "rate"),
         (lambda: subs.TerminateOnNaN(monitor="losss"), "rate"),
         (lambda: subs.Checkpointer("best", monitor="val_los", mode="min", save_best_only=True), "val_loss"),
+        (lambda: subs.Alerts([subs.Rule("los", above=1.0)]), "rule 'los above 1' of Alerts monitors 'los'"),
+        (lambda: subs.Alerts([subs.Rule("val_loss", above=1.0, event=et.StepCompleted)]), "(loss, "),
+        (lambda: subs.Alerts([subs.SpikeRule("val_loss", event=et.EvalCompleted)]), "(loss, "),
     ],
 )
 def test_a_misspelt_monitor_fails_before_the_first_step(tmp_path: Path, subscriber: Any, listed: str) -> None:
@@ -104,6 +107,12 @@ def test_names_that_are_known_later_or_come_from_sets_and_derived_values_are_no_
         subscribers=[
             subs.EarlyStopping(monitor, mode="min", patience=9),
             subs.EarlyStopping("log", mode="min"),
+            subs.Alerts(
+                [
+                    subs.Rule(monitor, above=9.0),
+                    subs.Rule(monitor.removeprefix("val_"), above=9.0, event=et.EvalCompleted),
+                ]
+            ),
         ],
     )
     if data is not_yet:

@@ -92,6 +92,7 @@ NEEDED: dict[str, dict[str, Any]] = {
     "NoImprovementRule": {"metric": "loss", "patience": 3},
     "Rule": {"metric": "loss", "above": 1},
     "SpikeRule": {"metric": "loss"},
+    "TrackioLogger": {"project": "x"},
     "WandbLogger": {"project": "x"},
     "NATSEvents": {"url": "nats://localhost"},
     "Profiler": {"steps": [(1, 2)]},

@@ -59,11 +59,9 @@ def size_text(size_bytes: int) -> str:
 
 
 def duration_text(duration_s: float) -> str:
-    """3725.2 -> "1 h 2 min 5 s"."""
+    """12.34 -> "12.3 s"; 3725.2 -> "1:02:05"."""
     if duration_s < 60:
         return f"{duration_s:.1f} s"
     minutes, seconds = divmod(round(duration_s), 60)
     hours, minutes = divmod(minutes, 60)
-    days, hours = divmod(hours, 24)
-    parts = [(days, "d"), (hours, "h"), (minutes, "min"), (seconds, "s")]
-    return " ".join(f"{count} {unit}" for count, unit in parts if count)
+    return f"{hours}:{minutes:02}:{seconds:02}"

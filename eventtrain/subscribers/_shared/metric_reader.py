@@ -41,17 +41,22 @@ class MetricReader:
         """Returns a reader of the same metric that has reported nothing yet; arguments as of the constructor."""
         return MetricReader(owner, self.metric, strict=self._strict, evaluates=evaluates)
 
-    def look_up_in(self, run: RunContext, event: type[Event]) -> None:
-        """Has the run fail before its first step if events of this class cannot have the metric. While it starts."""
+    def look_up_in(self, run: RunContext, event: type[Event], *, unprefixed: bool = False) -> None:
+        """Has the run fail before its first step if events of this class cannot have the metric. While it starts.
+
+        Args:
+            run: that starts.
+            event: StepCompleted, EpochCompleted or EvalCompleted.
+            unprefixed: as of ``read``.
+        """
 
         def check(traced: TracedRun) -> None:
-            is_evaluation = event is EvalCompleted
-            if not traced.knows_evaluation and (is_evaluation or self.metric.startswith("val_")):
+            if not traced.knows_evaluation and (event is EvalCompleted or self.metric.startswith("val_")):
                 return
             known = traced.metrics[event]
-            if (self.metric.removeprefix("val_") if is_evaluation else self.metric) not in known:
+            if (self.metric.removeprefix("val_") if unprefixed else self.metric) not in known:
                 raise ConfigurationError(
-                    self._explain([f"val_{name}" if is_evaluation else name for name in known])
+                    self._explain([f"val_{name}" if unprefixed else name for name in known])
                 )
 
         run.before_first_step(check)

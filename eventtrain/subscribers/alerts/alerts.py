@@ -25,6 +25,7 @@ from eventtrain.events import (
     RunFailed,
     StepsCompleted,
 )
+from eventtrain.subscribers._shared.metric_reader import MetricReader
 from eventtrain.subscribers._shared.paths import file_path, require_writable_file
 from eventtrain.subscribers._shared.state import SavedState
 from eventtrain.subscribers._shared.worker_thread import in_own_thread
@@ -137,7 +138,10 @@ class Alerts(Subscriber):
         self._loaded = False
 
     async def start(self, run: RunContext) -> None:
-        """Starts the threads. In a run that resumes, alerts that were raised and not resolved stay raised."""
+        """Starts the threads. In a run that resumes, alerts that were raised and not resolved stay raised.
+
+        The run fails before its first step if no event can have the metric of a rule.
+        """
         if self.every != 1 or self.every_s is not None:
             raise ConfigurationError(
                 f"Alerts(every={self.every!r}, every_s={self.every_s!r}): Alerts must get every event, so as not to "
@@ -153,6 +157,10 @@ class Alerts(Subscriber):
             if isinstance(alerts.rule, RunEndRule):
                 alerts.reset()
         owner = self.name or "Alerts"
+        for alerts in self._alerts.values():
+            rule = alerts.rule
+            if isinstance(rule, MetricRule) and rule.event is not MachineMeasured:
+                MetricReader(f"The rule {rule.label!r} of {owner}", rule.metric).look_up_in(run, rule.event)
         for path in self.output_paths:
             await in_own_thread(partial(require_writable_file, run.run_dir / path, owner))
         self._delivery = await anyio.to_thread.run_sync(Delivery, self._delivery_options, run, owner)

@@ -237,7 +237,8 @@ class Checkpointer(Subscriber):
         self._may_lack_evaluations = run.can_evaluate and not self._by_evaluation
         if self._monitor is not None:
             self._reader = MetricReader(self._name, self._monitor, evaluates=self._may_lack_evaluations)
-            self._reader.look_up_in(run, EvalCompleted if self._by_evaluation else EpochCompleted)
+            event = EvalCompleted if self._by_evaluation else EpochCompleted
+            self._reader.look_up_in(run, event, unprefixed=self._by_evaluation)
         self._runs = (*(one for one in self._runs if one != run.run_id), run.run_id)
         directory = (run.run_dir / self._directory).absolute()
         if self._options.weights_only:

@@ -233,6 +233,9 @@ class _Live:
     def hyperparams(self) -> Mapping[str, Number]:
         return self._run.control.hyperparams
 
+    def sample_names(self) -> tuple[str, ...]:
+        return self._run.sample_names
+
 
 class _Steering:
     """Sends commands to the runs in progress."""

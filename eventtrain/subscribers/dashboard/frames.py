@@ -13,7 +13,7 @@ import base64
 import json
 import threading
 from collections import deque
-from collections.abc import Callable, Generator, Iterable, Mapping
+from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from time import monotonic
@@ -44,6 +44,10 @@ class LiveRun(Protocol):
 
     def hyperparams(self) -> Mapping[str, Number]:
         """The values in effect."""
+        ...
+
+    def sample_names(self) -> Sequence[str]:
+        """The samples that can be requested."""
         ...
 
     def loop_statistics(self) -> LoopStatistics:
@@ -126,6 +130,7 @@ class ShownRun:
         self._before = (now_s, subscribers)
         self.figures = {
             "values": {name: _plain(value) for name, value in live.hyperparams().items()},
+            "sample_names": list(live.sample_names()),
             "loop": _loop_row(live.loop_statistics()),
             "subscribers": [
                 _subscriber_row(one, before.get(name), now_s - before_s) for name, one in subscribers.items()

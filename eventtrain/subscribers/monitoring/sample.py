@@ -102,17 +102,17 @@ class Sample(Subscriber):
                 FINISH_S, lambda: logger.error("%s: samples were not read in time", thread.name)
             )
 
-    def _deliver(self, step: int, arrays: Any) -> bool:
+    def _deliver(self, step: int, read: Callable[[], Any]) -> bool:
         thread = self._thread
         if thread is None or not self._waiting.acquire(blocking=False):
             return False
-        thread.put(partial(self._publish, thread, step, arrays))
+        thread.put(partial(self._publish, thread, step, read))
         return True
 
-    def _publish(self, thread: WorkerThread, step: int, arrays: Any) -> None:
+    def _publish(self, thread: WorkerThread, step: int, read: Callable[[], Any]) -> None:
         """Reads the arrays, which waits for the device, and publishes the sample. In the thread."""
         try:
-            made = _on_host(arrays)
+            made = read()
             media, value = _sorted(made if self._decode is None else self._decode(made), self._media)
             event = SampleTaken(step=step, name=self._sample, media=media, value=value)
         except Exception as error:
@@ -124,18 +124,6 @@ class Sample(Subscriber):
         finally:
             self._waiting.release()
         thread.publish(event)
-
-
-def _on_host(tree: Any) -> Any:
-    """Returns the pytree of a sample with NumPy arrays. Blocks until they are computed."""
-    if isinstance(tree, Mapping):
-        items: Any = tree.items()  # pyright: ignore[reportUnknownVariableType]
-        return {name: _on_host(part) for name, part in items}
-    if isinstance(tree, (list, tuple)):
-        parts: Any = tree  # pyright: ignore[reportUnknownVariableType]
-        return [_on_host(part) for part in parts]
-    array = np.asarray(tree)
-    return array.astype(np.float32) if array.dtype.kind == "V" else array  # bfloat16 and the like
 
 
 def _sorted(value: Any, media: Media | None) -> tuple[Media, Any]:

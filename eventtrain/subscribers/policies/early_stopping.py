@@ -160,7 +160,8 @@ class EarlyStopping(MonitorPolicy):
         await super().start(run)
         for other in self._others:
             other.reader = other.reader.for_run(self._name, evaluates=self._evaluates(run))
-            other.reader.look_up_in(run, UNITS[other.monitor.unit][0])
+            event = UNITS[other.monitor.unit][0]
+            other.reader.look_up_in(run, event, unprefixed=event is EvalCompleted)
         kept = run.control.snapshots.get(self._best_tag)
         if not self._loaded and kept is not None:
             kept.release()

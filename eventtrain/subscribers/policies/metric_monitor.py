@@ -194,7 +194,8 @@ class MonitorPolicy(Policy[MonitorPolicyState]):
         """Starts from scratch, unless a state was loaded."""
         await super().start(run)
         self._reader = self._reader.for_run(self._name, evaluates=self._evaluates(run))
-        self._reader.look_up_in(run, UNITS[self._monitor.unit][0])
+        event = UNITS[self._monitor.unit][0]
+        self._reader.look_up_in(run, event, unprefixed=event is EvalCompleted)
 
     def _evaluates(self, run: RunContext) -> bool:
         """Whether the metrics are those of epochs of a run that evaluates."""

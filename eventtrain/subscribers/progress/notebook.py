@@ -21,9 +21,10 @@ from eventtrain.control.loop_statistics import LoopStatistics
 from eventtrain.events import EpochCompleted, StepsCompleted
 from eventtrain.notebook import html
 from eventtrain.subscribers._shared.curve import Curve
+from eventtrain.subscribers._shared.display_text import duration_text
 from eventtrain.subscribers._shared.small_chart import small_chart
 from eventtrain.subscribers.progress.summary_table import HEAD, Summary
-from eventtrain.subscribers.progress.text import Shown, compact, duration, texts
+from eventtrain.subscribers.progress.text import Shown, compact, texts
 
 logger = logging.getLogger("eventtrain")
 
@@ -167,8 +168,8 @@ class NotebookDisplay:
         parts = [
             f"{task.completed:.0f}/{task.total:.0f}" if task.total else f"{task.completed:.0f} steps",
             "" if task.speed is None else f"{compact(task.speed)} steps/s",
-            duration(task.elapsed or 0.0),
-            f"{duration(task.time_remaining)} left" if task.time_remaining else "",
+            duration_text(task.elapsed or 0.0),
+            f"{duration_text(task.time_remaining)} left" if task.time_remaining else "",
         ]
         return f"{task.description}: {', '.join(filter(None, parts))}"
 

@@ -16,7 +16,8 @@ from eventtrain.control.loop_statistics import LoopStatistics
 from eventtrain.errors import printable
 from eventtrain.events import CheckpointCommitted, CheckpointFailed, EpochCompleted
 from eventtrain.events.models import Number
-from eventtrain.subscribers.progress.text import compact, duration
+from eventtrain.subscribers._shared.display_text import duration_text
+from eventtrain.subscribers.progress.text import compact
 
 MOST_METRICS = 20
 """Rows of the table of metrics; more are counted."""
@@ -79,7 +80,7 @@ class Summary:
             ("ended", printable(self.ended), "red" if self.failed else "green"),
             ("steps", f"{loop.step}{now}", "none"),
             ("epochs", str(self.epochs), "none"),
-            ("duration", f"{duration(loop.duration_s)}{rate}", "none"),
+            ("duration", f"{duration_text(loop.duration_s)}{rate}", "none"),
         ]
         if self.committed or self.failed_checkpoints:
             facts.append(("checkpoints", self._checkpoints(), "red" if self.failed_checkpoints else "none"))

@@ -10,12 +10,14 @@ from functools import partial
 from time import monotonic
 from typing import TYPE_CHECKING, Any, Literal
 
+import numpy as np
 from pydantic import SecretStr
 from pydantic_core import to_json
 
 from eventtrain.events import (
     TO_BE_CONTINUED,
     EpochCompleted,
+    EvalCompleted,
     Event,
     RunCompleted,
     RunFailed,
@@ -84,7 +86,8 @@ class MLflowLogger(Tracker):
 
     The metrics in MLflow are ``step/<metric>``, ``epoch/<metric>`` (those of evaluation with ``val_``),
     ``eval/<metric>`` and ``hyperparams/<name>``, the value that a step was computed with. Characters that MLflow does
-    not take become ``_``. Samples are files in ``samples/<name>``.
+    not take become ``_``. Samples are files in ``samples/<name>``, arrays of an evaluation or an epoch JSON files in
+    ``eval/<name>``, ``epoch/<name>``.
 
     A thread of its own uses MLflow. Rows that wait for it are bounded; what an outage costs is reported
     (``TrackerThread``). A resumed run continues the run in MLflow that its checkpoint names, and leaves out the steps
@@ -147,6 +150,8 @@ class MLflowLogger(Tracker):
                     self._put(partial(_step_values, event, self._every), rows, rows * len(event.metrics))
             case SampleTaken() if self._mlflow is not None:
                 self._add(event, partial(_log_sample, self._mlflow, event))
+            case EvalCompleted() | EpochCompleted() if self._mlflow is not None and event.arrays:
+                self._add(event, partial(_log_arrays, self._mlflow, event))
             case RunCompleted():
                 self._end("KILLED" if event.reason in TO_BE_CONTINUED else "FINISHED", event.reason)
             case RunFailed():
@@ -230,8 +235,20 @@ def _log_sample(run: MLflowRun, event: SampleTaken) -> None:
     elif event.media == "table":
         value = to_json({"columns": list(value), "data": list(zip(*value.values(), strict=True))})
     elif event.media == "array":
-        value = to_json(value.tolist(), inf_nan_mode="strings")
+        value = _array_json(value)
     run.add_file(f"samples/{mlflow_store.key_for(event.name)}", f"step-{event.step:08}.{suffix}", value)
+
+
+def _log_arrays(run: MLflowRun, event: EvalCompleted | EpochCompleted) -> None:
+    """Adds the arrays of metrics as files: MLflow has no curves of them."""
+    group = "eval" if isinstance(event, EvalCompleted) else "epoch"
+    for name, array in event.arrays.items():
+        folder = f"{group}/{mlflow_store.key_for(name)}"
+        run.add_file(folder, f"step-{event.step:08}.json", _array_json(array))
+
+
+def _array_json(array: np.ndarray[Any, Any]) -> bytes:
+    return to_json(array.tolist(), inf_nan_mode="strings")
 
 
 def _log(run: MLflowRun, batch: _Batch) -> None:

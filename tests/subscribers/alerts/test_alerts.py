@@ -99,7 +99,7 @@ def test_the_non_finite_rule_sees_nan_and_infinity_and_the_others_do_not(tmp_pat
     rules = [
         subs.Rule("loss", non_finite=True, event=et.StepCompleted),
         subs.Rule("loss", above=5.0, name="high", event=et.StepCompleted),
-        subs.Rule("missing", below=5.0, event=et.StepCompleted),
+        subs.Rule("missing", below=5.0, event=et.MachineMeasured),
     ]
     assert named(fit(tmp_path, subs.Alerts(rules), [1.0, math.nan, math.inf, math.nan, 1.0])) == [
         ("alert_raised", 2, "loss not finite"),
@@ -142,7 +142,13 @@ def test_steps_are_judged_without_an_event_for_each(tmp_path: Path) -> None:
 def test_a_metric_that_never_came_is_told_at_the_end(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    fit(tmp_path, subs.Alerts([subs.Rule("los", above=1.0), subs.Rule("loss", above=1.0)]), [0.5])
+    def measure(trainer: et.Trainer) -> None:
+        @trainer.on(et.StepCompleted)
+        async def publish(event: et.StepCompleted) -> None:
+            trainer.bus.publish(et.MachineMeasured(step=event.step, source="test", metrics={"loss": 0.0}))
+
+    rules = [subs.Rule(name, above=1.0, event=et.MachineMeasured) for name in ("los", "loss")]
+    fit(tmp_path, subs.Alerts(rules), [0.5], measure)
     told = [record.getMessage() for record in caplog.records if "had no effect" in record.getMessage()]
     assert told == ["Rule 'los above 1' of Alerts had no effect: no event had the metric 'los', only loss."]
 

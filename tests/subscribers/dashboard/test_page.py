@@ -253,10 +253,14 @@ def test_the_page_survives_a_kill_and_a_restart_of_the_process(page: Page, tmp_p
         process.communicate()
 
 
-def test_an_action_a_checkpoint_and_stop_are_buttons(page: Page, tmp_path: Path) -> None:
+def test_an_action_a_sample_a_checkpoint_and_stop_are_buttons(page: Page, tmp_path: Path) -> None:
     dashboard = subs.Dashboard(token=TOKEN, actions={"Render": "Draws"})
     requested: list[str] = []
-    with watched(tmp_path, dashboard, subs.Checkpointer("checkpoints", every=10**6)) as (training, _, _run):
+    sample = subs.Sample(
+        lambda state: state["params"]["w"], name="weights"
+    )  # made only when the button is pressed
+    checkpointer = subs.Checkpointer("checkpoints", every=10**6)
+    with watched(tmp_path, dashboard, checkpointer, sample) as (training, _, _run):
 
         @training.trainer.on(et.ActionRequested)
         async def render(event: et.ActionRequested) -> None:
@@ -265,6 +269,11 @@ def test_an_action_a_checkpoint_and_stop_are_buttons(page: Page, tmp_path: Path)
         page.open(dashboard)
         page.wait(lambda seen: seen["buttons"])
         page.find("#actions button").click()
+        assert page.find("#samples-card").get_attribute("hidden")
+        wait_until(lambda: page.find("#samplers").text == "Sample weights")
+        page.find("#samplers button").click()
+        page.wait(lambda seen: "sample weights" in seen["commands"])
+        wait_until(lambda: re.search(r"weights step \d", page.find("#samples").text))
         page.find("#checkpoint").click()
         page.find("#evaluate").click()
         page.wait(lambda seen: "evaluate" in seen["commands"] and "checkpoint" in seen["commands"])

@@ -28,6 +28,7 @@ from eventtrain.subscribers.trackers.tracker import TrackerThread
 from eventtrain.testing import ScriptedStep
 from eventtrain.validation.optional_imports import MissingModule
 from tests.conftest import python_path
+from tests.subscribers.trackers.tracked_runs import context
 from tests.support.saved_in_memory import MemoryCheckpointer
 
 mlflow = pytest.importorskip("mlflow", reason="MLflow is not installed: pip install 'eventtrain[mlflow]'")
@@ -151,6 +152,29 @@ def test_samples_are_files_of_the_run(tmp_path: Path, store: Store) -> None:
     }  # fmt: skip
     assert found["samples/text/step-00000002.txt"] == "2 values"
     assert json.loads(found["samples/a b/step-00000004.json"])["columns"] == ["i"]
+
+
+def contents(folder: Path) -> dict[str, Any]:
+    return {
+        path.relative_to(folder).as_posix(): json.loads(path.read_text()) for path in folder.rglob("*.json")
+    }
+
+
+@pytest.mark.parametrize("anyio_backend", ["asyncio"])
+async def test_arrays_of_metrics_are_files_of_the_run(tmp_path: Path, store: Store) -> None:
+    store.client.create_experiment(store.experiment, artifact_location=(tmp_path / "files").as_uri())
+    logger = store.logger()
+    await logger.start(context(tmp_path))
+    confusion = np.array([[3, 1], [0, 4]], np.float32)
+    await logger.handle(et.EvalCompleted(step=5, epoch=0, metrics={}, arrays={"confusion": confusion}))
+    curve = {"a/b": np.array([0.5, np.nan])}
+    await logger.handle(et.EpochCompleted(step=6, epoch=0, metrics={}, arrays=curve))
+    await logger.stop()
+    folder = tmp_path / "files" / str(logger.run_id) / "artifacts"
+    assert contents(folder) == {
+        "eval/confusion/step-00000005.json": [[3, 1], [0, 4]],
+        "epoch/a/b/step-00000006.json": [0.5, "NaN"],
+    }
 
 
 def test_only_every_so_many_steps_are_logged(tmp_path: Path, store: Store) -> None:

@@ -211,6 +211,38 @@ async def test_odd_names_and_values_are_read_back_as_they_are(
     assert list(found["step/big"].values()) == list(range(2**60, 2**60 + 4))
 
 
+def pages(folder: Path) -> str:
+    return "".join(path.read_text() for path in folder.rglob("*.html"))
+
+
+@pytest.mark.parametrize("anyio_backend", ["asyncio"])
+async def test_arrays_of_metrics_and_samples_are_in_the_files(tmp_path: Path) -> None:
+    said: list[Any] = []
+    tracker = logger()
+    await tracker.start(context(tmp_path, said))
+    scores = {"confusion": np.array([[3.0, 1.0], [0.0, 4.0]]), "f1": np.array([0.75, 0.8])}
+    events = [
+        et.EvalCompleted(step=1, epoch=0, metrics={"loss": 0.5}, arrays=scores),
+        et.EpochCompleted(step=1, epoch=0, metrics={}, arrays={"f1": scores["f1"]}),
+        et.SampleTaken(step=1, name="text", media="text", value="a <b>"),
+        et.SampleTaken(step=1, name="table", media="table", value={"n": [1, 2]}),
+        et.SampleTaken(step=1, name="noise", media="array", value=np.ones((2, 3))),
+    ]
+    for event in events:
+        await tracker.handle(event)
+    await tracker.stop()
+    found = (await anyio.to_thread.run_sync(read, tmp_path)).curves
+    assert said == []
+    assert found["eval/loss"] == {1: 0.5}
+    image = found["eval/confusion"][1]
+    assert (image["_type"], image["width"], image["height"]) == ("image-file", 256, 256)
+    assert [sum(found[name][1]["values"]) for name in ("eval/f1", "epoch/f1", "samples/noise")] == [2, 2, 6]
+    texts = pages(tmp_path)
+    assert "a &lt;b&gt;" in texts
+    assert "| n |" in texts
+    assert {found[f"samples/{name}"][1]["_type"] for name in ("text", "table")} == {"html-file"}
+
+
 # --- a run that goes on ---------------------------------------------------------------------------------------
 
 

@@ -230,6 +230,7 @@ function show(frame) {
   if (changed("checkpoints")) showLog("checkpoints", sections.checkpoints, checkpointRow);
   if (changed("notices")) showLog("notices", sections.notices, noticeRow);
   if (changed("samples")) showSamples(sections.samples);
+  if (changed("samples") || changed("sample_names")) showSamplers(sections);
   if (changed("machine")) showMachine(run);
   if (changed("loop")) showLoop(sections.loop);
   if (changed("subscribers")) showSubscribers(sections.subscribers);
@@ -419,6 +420,23 @@ function showSamples(rows) {
     return make("figure", "", caption, shown);
   });
   $("samples").replaceChildren(...figures);
+}
+
+// Of a run that is read from its files, the names are those of the samples that it has made.
+function showSamplers(sections) {
+  const made = (sections.samples || []).map((row) => row.name);
+  const names = [...new Set([...(sections.sample_names || []), ...made])];
+  const shape = JSON.stringify(names);
+  if ($("samplers").dataset.shape === shape) return;
+  $("samplers").dataset.shape = shape;
+  const buttons = names.map((name) => {
+    const button = make("button", "", `Sample ${name}`);
+    button.type = "button";
+    button.title = "Have the model make this sample now";
+    button.addEventListener("click", () => command({ kind: "take_sample", name }, `sample ${name}`));
+    return button;
+  });
+  $("samplers").replaceChildren(...buttons);
 }
 
 const MACHINE = /percent$|bytes$|_c$|_w$|share$/;
