@@ -1,15 +1,19 @@
 """Growth of time and memory with subscribers, metrics, leaves of the state and events.
 
 The first three are times per step over the bare jitted loop of the same step. Events are published to one handler, and
-to one that hangs in its first event, for each kind of queue: the memory must not grow with their number.
+to one that hangs in its first event, for each kind of queue: the memory must not grow with their number. Nor with the
+steps of a run that a page shows: a tiny step, a hundred in one dispatch, with a dashboard and one reader.
 """
 
 from __future__ import annotations
 
+import io
 import logging
 import os
 import resource
+import tempfile
 import time
+from contextlib import redirect_stderr
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,12 +21,15 @@ from typing import Any
 import anyio
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 import eventtrain as et
 from benchmarks.figures import Budget, Figure, compared_loops
 from benchmarks.machine import Device
+from benchmarks.parts.dashboard import readers
 from benchmarks.parts.loop import counters, none, observed
 from benchmarks.workloads import Workload, calibrated
+from eventtrain import subscribers as subs
 
 TARGET_S = 1e-3
 SUBSCRIBERS = (1, 8, 64, 256)
@@ -134,6 +141,28 @@ async def stalled(queue: et.Queue, first: int, second: int) -> float:
     return growth_mib
 
 
+def shown(first: int, second: int) -> float:
+    """Returns the MiB by which memory grows from step ``first`` to ``second`` of a run that a page shows."""
+
+    def step_fn(state: Any, batch: Any) -> tuple[Any, dict[str, jax.Array]]:
+        return state + 1, {"loss": jnp.sin(state), "batch": batch}
+
+    dashboard, data = subs.Dashboard(), [np.float32(0)] * 10_000
+    with tempfile.TemporaryDirectory() as folder, redirect_stderr(io.StringIO()):
+        trainer = et.Trainer(
+            step_fn, jnp.float32(0), subscribers=[dashboard], run_dir=folder, steps_per_call=100
+        )
+        trainer.fit(data, steps=100, progress=False)  # starts the server
+        with readers(dashboard, 1, "read"):
+            trainer.fit(data, epochs=first // len(data), progress=False)
+            first_mib = resident_mib()
+            trainer.fit(data, epochs=(second - first) // len(data), progress=False)
+            growth_mib = resident_mib() - first_mib
+        trainer.close()
+        dashboard.close()
+    return growth_mib
+
+
 def figures(device: Device, budget_s: float, quick: bool) -> list[Figure]:
     """Returns time and memory for each number of subscribers, metrics, leaves and events."""
     logging.disable(logging.CRITICAL)
@@ -155,6 +184,9 @@ def figures(device: Device, budget_s: float, quick: bool) -> list[Figure]:
                 f"events behind a stalled handler, {name}: memory", f"{second:,}", "MiB", round(growth_mib, 2)
             )
         )
+    steps = 10**5 if quick else 10**6
+    growth_mib = round(shown(steps // 5, steps), 2)
+    found.append(Figure("steps with a dashboard: memory", f"{steps:,}", "MiB", growth_mib))
     cases = [
         *(("subscribers", number, workload, counters(number)) for number in some(SUBSCRIBERS)),
         *(("metrics", number, with_metrics(workload, number), counters(1)) for number in some(METRICS)),

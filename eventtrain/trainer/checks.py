@@ -1,4 +1,4 @@
-"""Checks before the first step: what would otherwise fail at the end of the first epoch, or have no effect at all."""
+"""Checks of a run: before its first step, of what would fail later; at its end, of what had no effect."""
 
 from __future__ import annotations
 
@@ -7,14 +7,26 @@ from collections.abc import Callable
 from time import monotonic
 from typing import Any
 
-from eventtrain.control.requests import TracedRun
+from eventtrain.bus.core import BusCore
+from eventtrain.bus.handlers import takes_control
+from eventtrain.control.requests import RunRequests, TracedRun
 from eventtrain.data.epoch_iterator import EpochIterator, Waiter
 from eventtrain.device.compiled_step import CompiledStep
 from eventtrain.device.model import Model
 from eventtrain.device.state import abstract, replicated_sharding
-from eventtrain.events import EpochCompleted, EvalCompleted, Event, StepCompleted
+from eventtrain.events import (
+    EpochCompleted,
+    EpochStarted,
+    EvalCompleted,
+    Event,
+    StepCompleted,
+    StepsCompleted,
+)
+from eventtrain.loop.backpressure import ROW_EVENTS
 from eventtrain.loop.evaluation import EvaluationSource, name_of_set
 from eventtrain.loop.event_builder import Derivations, with_derived
+from eventtrain.loop.run_recorder import Aim
+from eventtrain.loop.run_status import RunStatus
 
 logger = logging.getLogger("eventtrain")
 
@@ -61,6 +73,36 @@ def trace_run(
     }
     shapes: Any = abstract(model.leaves, [path in model.weak_paths for path in model.structure.paths])
     return TracedRun(model.structure.join(shapes), batch, metrics, known)
+
+
+def report_endless_epoch(bus: BusCore, requests: RunRequests, status: RunStatus, aim: Aim) -> None:
+    """Logs what goes by epochs, if the aim is reached within the first one: there was nothing for it to decide."""
+    length = aim.steps_per_epoch
+    if status.epoch > 0 or (length is not None and status.batch >= length):
+        return
+    by_epochs = (EpochStarted, EpochCompleted)
+    if not any(request.every or request.every_s for request in requests.evaluations):
+        by_epochs = (*by_epochs, EvalCompleted)
+    deciders = [
+        subscription.name
+        for subscription in bus.table.active
+        if subscription.handler is not None
+        and takes_control(subscription.handler)
+        and any(issubclass(kind, subscription.types) for kind in by_epochs)
+        and not any(issubclass(kind, subscription.types) for kind in (*ROW_EVENTS, StepsCompleted))
+    ]
+    owners = [
+        request.owner
+        for request in (*requests.checkpoints, *requests.evaluations, *requests.samples)
+        if request.every_epochs and not request.every and not request.every_s
+    ]
+    if deciders or owners:
+        logger.warning(
+            "No epoch of the data ended within %d steps. These go by epochs, so they decided nothing between the "
+            "first step and the last: %s. Use data that ends, or let them go by steps, for example "
+            'patience_unit="steps", by="step", every=... or EvaluateEvery(steps=...).',
+            status.step, ", ".join(dict.fromkeys([*deciders, *owners])),
+        )  # fmt: skip
 
 
 def _trace_eval(

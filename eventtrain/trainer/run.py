@@ -16,7 +16,6 @@ from typing import Any
 import jax
 
 from eventtrain.bus.core import BusCore
-from eventtrain.bus.handlers import takes_control
 from eventtrain.bus.training_stream import Activation
 from eventtrain.control.command_queue import POLL_S
 from eventtrain.control.control_plane import ControlPlane
@@ -33,18 +32,13 @@ from eventtrain.device.state import StateArray, replicated_sharding
 from eventtrain.errors import BusClosed, ConfigurationError, PeerLost, StepError
 from eventtrain.events import (
     CommandApplied,
-    EpochCompleted,
-    EpochStarted,
-    EvalCompleted,
     HyperparamChanged,
     RunCompleted,
     RunFailed,
     RunStarted,
-    StepsCompleted,
 )
 from eventtrain.loop.agreement.agreement import Agreement
 from eventtrain.loop.agreement.log import ApplyCommand, EndRun
-from eventtrain.loop.backpressure import ROW_EVENTS
 from eventtrain.loop.boundary import require_served
 from eventtrain.loop.evaluation import EvaluationSource
 from eventtrain.loop.event_builder import Derivations, EventBuilder
@@ -53,7 +47,8 @@ from eventtrain.loop.run_recorder import RunRecorder
 from eventtrain.loop.run_resources import RunResources
 from eventtrain.loop.run_status import RunStatus
 from eventtrain.loop.train_loop import Pace, TrainingLoop
-from eventtrain.trainer.checks import trace_run
+from eventtrain.trainer.checks import report_endless_epoch, trace_run
+from eventtrain.trainer.failures import is_raised_by_jax, save_memory_profile
 from eventtrain.trainer.resume import ResumePoint, resume_loop, resume_stream, take_over_extensions
 from eventtrain.trainer.subscriber_lifecycle import RunSubscriber, SubscriberLifecycle
 
@@ -308,40 +303,11 @@ class Run:
         """End the epoch that the aim has cut short, if it was. A run with a higher aim continues before this."""
         self.require_open()
         if self.loop is not None and self.status.in_epoch:
-            self._report_endless_epoch()
+            report_endless_epoch(self._bus, self._plane.requests, self.status, self.recorder.aim)
             self.loop.boundary.begin_phase()
             self.loop.boundary.settle()
             self.loop.checkpoints.begin_end()
         self.end_epoch()
-
-    def _report_endless_epoch(self) -> None:
-        """Log what goes by epochs, if the aim is reached within the first one: there was nothing for it to decide."""
-        status, requests, length = self.status, self._plane.requests, self.recorder.aim.steps_per_epoch
-        if status.epoch > 0 or (length is not None and status.batch >= length):
-            return
-        by_epochs = (EpochStarted, EpochCompleted)
-        if not any(request.every or request.every_s for request in requests.evaluations):
-            by_epochs = (*by_epochs, EvalCompleted)
-        deciders = [
-            subscription.name
-            for subscription in self._bus.table.active
-            if subscription.handler is not None
-            and takes_control(subscription.handler)
-            and any(issubclass(kind, subscription.types) for kind in by_epochs)
-            and not any(issubclass(kind, subscription.types) for kind in (*ROW_EVENTS, StepsCompleted))
-        ]
-        owners = [
-            request.owner
-            for request in (*requests.checkpoints, *requests.evaluations, *requests.samples)
-            if request.every_epochs and not request.every and not request.every_s
-        ]
-        if deciders or owners:
-            logger.warning(
-                "No epoch of the data ended within %d steps. These go by epochs, so they decided nothing between the "
-                "first step and the last: %s. Use data that ends, or let them go by steps, for example "
-                'patience_unit="steps", by="step", every=... or EvaluateEvery(steps=...).',
-                status.step, ", ".join(dict.fromkeys([*deciders, *owners])),
-            )  # fmt: skip
 
     def wait(self, ready: Callable[[], object]) -> bool:
         """Wait until ``ready()``, serving commands. Returns False if the run has to end first."""
@@ -474,7 +440,9 @@ class Run:
         deadline_s = monotonic() + self.options.drain_timeout_s
         plane, builder, clock = self._plane, self.resources.builder, self.resources.clock
         status, error = self.status, raised
-        if raised is not None and (note := self._save_memory_profile(raised)):
+        if raised is not None and (
+            note := save_memory_profile(raised, self.options.run_dir, self.status.step)
+        ):
             raised.add_note(note)
         begun = status.phase > 0 or status.step > self._first_step
         self._is_untouched = self._agreement.is_shared and not begun
@@ -618,7 +586,7 @@ class Run:
         fetcher = self.resources.fetcher
         failed = fetcher.failure
         if failed is not None and not isinstance(failed, (StepError, PeerLost)):
-            note = self._save_memory_profile(failed)
+            note = save_memory_profile(failed, self.options.run_dir, self.status.step)
             failure = self._lost_behind(failed) or StepError(
                 f"The device failed while computing a step: {type(failed).__name__}: {failed}. The state is lost. "
                 f"Resume from a checkpoint. {note}".rstrip()
@@ -626,20 +594,6 @@ class Run:
             failure.__cause__ = failed
             fetcher.failure = failure
         return fetcher.failure
-
-    def _save_memory_profile(self, error: BaseException) -> str:
-        """Save what is in the memory of the devices, if ``error`` is that it was exhausted. Returns where, else ""."""
-        if not isinstance(error, jax.errors.JaxRuntimeError) or "RESOURCE_EXHAUSTED" not in str(error):
-            return ""
-        path = self.options.run_dir / f"memory-step-{self.status.step:08}-process-{jax.process_index()}.prof"
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            jax.profiler.save_device_memory_profile(str(path))
-        except (OSError, RuntimeError) as failed:
-            logger.error("The memory of the devices was not saved to %s: %s", path, failed)
-            return ""
-        logger.error("The memory of a device was exhausted at step %d.", self.status.step)
-        return f"What was in the memory of the devices is in {path}, for `pprof -top`."
 
     def _lost_behind(self, error: BaseException) -> PeerLost | None:
         """Returns the loss of another process, if that is why a computation failed. Waits until it can be known."""
@@ -667,14 +621,6 @@ class Run:
             self._agreed_stop, self.status.signal = stop.command.reason, stop.signal
             agreement.record(self.status, ApplyCommand(command=stop.command, signal=stop.signal))
         return self._agreed_stop
-
-
-def is_raised_by_jax(error: BaseException) -> bool:
-    """Returns whether JAX has raised ``error``, and not a function of the user or of eventtrain."""
-    traceback, module = error.__traceback__, ""
-    while traceback is not None:
-        module, traceback = traceback.tb_frame.f_globals.get("__name__", ""), traceback.tb_next
-    return module.partition(".")[0] in ("jax", "jaxlib")
 
 
 def _never_due(reason: str, error: BaseException | None) -> str:

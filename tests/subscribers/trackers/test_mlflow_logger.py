@@ -166,9 +166,13 @@ async def test_arrays_of_metrics_are_files_of_the_run(tmp_path: Path, store: Sto
     logger = store.logger()
     await logger.start(context(tmp_path))
     confusion = np.array([[3, 1], [0, 4]], np.float32)
-    await logger.handle(et.EvalCompleted(step=5, epoch=0, metrics={}, arrays={"confusion": confusion}))
+    await logger.handle(
+        et.EvalCompleted(
+            step=5, epoch=0, steps=1, duration_s=0.1, metrics={}, arrays={"confusion": confusion}
+        )
+    )
     curve = {"a/b": np.array([0.5, np.nan])}
-    await logger.handle(et.EpochCompleted(step=6, epoch=0, metrics={}, arrays=curve))
+    await logger.handle(et.EpochCompleted(step=6, epoch=0, steps=6, duration_s=0.1, metrics={}, arrays=curve))
     await logger.stop()
     folder = tmp_path / "files" / str(logger.run_id) / "artifacts"
     assert contents(folder) == {

@@ -222,8 +222,8 @@ async def test_arrays_of_metrics_and_samples_are_in_the_files(tmp_path: Path) ->
     await tracker.start(context(tmp_path, said))
     scores = {"confusion": np.array([[3.0, 1.0], [0.0, 4.0]]), "f1": np.array([0.75, 0.8])}
     events = [
-        et.EvalCompleted(step=1, epoch=0, metrics={"loss": 0.5}, arrays=scores),
-        et.EpochCompleted(step=1, epoch=0, metrics={}, arrays={"f1": scores["f1"]}),
+        et.EvalCompleted(step=1, epoch=0, steps=1, duration_s=0.1, metrics={"loss": 0.5}, arrays=scores),
+        et.EpochCompleted(step=1, epoch=0, steps=1, duration_s=0.1, metrics={}, arrays={"f1": scores["f1"]}),
         et.SampleTaken(step=1, name="text", media="text", value="a <b>"),
         et.SampleTaken(step=1, name="table", media="table", value={"n": [1, 2]}),
         et.SampleTaken(step=1, name="noise", media="array", value=np.ones((2, 3))),

@@ -36,7 +36,7 @@ ODD = [
 
 
 def context(run_dir: Path, said: list[Any] | None = None, **options: Any) -> et.RunContext:
-    control: Any = SimpleNamespace(snapshots={})
+    control: Any = SimpleNamespace(snapshots={}, hyperparams={})
     return et.RunContext("run", run_dir, control, (said if said is not None else []).append, **options)
 
 
