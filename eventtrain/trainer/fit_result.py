@@ -70,7 +70,7 @@ class FitResult(Generic[S]):
         A notebook shows it, and ``figure.savefig(path)`` writes it. pyplot does not know it.
 
         Args:
-            metrics: names of those to draw; None: the first 24. Hyperparameters are drawn after them.
+            metrics: names of those to draw; None: the first 24. Hyperparameters that changed are drawn after them.
             scale: of the metrics; "auto": logarithmic if all values are positive and the highest is 100 times the
                 lowest.
             theme: its colours.
@@ -95,7 +95,7 @@ class FitResult(Generic[S]):
                 if name.startswith("val_"):
                     series.add_evaluation(name, value, event.step)
         return plotting.figure(
-            series.panels(most=MOST_PANELS),
+            series.panels(series.changing_hyperparams(), most=MOST_PANELS),
             (),
             title=f"step {self.step:,}: {self.stop_reason}",
             colours=plotting.LIGHT if theme == "light" else plotting.DARK,

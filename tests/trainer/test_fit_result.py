@@ -84,6 +84,20 @@ def test_a_result_is_a_figure_and_a_dataframe(tmp_path: Path) -> None:
     assert list(frame["val_loss"]) == [6.0, 6.0, 6.0]
 
 
+def test_a_result_draws_the_hyperparameters_that_changed(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    history = [
+        et.EpochCompleted(
+            step=epoch + 1, epoch=epoch, steps=1, duration_s=1.0, metrics={"loss": 1.0},
+            hyperparams={"b1": 0.9, "learning_rate": 0.1 / (epoch + 1)},
+        )
+        for epoch in range(3)
+    ]  # fmt: skip
+    figure = et.FitResult({}, 3, 3, "completed", history, {}).plot()
+    assert [text.get_text() for text in figure.texts][-2:] == ["loss", "learning_rate"]
+    assert len(figure.axes) == 2
+
+
 @pytest.mark.parametrize(
     "wrong", [{"scale": "cubic"}, {"theme": "blue"}, {"metrics": "loss"}, {"metrics": [1]}]
 )

@@ -145,6 +145,10 @@ class RunSeries(SavedState):
         rates = [name for name in names if name in self.hyperparams]
         return [*panels, *(Panel(name, hyperparam=self.hyperparams[name]) for name in rates)]
 
+    def changing_hyperparams(self) -> list[str]:
+        """Returns the names of the hyperparameters that had more than one value."""
+        return [name for name, curve in self.hyperparams.items() if not curve.is_constant()]
+
     def metric_names(self) -> list[str]:
         """Returns the names of the metric panels, in the order of ``self.metrics`` if it is given."""
         found = dict.fromkeys([*self.epochs, *self.steps])

@@ -160,7 +160,9 @@ def _draw(axes: Axes, panel: Panel, changes: Sequence[Change], colours: Colours,
     axes.set_facecolor("none")
     axes.grid(True, color=colours.grid, linewidth=0.7)
     axes.set_axisbelow(True)
-    axes.tick_params(colors=colours.soft, labelcolor=colours.ink, labelsize=8.5, labelfontfamily=FONT)
+    axes.tick_params(
+        which="both", colors=colours.soft, labelcolor=colours.ink, labelsize=8.5, labelfontfamily=FONT
+    )
     for side in ("top", "right"):
         axes.spines[side].set_visible(False)
     for side in ("left", "bottom"):
@@ -238,6 +240,8 @@ def _label(axes: Axes, colours: Colours) -> None:
         formatter = FuncFormatter(lambda value, _: f"{value:g}")
         axes.yaxis.set_major_formatter(formatter)
         axes.yaxis.set_minor_formatter(formatter if narrow else NullFormatter())
+        if narrow:
+            axes.yaxis.set_minor_locator(LogLocator(subs=(2, 3, 5, 7)))  # all nine would overlap
     else:
         axes.yaxis.set_major_locator(MaxNLocator(nbins=5))
         axes.yaxis.set_major_formatter(ScalarFormatter(useMathText=False))

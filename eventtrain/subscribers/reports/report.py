@@ -164,7 +164,6 @@ class Report(Subscriber):
 
     def _content(self, run: RunContext, statistics: Sequence[SubscriptionStatistics]) -> Content:
         summary, series = self._summary, self._series
-        changing = [name for name, curve in series.hyperparams.items() if not curve.is_constant()]
         return Content(
             run.run_id if self._title is None else self._title,
             summary.outcome,
@@ -174,7 +173,7 @@ class Report(Subscriber):
             sections(summary, series, statistics),
             [
                 Drawing(panel.name, Markup(plotting.fragment(panel, series.marked)), bars(panel.curves[0]))
-                for panel in series.panels(changing[:MOST_PANELS], most=MOST_PANELS)
+                for panel in series.panels(series.changing_hyperparams()[:MOST_PANELS], most=MOST_PANELS)
             ],
             pictures(summary),
         )
