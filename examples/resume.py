@@ -1,6 +1,7 @@
 """A run that can be killed at any moment. Start it, ``kill -9`` it, and start it again:
 
 python examples/resume.py [run_dir]
+python examples/resume.py [run_dir] --small    # 2 epochs, as in the tests
 
 However often it is killed, it ends with the digest of an uninterrupted run, and its log has exactly one row per step.
 """
@@ -39,6 +40,7 @@ params = {
     "output": jax.random.normal(keys[1], (256, 1)) / 16,
 }
 
+folders = [argument for argument in sys.argv[1:] if argument != "--small"]
 trainer = et.Trainer(
     train_step,
     {"params": params, "opt_state": optimiser.init(params)},
@@ -47,8 +49,9 @@ trainer = et.Trainer(
         subs.JSONLLogger("events.jsonl"),
         subs.ReduceLROnPlateau("loss", patience=2),
     ],
-    run_dir=sys.argv[1] if len(sys.argv) > 1 else "runs/resume",
+    run_dir=folders[0] if folders else "runs/resume",
 )
-result = trainer.fit(et.ArrayLoader((inputs, targets), batch_size=64, seed=1), epochs=20, resume=True)
+data = et.ArrayLoader((inputs, targets), batch_size=64, seed=1)
+result = trainer.fit(data, epochs=2 if "--small" in sys.argv else 20, resume=True)
 digest = hashlib.sha256(b"".join(np.asarray(leaf).tobytes() for leaf in jax.tree.leaves(result.state)))
 print(f"step {result.step} ({result.stop_reason}): state {digest.hexdigest()[:16]}")

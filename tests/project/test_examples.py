@@ -1,10 +1,11 @@
-"""examples/service.py through real HTTP on loopback: it answers while it trains, and goes down cleanly."""
+"""Every example runs; the services through real HTTP on loopback: they answer while they train, and go down cleanly."""
 
 from __future__ import annotations
 
 import importlib.util
 import json
 import os
+import re
 import subprocess
 import sys
 import threading
@@ -15,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
@@ -25,13 +27,22 @@ import eventtrain as et
 import eventtrain.subscribers
 from tests.conftest import python_path
 from tests.support.brokers import NATSServer, running
+from tests.support.notebook_kernel import kernel
 
-EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
-spec = importlib.util.spec_from_file_location("service_example", EXAMPLES / "service.py")
-assert spec is not None
-assert spec.loader is not None
-service = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(service)
+ROOT = Path(__file__).resolve().parents[2]
+EXAMPLES = ROOT / "examples"
+
+
+def load_example(name: str) -> Any:
+    spec = importlib.util.spec_from_file_location(f"{name}_example", EXAMPLES / f"{name}.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+service = load_example("service")
 
 optimiser = optax.inject_hyperparams(optax.sgd)(learning_rate=0.5)
 
@@ -70,9 +81,9 @@ def endless(epoch: int) -> Iterator[np.ndarray]:
 
 
 @contextmanager
-def serving(app: Any) -> Iterator[tuple[httpx.Client, Any]]:
+def serving(app: Any, make_server: Any = service.Server) -> Iterator[tuple[httpx.Client, Any]]:
     """The app on uvicorn, in a thread, on a free port."""
-    server = service.Server(uvicorn.Config(app, port=0, log_level="warning", timeout_graceful_shutdown=10))
+    server = make_server(uvicorn.Config(app, port=0, log_level="warning", timeout_graceful_shutdown=10))
     thread = threading.Thread(target=server.run)
     thread.start()
     wait_until(lambda: server.started)
@@ -290,12 +301,7 @@ def test_the_other_examples_run(name: str, tmp_path: Path) -> None:
 
 def test_a_study_prunes_the_trials_that_fall_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    specification = importlib.util.spec_from_file_location("optuna_example", EXAMPLES / "optuna_pruning.py")
-    assert specification is not None
-    assert specification.loader is not None
-    example = importlib.util.module_from_spec(specification)
-    specification.loader.exec_module(example)
-    study = example.search(5)
+    study = load_example("optuna_pruning").search(5)
     states = [trial.state.name for trial in study.trials]
     assert states.count("PRUNED") >= 1
     assert states.count("COMPLETE") >= 2
@@ -332,3 +338,220 @@ def test_a_run_of_two_processes_that_was_killed_ends_on_four_with_every_step_log
     ]
     rows = [json.loads(line) for line in log.read_text().splitlines()]
     assert [row["step"] for row in rows if row["kind"] == "step_completed"] == [*range(1, 641)]
+
+
+# --- a program that a user would copy from --------------------------------------------------------------------
+
+
+@pytest.fixture
+def in_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The working directory, so that ``runs/`` is in it."""
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def run_small(
+    name: str, capsys: pytest.CaptureFixture[str], *given: Any, **named: Any
+) -> tuple[list[str], Any]:
+    """Runs ``main`` of an example twice, and returns the lines of the first run, and the module.
+
+    The second run finds a run that has ended, so it trains nothing and ends with the same line.
+    """
+    example = load_example(name)
+    example.main(*given, **named)
+    lines = capsys.readouterr().out.splitlines()
+    example.main(*given, **named)
+    again = capsys.readouterr().out.splitlines()
+    assert not [line for line in again if line.startswith("epoch ")]
+    [ended] = [line for line in lines if re.match(r"step \d+ \(", line)]
+    assert ended in again
+    return lines, example
+
+
+@pytest.mark.allow_blocking  # a relative run_dir, as a user writes it
+def test_augmented_images_are_those_of_an_uninterrupted_run_after_a_resume(
+    in_folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    lines, example = run_small("images", capsys, small=True)
+    assert [line.split(":")[0] for line in lines] == ["epoch 0", "epoch 1", "step 20 (completed)"]
+    data, _ = example.load()
+    plain, _ = example.load(augmented=False)
+    (images, labels), (unchanged, same_labels) = next(iter(data(0))), next(iter(plain(0)))
+    assert (labels == same_labels).all()
+    assert images.dtype == np.float32
+    assert 0.05 < np.abs(images - unchanged).mean() < 0.3
+
+    def run(steps: int, resume: bool) -> Any:
+        checkpointer = et.subscribers.Checkpointer("checkpoints")
+        trainer = example.make_trainer("runs/in-two-parts", [checkpointer])
+        return trainer.fit(data, steps=steps, resume=resume).state.params
+
+    run(13, resume=False)
+    resumed = run(20, resume=True)
+    whole = example.make_trainer("runs/whole").fit(data, steps=20).state.params
+    for one, other in zip(jax.tree.leaves(resumed), jax.tree.leaves(whole), strict=True):
+        assert np.array_equal(one, other)
+
+
+@pytest.mark.allow_blocking
+def test_a_language_model_writes_a_line_and_measures_its_bits(
+    in_folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    lines, example = run_small("char_lm", capsys, load_example("char_lm").SMALL)
+    written = [line for line in lines if re.match(r"step \d+: '", line)]
+    assert len(written) >= 5
+    [measured] = [line for line in lines if line.startswith("epoch 0: ")]
+    assert 3 < float(measured.split()[2]) < 7
+    params = {"matrix": jnp.ones((2, 2)), "bias": jnp.ones(2)}
+    optimiser = example.make_optimiser(steps=4, every=2)
+    state, no_gradient = optimiser.init(params), jax.tree.map(jnp.zeros_like, params)
+    sizes = []
+    for _ in range(4):
+        updates, state = optimiser.update(no_gradient, state, params)
+        sizes.append([float(jnp.abs(updates[name]).max()) for name in ("matrix", "bias")])
+    assert [matrix > 0 for matrix, _ in sizes] == [
+        False,
+        False,
+        False,
+        True,
+    ]  # the first rate of the warm-up is 0
+    assert not any(bias for _, bias in sizes)
+
+
+@pytest.mark.allow_blocking
+def test_words_are_counted_by_what_they_were_taken_for(
+    in_folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    lines, example = run_small("speech_like", capsys, small=True)
+    rows = [line.split() for line in lines[-9:]]
+    assert [row[0] for row in rows] == ["-".join(word) for word in example.WORDS]
+    assert sum(int(count) for row in rows for count in row[1:]) == 64
+    words = example.Words(4)
+    for (waves, labels), (late, late_labels) in zip(list(words(1))[2:], words(1, start=2), strict=True):
+        assert np.array_equal(waves, late)
+        assert np.array_equal(labels, late_labels)
+
+
+@pytest.mark.allow_blocking
+def test_each_episode_is_one_event_in_the_log(in_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    lines, example = run_small("policy_gradient", capsys, 6)
+    assert re.fullmatch(r"step 6 \(all steps\): mean return [+-]\d\.\d\d", lines[-1])
+    rows = (in_folder / "runs/policy_gradient/episodes.jsonl").read_text().splitlines()
+    events = [et.parse_event(row, types=(example.EpisodeCompleted,)) for row in rows]
+    assert [event.episode for event in events] == list(range(6 * example.EPISODES))
+    assert {event.episode_return for event in events} == {-1.0, 1.0}
+
+
+@pytest.mark.allow_blocking
+def test_two_optimisers_have_rates_of_their_own(in_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    lines, _ = run_small("vae", capsys, small=True)
+    assert lines[-2:] == [
+        "['opt_state']['decoder'].hyperparams['learning_rate'] = 0.001",
+        "['opt_state']['encoder'].hyperparams['learning_rate'] = 0.002",
+    ]
+    assert "data:image/png" in (in_folder / "runs/vae/report.html").read_text()
+
+
+@pytest.mark.allow_blocking
+def test_a_model_with_batch_normalisation_in_equinox_learns(
+    in_folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    lines, _ = run_small("equinox_batchnorm", capsys, small=True)
+    assert [line.split(":")[0] for line in lines[:2]] == ["epoch 0", "epoch 1"]
+    assert float(lines[1].split()[3].rstrip(",")) < float(lines[0].split()[3].rstrip(","))
+
+
+def run_script(name: str, *arguments: str, folder: Path) -> str:
+    done = subprocess.run(
+        [sys.executable, "-W", "error", str(EXAMPLES / name), *arguments],
+        cwd=folder, env={**os.environ, "PYTHONPATH": python_path()}, capture_output=True, text=True, timeout=240,
+        check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_a_run_over_a_mesh_continues_with_a_divided_state(tmp_path: Path) -> None:
+    printed = run_script("data_parallel.py", "--small", folder=tmp_path)
+    assert "step 16 (completed) on 4 devices; the first holds (16, 256) of (16, 256)" in printed
+    printed = run_script("data_parallel.py", "--small", "--fsdp", folder=tmp_path)
+    assert printed == "step 16 (completed) on 4 devices; the first holds (4, 256) of (16, 256)\n"
+
+
+@pytest.mark.slow
+def test_a_run_that_is_killed_ends_with_the_digest_of_an_uninterrupted_one(tmp_path: Path) -> None:
+    whole = run_script("resume.py", "whole", "--small", folder=tmp_path)
+    command = [sys.executable, str(EXAMPLES / "resume.py"), "killed", "--small"]
+    killed = subprocess.Popen(
+        command, cwd=tmp_path, env={**os.environ, "PYTHONPATH": python_path()}, stderr=subprocess.DEVNULL
+    )
+    wait_until(lambda: list(tmp_path.glob("killed/checkpoints/step-*")), 120)
+    killed.kill()
+    killed.wait()
+    assert run_script("resume.py", "killed", "--small", folder=tmp_path) == whole
+    rows = [json.loads(line) for line in (tmp_path / "killed/events.jsonl").read_text().splitlines()]
+    steps = [row["step"] for row in rows if row["kind"] == "step_completed"]
+    assert steps == list(range(1, len(steps) + 1))
+
+
+@pytest.mark.allow_blocking
+def test_a_fastapi_service_predicts_while_it_trains_and_resumes(in_folder: Path) -> None:
+    pytest.importorskip("fastapi")
+    image = [0.0] * 64
+
+    def start() -> Any:
+        example = load_example("fastapi_service")
+        example.EPOCHS = 100_000
+        return example.app
+
+    with serving(start(), uvicorn.Server) as (client, _):
+        wait_until(lambda: client.post("/predict", json={"images": [image]}).status_code == 200)
+        answer = client.post("/predict", json={"images": [image] * 3}).json()
+        assert len(answer["digits"]) == 3
+        assert answer["step"] > 0
+        assert client.post("/predict", json={"images": [image[1:]]}).status_code == 422
+        assert client.get("/status", headers={"Host": "evil.example"}).status_code == 400
+        command = {"run": "digits", "command": {"kind": "stop"}}
+        assert client.post("/dashboard/api/commands", json=command).status_code == 401
+        assert client.get("/docs").status_code == 404
+        with client.stream("GET", "/events") as response:
+            kind = next(response.iter_lines())
+        assert kind == "event: epoch_completed"
+        status = client.get("/status").json()
+        assert status["state"] == "training"
+    with serving(start(), uvicorn.Server) as (client, _):
+        wait_until(lambda: client.get("/status").json()["step"] > 0)
+        assert client.get("/status").json()["step"] >= status["step"]
+
+
+def test_the_notebook_runs_and_shows_what_is_saved_in_it(tmp_path: Path) -> None:
+    pytest.importorskip("ipykernel")
+    pytest.importorskip("jupyter_client")
+    notebook = json.loads((EXAMPLES / "notebook.ipynb").read_text())
+    cells = [cell for cell in notebook["cells"] if cell["cell_type"] == "code"]
+    with kernel(tmp_path) as running:
+        for cell in cells:
+            output = running.run("".join(cell["source"]))
+            assert output.error == ""
+            saved = [text for shown in cell["outputs"] for text in shown.get("text", ())]
+            assert without_numbers(output.printed) == without_numbers("".join(saved))
+            results = [shown["data"] for shown in cell["outputs"] if shown["output_type"] == "execute_result"]
+            for result, data in zip(output.of("execute_result"), results, strict=True):
+                assert without_numbers(result["data"]["text/plain"]) == without_numbers(
+                    "".join(data["text/plain"])
+                )
+
+
+def without_numbers(text: str) -> list[str]:
+    """The lines of ``text``, sorted, since subscribers print independently of one another."""
+    return sorted(" ".join(re.sub(r"\d[\d.,e+-]*", "#", line).split()) for line in text.splitlines())
+
+
+def test_every_example_is_in_the_index_and_in_the_tests() -> None:
+    index = (ROOT / "docs" / "examples.md").read_text()
+    tests = Path(__file__).read_text() + (ROOT / "tests" / "cli" / "test_main.py").read_text()
+    examples = [path for path in EXAMPLES.iterdir() if path.suffix in (".py", ".ipynb", ".toml")]
+    assert len(examples) >= 18
+    for example in examples:
+        assert f"| `{example.name}` |" in index, f"{example.name} is not in docs/examples.md"
+        assert re.search(rf"\b{example.stem}\b", tests), f"no test names {example.name}"
