@@ -368,6 +368,7 @@ def run_small(
     return lines, example
 
 
+@pytest.mark.slow
 @pytest.mark.allow_blocking  # a relative run_dir, as a user writes it
 def test_augmented_images_are_those_of_an_uninterrupted_run_after_a_resume(
     in_folder: Path, capsys: pytest.CaptureFixture[str]
@@ -393,6 +394,7 @@ def test_augmented_images_are_those_of_an_uninterrupted_run_after_a_resume(
         assert np.array_equal(one, other)
 
 
+@pytest.mark.slow
 @pytest.mark.allow_blocking
 def test_a_language_model_writes_a_line_and_measures_its_bits(
     in_folder: Path, capsys: pytest.CaptureFixture[str]
@@ -471,6 +473,7 @@ def run_script(name: str, *arguments: str, folder: Path) -> str:
     return done.stdout
 
 
+@pytest.mark.slow
 def test_a_run_over_a_mesh_continues_with_a_divided_state(tmp_path: Path) -> None:
     printed = run_script("data_parallel.py", "--small", folder=tmp_path)
     assert "step 16 (completed) on 4 devices; the first holds (16, 256) of (16, 256)" in printed
@@ -524,6 +527,7 @@ def test_a_fastapi_service_predicts_while_it_trains_and_resumes(in_folder: Path)
         assert client.get("/status").json()["step"] >= status["step"]
 
 
+@pytest.mark.slow
 def test_the_notebook_runs_and_shows_what_is_saved_in_it(tmp_path: Path) -> None:
     pytest.importorskip("ipykernel")
     pytest.importorskip("jupyter_client")
