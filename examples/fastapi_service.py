@@ -35,7 +35,7 @@ import eventtrain as et
 from eventtrain import subscribers as subs
 
 HOSTS = ("localhost", "127.0.0.1")
-EPOCHS = int(os.environ.get("EPOCHS", "200"))
+EPOCHS = int(os.environ.get("EPOCHS", "5000"))
 optimiser = optax.inject_hyperparams(optax.adam)(learning_rate=1e-3)
 
 
