@@ -5,9 +5,10 @@
 
 The environment is plain NumPy on the host. Each step of training needs the newest weights for its episodes, so the
 loop is yours: it opens a session, reads ``session.state``, plays, and calls ``session.step``. The return of each
-episode is an event of the example's own type, which is logged and subscribed to like any other. Episodes start from the number of
-the step, so that a resumed run plays those that it would have played. Events that a program publishes itself are
-outside of what a resume repeats exactly: after a kill, episodes of one step may be logged twice, with the same number.
+episode is an event of the example's own type, which is logged and subscribed to like any other. Episodes start from
+the number of the step, so that a resumed run plays those that it would have played. Events that a program publishes
+itself are outside of what a resume repeats exactly: after a kill, episodes of one step may be logged twice, with the
+same number.
 """
 
 import sys
