@@ -86,7 +86,8 @@ def write(model, key, prompt, count):
 
 
 def main(size=FULL):
-    text = re.sub(" +", " ", "\n".join(topics[name] for name in sorted(topics)))[: size.characters]
+    text = "\n".join(topics[name] for name in sorted(topics))
+    text = re.sub(r"([ *.=^~-])\1{2,}", r"\1", text)[: size.characters]  # no rules and indentation
     alphabet = sorted(set(text))
     tokens = np.searchsorted(alphabet, list(text)).astype(np.int32)
     rows = tokens[: len(tokens) // (size.context + 1) * (size.context + 1)].reshape(-1, size.context + 1)
