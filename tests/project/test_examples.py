@@ -400,8 +400,8 @@ def test_a_language_model_writes_a_line_and_measures_its_bits(
     in_folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     lines, example = run_small("char_lm", capsys, load_example("char_lm").SMALL)
-    written = [line for line in lines if re.match(r"step \d+: '", line)]
-    assert len(written) >= 5
+    written = [line for line in lines if re.match("step \\d+: ['\"]", line)]
+    assert len(written) == 2
     [measured] = [line for line in lines if line.startswith("epoch 0: ")]
     assert 3 < float(measured.split()[2]) < 7
     params = {"matrix": jnp.ones((2, 2)), "bias": jnp.ones(2)}
