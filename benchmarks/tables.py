@@ -17,11 +17,13 @@ Record = dict[str, Any]
 
 def of_every_device(parts: Iterable[str] | None = None, *, images: str) -> str:
     """Returns the report of every results file, each below a heading, or the command that measures."""
-    files = sorted(RESULTS.glob("*.json"))
-    reports = [
-        f"### {path.stem}\n\n{report(json.loads(path.read_text()), parts, images=images)}" for path in files
-    ]
+    reports = [f"### {one['slug']}\n\n{report(one, parts, images=images)}" for one in documents()]
     return "\n\n".join(reports) or "Not measured yet: `make bench`."
+
+
+def documents() -> list[Record]:
+    """Returns the content of every results file."""
+    return [json.loads(path.read_text()) for path in sorted(RESULTS.glob("*.json"))]
 
 
 def report(document: Record, parts: Iterable[str] | None = None, *, images: str = "") -> str:

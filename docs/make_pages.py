@@ -7,7 +7,7 @@ docs/promises.md        the mutants of each promise and behaviour, from tests/mu
 docs/how-it-works.md    the packages, from tests/test_architecture.py and the first line of each package
 docs/measuring.md       the tables and charts of measurements, from benchmarks/results
 docs/api/index.md       the names of each page of the reference, in the order of mkdocs.yml
-README.md               those of the part loop
+README.md               some figures of cost
 """
 
 from __future__ import annotations
@@ -196,9 +196,39 @@ def measuring_page(page: str) -> str:
     return between("results", page, tables.of_every_device(images="images"))
 
 
+COSTS = {
+    ("loop", "8 subscribers", "1 ms"): "a 1 ms step with eight subscribers",
+    ("peers", "eventtrain fit, JSON Lines", "0.2 ms"): "a 0.2 ms step, and a row in a file for each",
+    (
+        "peers",
+        "Keras 3 fit on JAX, a callback per batch",
+        "0.2 ms",
+    ): "the same in Keras 3 on JAX, by a callback",
+    ("peers", "float(loss) in the loop, JSON Lines", "0.2 ms"): "the same by hand, with `float(loss)`",
+    ("checkpoints", "Checkpointer: all steps", "1 GB"): "checkpoints of a state of 1 GB",
+    (
+        "checkpoints",
+        "Orbax, asynchronous: all steps",
+        "1 GB",
+    ): "the same with Orbax alone, asynchronous: the arrays only",
+    ("checkpoints", "Orbax, synchronous: all steps", "1 GB"): "the same, synchronous",
+}
+"""Figures that the README shows, by part, case and size."""
+
+
 def readme_page(page: str) -> str:
-    """Returns the page with the table and the chart of the loop."""
-    return between("loop", page, tables.of_every_device(["loop"], images="docs/images"))
+    """Returns the page with some figures of cost beside those of others, and a chart."""
+    reports: list[str] = []
+    for document in tables.documents():
+        found = {(one["part"], one["case"], one["at"]): one["ratio"] for one in document["figures"]}
+        rows = [f"| {text} | {found[key]:.2f} |" for key, text in COSTS.items() if found.get(key) is not None]
+        chart = f"![Loops that write a row per step](docs/images/{document['slug']}-peers.svg)"
+        reports += [
+            "\n".join(["| | time / bare loop |", "|---|---|", *rows]),
+            chart,
+            tables.machine(document),
+        ]
+    return between("costs", page, "\n\n".join(reports))
 
 
 # --- all of them -------------------------------------------------------------------------------------------
