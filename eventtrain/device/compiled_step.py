@@ -195,10 +195,7 @@ class CompiledStep:
             else:  # spelt out: unpacking nothing costs 0.2 us a step
                 outputs = self._donating(carry.leaves, carry.ext_leaves, carry.ring, carry.cursor, batch)
         except (TypeError, ValueError) as error:
-            if keep:  # its executable was selected by the batch: the state must be the reason
-                self._check(carry.leaves, carry.ext_leaves)
-                raise
-            outputs = self._call_after(error, carry, batch, counts)
+            outputs = self._call_after(error, carry, batch, counts, keep)
         carry.leaves, carry.ext_leaves, carry.ring, carry.cursor = outputs
         carry.rows = rows
 
@@ -263,7 +260,7 @@ class CompiledStep:
         return _Variants(lowered)
 
     def _call_after(
-        self, refusal: Exception, carry: Carry, batch: PyTree, counts: tuple[jax.Array, ...]
+        self, refusal: Exception, carry: Carry, batch: PyTree, counts: tuple[jax.Array, ...], keep: bool
     ) -> Any:
         if carry.ring.is_deleted():
             raise refusal  # it came after the donation: the arguments were not refused
@@ -271,6 +268,8 @@ class CompiledStep:
             refusal, batch, lambda: self._check(carry.leaves, carry.ext_leaves)
         )
         self._donating = executable.donating
+        if keep:
+            return self._call_keeping(carry, batch, counts)
         return self._donating(carry.leaves, carry.ext_leaves, carry.ring, carry.cursor, batch, *counts)
 
     def _check(self, leaves: Sequence[jax.Array], ext_leaves: Sequence[jax.Array] | None) -> None:
@@ -281,8 +280,7 @@ class CompiledStep:
             check_leaves("ext_state", own, fused.extensions.structure, fused.extensions.types)
 
     def _call_keeping(self, carry: Carry, batch: PyTree, counts: tuple[jax.Array, ...]) -> Any:
-        executable = self._executables.select(batch)
-        self._donating = executable.donating
+        executable = self._executables.require()
         call, leaves, ext_leaves = executable.donating, carry.leaves, carry.ext_leaves
         try:
             if jax.process_count() > 1:
