@@ -167,16 +167,16 @@ def in_groups(steps_per_call: int) -> Callable[[Scenario], Scenario]:
 def trained(folder: Path, *subscribers: et.Subscriber, epochs: int = 3, **options: Any) -> dict[str, Any]:
     """Trains with these subscribers. Returns the sequence, the bits of the state, and why the run ended."""
     prepare: Callable[[et.Trainer[Any]], None] = options.pop("prepare", lambda _: None)
+    loader, eval_loader = options.pop("loaders", (data, eval_data))
     sequence = Sequence()
     trainer = et.Trainer(
-        **{"step_fn": step_fn, "eval_fn": eval_fn} | options,
-        state=new_state(),
+        **{"step_fn": step_fn, "eval_fn": eval_fn, "state": new_state()} | options,
         run_dir=folder,
         subscribers=[sequence, *subscribers],
     )
     prepare(trainer)
     CALLS.clear()
-    result = trainer.fit(data, epochs=epochs, eval_data=eval_data)
+    result = trainer.fit(loader, epochs=epochs, eval_data=eval_loader)
     return {
         "rows": sequence.rows,
         "state": bits(result.state),
@@ -244,6 +244,20 @@ def decisions_between_groups(folder: Path) -> dict[str, Any]:
 def averaged_weights(folder: Path) -> dict[str, Any]:
     return trained(
         folder, epochs=2, step_extensions=[et.EMA(0.9, use_for={"eval", "final"})], snapshot="copy"
+    )
+
+
+@scenario
+def data_parallel(folder: Path) -> dict[str, Any]:
+    """The loader makes the parts of the batches, and the trainer puts the state of each process on all devices."""
+    params = {"w": jnp.linspace(0, 1, WIDTH), "b": jnp.float32(0)}
+    examples = np.random.default_rng(0).normal(size=(96, WIDTH)).astype(np.float32)
+    return trained(
+        folder,
+        epochs=2,
+        state={"params": params, "opt_state": OPTIMISER.init(params)},
+        batch_sharding=ROWS,
+        loaders=[et.ArrayLoader(part, 8, sharding=ROWS) for part in (examples, examples[:24])],
     )
 
 

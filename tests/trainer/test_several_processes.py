@@ -25,7 +25,7 @@ PROGRAM = Path(on_several_processes.__file__)
 EXACT = (
     "epoch_policies", "step_policies", "averaged_weights", "every_step_announced", "stopped_by_a_decider",
     "best_checkpoints", "two_runs_of_one_trainer", "metrics_with_state", "metrics_with_state_in_groups",
-    "samples", "samples_in_groups",
+    "samples", "samples_in_groups", "data_parallel",
 )  # fmt: skip
 GROUPS = ("decisions_between_groups", "every_step_announced_in_groups", "best_checkpoints_in_groups")
 """Scenarios in which nothing depends on the clock; ``GROUPS`` with several steps per call."""
