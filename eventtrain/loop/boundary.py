@@ -297,10 +297,9 @@ class Boundary:
 
         Once the run has to end, orders are carried out as they come: nothing is dispatched between them.
         """
-        queue, agreement = self._queue, self.agreement
+        agreement = self.agreement
         agreement.check()
-        if queue.arrived:
-            agreement.ask([queue.arrived.popleft() for _ in range(len(queue.arrived))])
+        agreement.ask()
         while (
             order := agreement.next_order(self.status, at_end=at_end or self.status.stop_reason is not None)
         ) is not None:

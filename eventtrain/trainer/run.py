@@ -611,8 +611,7 @@ class Run:
         """The reason of a stop that arrived before the loop was made."""
         agreement, queue = self._agreement, self._plane.queue
         if self._agreed_stop is None and not agreement.decides:
-            if queue.arrived:
-                agreement.ask([queue.arrived.popleft() for _ in range(len(queue.arrived))])
+            agreement.ask()
             if (order := agreement.early_stop(self.status)) is not None:
                 self._agreed_stop, self.status.signal = order.command.reason, order.signal
         arrived = list(queue.arrived)

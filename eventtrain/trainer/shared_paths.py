@@ -96,8 +96,7 @@ def check_paths(
         arrival = arrival.model_copy(update={"not_shared": not_shared})
         exchange.set(f"paths/{jax.process_index()}", arrival.model_dump_json())
         while (verdict := exchange.wait_for("paths/verdict", POLL_S)) is None:
-            if queue.arrived:
-                agreement.ask([queue.arrived.popleft() for _ in range(len(queue.arrived))])
+            agreement.ask()
     if verdict:
         raise ConfigurationError(verdict)
 

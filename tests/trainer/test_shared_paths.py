@@ -50,8 +50,12 @@ class Process:
         self.agreement: Any = SimpleNamespace(
             exchange=Channel(store, "exchange/"),
             decides=self.decides,
-            ask=lambda commands: self.asked.extend(one.command.kind for one in commands),
+            ask=self._ask,
         )
+
+    def _ask(self) -> None:
+        while self.queue.arrived:
+            self.asked.append(self.queue.arrived.popleft().command.kind)
 
     def check(self) -> str:
         """Returns the error, empty if there is none."""

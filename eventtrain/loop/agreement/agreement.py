@@ -101,8 +101,8 @@ class Agreement(ABC):
         """
         return most
 
-    def ask(self, commands: Sequence[PendingCommand]) -> None:
-        """Has process 0 apply commands that arrived here. Never for the process that decides."""
+    def ask(self) -> None:
+        """Has process 0 apply the commands that have arrived here. Never for the process that decides."""
         raise NotImplementedError
 
     def is_promised(self, status: RunStatus) -> bool:
@@ -464,9 +464,13 @@ class Follower(_Several):
         """Returns what process 0 has ordered."""
         return self._log.steps_of_call(status.moment, left)
 
-    def ask(self, commands: Sequence[PendingCommand]) -> None:
-        """Sends the commands to process 0."""
-        for pending in commands:
+    def ask(self) -> None:
+        """Sends the commands that have arrived here to process 0."""
+        arrived = self._queue.arrived
+        if not arrived:
+            return
+        for _ in range(len(arrived)):
+            pending = arrived.popleft()
             number = f"{self._index}-{next(self._numbers)}"
             self._asked[number] = pending
             self._unsent.append(_Ask(number=number, command=pending.command, signal=pending.signal))

@@ -82,9 +82,8 @@ class Peers:
         self._is_last = is_last
         self._on_beat = on_beat
         self._next_bulk = next_bulk
-        self._bulk = self._read_by_0 = (
-            0  # number of the last message of that kind, and of the last that was read
-        )
+        # Numbers of the last message that could wait, and of the last message that process 0 has read.
+        self._bulk = self._read_by_0 = 0
         self._leaving = self._has_flushed = False
         self._written = self._read = self._deleted = 0
         self._seen: dict[int, tuple[str, float]] = {}
