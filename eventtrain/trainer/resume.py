@@ -157,16 +157,19 @@ def is_beyond(record: LoopRecord, aim: Aim) -> bool:
     return beyond or (aim.steps is not None and steps > aim.steps)
 
 
-def why_ended(record: LoopRecord, aim: Aim, *, named: bool) -> str | None:
+def why_ended(run: RunRecord, aim: Aim, *, named: bool) -> str | None:
     """Returns why the run has reached its end already; None if there is something to do.
 
+    An epoch that the end of the run has cut short counts as far as it was trained.
+
     Args:
-        record: of the checkpoint.
+        run: of the checkpoint.
         aim: of this call.
         named: the checkpoint was named, to continue from it whatever had ended the run.
     """
-    left = remaining(record, aim)
-    if is_beyond(record, aim) or (not record.in_epoch and 0 in (left.epochs, left.steps)):
+    record, trained = run.loop, (run.before_end or run).loop
+    left = remaining(trained, aim)
+    if is_beyond(trained, aim) or (not trained.in_epoch and 0 in (left.epochs, left.steps)):
         return "completed"
     if record.ended is None or named:
         return None
@@ -205,8 +208,8 @@ def take_over(
             "Trainer(state=et.load_state(path, like=state))."
         )
     record = record.of_process(jax.process_index())
-    ended = why_ended(record.loop, aim, named=named)
-    left = remaining(record.loop, aim)
+    ended = why_ended(record, aim, named=named)
+    left = remaining((record.before_end or record).loop, aim)
     before_end = record.before_end if ended is None and 0 not in (left.epochs, left.steps) else None
     record = before_end or record
     all_shares = {name: share.share() for name, share in record.shares.items()}

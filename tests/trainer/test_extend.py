@@ -121,6 +121,14 @@ def test_epochs_extended_are_the_same_run_with_its_best_weights(
     assert bits(parts[-1][0].state) == bits(whole.state)
 
 
+def test_an_epoch_that_was_cut_is_completed_for_an_aim_in_epochs(tmp_path: Path) -> None:
+    run(tmp_path / "parts", "loader", {}, steps=2 * STEPS - 2)
+    result, _ = run(tmp_path / "parts", "loader", {}, epochs=2)
+    whole, _ = run(tmp_path / "whole", "loader", {}, epochs=2)
+    assert (result.step, result.stop_reason) == (2 * STEPS, "completed")
+    assert bits(result.state) == bits(whole.state)
+
+
 def test_the_same_aim_again_changes_nothing(tmp_path: Path) -> None:
     first, _ = run(tmp_path, "loader", {}, steps=STEPS - 2)
     there = sorted(path.name for path in tmp_path.rglob("*"))
