@@ -243,7 +243,11 @@ def test_a_run_that_resumes_is_decided_on_before_its_first_step(tmp_path: Path) 
     def slow_down(event: et.RunResumed, control: et.Control) -> None:
         while trainer._model.compiled is None:
             time.sleep(0.01)
-        time.sleep(0.1)  # all steps would be dispatched by now, if the loop did not wait
+        end_s = time.monotonic() + 1.0
+        while (
+            trainer.step == 4 and time.monotonic() < end_s
+        ):  # a step would be dispatched, if the loop did not wait
+            time.sleep(0.01)
         control.set_hyperparam("learning_rate", 0.25)
 
     trainer.fit(batches(4), epochs=2, resume=True)
