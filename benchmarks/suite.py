@@ -26,21 +26,21 @@ RESULTS = ROOT / "benchmarks" / "results"
 CHARTS = ROOT / "docs" / "images"
 
 PARTS: dict[str, tuple[float, float]] = {
-    "loop": (30, 280),
+    "loop": (26, 260),
     "peers": (10, 60),
     "bus": (14, 70),
     "data": (8, 70),
     "control": (6, 40),
     "service": (9, 40),
     "dashboard": (7, 20),
-    "features": (10, 40),
+    "features": (6, 40),
     "growth": (16, 70),
     "tails": (10, 30),
     "processes": (20, 41),
     "log_files": (6, 20),
     "brokers": (4, 8),
     "transformer": (13, 70),
-    "checkpoints": (20, 370),
+    "checkpoints": (18, 350),
 }
 """Name -> seconds with ``--quick``, and without."""
 LIMIT_S = (175.0, 1190.0)
