@@ -51,9 +51,9 @@ def ls(
     table = Table(box=None, header_style="bold", pad_edge=False)
     for name, justify in (("STATE", "left"), ("STEP", "right"), ("EPOCH", "right"), ("TIME", "right")):
         table.add_column(name, justify=justify, no_wrap=True)  # pyright: ignore[reportArgumentType]
-    table.add_column("METRICS", overflow="fold")
+    table.add_column("METRICS", overflow="fold", min_width=15)
     table.add_column("CHECKPOINTS", justify="right")
-    table.add_column("RUN", no_wrap=True)
+    table.add_column("RUN", overflow="fold", min_width=15)
     for run in runs:
         table.add_row(
             _state(run),
