@@ -203,15 +203,19 @@ COSTS = {
         "peers",
         "Keras 3 fit on JAX, a callback per batch",
         "0.2 ms",
-    ): "the same in Keras 3 on JAX, by a callback",
-    ("peers", "float(loss) in the loop, JSON Lines", "0.2 ms"): "the same by hand, with `float(loss)`",
+    ): "such a row in Keras 3 on JAX, by a callback",
+    (
+        "peers",
+        "float(loss) in the loop, JSON Lines",
+        "0.2 ms",
+    ): "such a row by hand, with `float(loss)` in the loop",
     ("checkpoints", "Checkpointer: all steps", "1 GB"): "checkpoints of a state of 1 GB",
     (
         "checkpoints",
         "Orbax, asynchronous: all steps",
         "1 GB",
-    ): "the same with Orbax alone, asynchronous: the arrays only",
-    ("checkpoints", "Orbax, synchronous: all steps", "1 GB"): "the same, synchronous",
+    ): "such checkpoints by Orbax alone, asynchronous: the arrays only",
+    ("checkpoints", "Orbax, synchronous: all steps", "1 GB"): "such checkpoints by Orbax alone, synchronous",
 }
 """Figures that the README shows, by part, case and size."""
 

@@ -765,8 +765,8 @@ class Trainer(Generic[S]):
         record, ended = point.record.loop, point.ended
         if ended is not None:
             logger.warning(
-                "The run in %s has ended at step %d (%s), so nothing more is trained. Set a higher aim, or name the "
-                "checkpoint to continue from: fit(resume=%d).",
+                "The run in %s has ended at step %d (%s), so nothing more is trained. Raise epochs or steps, or name "
+                "the checkpoint to continue from: fit(resume=%d).",
                 run_dir, record.step, ended, record.step,
             )  # fmt: skip
         return point, remaining(record, aim)

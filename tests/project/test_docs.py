@@ -7,7 +7,7 @@ import importlib.util
 import re
 import textwrap
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from inspect import iscoroutinefunction
 from itertools import chain
@@ -151,6 +151,21 @@ def test_the_page_about_debugging_explains_every_error() -> None:
 def test_the_readme_shows_the_hello_world_that_lies_in_examples() -> None:
     sources = [block.source for block in blocks(ROOT / "README.md")]
     assert (ROOT / "examples" / "hello.py").read_text() in sources
+
+
+@pytest.mark.allow_blocking  # a relative run_dir, as above
+def test_the_first_training_of_the_readme_continues_when_it_is_run_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    block = next(blocks(ROOT / "README.md"))
+    assert "epochs=20" in block.source
+    run(replace(block, source=block.source.replace("epochs=20", "epochs=7")), {"__name__": "__main__"})
+    names: dict[str, Any] = {"__name__": "__main__"}
+    run(block, names)
+    assert names["result"].epochs_completed == 13
+    assert block.output is not None
+    assert same(capsys.readouterr().out.splitlines()[-1], block.output)
 
 
 def test_the_page_about_measuring_describes_every_part() -> None:

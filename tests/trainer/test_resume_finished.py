@@ -177,3 +177,14 @@ def test_best_weights_are_put_back_beside_an_average_that_stands_in_for_the_resu
         average = 0.5 * average + 0.5 * float(weight)
     assert float(trainer.state["params"]) == weights[3]
     assert float(result.state["params"]) == pytest.approx(average)
+
+
+def test_a_run_that_is_not_resumed_beside_checkpoints_of_an_earlier_one_says_so(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    trainer, _, _ = run(tmp_path, epochs=1)
+    trainer.fit(BATCHES, eval_data=[np.float32(0)], epochs=1)  # the same run goes on
+    run(tmp_path, epochs=3)
+    assert "earlier run" not in caplog.text
+    run(tmp_path, epochs=1, resume=False)
+    assert "has checkpoints of an earlier run, up to step 8, and this run begins at step 0" in caplog.text

@@ -110,7 +110,7 @@ class MetricReader:
         hint = (
             " Metrics of eval_data start with val_; does fit(...) have eval_data? With EvaluateEvery(...) only epochs "
             "with an evaluation have them."
-            if self.metric.startswith("val_")
+            if self.metric.startswith("val_") and not any(name.startswith("val_") for name in names)
             else ""
         )
         return (
