@@ -42,6 +42,7 @@ def states_alive() -> int:
     return len({array.unsafe_buffer_pointer() for array in arrays})
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("snapshot", ["keep", "copy"])
 def test_each_snapshot_in_flight_holds_one_state_and_none_when_it_is_written(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, snapshot: Any

@@ -12,6 +12,7 @@ FIRST_SEED, TRIALS = 2_000_000, 4
 """Other seeds than those of the campaign and of its slice in CI."""
 
 
+@pytest.mark.slow
 @pytest.mark.faults
 def test_random_delays_and_load_change_the_order_of_arrival_but_neither_commands_nor_final_state() -> None:
     total: Counter[str] = Counter()

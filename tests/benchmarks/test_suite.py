@@ -235,6 +235,7 @@ def test_a_state_without_room_is_left_out_with_the_reason(monkeypatch: pytest.Mo
     assert checkpoints.too_large(small, 1) == ""
 
 
+@pytest.mark.slow
 def test_a_real_part_is_measured(tmp_path: Path) -> None:
     out = tmp_path / "results.json"
     assert main(["control", "--quick", "--out", str(out)], {"control": (4.0, 4.0)}) == 0

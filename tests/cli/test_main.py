@@ -369,6 +369,7 @@ def test_an_interrupted_run_says_how_far_it_came_and_exits_with_130(tmp_path: Pa
     assert result.stdout == ""
 
 
+@pytest.mark.slow
 def test_the_example_runs_as_its_users_would_run_it(tmp_path: Path) -> None:
     examples = Path(__file__).resolve().parents[2] / "examples"
     files = [str(examples / "digits_script.py"), "--config", str(examples / "run.toml")]

@@ -93,6 +93,7 @@ def test_an_exponential_average_arrives_where_the_weights_stay(decay: float) -> 
     np.testing.assert_allclose(run(jnp.zeros(100)), stays, rtol=1e-7)
 
 
+@pytest.mark.slow
 @given(start=st.integers(1, 9), every=st.integers(1, 5), steps=st.integers(0, 25), by_select=st.booleans())
 def test_a_uniform_average_is_the_mean_of_the_weights_after_the_steps_that_count(
     start: int, every: int, steps: int, by_select: bool

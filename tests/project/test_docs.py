@@ -238,6 +238,7 @@ def test_the_site_loads_nothing_from_other_sites() -> None:
     assert [text for text in (*styles, *images) if re.search(r"(?:https?:)?//", text)] == []
 
 
+@pytest.mark.slow
 def test_each_promise_and_behaviour_names_tests_that_exist() -> None:
     page = (DOCS / "promises.md").read_text()
     rows = [line for line in page.splitlines() if re.match(r"\| (\d+|[a-z]+) \|", line)]

@@ -420,6 +420,7 @@ def test_a_language_model_writes_a_line_and_measures_its_bits(
     assert not any(bias for _, bias in sizes)
 
 
+@pytest.mark.slow
 @pytest.mark.allow_blocking
 def test_words_are_counted_by_what_they_were_taken_for(
     in_folder: Path, capsys: pytest.CaptureFixture[str]
@@ -444,6 +445,7 @@ def test_each_episode_is_one_event_in_the_log(in_folder: Path, capsys: pytest.Ca
     assert {event.episode_return for event in events} == {-1.0, 1.0}
 
 
+@pytest.mark.slow
 @pytest.mark.allow_blocking
 def test_two_optimisers_have_rates_of_their_own(in_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     lines, _ = run_small("vae", capsys, small=True)

@@ -13,6 +13,8 @@ from tests.support.several_processes import run_processes
 
 PROGRAM = Path(__file__).parents[1] / "support" / "each_process.py"
 
+pytestmark = pytest.mark.slow  # two processes that compile everything
+
 Told = list[dict[str, Any]]
 """For each process: what it told -> the value."""
 

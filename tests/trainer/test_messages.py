@@ -71,6 +71,7 @@ def assert_same(one: Any, other: Any) -> None:
         np.testing.assert_array_equal(a, b)
 
 
+@pytest.mark.slow
 def test_resuming_another_state_is_refused_in_short_and_names_the_trainers(tmp_path, caplog):
     def trainer(optimiser: Any) -> et.Trainer:
         params = {f"layer{n:04d}": jax.numpy.zeros(2) for n in range(500)}

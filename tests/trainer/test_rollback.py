@@ -90,6 +90,7 @@ def test_a_run_that_cannot_begin_leaves_the_trainer_as_it_was(tmp_path: Path) ->
     assert (trainer.step, counting.steps, counting.loaded) == (0, [], False)
 
 
+@pytest.mark.slow
 def test_the_state_before_is_let_go_when_the_resumed_run_trains(tmp_path: Path) -> None:
     def sized(state: Any, batch: Any) -> Any:
         return state + batch, {}

@@ -219,6 +219,7 @@ def test_after_a_restore_of_everything_the_value_of_the_schedule_is_sent_again(p
     assert changes(recorder) == [(10, 0.25), *([(26, 0.25)] if part == "all" else [])]
 
 
+@pytest.mark.slow
 @settings(max_examples=25)
 @given(st.integers(11, 200), st.sampled_from([0, 1, 5, 64]), st.integers(1, 4))
 def test_wherever_a_state_is_put_back_the_schedule_is_back_a_lag_and_a_block_later_at_most(
