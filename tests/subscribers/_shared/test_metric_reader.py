@@ -18,6 +18,15 @@ def test_a_missing_metric_is_said_once_with_the_nearest_names_first(caplog: pyte
     (record,) = caplog.records
     assert "Policy monitors 'val_los'" in record.message
     assert "(val_loss, accuracy)" in record.message
+    assert "eval_data" not in record.message  # there was an evaluation
+
+
+def test_a_missing_metric_of_evaluations_asks_for_their_data_if_there_are_none(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    with caplog.at_level(logging.WARNING, "eventtrain"):
+        assert MetricReader("Policy", "val_loss").read({"loss": 1.0}) is None
+    (record,) = caplog.records
     assert "eval_data" in record.message
     assert "EvaluateEvery" in record.message
 
