@@ -418,9 +418,7 @@ def test_a_metric_that_comes_with_a_later_evaluation_is_not_missing(
 @POLICIES_OF_EPOCHS
 def test_a_metric_that_evaluations_lack_is_missing_before_the_first_step(tmp_path: Path, kind: Any) -> None:
     trainer, run = evaluating(tmp_path, kind, 2, monitor="val_error")
-    with pytest.raises(
-        et.ConfigurationError, match=r"'val_error', which is not among .*val_loss.*EvaluateEvery"
-    ):
+    with pytest.raises(et.ConfigurationError, match=r"'val_error', which is not among .*val_loss"):
         trainer.fit(**run)
     assert trainer.step == 0
 
