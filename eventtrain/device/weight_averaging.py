@@ -117,12 +117,16 @@ class SWA(StepExtension):
 
     def is_due(self, step: int) -> bool:
         """Whether the weights after this step count."""
-        return step >= self.start and (step - self.start) % self.every == 0
+        return self._counts(step)
+
+    def _counts(self, step: Any) -> Any:
+        """Of a number on the host, or an array in the step."""
+        return (step >= self.start) & ((step - self.start) % self.every == 0)
 
     def update(self, ext_state: PyTree, params: PyTree, step: jax.Array) -> PyTree:
         """Returns the mean including `params` if `step` is one of those that count, else the state as it was."""
         count, (old, structure) = ext_state["count"], partition(ext_state["average"])
-        due = (step >= self.start) & ((step - self.start) % self.every == 0)
+        due = self._counts(step)
 
         def mean(old: Any, new: Any) -> Any:
             if not _is_floating(new):

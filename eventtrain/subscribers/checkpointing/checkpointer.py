@@ -27,7 +27,6 @@ from eventtrain.subscribers._shared.paths import directory_path, require_writabl
 from eventtrain.subscribers._shared.state import SavedState
 from eventtrain.subscribers._shared.worker_thread import in_own_thread
 from eventtrain.subscribers.base import RunContext, Subscriber
-from eventtrain.subscribers.checkpointing.directory import read_directory
 from eventtrain.subscribers.checkpointing.naming import (
     DEFAULT_TEMPLATE,
     check_template,
@@ -267,25 +266,19 @@ class Checkpointer(Subscriber):
             raise ConfigurationError(
                 f"{self._name} cannot write checkpoints to {directory}: {error.strerror or error}."
             ) from error
-        if not (run.resumed or run.restarts):
-            await in_own_thread(partial(self._warn_of_earlier, directory, run.control.step))
+        earlier, step = self._writer.earlier_step, run.control.step
+        if earlier > step and not (run.resumed or run.restarts):
+            logger.warning(
+                "%s: %s has checkpoints of an earlier run, up to step %d, and this run begins at step %d. To continue "
+                "from them, pass resume=True.",
+                self._name, directory, earlier, step,
+            )  # fmt: skip
         run.schedule_checkpoints(
             self._name,
             **self._schedule,
             at_start=self._lacks_the_best(run.control.step, self._writer.steps()),
             paths=frozenset(params.values()) if self._options.weights_only else None,
         )
-
-    def _warn_of_earlier(self, directory: Path, step: int) -> None:
-        """Warns if the directory has checkpoints from which this run could have been resumed."""
-        found = (one.manifest for one in read_directory(directory)[0])
-        steps = [one.step for one in found if one.facts is not None and one.run_id not in self._runs]
-        if steps and max(steps) > step:
-            logger.warning(
-                "%s: %s has checkpoints of an earlier run, up to step %d, and this run begins at step %d. To continue "
-                "from them, pass resume=True.",
-                self._name, directory, max(steps), step,
-            )  # fmt: skip
 
     def _lacks_the_best(self, step: int, there: frozenset[int]) -> bool:
         """Returns whether the run resumes at the best step so far, and was killed before that was on disk."""

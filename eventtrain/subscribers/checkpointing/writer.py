@@ -120,6 +120,8 @@ class CheckpointWriter:
         self._earlier: list[str] = []
         self.unfinished: list[PendingCheckpoint] = []
         """Submitted and neither committed nor failed yet, oldest first."""
+        self.earlier_step = -1
+        """The highest step of other runs that can be resumed from this directory; -1 for none. After ``open``."""
 
     # --- any thread; never blocks -----------------------------------------------------------------------------
 
@@ -188,7 +190,11 @@ class CheckpointWriter:
         if self._index > 0:
             return  # process 0 knows and deletes them
         for committed in self._store.found:
-            if committed.manifest.run_id in self._runs and committed.manifest.owner == self._owner:
+            manifest = committed.manifest
+            if manifest.run_id not in self._runs:
+                if manifest.facts is not None:
+                    self.earlier_step = max(self.earlier_step, manifest.step)
+            elif manifest.owner == self._owner:
                 self._add(committed)
 
     def _write(self, pending: PendingCheckpoint, staged: Future[None]) -> None:

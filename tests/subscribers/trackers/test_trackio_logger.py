@@ -18,6 +18,7 @@ from eventtrain.validation.optional_imports import MissingModule
 from tests.subscribers.trackers.tracked_runs import (
     Lowering,
     context,
+    curves_of,
     data,
     failures,
     run_and_kill,
@@ -53,13 +54,7 @@ class Fake:
 
     @property
     def curves(self) -> dict[str, dict[int, Any]]:
-        """Name -> step -> value; no step twice."""
-        found: dict[str, dict[int, Any]] = {}
-        for step, row in self.rows:
-            for name, value in row.items():
-                assert step not in found.setdefault(name, {}), (name, step)
-                found[name][step] = value
-        return found
+        return curves_of(self.rows)
 
 
 @pytest.fixture

@@ -28,6 +28,7 @@ from eventtrain.validation.optional_imports import MissingModule
 from tests.subscribers.trackers.tracked_runs import (
     ODD,
     context,
+    curves_of,
     data,
     failures,
     own_environment,
@@ -57,13 +58,7 @@ class Written:
 
     @property
     def curves(self) -> dict[str, dict[int, Any]]:
-        """Name -> step -> value; no step twice."""
-        found: dict[str, dict[int, Any]] = {}
-        for step, row in self.rows:
-            for name, value in row.items():
-                assert step not in found.setdefault(name, {}), (name, step)
-                found[name][step] = value
-        return found
+        return curves_of(self.rows)
 
 
 def read(folder: Path, finished: int = 1) -> Written:

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import textwrap
+from collections.abc import Iterable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -38,6 +39,16 @@ ODD = [
 def context(run_dir: Path, said: list[Any] | None = None, **options: Any) -> et.RunContext:
     control: Any = SimpleNamespace(snapshots={}, hyperparams={})
     return et.RunContext("run", run_dir, control, (said if said is not None else []).append, **options)
+
+
+def curves_of(rows: Iterable[tuple[int, dict[str, Any]]]) -> dict[str, dict[int, Any]]:
+    """Name -> step -> value; no step twice."""
+    found: dict[str, dict[int, Any]] = {}
+    for step, row in rows:
+        for name, value in row.items():
+            assert step not in found.setdefault(name, {}), (name, step)
+            found[name][step] = value
+    return found
 
 
 def window(first: int, last: int, **columns: Any) -> et.StepsCompleted:
