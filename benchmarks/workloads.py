@@ -129,7 +129,7 @@ def _training(
         loss, grads = jax.value_and_grad(loss_fn)(state["params"], batch)
         updates, opt_state = optimiser.update(grads, state["opt_state"], state["params"])
         new = {"params": optax.apply_updates(state["params"], updates), "opt_state": opt_state}
-        metrics = {"loss": loss, "grad_norm": optax.global_norm(grads), "examples": jnp.int32(batch_size)}
+        metrics = {"loss": loss, "grad_norm": optax.tree.norm(grads), "examples": jnp.int32(batch_size)}
         return new, metrics
 
     return Workload(name, step_fn, {"params": params, "opt_state": optimiser.init(params)}, batches)

@@ -38,7 +38,7 @@ def metrics_of(params: Any, batch: Any) -> tuple[jax.Array, dict[str, jax.Array]
 def train_step(state: Any, batch: Any) -> Any:
     (_, metrics), grads = jax.value_and_grad(metrics_of, has_aux=True)(state["params"], batch)
     updates, opt_state = optimiser.update(grads, state["opt_state"])
-    metrics["grad_norm"] = optax.global_norm(grads)
+    metrics["grad_norm"] = optax.tree.norm(grads)
     return {"params": optax.apply_updates(state["params"], updates), "opt_state": opt_state}, metrics
 
 

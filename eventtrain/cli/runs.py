@@ -165,7 +165,7 @@ def _line(event: dict[str, Any]) -> str:
     own = {key: value for key, value in event.items() if key not in eventtrain.Event.model_fields}
     for name in ("metrics", "hyperparams"):
         own |= own.pop(name, {}) if isinstance(own.get(name), dict) else {}
-    fields = " ".join(f"{key}={_number(value)}" for key, value in own.items() if value not in (None, ""))
+    fields = " ".join(f"{key}={_number(value)}" for key, value in own.items() if value not in (None, "", [], {}))
     return f"{time:%H:%M:%S} {event.get('step'):>8} {event.get('kind')} {fields}".rstrip()
 
 

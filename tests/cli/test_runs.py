@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -112,6 +113,7 @@ def test_tail_prints_the_newest_events(runs: Path) -> None:
         ["12", "epoch_completed"],
         ["12", "run_completed"],
     ]
+    assert not re.search(r"=(\{\}|\[\]|None)?( |$)", done.stdout, re.MULTILINE), "a field that has nothing in it"
     done = command("tail", runs / "finished", "-n", 3, "--kind", "step_completed", "--json")
     assert [et.parse_event(line).step for line in done.stdout.splitlines()] == [10, 11, 12]
     assert len(command("tail", runs / "tables", "-n", 5).stdout.splitlines()) == 5
