@@ -409,7 +409,8 @@ class Trainer(Generic[S]):
             hyperparams: name (or path, where several have one name) -> value, set before the first step, whether the
                 run resumes or not, and published as HyperparamChanged. A script that resumes again and again
                 (``resume=True``) with the same values sets them once: the checkpoints remember it.
-            progress: show a progress display. By default on a terminal or in a notebook.
+            progress: show a progress display. By default if standard error is a terminal, and in a notebook. True: also
+                in a pipe or a file (nohup, Slurm), as one line for each epoch.
 
         Raises:
             ConfigurationError, DataError, StepError, StateError, MetricsError: invalid input, by name.

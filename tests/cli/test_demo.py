@@ -42,7 +42,7 @@ def test_the_whole_demo(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
         r" +│ 1 x restore ",
         r"EarlyStopping +│ \d+ x take_snapshot +│ step \d+: early stopping: val_loss has not improved for",
         r"GradientSpike +│ 1 x scale_hyperparam +│ step 299: spike: grad_norm",
-        r"LearningRateScheduler +│ 3 x set_hyperparam +│ step 78: schedule, epoch 2",
+        r"LearningRateScheduler +│ 3 x set_hyperparam +│ step 78: schedule, epoch 3",
     ):
         assert re.search(line, shown), line
     assert re.search(r"run completed at step \d+: early stopping: val_loss has not improved", shown)

@@ -5,10 +5,13 @@ from __future__ import annotations
 import ast
 import importlib.util
 import re
+import sys
 import textwrap
+import tomllib
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import partial
+from importlib.metadata import packages_distributions
 from inspect import iscoroutinefunction
 from itertools import chain
 from pathlib import Path
@@ -17,11 +20,13 @@ from typing import Any
 
 import anyio
 import pytest
+import typer
 
 import eventtrain as et
 import eventtrain.subscribers
 import eventtrain.testing
 from benchmarks.suite import PARTS
+from eventtrain.cli.main import app
 
 ROOT = Path(__file__).resolve().parents[2]
 DOCS = ROOT / "docs"
@@ -146,6 +151,46 @@ def test_the_page_about_debugging_explains_every_error() -> None:
     described = re.findall(r"^\| `(\w+)` \| .+ \| .+ \|$", section, re.MULTILINE)
     errors = {getattr(et.errors, name).__name__ for name in et.errors.__all__}  # an alias is one error
     assert sorted(described) == sorted(errors)
+
+
+@pytest.mark.parametrize("page", [page for page in PAGES if list(blocks(page))], ids=name_of)
+def test_a_page_says_how_to_install_what_its_code_imports(page: Path) -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    extras = {name: names_of(needs) for name, needs in project["optional-dependencies"].items()}
+    text = page.read_text()
+    commands = "\n".join(re.findall(r"pip install ([^#\n]+)", text))
+    told = {*re.findall(r"[\w-]+", commands), "eventtrain", *names_of(project["dependencies"])}
+    told |= set().union(
+        *(
+            extras[name]
+            for names in re.findall(r"eventtrain\[([\w,]+)\]", commands)
+            for name in names.split(",")
+        )
+    )
+    python = [
+        textwrap.dedent(match["text"]) for match in FENCE.finditer(text) if match["language"] == "python"
+    ]
+    imported = {
+        name for source in python for name in re.findall(r"^ *(?:from|import) (\w+)", source, re.MULTILINE)
+    }
+    distributions = packages_distributions()
+    assert [
+        name
+        for name in sorted(imported - sys.stdlib_module_names)
+        if not {each.lower().replace("_", "-") for each in distributions.get(name, [name])} & told
+    ] == []
+
+
+def names_of(requirements: list[str]) -> set[str]:
+    return {match[0].lower() for each in requirements if (match := re.match(r"[\w-]+", each))}
+
+
+def test_the_page_about_the_command_line_lists_every_command() -> None:
+    table = (DOCS / "command-line.md").read_text().split("\n## ")[0]
+    described = re.findall(
+        r"`eventtrain (\w+)", "\n".join(re.findall(r"^\| (`[^|]+) \|", table, re.MULTILINE))
+    )
+    assert sorted(described) == sorted(typer.main.get_command(app).commands)  # pyright: ignore
 
 
 def test_the_readme_shows_the_hello_world_that_lies_in_examples() -> None:

@@ -133,7 +133,7 @@ class HyperparamScheduler(Policy[ScheduleState]):
         value = await self._checked.at(event.epoch, *([held] if self._takes_value else []))
         # In float32, as most optimisers hold it: 0.1 does not differ from 0.10000000149 in effect.
         if np.float32(value) != np.float32(held):
-            self._set(value, control, event.step, f"epoch {event.epoch}")
+            self._set(value, control, event.step, f"epoch {event.epoch + 1}")
 
     async def _set_for_steps(self, step: int, boundaries: range, control: Control) -> None:
         assert self._checked is not None
