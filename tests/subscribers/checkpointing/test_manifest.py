@@ -44,6 +44,7 @@ def equal(one: Any, other: Any) -> bool:
     return repr(one) == repr(other)
 
 
+@pytest.mark.slow
 def test_the_states_of_subscribers_come_back_as_they_were(tmp_path: Path) -> None:
     writing = Writing(tmp_path)
     steps = iter(range(1, 1000))
@@ -211,6 +212,7 @@ def test_another_version_is_refused_with_what_to_do(
         read_manifest(tmp_path)
 
 
+@pytest.mark.slow
 def test_no_flipped_bit_changes_what_is_read(tmp_path: Path) -> None:
     """Of the whole text: each bit is flipped alone; the result is refused, or means the same."""
     writing = Writing(tmp_path)
