@@ -62,6 +62,14 @@ class Subscriber(OptionDefaults):
     async def stop(self) -> None:
         """Called when the run has ended and everything was handled. On the bus' event loop; cancelled as ``finish``."""
 
+    @property
+    def unwritten(self) -> int:
+        """Number of rows or messages that were handled and are not written or sent; read after ``stop``. Any thread.
+
+        ``FitResult.undelivered`` counts them.
+        """
+        return 0
+
     async def flush(self) -> None:
         """Makes durable what was handled so far. Called before ``state_dict``, for a checkpoint.
 

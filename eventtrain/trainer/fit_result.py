@@ -38,7 +38,8 @@ class FitResult(Generic[S]):
         stop_reason: "completed", or the reason given to ``control.stop``, "interrupted", "preempted", "cancelled".
         history: the EpochCompleted events of this call, of more than 10,000 epochs the newest 10,000. All are in a log,
             and ``subscribers.History(max_epochs=...)`` keeps as many as you want.
-        undelivered: subscription name -> events not handled within ``drain_timeout_s``; empty if all were.
+        undelivered: subscription name -> events not handled within ``drain_timeout_s``, and rows or messages that its
+            subscriber could not write or send (``Subscriber.unwritten``); empty if there are none.
     """
 
     state: S = field(repr=False)

@@ -90,7 +90,8 @@ class Run:
         loop: None until the step is compiled for the first batch.
         status: where the run is.
         ended_by: why the run ended; empty until its end.
-        undelivered: after the end, subscription name -> events that were not handled within the drain timeout.
+        undelivered: after the end, subscription name -> events that were not handled within the drain timeout, and
+            rows that were not written.
     """
 
     def __init__(
@@ -498,6 +499,8 @@ class Run:
         if self.undelivered:
             listing = ", ".join(f"{name}: {count}" for name, count in self.undelivered.items())
             logger.warning("Events were not handled within %.1f s: %s", self.options.drain_timeout_s, listing)
+        for name, left in self._lifecycle.unwritten().items():
+            self.undelivered[name] = self.undelivered.get(name, 0) + left
         if self.loop is not None:
             self.loop.compiled.close()
         plane.handover.release_all()  # not before: a Checkpointer may claim until its queue is empty

@@ -98,7 +98,7 @@ class Session(Generic[S]):
 
     @property
     def undelivered(self) -> dict[str, int]:
-        """After the end: subscription name -> events that were not handled within ``drain_timeout_s``."""
+        """After the end: subscription name -> events not handled within ``drain_timeout_s``, and rows not written."""
         return self._run.undelivered
 
     @property

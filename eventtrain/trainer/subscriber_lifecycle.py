@@ -136,6 +136,10 @@ class SubscriberLifecycle:
             self._bus.detach(one.subscription)
         return undelivered
 
+    def unwritten(self) -> dict[str, int]:
+        """Returns, after ``stop``, what the subscribers handled and could not write or send, by subscription."""
+        return {one.name: left for one in self._started if (left := one.subscriber.unwritten)}
+
     def _on_loop(self, function: Callable[[], Coroutine[Any, Any, T]], deadline_s: float) -> T:
         """Returns what ``function`` returns, which ends by itself at the deadline.
 
@@ -170,7 +174,12 @@ class SubscriberLifecycle:
                 with anyio.fail_after(end_s - monotonic()):
                     await getattr(one.subscriber, how)()
             except TimeoutError:
-                return "did not finish in time"
+                left = one.subscriber.unwritten if how == "stop" else 0
+                return (
+                    f"did not finish in time; {left} rows are not written"
+                    if left
+                    else "did not finish in time"
+                )
             except BaseException as error:
                 failure = own_failure(error)
                 return f"{type(failure).__name__}: {failure}"

@@ -107,6 +107,12 @@ class BrokerEvents(Subscriber, ABC):
         if self._sender is not None:
             self._sender.step = series.steps[-1]
 
+    @property
+    def unwritten(self) -> int:
+        """Number of events that the broker lacks."""
+        now = self.statistics
+        return now.waiting + now.dropped
+
     async def finish(self) -> None:
         """Publishes how many events were dropped and which commands were refused, as far as that was not published."""
         if self._sender is not None:

@@ -116,10 +116,13 @@ class GroupCommit(threading.Thread):
     def _describe(self, error: Exception) -> OSError:
         reason = (error.strerror if isinstance(error, OSError) else None) or f"{error}"
         rows = self._file.waiting.rows
+        if self._stopping:
+            what = f"{rows} rows are not in the file, and are lost when the program ends"
+        else:
+            what = f"{rows} rows are kept, and will be written when that works again"
         return OSError(
             error.errno if isinstance(error, OSError) else None,
-            f"cannot write {self._file.path}: {reason}; {rows} rows are kept, and will be written when that works "
-            "again",
+            f"cannot write {self._file.path}: {reason}; {what}",
         )
 
 
@@ -202,6 +205,11 @@ class FileLogger(Subscriber, ABC, Generic[F]):
         """Writes what waits. Raises OSError if that fails."""
         if self._commits is not None:
             await self._commits.stop()
+
+    @property
+    def unwritten(self) -> int:
+        """Number of rows that are not in the file. The next run of the trainer writes them, unless it resumes."""
+        return self._waiting.rows
 
     async def flush(self) -> None:
         """Writes every row so far, and waits until it is on the disk. Raises OSError if that fails."""

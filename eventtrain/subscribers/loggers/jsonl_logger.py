@@ -76,7 +76,8 @@ class JSONLLogger(FileLogger[JSONLFile]):
     (``<path>.cut-1`` ...), and writes them again, so that each step has one row; so does a run that was to resume and
     found nothing saved, with all that the file contains. A failed write, for example on a full disk, is raised in the
     handler, and so published as SubscriberFailed, once for each failure; the rows are kept and written when that works
-    again, none twice and none torn. While 32 MiB of rows wait, training waits too.
+    again, none twice and none torn. While 32 MiB of rows wait, training waits too. ``FitResult.undelivered`` counts
+    the rows that are still not in the file when the run has ended; the next ``fit`` of the trainer writes them.
 
     Raises:
         ConfigurationError: the path leaves ``run_dir`` by ``..``, or another argument is invalid; when a run starts,

@@ -88,7 +88,12 @@ class LogFile(ABC, Generic[Item]):
         """How much is written, for a checkpoint."""
 
     def cut(self, position: Mapping[str, int]) -> None:
-        """Moves what was written after ``position`` aside, to ``<path>.cut-1`` (or -2 ...)."""
+        """Moves what was written after ``position`` aside, to ``<path>.cut-1`` (or -2 ...).
+
+        Drops the waiting rows, which an earlier run of this trainer could not write: their steps run again.
+        """
+        with self._lock:
+            self.waiting.remove(self.waiting.entries())
         here, there = self.position, dict(position)
         if [*here.values()] < [*there.values()]:
             now, then = (", ".join(f"{name}={n}" for name, n in one.items()) for one in (here, there))

@@ -316,6 +316,12 @@ class Tracker(Subscriber):
                 thread.add(work, step=0, event_kind="stop", rows=0)
             await thread.aclose(self._finish_timeout_s)
 
+    @property
+    def unwritten(self) -> int:
+        """Number of rows that the tracker lacks."""
+        now = self.statistics
+        return now.waiting + now.lost
+
     def _last_job(self) -> Callable[[], None] | None:
         """The job that ends the run at the tracker, if it needs one."""
         return None

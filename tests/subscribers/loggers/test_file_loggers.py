@@ -195,6 +195,38 @@ def test_a_full_disk_is_said_and_the_run_goes_on_without_losing_a_row(
 
 
 @kinds
+@pytest.mark.parametrize("resumes", [False, True])
+def test_rows_that_a_full_disk_refuses_to_the_end_are_counted_as_undelivered_and_written_by_a_later_fit(
+    tmp_path: Path,
+    kind: Kind,
+    resumes: bool,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    def refuse(*args: Any) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    logger: Any = kind.make("log", flush_interval_s=0.01)
+    memory = MemoryCheckpointer(every=4)
+    trainer = make_trainer(tmp_path, logger, memory)
+    batches = [np.float32(1)] * 10
+    with monkeypatch.context() as full:
+        full.setattr(row_file.LogFile, "commit", refuse)
+        result = trainer.fit(batches, epochs=1)
+    lost = logger.unwritten
+    assert lost >= 10
+    assert result.undelivered == {type(logger).__name__: lost}
+    (said,) = [line for line in caplog.messages if "failed in stop()" in line]
+    assert f"{lost} rows are not in the file, and are lost when the program ends" in said
+    assert "will be written" not in said
+    result = trainer.fit(batches, epochs=2, resume=8) if resumes else trainer.fit(batches, epochs=1)
+    assert result.undelivered == {}
+    steps = kind.read(tmp_path / "log")
+    assert steps == list(range(steps[0], 21))  # none twice
+    assert steps[0] <= 9 if resumes else steps[0] == 1
+
+
+@kinds
 async def test_a_disk_that_stays_full_makes_training_wait_instead_of_filling_memory(
     tmp_path: Path, kind: Kind, monkeypatch: pytest.MonkeyPatch
 ) -> None:
