@@ -11,7 +11,7 @@ from rich.filesize import decimal
 import eventtrain
 from eventtrain import SnapshotError
 from eventtrain.errors import printable
-from eventtrain.subscribers.checkpointing.directory import delete
+from eventtrain.subscribers.checkpointing.directory import delete, size_of
 from eventtrain.subscribers.checkpointing.manifest import Manifest, is_checkpoint, read_manifest
 from eventtrain.subscribers.checkpointing.naming import scheduled_tag
 from eventtrain.subscribers.remote.download import download_checkpoint
@@ -36,7 +36,7 @@ def list_all(run_dir: RunDir) -> None:
             str(manifest.step),
             str(manifest.epoch),
             "weights" if manifest.weights_only else "run",
-            decimal(sum(manifest.files.values())),
+            decimal(size_of(path)),
             f"{manifest.time:%Y-%m-%d %H:%M:%S}",
             "-" if manifest.tag == scheduled_tag(manifest.step) else manifest.tag,
             " ".join(f"{name}={value:.6g}" for name, value in manifest.metrics.items()) or "-",

@@ -18,13 +18,14 @@ from rich.table import Table
 from rich.text import Text
 
 import eventtrain
-from eventtrain.errors import EventTrainError, SnapshotError, printable
+from eventtrain.errors import EventTrainError, SnapshotError, listed, printable
 from eventtrain.runs.finding import find_log
 from eventtrain.runs.journal import JSONLJournal
 from eventtrain.runs.reading import EventReader
 from eventtrain.runs.rows import wanted
 from eventtrain.runs.summary import RunSummary, find_runs, summarise
 from eventtrain.subscribers._shared.display_text import duration_text
+from eventtrain.subscribers.checkpointing.directory import size_of
 from eventtrain.subscribers.checkpointing.manifest import is_checkpoint, read_manifest
 
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead: one line for each run or event.")]
@@ -32,6 +33,9 @@ RunDir = Annotated[Path, typer.Argument(help="The run_dir of a run.")]
 COLOURS = {"running": "green", "failed": "red", "killed": "red", "stopped": "yellow"}
 LAST_BYTES = 1 << 20
 MOST_METRICS = 4
+NARROW = 80
+"""Consoles with fewer columns show neither epochs nor checkpoints."""
+WIDEST = 10_000
 
 
 def ls(
@@ -41,45 +45,39 @@ def ls(
     """List the runs in a folder: state, steps, duration, newest metrics."""
     if not folder.is_dir():
         _fail(f"{folder} is not a folder. Give one that has runs in it.")
-    runs = [summarise(path) for path in find_runs(folder)]
+    runs = [_summarised(path) for path in find_runs(folder)]
     if as_json:
         for run in runs:
             typer.echo(json.dumps(_as_json(run, thorough=False)))
         return
     if not runs:
         _fail(f"There is no run in {folder}.")
-    table = Table(box=None, header_style="bold", pad_edge=False)
-    for name, justify in (("STATE", "left"), ("STEP", "right"), ("EPOCH", "right"), ("TIME", "right")):
-        table.add_column(name, justify=justify, no_wrap=True)  # pyright: ignore[reportArgumentType]
-    table.add_column("METRICS", overflow="fold", min_width=15)
-    table.add_column("CHECKPOINTS", justify="right")
-    table.add_column("RUN", overflow="fold", min_width=15)
+    console = _console()
+    table = _table_of(runs, console.width)
+    if console.width < table.__rich_measure__(console, console.options.update(max_width=WIDEST)).maximum:
+        table = _table_of(runs, console.width, fill=console.width // 3)
+    console.print(table)
+    problems: dict[str, list[str]] = {}
     for run in runs:
-        table.add_row(
-            _state(run),
-            str(run.step),
-            "-" if run.epoch is None else str(run.epoch),
-            "-" if run.duration_s is None else duration_text(run.duration_s),
-            Text(printable(run.problem or _metrics(run, MOST_METRICS))),
-            str(sum(1 for _ in _checkpoints(run.path))),
-            Text(printable(str(run.path))),
-        )
-    _console().print(table)
+        if run.problem:
+            problems.setdefault(run.problem.removeprefix(f"{run.path} "), []).append(str(run.path))
+    for problem, paths in problems.items():
+        console.print(Text(printable(f"{listed(paths)}: {problem}")))
 
 
 def show(run_dir: RunDir, as_json: AsJson = False) -> None:
     """Show one run: state, metrics with their best values, hyperparameters and checkpoints."""
     if not run_dir.is_dir():
         _fail(f"{run_dir} is not a folder. Give the run_dir of a run.")
-    run = summarise(run_dir, thorough=True)
+    run = _summarised(run_dir, thorough=True)
     if as_json:
         typer.echo(json.dumps(_as_json(run, thorough=True)))
         return
     console, facts = _console(), Table(box=None, show_header=False, pad_edge=False)
-    started = "-" if run.started is None else f"{run.started.astimezone():%Y-%m-%d %H:%M:%S}"
+    started = None if run.started is None else f"{run.started.astimezone():%Y-%m-%d %H:%M:%S}"
     time = None if run.duration_s is None else duration_text(run.duration_s)
     for name, value in (
-        ("state", _state(run)), ("reason", run.reason), ("run", run.run_id), ("attempt", run.attempt),
+        ("state", _state(run)), ("reason", run.reason), ("run", run.run_id), ("attempt", run.attempt or None),
         ("step", run.step), ("epochs completed", run.epoch), ("started", started), ("time", time),
         ("log", run.log), ("problem", run.problem),
     ):  # fmt: skip
@@ -89,7 +87,7 @@ def show(run_dir: RunDir, as_json: AsJson = False) -> None:
             )
     console.print(facts)
     if run.metrics:
-        table = _table("METRIC", "NEWEST", "MINIMUM", "AT STEP", "MAXIMUM", "AT STEP")
+        table = _table("METRIC", "NEWEST", "MIN OF EPOCHS", "AT STEP", "MAX OF EPOCHS", "AT STEP")
         for name, value in run.metrics.items():
             best = run.best.get(name)
             row = (best.minimum, best.minimum_step, best.maximum, best.maximum_step) if best else ("-",) * 4
@@ -165,7 +163,9 @@ def _line(event: dict[str, Any]) -> str:
     own = {key: value for key, value in event.items() if key not in eventtrain.Event.model_fields}
     for name in ("metrics", "hyperparams"):
         own |= own.pop(name, {}) if isinstance(own.get(name), dict) else {}
-    fields = " ".join(f"{key}={_number(value)}" for key, value in own.items() if value not in (None, "", [], {}))
+    fields = " ".join(
+        f"{key}={_number(value)}" for key, value in own.items() if value not in (None, "", [], {})
+    )
     return f"{time:%H:%M:%S} {event.get('step'):>8} {event.get('kind')} {fields}".rstrip()
 
 
@@ -192,12 +192,46 @@ def _checkpoints(run_dir: Path) -> Iterator[dict[str, Any]]:
                 }
                 try:
                     manifest = read_manifest(path)
-                    entry |= {
-                        "step": manifest.step, "tag": manifest.tag, "size_bytes": sum(manifest.files.values()),
-                    }  # fmt: skip
+                    entry |= {"step": manifest.step, "tag": manifest.tag, "size_bytes": size_of(path)}
                 except SnapshotError:
                     pass  # `eventtrain checkpoints ls` tells why
                 yield entry
+
+
+def _summarised(run_dir: Path, *, thorough: bool = False) -> RunSummary:
+    """Returns the summary of a run; where there is no log, its step is that of the newest checkpoint."""
+    run = summarise(run_dir, thorough=thorough)
+    if run.log is None:
+        run.step = max((each["step"] or 0 for each in _checkpoints(run_dir)), default=run.step)
+    return run
+
+
+def _table_of(runs: list[RunSummary], width: int, fill: int = WIDEST) -> Table:
+    """Returns the table of ``ls``. Only paths are broken, never a number. Narrow tables have fewer columns.
+
+    Args:
+        runs: the rows.
+        width: of the console.
+        fill: width of the column of metrics, unless one of them is wider.
+    """
+    table = Table(box=None, header_style="bold", pad_edge=False)
+    is_wide = width >= NARROW
+    names = ("STATE", "STEP", *(("EPOCH",) if is_wide else ()), "TIME", "METRICS")
+    for name in (*names, "CHECKPOINTS") if is_wide else names:
+        table.add_column(name, justify="left" if name in ("STATE", "METRICS") else "right", no_wrap=True)
+    table.add_column("RUN", overflow="fold", min_width=10)
+    for run in runs:
+        cells: dict[str, str | Text] = {
+            "STATE": _state(run),
+            "STEP": str(run.step),
+            "EPOCH": "-" if run.epoch is None else str(run.epoch),
+            "TIME": "-" if run.duration_s is None else duration_text(run.duration_s),
+            "METRICS": Text(_metrics(run, MOST_METRICS, fill)),
+            "CHECKPOINTS": str(sum(1 for _ in _checkpoints(run.path))),
+            "RUN": Text(printable(str(run.path))),
+        }
+        table.add_row(*(cells[str(column.header)] for column in table.columns))
+    return table
 
 
 def _table(*columns: str) -> Table:
@@ -211,9 +245,18 @@ def _state(run: RunSummary) -> Text:
     return Text(run.state, style=COLOURS.get(run.state, ""))
 
 
-def _metrics(run: RunSummary, most: int) -> str:
-    shown = [f"{name}={_number(value)}" for name, value in list(run.metrics.items())[:most]]
-    return " ".join([*shown, "..."] if len(run.metrics) > most else shown) or "-"
+def _metrics(run: RunSummary, most: int, width: int) -> str:
+    """Returns lines of whole metrics, as many in a line as fit into ``width``."""
+    if run.problem:
+        return "no log" if run.log is None else "unreadable"
+    shown = [printable(f"{name}={_number(value)}") for name, value in list(run.metrics.items())[:most]]
+    more = len(run.metrics) - len(shown)
+    lines = [""]
+    for each in [*shown, f"+{more} more"] if more else shown:
+        if lines[-1] and len(lines[-1]) + 1 + len(each) > width:
+            lines.append("")
+        lines[-1] = f"{lines[-1]} {each}".lstrip()
+    return "\n".join(lines) or "-"
 
 
 def _number(value: Any) -> str:

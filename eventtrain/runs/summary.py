@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import os
+from bisect import bisect_left
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
+from math import inf
 from pathlib import Path
 from typing import Any, Literal
 
@@ -17,7 +20,7 @@ from eventtrain.runs.finding import find_log
 from eventtrain.runs.journal import JSONLJournal
 from eventtrain.runs.owner import ATTEMPTS, LOCK, owner_of
 from eventtrain.runs.reading import read_events
-from eventtrain.runs.rows import Wanted, wanted
+from eventtrain.runs.rows import Wanted, identity_of, wanted
 
 State = Literal["running", "finished", "stopped", "failed", "killed", "unknown"]
 LAST_BYTES = 1 << 18
@@ -53,6 +56,7 @@ class RunSummary:
         state: "killed" if the run is not in progress and its log does not end; "unknown" if there is no log in JSONL.
         reason: why it was stopped or failed; else empty.
         started, updated: time of the first and of the newest event.
+        between_attempts_s: seconds from the last event of an attempt to the first of the next, of all attempts.
         metrics: of the newest epoch, and of the newest step.
         best: metric of epochs -> its extremes; empty unless ``thorough``.
         hyperparams: newest values that the log has.
@@ -68,6 +72,7 @@ class RunSummary:
     epoch: int | None = None
     started: datetime | None = None
     updated: datetime | None = None
+    between_attempts_s: float = 0.0
     metrics: dict[str, Number] = field(default_factory=dict[str, Number])
     best: dict[str, Extremes] = field(default_factory=dict[str, Extremes])
     hyperparams: dict[str, Number] = field(default_factory=dict[str, Number])
@@ -76,11 +81,11 @@ class RunSummary:
 
     @property
     def duration_s(self) -> float | None:
-        """From the first event to the newest one, or to the present moment while it runs."""
+        """From the first event to the newest one, or to the present while it runs, without ``between_attempts_s``."""
         if self.started is None or self.updated is None:
             return None
         end = datetime.now(UTC) if self.state == "running" else self.updated
-        return (end - self.started).total_seconds()
+        return (end - self.started).total_seconds() - self.between_attempts_s
 
 
 def find_runs(folder: Path) -> Iterator[Path]:
@@ -131,6 +136,33 @@ def _read_journal(summary: RunSummary, log: Path, thorough: bool) -> None:
     last.skip_near_end(LAST_BYTES)
     for line in last.lines():
         _take(summary, from_json(line))
+    if first is not None:
+        summary.between_attempts_s = _between_attempts_s(log, identity_of(first).attempt, summary.attempt)
+
+
+def _between_attempts_s(log: Path, first: int, last: int) -> float:
+    """Returns the seconds between the attempts. Rows are in the order of attempts, so a search reads few of them."""
+    with log.open("rb") as file:
+
+        def rows_at(offset: int) -> tuple[bytes, bytes]:
+            """Returns the rest of the row at ``offset``, and the row after it."""
+            file.seek(offset)
+            return file.readline(), file.readline()
+
+        def attempt_after(offset: int) -> float:
+            row = rows_at(offset)[1]
+            return identity_of(row).attempt if row.endswith(b"\n") else inf  # the end, or a torn row
+
+        size = file.seek(0, os.SEEK_END)
+        # The lowest offset whose next row is of an attempt is the beginning of the row before that. Attempts without
+        # rows, which a resumed run has cut off, lead to the same offset.
+        offsets = {
+            bisect_left(range(size), attempt, key=attempt_after) for attempt in range(first + 1, last + 1)
+        }
+        pairs = [rows_at(offset) for offset in offsets]
+    return sum(
+        (_time(from_json(after)) - _time(from_json(before))).total_seconds() for before, after in pairs
+    )
 
 
 def _take(summary: RunSummary, event: dict[str, Any], *, has_time: bool = True) -> None:

@@ -100,6 +100,14 @@ def files_in(folder: Path) -> list[Path]:
     return sorted(path for path in folder.rglob("*") if path.is_file())
 
 
+def size_of(path: Path) -> int:
+    """Returns the bytes of all files of a checkpoint; 0 if it was deleted meanwhile."""
+    try:
+        return sum(file.stat().st_size for file in files_in(path))
+    except FileNotFoundError:
+        return 0
+
+
 def _machine() -> str:
     return re.sub(r"[^A-Za-z0-9_.]", "_", platform.node())[:60] or "machine"
 

@@ -21,6 +21,10 @@ import pytest
 
 import eventtrain as et
 from eventtrain import subscribers as subs
+from eventtrain.subscribers.dashboard.frames import Frames
+from eventtrain.subscribers.dashboard.guard import Tokens
+from eventtrain.subscribers.dashboard.run_files import RunFiles
+from eventtrain.subscribers.dashboard.server import serve
 from tests.conftest import python_path
 from tests.support.browser import browser
 from tests.support.dashboards import TOKEN, wait_until, watched
@@ -77,6 +81,11 @@ class Page:
 
     def find(self, selector: str) -> Any:
         return self.driver.find_element("css selector", selector)
+
+    def empty_list(self, name: str) -> str:
+        """What is shown for a list that has nothing in it."""
+        script = f"return getComputedStyle(document.getElementById('{name}'), '::after').content"
+        return self.driver.execute_script(script)
 
     def keys(self, text: str) -> None:
         self.find("body").send_keys(text)
@@ -193,6 +202,7 @@ def test_a_finished_and_a_live_run_are_side_by_side(page: Page, tmp_path: Path) 
             lambda seen: seen["runs"] == "finishedlive" and "live train" in seen["charts"].get("loss", "")
         )
         assert "finished train" in seen["charts"]["loss"]
+        assert page.empty_list("checkpoints") == '"none"'
         assert (seen["title"], seen["state"]) == ("live", "running")
         page.keys("1")
         page.wait(lambda seen: "finished train" not in seen["charts"]["loss"])
@@ -200,6 +210,22 @@ def test_a_finished_and_a_live_run_are_side_by_side(page: Page, tmp_path: Path) 
         seen = page.wait(lambda seen: seen["title"] == "finished")
         assert (seen["state"], seen["buttons"]) == ("completed", False)
         page.require_quiet()
+
+
+def test_what_a_log_does_not_have_is_not_said_to_be_none(page: Page, tmp_path: Path) -> None:
+    loggers = [subs.JSONLLogger("events.jsonl"), subs.Checkpointer("checkpoints", every=10)]
+    et.Trainer(step_fn, new_state(), subscribers=loggers, run_dir=tmp_path).fit(
+        batches(50), epochs=1, progress=False
+    )
+    runs = RunFiles([tmp_path])
+    serving = serve(Frames(runs.shown), None, Tokens.given(TOKEN, "the test"), "127.0.0.1", 0, lambda: False)
+    try:
+        page.open(SimpleNamespace(url=serving.url(TOKEN)))
+        page.wait(lambda seen: seen["state"] == "completed")
+        assert page.empty_list("checkpoints") == '"none in this log"'
+    finally:
+        runs.close()
+        serving.close()
 
 
 def served_run() -> None:

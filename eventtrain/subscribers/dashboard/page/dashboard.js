@@ -222,6 +222,7 @@ function show(frame) {
   if (!run || (frame !== null && !entry)) return;
   const changed = (name) => entry === null || frame?.full || name in entry;
   const { sections } = run;
+  document.body.classList.toggle("from-log", !sections.loop); // a log need not have every event
   if (changed("status") || changed("title") || changed("can_control")) showStatus(sections);
   if (changed("values") || changed("hyperparams") || changed("can_control")) showHyperparams(sections);
   if (changed("changes")) showLog("changes", sections.changes, changeRow);
