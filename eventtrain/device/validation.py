@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -189,10 +190,16 @@ def _array_like(leaf: Any, wanted: Any) -> Any:
     if not isinstance(leaf, (bool, int, float, complex)) or wanted.shape != ():
         return leaf
     try:
-        fits = jnp.result_type(wanted.dtype, leaf) == wanted.dtype
+        fits = jnp.result_type(wanted.dtype, leaf) == wanted.dtype and not _overflows(leaf, wanted.dtype)
         return jnp.asarray(leaf, wanted.dtype) if fits else leaf
     except (OverflowError, TypeError):  # too large, or `wanted` is a PRNG key
         return leaf
+
+
+def _overflows(number: complex, dtype: Any) -> bool:
+    """Whether a finite number would become infinite, of which NumPy and ml_dtypes only warn, or not even that."""
+    size = abs(number)
+    return jnp.issubdtype(dtype, jnp.inexact) and float(jnp.finfo(dtype).max) < size < math.inf
 
 
 def sharded_as(wanted: Any, array: jax.Array) -> jax.Array:

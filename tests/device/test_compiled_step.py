@@ -490,6 +490,7 @@ START = {"w": jnp.zeros((2, 3)), "n": 1, "f": jax.nn.relu, "h": jnp.zeros((), jn
         ),
         (lambda s: (s | {"w": "x"}, {}), StateError, ["state['w'] is str instead", "jnp.asarray"]),
         (lambda s: (s | {"h": 2**200}, {}), StateError, ["state['h'] is int instead of bfloat16[]"]),
+        (lambda s: (s | {"h": 1e300}, {}), StateError, ["state['h'] is float instead of bfloat16[]"]),
         (lambda s: (s | {"new": s["w"]}, {}), StateError, ["another structure", "['new'] was added"]),
         (lambda s: ({"w": s["w"]}, {}), StateError, ["['f'] is missing", "['n'] is missing"]),
         (lambda s: ([s], {}), StateError, ["another structure"]),
