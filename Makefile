@@ -70,6 +70,7 @@ faults-slice: $(VENV)/.installed-test
 # One stamp per extra, renewed only when pyproject.toml changes. bin/pip is the last file that venv writes, so an
 # interrupted creation is repeated.
 $(VENV)/.installed-%: pyproject.toml | $(BIN)/pip
+	@echo "Installing eventtrain[$*] into $(VENV): about a minute, and nothing is printed ..."
 	$(BIN)/python $(PIP_INSTALL) --editable ".[$*]"
 	@touch $@
 

@@ -343,7 +343,7 @@ def _speed_table(bare: Sequence[float], observed: Sequence[float]) -> Table:
     for name, rates in (("bare jitted loop", bare), ("with all subscribers and 2 checkpoints", observed)):
         table.add_row(name, *(f"{rate:,.0f}" for rate in (median(rates), min(rates), max(rates))))
     ratio = median(b / o for b, o in zip(bare, observed, strict=True))
-    table.add_row("time per step, observed / bare", f"{ratio:.3f}", "", "")
+    table.add_row("time per step, observed / bare (median of the pairs)", f"{ratio:.3f}", "", "")
     return table
 
 
