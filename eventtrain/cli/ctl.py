@@ -188,7 +188,7 @@ def _client(context: typer.Context) -> ControlClient:
 def _fail(error: Exception, as_json: bool) -> NoReturn:
     text, code = str(error), 2
     if isinstance(error, CommandRejectedError):
-        text, code = f"Rejected: {error.reason}", 1
+        text, code = f"Rejected. {error.reason[:1].upper()}{error.reason[1:]}", 1
     elif isinstance(error, TimeoutError):
         text, code = "The run has not answered yet. The command stays in force.", 1
     if as_json:

@@ -8,6 +8,7 @@ from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
+from itertools import count
 from typing import Any, Protocol
 
 from eventtrain.bus.barrier import Barrier
@@ -103,6 +104,8 @@ class CommandQueue:
         self._lock = threading.Lock()
         self._barriers: list[Barrier[RunPart]] = []
         self._closed: str | None = "no run is in progress"
+        # Of each issuer and kind. Counted without the lock, which a forked process may find locked for ever.
+        self._rejections: dict[tuple[str | None, str], count[int]] = {}
 
     # --- any thread -------------------------------------------------------------------------------------------
 
@@ -149,12 +152,19 @@ class CommandQueue:
         level: int = logging.WARNING,
     ) -> None:
         """Reject one command: by its result, by an event (through ``sink``, or the bus) and in the log."""
-        kind = pending.command.kind
-        logger.log(level, "Command %s was rejected: %s", kind, reason)
+        command, step = pending.command, self._view.step
+        kind, issuer = command.kind, command.cause.subscriber if command.cause else command.source
+        number = next(self._rejections.setdefault((issuer, kind), count(1)))
+        if number & (number - 1) == 0:
+            # Only the 1st, 2nd, 4th, 8th ... is logged: a handler that errs at every step must not flood the log.
+            logger.log(
+                level, "Command %s%s was rejected at step %d%s: %s",
+                kind, f" of {issuer}" if issuer else "", step, f" (no. {number})" if number > 1 else "", reason,
+            )  # fmt: skip
         pending.reply.set_exception(
-            CommandRejectedError(f"The command {kind} was rejected: {reason}", reason=reason)
+            CommandRejectedError(f"The command {kind} was rejected at step {step}: {reason}", reason=reason)
         )
-        event = CommandRejected(step=self._view.step, command=pending.command, reason=reason)
+        event = CommandRejected(step=step, command=command, reason=reason)
         emit = None if sink is None else sink.emit
         self._bus.notices.add((CommandRejected, kind), event, emit=emit)
 

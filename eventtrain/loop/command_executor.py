@@ -112,7 +112,7 @@ class CommandExecutor:
                 raise ProcessesDiverged(
                     f"Process 0 has applied {command.kind} at step {step}, and this process cannot: {error}"
                 ) from error
-            reason = f"at step {step}: {error}"
+            reason = str(error)
             self.plane.queue.reject(pending, reason, self.windows)
             if pending.ask is not None:
                 self.agreement.record(self.status, RejectCommand(ask=pending.ask, reason=reason))

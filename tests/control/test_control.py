@@ -109,6 +109,28 @@ async def test_a_command_that_cannot_work_is_rejected_with_the_remedy(tmp_path, 
     assert [event.reason for event in rejected] == [refused.value.reason]
 
 
+def test_a_handler_that_errs_at_every_step_does_not_flood_the_log_and_is_named(tmp_path, caplog):
+    trainer = make_trainer(tmp_path)
+    rejected = record(trainer, et.CommandRejected)
+
+    @trainer.on(et.StepCompleted, lag=1, name="misspelt")
+    async def decide(event: et.StepCompleted, control: et.Control) -> None:
+        control.set_hyperparam("lr", 0.1)
+
+    trainer.fit(batches(20), epochs=1)
+    assert len(rejected) == 20
+    lines = [line for line in caplog.messages if "rejected" in line]
+    assert [line.partition(": ")[0] for line in lines] == [
+        "Command set_hyperparam of misspelt was rejected at step 2",
+        *(
+            f"Command set_hyperparam of misspelt was rejected at step {n + 1} (no. {n})"
+            for n in (2, 4, 8, 16)
+        ),
+    ]
+    assert lines[0].partition(": ")[2] == rejected[0].reason
+    assert rejected[0].reason.startswith("No hyperparameter 'lr'")
+
+
 async def test_one_event_decided_twice_without_a_lag_is_a_conflict_too(tmp_path, anyio_backend):
     trainer = make_trainer(tmp_path)
     conflicts = record(trainer, et.CommandConflict)
