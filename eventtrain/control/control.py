@@ -115,7 +115,8 @@ class Control:
 
         The value multiplied is the one in effect when the command is applied. A handler that reads, computes and sets
         would lose what changed between its event and the effect. A value that is already beyond a limit is neither
-        moved further nor brought back to it.
+        moved further nor brought back to it. With a ``minimum``, one that would become 0 because its dtype holds
+        nothing smaller stays as it is; without, the command is rejected.
         """
         return self._send(
             ScaleHyperparam,

@@ -241,15 +241,24 @@ def _fitted(value: object, kind: Any) -> np.ndarray[Any, Any]:
         limits = jnp.iinfo(kind)
         whole = isinstance(number, int) or number.is_integer()
         fits = whole and int(limits.min) <= number <= int(limits.max)
+        holds = f"whole numbers from {limits.min} to {limits.max}"
+    elif kind == np.bool_:
+        return np.asarray(number, kind)
     else:
-        limit = 1.0 if kind == np.bool_ else float(jnp.finfo(kind).max)
-        fits = abs(number) <= limit and (number == 0 or bool(np.asarray(number, kind) != 0))
+        least, limit = float(jnp.finfo(kind).smallest_subnormal), float(jnp.finfo(kind).max)
+        fits = abs(number) <= limit and not becomes_zero(number, kind)
+        holds = f"0 and magnitudes from {least:.2g} to {limit:.2g}"
     if not fits:
+        wider = "" if kind == np.float32 else ", or build the optimiser with hyperparam_dtype=jnp.float32"
         raise HyperparamError(
-            f"Cannot write {value!r} to a hyperparameter of dtype {kind}, which cannot hold it. Pass a number in its "
-            "range, or build the optimiser with hyperparam_dtype=jnp.float32."
+            f"Cannot write {value!r} to a hyperparameter of dtype {kind}, which holds {holds}. Pass one of them{wider}."
         )
     return np.asarray(number, kind)
+
+
+def becomes_zero(number: float, kind: Any) -> bool:
+    """Returns whether `number` is not 0, but too small for the floating dtype `kind`."""
+    return number != 0 and bool(np.asarray(number, kind) == 0)
 
 
 def nonfinite_metrics(opt_state: PyTree, *, prefix: str = "") -> dict[str, jax.Array]:

@@ -12,7 +12,7 @@ from eventtrain.bus.subscription import SubscriptionCore
 from eventtrain.control.command_queue import PendingCommand
 from eventtrain.control.control_plane import ControlPlane
 from eventtrain.device.compiled_step import Carry
-from eventtrain.device.hyperparams import Hyperparam, labels, read, resolve, write
+from eventtrain.device.hyperparams import Hyperparam, becomes_zero, labels, read, resolve, write
 from eventtrain.device.snapshot import Snapshot
 from eventtrain.errors import EventTrainError, ProcessesDiverged
 from eventtrain.events import CommandApplied, CommandConflict, Event, HyperparamChanged, SnapshotTaken
@@ -241,4 +241,7 @@ def _scaled(command: ScaleHyperparam, old: Number, target: Hyperparam) -> Number
         value = max(value, min(old, command.minimum))
     if command.maximum is not None:
         value = min(value, max(old, command.maximum))
-    return round(value) if target.dtype.kind in "iu" else value
+    if target.dtype.kind in "iu":
+        return round(value)
+    # Nor does it go on below the smallest value that the dtype holds.
+    return old if command.minimum is not None and becomes_zero(value, target.dtype) else value

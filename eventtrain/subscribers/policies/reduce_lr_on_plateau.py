@@ -33,7 +33,7 @@ class ReduceLROnPlateau(MonitorPolicy):
         min_delta: smallest change that counts as an improvement.
         cooldown: how long nothing counts after a cut; the epoch that ends it counts. By "steps" it lasts at least until
             a step was computed with the smaller value: ``lag + 1`` steps.
-        min_lr: the value is never cut below it.
+        min_lr: the value is never cut below it, nor to 0 because its dtype holds nothing smaller.
         hyperparam: its name in ``optax.inject_hyperparams``.
         path: of the hyperparameter, if several have this name. "*": all of this name that can be set (the groups of
             ``optax.partition``, for example), each by the same factor and down to ``min_lr``.
@@ -115,9 +115,15 @@ class ReduceLROnPlateau(MonitorPolicy):
             self._monitor.begin_cooldown()
 
     def _can_be_cut(self, event: Monitored, control: Control) -> bool:
-        """Returns whether a value in effect is above ``min_lr``; until then exhausted patience waits, as in Keras."""
+        """Returns whether a value in effect is above ``min_lr``; until then exhausted patience waits, as in Keras.
+
+        A value that ``factor`` would make 0, because float32 holds nothing smaller, is not cut either.
+        """
         if isinstance(event, StepCompleted):
             return True  # the value at the boundary of the effect is not known yet; the command clips it
         values = event.hyperparams if isinstance(event, EpochCompleted) else control.hyperparams
         # In float32, as Keras compares: the device holds 0.001 as 0.0010000000475, which must not cause a cut.
-        return any(np.float32(values[key]) > np.float32(self._min_lr) for key in self._targets)
+        return any(
+            np.float32(values[key]) > np.float32(self._min_lr) and np.float32(values[key] * self._factor) != 0
+            for key in self._targets
+        )

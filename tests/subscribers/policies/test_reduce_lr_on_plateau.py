@@ -162,6 +162,22 @@ def make_trainer(
     return trainer, seen
 
 
+@pytest.mark.parametrize("unit", ["epochs", "steps"])
+def test_cuts_end_quietly_where_float32_holds_nothing_smaller(tmp_path: Path, unit: Any, caplog: Any) -> None:
+    policy = subs.ReduceLROnPlateau("loss", factor=1e-9, patience=1, patience_unit=unit)
+    trainer, seen = make_trainer(tmp_path, policy)
+    commands: list[et.Event] = []
+    trainer.on(et.CommandApplied | et.CommandRejected)(commands.append)
+    trainer.fit([np.float32(1.0)] * 300, epochs=20)
+    changes = [event.new for event in seen if isinstance(event, et.HyperparamChanged)]
+    assert len(changes) == 4
+    assert 0 < changes[-1] < 1e-36
+    assert not [event for event in commands if isinstance(event, et.CommandRejected)]
+    assert not caplog.messages
+    if unit == "epochs":
+        assert len(commands) == 4
+
+
 async def test_a_real_run_takes_the_cut_with_the_next_epochs_first_step(tmp_path: Path) -> None:
     policy = subs.ReduceLROnPlateau("loss", factor=0.5, patience=2)
     trainer, seen = make_trainer(tmp_path, policy)
