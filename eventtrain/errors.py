@@ -210,6 +210,14 @@ def did_you_mean(given: str, known: Iterable[str], otherwise: str = "") -> str:
     return f"Did you mean {nearest[0]!r}?" if nearest else otherwise
 
 
+def amend(error: BaseException, *, before: str = "", after: str = "") -> None:
+    """Puts text around the message of an error that is on its way, such as the place where it was raised."""
+    message = str(error)
+    if after:
+        after = f"{chr(10) if chr(10) in message else ' ' if message.endswith('.') else '. '}{after}"
+    error.args = (f"{before}{message}{after}",)
+
+
 def listed(parts: Sequence[str], limit: int = 5) -> str:
     """Returns the first ``limit`` of ``parts``, separated by "; ", and how many more there are."""
     rest = len(parts) - limit

@@ -17,6 +17,7 @@ from eventtrain.device.executable_cache import (
     LowerOnCaller,
     argument_types,
     compile_lowered,
+    describe_batch,
     lower_here,
 )
 from eventtrain.device.metric_codec import MetricLayout
@@ -187,7 +188,11 @@ class CompiledEval(_StateReader):
         Raises:
             As `prepare`.
         """
-        traced = self._lower_on_caller(lambda: self._traced(batch))
+        try:
+            traced = self._lower_on_caller(lambda: self._traced(batch))
+        except StepError as error:
+            describe_batch(error, batch)
+            raise
         return frozenset(traced.layout.names) | traced.computed
 
     def _traced(self, batch: PyTree) -> _TracedEval:

@@ -28,7 +28,7 @@ import numpy as np
 
 from eventtrain.device.executable_cache import ExecutableCache, LowerOnCaller, compile_lowered, lower_here
 from eventtrain.device.extensions import ExtensionStates, ParamsLens, StepExtension
-from eventtrain.device.fused_step import FusedStep, LoweredStep, StepFn, StepOptions
+from eventtrain.device.fused_step import FusedStep, LoweredStep, StepFn, StepOptions, first_batch
 from eventtrain.device.metric_ring import MetricRings, RingCarry, TakenRing
 from eventtrain.device.placement import put
 from eventtrain.device.state import Leaves, PyTree, TreeStructure, abstract, copy_leaves, replicated_sharding
@@ -104,7 +104,7 @@ class CompiledStep:
         counts = range(options.steps_per_call + 1)
         self._counts = [put(np.int32(count), sharding) for count in counts]
         self._lower_on_caller = lower_on_caller
-        self._executables = ExecutableCache("step_fn", partial(self._build, self._fused))
+        self._executables = self._cache(self._fused)
         # Of the current executable: one look-up less at every step. Before prepare() it raises.
         self._donating: Callable[..., Any] = lambda *_: self._executables.require()
 
@@ -251,6 +251,10 @@ class CompiledStep:
         for executable in self._executables.built.values():
             if executable.thread is not None:
                 executable.thread.join()
+
+    def _cache(self, fused: FusedStep) -> ExecutableCache[_Variants]:
+        build = partial(self._build, fused)
+        return ExecutableCache("step_fn", build, first_batch if self.grouped else lambda batch: batch)
 
     def _build(self, fused: FusedStep, batch: PyTree) -> _Variants:
         lowered: LoweredStep = self._lower_on_caller(lambda: fused.lower(batch))

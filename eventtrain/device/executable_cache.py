@@ -13,8 +13,8 @@ from typing import Any, Generic, TypeAlias, TypeVar
 
 import jax
 
-from eventtrain.device.state import PyTree, is_array, is_weak
-from eventtrain.errors import DataError, StepError
+from eventtrain.device.state import PyTree, is_array, is_weak, type_of
+from eventtrain.errors import DataError, StepError, amend, listed
 
 E = TypeVar("E")
 
@@ -58,10 +58,18 @@ class ExecutableCache(Generic[E]):
         current: what was selected last; None before the first.
     """
 
-    def __init__(self, function: str, build: Callable[[PyTree], E]) -> None:
+    def __init__(
+        self,
+        function: str,
+        build: Callable[[PyTree], E],
+        one_batch: Callable[[Any], PyTree] = lambda batch: batch,
+    ) -> None:
+        """`one_batch` returns the batch that messages describe, or its shapes and dtypes."""
         self._function = function
         self._build = build
+        self._one_batch = one_batch
         self._signature: Hashable = None
+        self._types: dict[Hashable, dict[str, str]] = {}
         self.built: dict[Hashable, E] = {}
         self.current: E | None = None
 
@@ -93,9 +101,45 @@ class ExecutableCache(Generic[E]):
 
     def _select(self, batch: PyTree, signature: Hashable) -> E:
         if signature not in self.built:
-            self.built[signature] = self._build(batch)
+            one_batch = self._one_batch(batch)
+            try:
+                self.built[signature] = self._build(batch)
+            except StepError as error:
+                describe_batch(error, one_batch, self._types.get(self._signature))
+                raise
+            self._types[signature] = types_by_path(one_batch)
         self._signature, self.current = signature, self.built[signature]
         return self.built[signature]
+
+
+def types_by_path(batch: PyTree) -> dict[str, str]:
+    """Returns dtype and shape of each leaf, such as "float32[32,64]", by its path in `batch`."""
+    leaves = jax.tree_util.tree_flatten_with_path(batch)[0]
+    return {f"batch{jax.tree_util.keystr(path)}": type_of(leaf) for path, leaf in leaves}
+
+
+def describe_batch(error: StepError, batch: PyTree, before: dict[str, str] | None = None) -> None:
+    """Adds the types of a batch to the message of the error that it led to.
+
+    Of a first batch only if a function of the user raised, because else the message says what is wrong.
+
+    Args:
+        error: on its way.
+        batch: arrays, or their shapes and dtypes.
+        before: `types_by_path` of the batch before it.
+    """
+    types = types_by_path(batch)
+    changed: list[str] = []
+    if before is not None and before.keys() == types.keys():
+        changed = [
+            f"{path} is {kind} instead of {before[path]} as before"
+            for path, kind in types.items()
+            if kind != before[path]
+        ]
+    if types and (before is not None or error.__cause__ is not None):
+        amend(
+            error, after=f"Here {listed(changed or [f'{path} is {kind}' for path, kind in types.items()])}."
+        )
 
 
 def argument_types(batch: PyTree) -> Hashable:

@@ -8,11 +8,9 @@ it chooses between two programs, and the one for the steps between has nothing o
 from __future__ import annotations
 
 from dataclasses import replace
-from functools import partial
 from typing import Any
 
 from eventtrain.device.compiled_step import Carry, CompiledStep
-from eventtrain.device.executable_cache import ExecutableCache
 from eventtrain.device.state import PyTree
 
 
@@ -27,7 +25,7 @@ class PeriodicStep(CompiledStep):
         super().__init__(*arguments, **options)
         self._is_due = self._fused.extensions.is_due
         self._with_all = self._executables
-        self._between = ExecutableCache("step_fn", partial(self._build, replace(self._fused, none_due=True)))
+        self._between = self._cache(replace(self._fused, none_due=True))
 
     def prepare(self, batch: PyTree) -> None:
         """As `CompiledStep.prepare`, for both programs."""

@@ -139,6 +139,13 @@ def is_weak(array: Any) -> bool:
     return bool(getattr(array, "weak_type", False))  # typed PRNG keys have no such attribute
 
 
+def type_of(leaf: Any) -> str:
+    """Returns `dtype[shape]` of an array, as JAX writes it: `float32[3,4]`; of another object its class."""
+    if not hasattr(leaf, "dtype"):
+        return type(leaf).__name__
+    return f"{leaf.dtype}[{','.join(map(str, leaf.shape))}]"
+
+
 def strong(array: jax.Array) -> jax.Array:
     """Returns `array`, strongly typed."""
     return jax.lax.convert_element_type(array, array.dtype) if is_weak(array) else array

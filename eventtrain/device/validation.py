@@ -10,7 +10,16 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import AxisType
 
-from eventtrain.device.state import Leaves, PyTree, TreeStructure, is_array, is_weak, partition, strong
+from eventtrain.device.state import (
+    Leaves,
+    PyTree,
+    TreeStructure,
+    is_array,
+    is_weak,
+    partition,
+    strong,
+    type_of,
+)
 from eventtrain.errors import StateError, StepError, first_lines, listed
 from eventtrain.validation.callables import require_result
 
@@ -158,7 +167,7 @@ def type_differences(
 ) -> list[str]:
     """Lists the leaves of `given` whose shape (and dtype, unless `dtypes` is False) is not the `expected` one."""
     return [
-        f"{tree}{path} is {_type(leaf)} instead of {_type(wanted)}"
+        f"{tree}{path} is {type_of(leaf)} instead of {type_of(wanted)}"
         for path, leaf, wanted in zip(paths, given, expected, strict=True)
         if not is_array(leaf) or leaf.shape != wanted.shape or (dtypes and leaf.dtype != wanted.dtype)
     ]
@@ -219,16 +228,9 @@ def _same(before: object, after: object) -> bool:
         return False
 
 
-def _type(leaf: Any) -> str:
-    """Returns `dtype[shape]` of an array, as JAX writes it: `float32[3,4]`; of another object its class."""
-    if not hasattr(leaf, "dtype"):
-        return type(leaf).__name__
-    return f"{leaf.dtype}[{','.join(map(str, leaf.shape))}]"
-
-
 def _short(value: object) -> str:
     """Returns a repr in one line of at most 200 characters."""
     if is_array(value):
-        return f"the array {_type(value)}"
+        return f"the array {type_of(value)}"
     text = " ".join(repr(value).split())
     return text if len(text) <= 200 else f"{text[:200]}..."

@@ -20,7 +20,7 @@ from eventtrain.device.fetcher import Fetcher
 from eventtrain.device.model import Model
 from eventtrain.device.state import replicated_sharding
 from eventtrain.device.stateful_metrics import HostArray, TakenStates
-from eventtrain.errors import ConfigurationError
+from eventtrain.errors import ConfigurationError, DataError, StepError, amend
 from eventtrain.events import EvalCompleted, EvalStarted, EvalStepCompleted, Event
 from eventtrain.loop.agreement.agreement import Agreement
 from eventtrain.loop.agreement.log import RunEvaluation
@@ -269,10 +269,14 @@ class EvaluationDispatch:
             if not self.continues():
                 break
             self.ahead.make_room()
-            if carry is None:
-                evaluation.prepare(batch)
-                carry = evaluation.initial()
-            evaluation(carry, self.leaves, batch)
+            try:
+                if carry is None:
+                    evaluation.prepare(batch)
+                    carry = evaluation.initial()
+                evaluation(carry, self.leaves, batch)
+            except (StepError, DataError) as error:
+                amend(error, before=f"At batch {count} of the {name_of_set(name)}, at step {status.step}: ")
+                raise
             self.ahead.tokens.append(carry.cursor)
             self._note(EvalStepCompleted)
             count += 1

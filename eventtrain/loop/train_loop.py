@@ -30,7 +30,7 @@ import jax
 from eventtrain.control.run_state import LoopRecord
 from eventtrain.device.compiled_step import Carry, CompiledStep
 from eventtrain.device.hyperparams import Hyperparam, labels
-from eventtrain.errors import SnapshotError
+from eventtrain.errors import DataError, SnapshotError, StepError, amend
 from eventtrain.events import EpochCompleted, EpochStarted, StepCompleted
 from eventtrain.loop.agreement.agreement import Agreement
 from eventtrain.loop.agreement.log import EndRun
@@ -182,10 +182,14 @@ class TrainingLoop:
         if len(self._ahead.tokens) >= self._ahead.limit:
             self._ahead.make_room()
         began_s = perf_counter()
-        if self.ledger.pinned:
-            self._dispatch_keeping(batch, start, stop)
-        else:
-            self.compiled(self.carry, batch, start, stop)
+        try:
+            if self.ledger.pinned:
+                self._dispatch_keeping(batch, start, stop)
+            else:
+                self.compiled(self.carry, batch, start, stop)
+        except (StepError, DataError) as error:
+            amend(error, before=f"At step {status.step + 1} (epoch {status.epoch}, batch {status.batch}): ")
+            raise
         now_s = perf_counter()
         self._clock.dispatch_s += now_s - began_s
         self._ahead.tokens.append(self.carry.cursor)

@@ -23,6 +23,7 @@ from eventtrain.device.fetcher import Fetcher
 from eventtrain.device.model import Model
 from eventtrain.device.placement import read
 from eventtrain.device.state import PyTree, replicated_sharding
+from eventtrain.errors import DataError, StepError, amend
 from eventtrain.events import PredictCompleted, PredictStarted, PredictStepCompleted
 from eventtrain.events.models import Number
 from eventtrain.loop.agreement.agreement import Agreement
@@ -116,9 +117,13 @@ class Inference:
             for index, batch in enumerate(batches):
                 if self._waiter.cancelled:
                     break
-                if index == 0:
-                    prediction.prepare(batch)
-                waiting.append(prediction(leaves, batch))
+                try:
+                    if index == 0:
+                        prediction.prepare(batch)
+                    waiting.append(prediction(leaves, batch))
+                except (StepError, DataError) as error:
+                    amend(error, before=f"At batch {index} of the data to predict on: ")
+                    raise
                 if len(waiting) > self._options.pace.max_in_flight_calls:
                     # Short ones together: to wake the event loop for each would cost more than they do.
                     fetch(len(waiting) // 2 if perf_counter() - fetched_s < TOGETHER_S else 1)

@@ -216,7 +216,11 @@ def test_integers_and_bools_are_written_as_such() -> None:
         ("bool", 1.0, "bool"),
         ("float16", 1e6, r"float16, which holds 0 and magnitudes from 6e-08 to 6.6e\+04\..*=jnp.float32\.$"),
         ("float16", 1e-12, "float16, which holds 0 and magnitudes from 6e-08"),
-        ("float32", 1e300, r"float32, which holds 0 and magnitudes from 1.4e-45 to 3.4e\+38\. Pass one of them\.$"),
+        (
+            "float32",
+            1e300,
+            r"float32, which holds 0 and magnitudes from 1.4e-45 to 3.4e\+38\. Pass one of them\.$",
+        ),
         ("int8", 200, "int8, which holds whole numbers from -128 to 127"),
         ("int32", 0.5, "int32, which holds whole numbers from"),
     ],

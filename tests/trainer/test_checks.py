@@ -79,6 +79,11 @@ def test_a_misspelt_monitor_fails_before_the_first_step(tmp_path: Path, subscrib
     assert seen == []
 
 
+def test_a_misspelt_monitor_is_asked_for(tmp_path: Path) -> None:
+    error, _ = first_error(make_trainer(tmp_path, subscribers=[subs.EarlyStopping("val_los", mode="min")]))
+    assert str(error).endswith("so it has no effect. Did you mean 'val_loss'?")
+
+
 def test_a_monitor_of_an_evaluation_fails_where_there_is_none(tmp_path: Path) -> None:
     trainer = make_trainer(tmp_path, subscribers=[subs.EarlyStopping("val_loss")])
     error, _ = first_error(trainer, eval_data=None)

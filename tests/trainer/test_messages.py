@@ -181,3 +181,58 @@ def test_policies_by_steps_are_not_named_in_an_endless_epoch(
     by_steps[1].name = "by evaluations"
     make_trainer(tmp_path, subscribers=by_steps).fit(endless, steps=3, eval_data=batches(1))
     assert "No epoch of the data ended" not in caplog.text
+
+
+def project(state: Any, batch: Any) -> Any:
+    return state, {"loss": (batch["x"] @ state["w"]).sum()}
+
+
+def rows(*widths: int) -> list[dict[str, Any]]:
+    return [{"x": np.ones((4, width), np.float32), "n": np.int32(width)} for width in widths]
+
+
+@pytest.mark.parametrize("options", [{}, {"steps_per_call": 2}])
+def test_a_batch_of_another_shape_is_named_with_its_place(tmp_path, options):
+    trainer = et.Trainer(project, {"w": jax.numpy.ones(3)}, run_dir=tmp_path, **options)
+    failed = record(trainer, et.RunFailed)
+    odd = {2: rows(3, 3, 4, 4)}
+    with pytest.raises(
+        et.StepError, match=r"At step 11 \(epoch 2, batch 2\): step_fn raised TypeError"
+    ) as caught:
+        trainer.fit(lambda epoch: odd.get(epoch, rows(3, 3, 3, 3)), epochs=5)
+    message = str(caught.value)
+    assert message.endswith("Here batch['x'] is float32[4,4] instead of float32[4,3] as before.")
+    assert failed[0].error == f"StepError: {message}"
+
+
+def test_a_batch_of_another_structure_is_described(tmp_path):
+    trainer = et.Trainer(project, {"w": jax.numpy.ones(3)}, run_dir=tmp_path)
+    pairs = [(batch["x"], batch["n"]) for batch in rows(3)]
+    described = r"Here batch\[0\] is float32\[4,3\]; batch\[1\] is int32\[\]\."
+    with pytest.raises(et.StepError, match=f"^step_fn raised TypeError: .*{described}"):
+        trainer.fit(pairs, epochs=1)
+    with pytest.raises(et.StepError, match=rf"At step 2 \(epoch 0, batch 1\).*{described}"):
+        trainer.fit([*rows(3), *pairs], epochs=1)
+    words = [*rows(3), {"x": ["a"], "n": 1}]
+    with pytest.raises(et.DataError, match=r"At step 3 \(epoch 0, batch 1\): batch\['x'\]\[0\] is str"):
+        trainer.fit(words, epochs=1)
+
+
+def test_a_batch_of_another_shape_in_an_evaluation_is_named_with_its_place(tmp_path):
+    def evaluate(state: Any, batch: Any) -> Any:
+        return project(state, batch)[1]
+
+    def predict(state: Any, batch: Any) -> Any:
+        return batch["x"] @ state["w"]
+
+    trainer = et.Trainer(project, {"w": jax.numpy.ones(3)}, evaluate, predict, run_dir=tmp_path)
+    here = r"Here batch\['x'\] is float32\[4,4\] instead of float32\[4,3\] as before\."
+    with pytest.raises(et.StepError, match=rf"At batch 1 of the evaluation data, at step 2: eval_fn.*{here}"):
+        trainer.fit(rows(3, 3), epochs=1, eval_data=rows(3, 4))
+    with pytest.raises(et.StepError, match=rf"At batch 2 of the evaluation data 'a', at step 2: .*{here}"):
+        trainer.evaluate({"a": rows(3, 3, 4)})
+    with pytest.raises(et.StepError, match=rf"At batch 1 of the data to predict on: predict_fn.*{here}"):
+        trainer.predict(rows(3, 4))
+    first = r"eval_fn raised TypeError.*Here batch\['n'\] is int32\[\]; batch\['x'\] is float32\[4,5\]"
+    with pytest.raises(et.StepError, match=first):
+        trainer.fit(rows(3), epochs=1, eval_data=rows(5))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import math
 import re
 from dataclasses import dataclass
@@ -81,5 +82,14 @@ def _direction(owner: str, metric: str) -> Literal["min", "max"]:
         return "min" if smaller else "max"
     raise ConfigurationError(
         f"{owner}(monitor={metric!r}): the name does not tell whether smaller or larger is better. "
-        'Pass mode="min" or mode="max".'
+        f'{_correction(metric, words) or "Pass"} mode="min" or mode="max".'
     )
+
+
+def _correction(metric: str, words: set[str]) -> str:
+    """Returns the question whether a word of the name is misspelt, if one is close to a known one."""
+    known = [*SMALLER_IS_BETTER.split(), *LARGER_IS_BETTER.split()]
+    for word in sorted(words.difference(known)):
+        if nearest := difflib.get_close_matches(word, known, n=1, cutoff=0.8):
+            return f"Did you mean {metric.lower().replace(word, nearest[0])!r}? If not, pass"
+    return ""

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping
 
 from eventtrain.control.requests import TracedRun
 from eventtrain.control.run_context import RunContext
-from eventtrain.errors import ConfigurationError
+from eventtrain.errors import ConfigurationError, did_you_mean
 from eventtrain.events import EvalCompleted, Event
 from eventtrain.events.models import Number
 
@@ -107,13 +107,14 @@ class MetricReader:
         listed = ", ".join(names[:MOST_NAMES]) or "none"
         if len(names) > MOST_NAMES:
             listed += f" and {len(names) - MOST_NAMES} more"
-        hint = (
-            " Metrics of eval_data start with val_; does fit(...) have eval_data? With EvaluateEvery(...) only epochs "
-            "with an evaluation have them."
-            if self.metric.startswith("val_") and not any(name.startswith("val_") for name in names)
-            else ""
-        )
+        if self.metric.startswith("val_") and not any(name.startswith("val_") for name in names):
+            hint = (
+                "Metrics of eval_data start with val_; does fit(...) have eval_data? With EvaluateEvery(...) only "
+                "epochs with an evaluation have them."
+            )
+        else:
+            hint = did_you_mean(self.metric, names)
         return (
-            f"{self._owner} monitors {self.metric!r}, which is not among the metrics ({listed}), so it has no effect."
+            f"{self._owner} monitors {self.metric!r}, which is not among the metrics ({listed}), so it has no effect. "
             f"{hint}"
-        )
+        ).rstrip()
