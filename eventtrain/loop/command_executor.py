@@ -243,5 +243,5 @@ def _scaled(command: ScaleHyperparam, old: Number, target: Hyperparam) -> Number
         value = min(value, max(old, command.maximum))
     if target.dtype.kind in "iu":
         return round(value)
-    # Nor does it go on below the smallest value that the dtype holds.
+    # Neither is it scaled below the smallest value that the dtype holds.
     return old if command.minimum is not None and becomes_zero(value, target.dtype) else value

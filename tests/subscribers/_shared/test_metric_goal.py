@@ -37,7 +37,9 @@ def test_auto_mode_reads_the_direction_off_the_name(metric: str, mode: str) -> N
 
 @pytest.mark.parametrize("metric", ["speed", "val_x", "", "accuracy_loss", "lossless"])
 def test_a_direction_that_cannot_be_told_is_refused(metric: str) -> None:
-    with pytest.raises(et.ConfigurationError, match='is better. (Did you mean .losses.. If not, p|P)ass mode="min"'):
+    with pytest.raises(
+        et.ConfigurationError, match=r'is better\. (Did you mean .losses.. If not, p|P)ass mode="min"'
+    ):
         make_goal("Policy", metric, "auto", 0)
     assert make_goal("Policy", metric, "max", 0).mode == "max"
 
@@ -46,7 +48,7 @@ def test_a_direction_that_cannot_be_told_is_refused(metric: str) -> None:
     ("metric", "meant"), [("val_los", "val_loss"), ("Val_Acuracy", "val_accuracy"), ("lss", "loss")]
 )
 def test_a_name_that_is_close_to_a_known_one_is_asked_for(metric: str, meant: str) -> None:
-    with pytest.raises(et.ConfigurationError, match=f"Did you mean '{meant}'\\? If not, pass mode="):
+    with pytest.raises(et.ConfigurationError, match=rf"Did you mean '{meant}'\? If not, pass mode="):
         make_goal("Policy", metric, "auto", 0)
 
 
