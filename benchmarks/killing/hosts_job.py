@@ -73,7 +73,7 @@ class Job:
 
     Faults: "late": the first batch takes 3 s; "late_run": the run begins 3 s later; "missing_run": it begins 9 s later;
     "data": the data raises in the second epoch; "slow": it takes 2 s there; "subscriber": a subscriber that may fail
-    the run raises; "disk": this process's part of checkpoints cannot be written, three times; "full_disk": the same by
+    the run raises; "disk": this process's part of checkpoints cannot be written, twice; "full_disk": the same by
     a disk that is full; "unshared": this process has another directory.
 
     Options: ``early``: a handler of process 0 halves the rate as soon as the run starts. ``hold``: name of a mark where
@@ -99,9 +99,9 @@ class Job:
     def run(self) -> None:
         """Trains, from the newest checkpoint if there is one, and writes the result to ``result-INDEX.json``."""
         if self._fault == "disk":
-            _break_disk(3)
+            _break_disk(2)
         if self._fault == "full_disk":
-            _fill_disk(3, owns_mounts=self._owns_mounts)
+            _fill_disk(2, owns_mounts=self._owns_mounts)
         if self._options.get("alone"):
             trainer_module.joined = _alone
         trainer = self._trainer()

@@ -12,7 +12,7 @@ from pydantic import Field
 from eventtrain.control.control import Control
 from eventtrain.control.requests import WhenFull
 from eventtrain.control.run_state import SavedRun
-from eventtrain.errors import ConfigurationError
+from eventtrain.errors import ConfigurationError, SubscriberError
 from eventtrain.events import (
     CheckpointFailed,
     CheckpointSkipped,
@@ -296,7 +296,11 @@ class Checkpointer(Subscriber):
             self._best = BestMetricState(value=self._best.before)
 
     async def finish(self) -> None:
-        """Waits until the checkpoints taken so far are written. If cancelled, it logs the others and gives them up."""
+        """Waits until the checkpoints taken so far are written. If cancelled, it logs the others and gives them up.
+
+        Raises:
+            SubscriberError: the last ones have failed.
+        """
         if self._reader is not None and not self._has_read:
             self._reader.end()
         writer = self._writer
@@ -313,6 +317,14 @@ class Checkpointer(Subscriber):
                     "be committed while the process lives, the others are lost. Raise Trainer(drain_timeout_s=...).",
                     self._name, steps,
                 )  # fmt: skip
+        if writer.failures and self._run is not None and self._run.process_index == 0:
+            newest = max(writer.steps(), default=None)
+            what = (
+                "there is no checkpoint"
+                if newest is None
+                else f"the newest checkpoint is that of step {newest}"
+            )
+            raise SubscriberError(f"{what}; the last {writer.failures} could not be written.")
 
     def rescue(self) -> None:
         """Writes the snapshots that are not written yet, without what other subscribers would have contributed."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import logging
 import os
 from collections.abc import Mapping
@@ -16,6 +17,7 @@ import numpy as np
 from eventtrain.control.run_state import RunRecord
 from eventtrain.errors import SnapshotError
 from eventtrain.subscribers._shared import atomic_files
+from eventtrain.subscribers._shared.display_text import size_text
 from eventtrain.subscribers.checkpointing.directory import (
     Committed,
     committed_in,
@@ -33,6 +35,7 @@ from eventtrain.subscribers.checkpointing.manifest import (
     Read,
     SavedArray,
     array_of,
+    is_sharded,
     nested,
     stored,
 )
@@ -40,6 +43,9 @@ from eventtrain.subscribers.checkpointing.orbax import ArrayFiles, Put
 from eventtrain.subscribers.checkpointing.processes import CheckpointPeers, HostPart, own_folder
 
 logger = logging.getLogger("eventtrain")
+
+FILES_BYTES = 64 << 10
+"""Upper bound for what a checkpoint of a small state needs beside its arrays."""
 
 
 class CheckpointStore:
@@ -62,6 +68,9 @@ class CheckpointStore:
         """Checkpoints that were in it when it was opened."""
         self._number = max((committed.manifest.number for committed in self.found), default=0)
         self._leftovers: list[Path] = []
+        """Folders of failed attempts. Orbax may still write into them, and so create them again."""
+        self._failed = False
+        """Whether the last attempt failed."""
         self._orbax = ArrayFiles()
 
     def write(
@@ -84,7 +93,7 @@ class CheckpointStore:
             read: returns an array in host memory, for its checksum.
             peers: the other processes, which write their parts; None if there are none.
         """
-        self._leftovers = [folder for folder in self._leftovers if not try_to_remove(folder)]
+        self._remove_leftovers()
         staging = temporary_path(self.directory, name)
         try:
             atomic_files.make_folder(staging)
@@ -97,8 +106,9 @@ class CheckpointStore:
                 self._sync(staging, files)
             path = self._rename(staging, name)
         except BaseException:
-            if not try_to_remove(staging):  # Orbax may still write other arrays into it
-                self._leftovers.append(staging)
+            self._failed = True
+            try_to_remove(staging)
+            self._leftovers.append(staging)
             raise
         try:
             if self._fsync:
@@ -111,6 +121,7 @@ class CheckpointStore:
                     "%s could not be removed; it is complete, but a power cut may lose it: %s", path, error
                 )
             raise
+        self._failed = False
         self._number = manifest.number
         return Committed(path, manifest, size_bytes)
 
@@ -144,6 +155,10 @@ class CheckpointStore:
     def close(self) -> None:
         """Ends Orbax' own threads. Raises what failed in them."""
         self._orbax.close()
+        self._remove_leftovers()
+
+    def _remove_leftovers(self) -> None:
+        self._leftovers = [folder for folder in self._leftovers if not try_to_remove(folder)]
 
     def _rename(self, staging: Path, name: str) -> Path:
         """Gives the folder its name, or another one if another process was faster."""
@@ -217,6 +232,7 @@ class CheckpointStore:
             part: {path: stored(leaf, read) for path, leaf in leaves.items() if array_of(leaf).size}
             for part, leaves in parts.items()
         }
+        self._require_space(folder, [array for leaves in arrays.values() for array in leaves.values()])
         with ThreadPoolExecutor(1) as executor:  # both release the GIL
             description = executor.submit(_described, parts, read)
             if tree := nested(arrays):
@@ -227,6 +243,31 @@ class CheckpointStore:
                     with closing(ArrayFiles(put)) as orbax:
                         orbax.save(folder / ARRAYS, tree)
             return description.result()
+
+    def _require_space(self, folder: Path, arrays: list[Any]) -> None:
+        """Raises OSError if the arrays cannot have room on the disk: Orbax would log a page of tracebacks for each.
+
+        Only a lack of room beyond doubt counts, without what is reserved for root, until an attempt has failed.
+        """
+        needed = sum(_stored_bytes(array) for array in arrays)
+        disk = os.statvfs(folder)
+        free = disk.f_bfree * disk.f_frsize
+        if self._failed:
+            needed += needed // 50 + FILES_BYTES
+            free = disk.f_bavail * disk.f_frsize
+        if disk.f_blocks and free < needed:
+            raise OSError(
+                errno.ENOSPC,
+                f"No space left on device: the checkpoint needs about {size_text(needed)}, and {size_text(free)} are "
+                f"free in {self.directory}",
+            )
+
+
+def _stored_bytes(array: Any) -> int:
+    """Returns the size of what this process writes of an array."""
+    if is_sharded(array):
+        return sum(shard.data.nbytes for shard in array.addressable_shards if shard.replica_id == 0)
+    return array.nbytes
 
 
 def _described(parts: Mapping[str, Mapping[str, Any]], read: Read) -> dict[str, dict[str, SavedArray]]:

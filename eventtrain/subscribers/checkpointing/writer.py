@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+import os
+import re
 import threading
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -17,7 +19,7 @@ from urllib.parse import quote
 from eventtrain.control.checkpoint_handover import ClaimedSnapshot
 from eventtrain.control.run_context import RunContext
 from eventtrain.control.run_state import RunRecord
-from eventtrain.errors import SnapshotError
+from eventtrain.errors import SnapshotError, shortened
 from eventtrain.events import (
     CheckpointCommitted,
     CheckpointFailed,
@@ -120,6 +122,8 @@ class CheckpointWriter:
         self._earlier: list[str] = []
         self.unfinished: list[PendingCheckpoint] = []
         """Submitted and neither committed nor failed yet, oldest first."""
+        self.failures = 0
+        """Checkpoints that failed since the last one that was committed."""
         self.earlier_step = -1
         """The highest step of other runs that can be resumed from this directory; -1 for none. After ``open``."""
 
@@ -204,7 +208,12 @@ class CheckpointWriter:
             committed = self._commit(pending)
         except Exception as error:
             text = _short(error)
-            logger.error("The checkpoint of step %d failed: %s", event.step, text)
+            self.failures += 1
+            if self.failures & (self.failures - 1) == 0:  # a disk that stays full must not flood the log
+                logger.error(
+                    "The checkpoint of step %d failed (failure no. %d in a row): %s",
+                    event.step, self.failures, text,
+                )  # fmt: skip
             failed = CheckpointFailed(
                 step=event.step,
                 path=str(self._directory / pending.name),
@@ -217,6 +226,7 @@ class CheckpointWriter:
             pending.claimed.finish()
             self.unfinished.remove(pending)
         if committed is not None:
+            self.failures = 0
             done = CheckpointCommitted(
                 step=event.step,
                 path=str(committed.path),
@@ -364,12 +374,13 @@ class CheckpointWriter:
 
     def _with_retries(self, write: Callable[[], Committed], step: int) -> Committed:
         options, failure = self._options, None
-        for attempt in attempts(options.retries, options.retry_delay_s, self._stopping.wait):
+        retries = options.retries if self.failures == 0 else 0  # it must not delay each checkpoint
+        for attempt in attempts(retries, options.retry_delay_s, self._stopping.wait):
             try:
                 return write()
             except Exception as error:
                 failure = error
-                if attempt <= options.retries:
+                if attempt <= retries:
                     logger.warning(
                         "The checkpoint of step %d could not be written (attempt %d): %s",
                         step, attempt, _short(error),
@@ -394,5 +405,8 @@ class CheckpointWriter:
 
 
 def _short(error: Exception) -> str:
-    """Returns the text of an error without the specification of the file that TensorStore adds, a page long."""
-    return f"{type(error).__name__}: {error}".split(" [tensorstore_spec=")[0]
+    """Returns the text of an error, of one of TensorStore the cause first, without the specification that it adds."""
+    text = f"{type(error).__name__}: {error}".split(" [tensorstore_spec=")[0]
+    if match := re.search(r" \[os_error_code='(\d+)'\]", text):
+        return f"{os.strerror(int(match[1]))} ({shortened(text[: match.start()])})"
+    return text

@@ -18,6 +18,7 @@ import eventtrain as et
 from eventtrain import subscribers as subs
 from eventtrain.subscribers._shared import atomic_files
 from eventtrain.subscribers.checkpointing import store as checkpoint_store
+from eventtrain.subscribers.checkpointing import writer as checkpoint_writer
 from eventtrain.subscribers.checkpointing.directory import committed_in
 from eventtrain.subscribers.checkpointing.retention import Retention
 from tests.subscribers.checkpointing.writing import Writing, state_of
@@ -243,6 +244,72 @@ def test_on_a_full_disk_training_goes_on_and_older_checkpoints_are_whole(small_d
     for step in committed:
         state = et.load_state(small_disk / f"ck/step-{step:08d}", like=noise_state())
         assert np.asarray(state["x"]).tobytes() == expected[step - 1]
+
+
+def test_a_disk_that_stays_full_is_reported_in_few_lines_without_a_delay_and_at_the_end(
+    small_disk: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    waits: list[float] = []
+
+    def attempts(retries: int, delay_s: float, wait: Any) -> Iterator[int]:
+        waits.extend([delay_s] * retries)
+        return iter(range(1, retries + 2))
+
+    monkeypatch.setattr(checkpoint_writer, "attempts", attempts)
+    (small_disk / "rubbish").write_bytes(b"x" * 250_000)
+    trainer = et.Trainer(
+        noise_step,
+        noise_state(),
+        run_dir=small_disk,
+        subscribers=[subs.Checkpointer("ck", every=1, max_to_keep=None, when_full="wait", retry_delay_s=7)],
+    )
+    seen = record(trainer, et.CheckpointCommitted, et.CheckpointFailed, et.SubscriberFailed)
+    trainer.fit([np.float32(1)] * 20, epochs=1)
+    newest = max(event.step for event in seen if isinstance(event, et.CheckpointCommitted))
+    failed = [event for event in seen if isinstance(event, et.CheckpointFailed)]
+    assert [event.step for event in failed] == list(range(newest + 1, 21))
+    assert all("No space left on device: the checkpoint needs about" in event.error for event in failed)
+    assert waits == [7, 7] * (
+        newest + 1
+    )  # each committed checkpoint might retry; of the failed ones only the first does
+    lines = [record.getMessage() for record in caplog.records if record.levelname in ("WARNING", "ERROR")]
+    assert len(lines) <= 2 + 5 + 1, lines
+    (event,) = [event for event in seen if isinstance(event, et.SubscriberFailed)]
+    assert (event.subscriber, event.event_kind) == ("Checkpointer", "finish")
+    assert f"the newest checkpoint is that of step {newest}; the last {20 - newest} could not" in event.error
+    assert event.error in lines[-1]
+
+
+def test_the_cause_of_a_failure_in_tensorstore_comes_first() -> None:
+    path = "/a/long/path/of/a/checkpoint" * 20
+    error = ValueError(
+        f'RESOURCE_EXHAUSTED: Error writing "state/0" at local file "{path}": Failed to write 70388 bytes to file '
+        f"19: No space left on device [os_error_code='28'] [tensorstore_spec='{{}}']"
+    )
+    text = checkpoint_writer._short(error)
+    assert text.startswith('No space left on device (ValueError: RESOURCE_EXHAUSTED: Error writing "state/0"')
+    assert len(text) < 250
+    assert checkpoint_writer._short(OSError(28, "full")) == "OSError: [Errno 28] full"
+
+
+def test_what_orbax_creates_again_after_a_failure_is_removed_at_the_end(
+    tmp_path: Path, faults: Faults, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    writing = Writing(tmp_path)
+    removed: list[Path] = []
+    remove = atomic_files.remove
+
+    def note(path: Path) -> None:
+        removed.append(path)
+        remove(path)
+
+    monkeypatch.setattr(atomic_files, "remove", note)
+    faults.fails = lambda number, name: name == "write_text"
+    writing.write(1)
+    (late,) = removed
+    (late / "arrays").mkdir(parents=True)  # another array of the failed save
+    writing.close()
+    assert list(tmp_path.iterdir()) == []
 
 
 @orbax_leaves_others
