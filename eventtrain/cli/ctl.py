@@ -25,6 +25,7 @@ from eventtrain.events.commands import (
     TakeSample,
 )
 from eventtrain.runs.control_client import ControlClient
+from eventtrain.runs.summary import RunSummary, summarise
 
 app = typer.Typer(
     help="Steer a running training. Prints the step at which a command took effect. Exit code 1: the run rejected "
@@ -34,6 +35,12 @@ app = typer.Typer(
 )
 
 NUMBERS = {"ignore_unknown_options": True}
+ENDS: dict[str, str] = {
+    "finished": "finished",
+    "stopped": "was stopped",
+    "failed": "failed",
+    "killed": "was killed",
+}
 AsJson = Annotated[bool, typer.Option("--json", help="Print the answer as one line of JSON.")]
 Reason = Annotated[str, typer.Option(help="For logs and events.")]
 ParameterPath = Annotated[
@@ -182,7 +189,20 @@ def _effect(applied: CommandApplied) -> str:
 
 def _client(context: typer.Context) -> ControlClient:
     run_dir, timeout_s = context.obj
-    return ControlClient(run_dir, timeout_s=timeout_s)
+    try:
+        return ControlClient(run_dir, timeout_s=timeout_s)
+    except RunNotReachable as error:
+        if run_dir.is_dir() and (end := _end_of(summarise(run_dir))):
+            raise RunNotReachable(f"No run answers in {run_dir}. The last one there {end}.") from error
+        raise
+
+
+def _end_of(run: RunSummary) -> str:
+    """Returns how and when the run ended; empty if its log does not say that it has."""
+    if run.state not in ENDS:
+        return ""
+    time = "" if run.updated is None else f" ({run.updated.astimezone():%Y-%m-%d %H:%M:%S})"
+    return f"{ENDS[run.state]} at step {run.step}{time}{run.reason and f': {run.reason.rstrip(".")}'}"
 
 
 def _fail(error: Exception, as_json: bool) -> NoReturn:

@@ -125,7 +125,7 @@ def test_a_rejection_is_printed_with_exit_code_1_and_no_run_with_2(tmp_path: Pat
         assert json.loads(ctl(tmp_path, "profile", "3", "--json").stdout)["rejected"]
     done = ctl(tmp_path, "stop")
     assert done.exit_code == 2
-    assert f"No run answers in {tmp_path}" in done.stderr.replace("\n", "")
+    assert f"No run answers in {tmp_path}. The last one there was stopped at step " in done.stderr
     assert json.loads(ctl(tmp_path, "stop", "--json").stdout)["error"]
 
 

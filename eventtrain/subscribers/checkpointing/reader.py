@@ -138,12 +138,12 @@ class SavedCheckpoint:
         """
         known = self.manifest.arrays[part] if wanted else {}
         if others := [
-            f"{place} is {shown(known[place].type())}, but {shown(like)} in {other}"
+            f"{place} is {shown(known[place].type())}, not {shown(like)}"
             for place, like in wanted.values()
             if not fits(known[place].type(), like)
         ]:
             raise StateError(
-                f"{self.path} does not fit: {listed(others, 10)}. Pass a state built as the one that was saved, or "
+                f"{self.path} does not fit {other}: {listed(others)}. Pass a state built as the one that was saved, or "
                 "take what fits with et.take_matching."
             )
         sharded = {place: like for place, like in wanted.values() if _is_global(like)}

@@ -216,7 +216,7 @@ def test_numpy_stays_numpy_and_jax_arrays_go_where_like_is(directory: Path) -> N
         (lambda s: {"params": {"w": jnp.zeros(51)}}, r"\['params'\]\['w'\] is float32\[50\]"),
         (
             lambda s: s | {"count": jnp.float32(0)},
-            r"\['count'\] is int32\[\], but float32\[\] in `like`",
+            r"step-00000003 does not fit `like`: \['count'\] is int32\[\], not float32\[\]\. Pass",
         ),
         (lambda s: s | {"count": jnp.zeros(1, jnp.int32)}, r"int32\[1\]"),
         (lambda s: s | {"count": jax.random.key(0)}, r"\['count'\] is int32\[\]"),
