@@ -202,7 +202,8 @@ def _end_of(run: RunSummary) -> str:
     if run.state not in ENDS:
         return ""
     time = "" if run.updated is None else f" ({run.updated.astimezone():%Y-%m-%d %H:%M:%S})"
-    return f"{ENDS[run.state]} at step {run.step}{time}{run.reason and f': {run.reason.rstrip(".")}'}"
+    reason = f": {run.reason.rstrip('.')}" if run.reason else ""
+    return f"{ENDS[run.state]} at step {run.step}{time}{reason}"
 
 
 def _fail(error: Exception, as_json: bool) -> NoReturn:
