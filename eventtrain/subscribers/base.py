@@ -51,7 +51,11 @@ class Subscriber(OptionDefaults):
     """With ``per_host``: folders that the processes of a run must share, relative to ``run_dir`` or absolute."""
 
     async def start(self, run: RunContext) -> None:
-        """Called before anything is published. On the bus' event loop. An exception fails the run."""
+        """Called before anything is published. On the bus' event loop.
+
+        An exception fails the run, with a note that names the subscriber: those after it are not started, and
+        ``finish`` and ``stop`` are called of those before it and of itself.
+        """
 
     async def finish(self) -> None:
         """Called when the run has ended: completes what is under way, and publishes the outcome.

@@ -136,6 +136,10 @@ def find_saved_run(
             saved = subscriber.saved_run(run_dir, resume)
         except SnapshotError as error:  # another one may have it
             missing.append(error)
+        except Exception as error:
+            name = subscriber.name or type(subscriber).__name__
+            error.add_note(f"Raised by the subscriber {name} when it looked for a checkpoint.")
+            raise
         else:
             found += [saved] if saved is not None else []
     if not found and missing:

@@ -17,7 +17,7 @@ from eventtrain.bus.cancellation import own_failure, persist
 from eventtrain.bus.core import BusCore
 from eventtrain.bus.subscription import SubscriptionCore
 from eventtrain.control.run_context import RunContext
-from eventtrain.errors import BusClosed, EventTrainError
+from eventtrain.errors import BusClosed
 from eventtrain.events import SubscriberFailed
 from eventtrain.subscribers.base import Subscriber
 
@@ -81,7 +81,7 @@ class SubscriberLifecycle:
                 if not self._start(waiting[0], context, wait):
                     return
                 self._bus.start_worker(waiting.pop(0).subscription)
-        except EventTrainError as error:
+        except Exception as error:
             error.add_note(f"Raised by the subscriber {self._started[-1].name} when the run started.")
             raise
         finally:

@@ -325,6 +325,35 @@ def test_a_start_that_exits_ends_the_run_with_its_exception(tmp_path):
     assert caught.value.code == 4
 
 
+def test_a_start_that_raises_names_its_subscriber_and_ends_those_before_it(tmp_path):
+    class Broken(Life):
+        name = "broken one"
+
+        async def start(self, run: et.RunContext) -> None:
+            raise RuntimeError("no start")
+
+    first, broken, last = Life(), Broken(), Life()
+    last.name = "last"
+    with pytest.raises(RuntimeError, match="no start") as caught:
+        make_trainer(tmp_path, subscribers=[first, broken, last]).fit(batches(1), epochs=1)
+    assert caught.value.__notes__ == ["Raised by the subscriber broken one when the run started."]
+    assert first.said == ["start", "finish", "stop"]
+    assert broken.said == ["finish", "stop"]
+    assert last.said == []
+
+
+def test_a_search_for_a_checkpoint_that_raises_names_its_subscriber(tmp_path):
+    class Broken(Life):
+        resumes_runs = True
+
+        def saved_run(self, run_dir: Path, which: Any) -> None:
+            raise RuntimeError("no search")
+
+    with pytest.raises(RuntimeError, match="no search") as caught:
+        make_trainer(tmp_path, subscribers=[Broken()]).fit(batches(1), epochs=1, resume=True)
+    assert caught.value.__notes__ == ["Raised by the subscriber Broken when it looked for a checkpoint."]
+
+
 # --- tasks that nobody awaits ---------------------------------------------------------------------------------
 
 
