@@ -106,7 +106,8 @@ class Checkpointer(Subscriber):
             CheckpointFailed ("fail").
         marker_timeout_s: how long a checkpoint waits for the states of the subscribers.
         fsync: a checkpoint gets its name when all files are on the disk, and is committed when the name is.
-        retries: after a failure on disk; each after ``retry_delay_s``, which doubles.
+        retries: after a failure on disk; each after ``retry_delay_s``, which doubles. After a checkpoint has failed,
+            the next ones are tried once each, until one is committed.
         on_failure: "continue" training after CheckpointFailed, or "stop" the run.
 
     Events: CheckpointStarted; then CheckpointCommitted, when the checkpoint has its final name and can be restored, or
