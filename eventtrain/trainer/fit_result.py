@@ -105,6 +105,9 @@ class FitResult(Generic[S]):
 
     def _repr_html_(self) -> str:
         note = f"step {self.step:,}, {self.epochs_completed:,} epochs"
-        left = [(f"not handled by {name}", f"{count:,} events or rows") for name, count in self.undelivered.items()]
+        left = [
+            (f"not handled by {name}", f"{count:,} events or rows")
+            for name, count in self.undelivered.items()
+        ]
         table = metrics_html(epoch_columns(self.history), {}, OWN)
         return html.box(html.title(self.stop_reason, note), html.facts(left[:MOST_LEFT]), table)
