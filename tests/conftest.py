@@ -12,6 +12,8 @@ import subprocess
 import sys
 import tempfile
 import textwrap
+import threading
+import time
 import traceback
 from collections.abc import Callable, Generator, Iterator
 from contextlib import contextmanager
@@ -91,6 +93,20 @@ def encodable(value: Any) -> Any:
 def anyio_backend(request: pytest.FixtureRequest) -> tuple[str, dict[str, Any]]:
     """Every coroutine test, and each test that asks for this fixture, runs on all three event loops."""
     return request.param
+
+
+@pytest.fixture(scope="module", autouse=True)
+def no_thread_stays() -> Iterator[None]:
+    """Fails the last test of a file that leaves a thread of eventtrain behind, which the next file would find."""
+    before = set(threading.enumerate())
+    yield
+    ends_s = time.monotonic() + 30
+    while left := [
+        t.name for t in threading.enumerate() if t.name.startswith("eventtrain") and t not in before
+    ]:
+        if time.monotonic() > ends_s:
+            pytest.fail(f"Threads are left: {', '.join(left)}", pytrace=False)
+        time.sleep(0.02)
 
 
 @pytest.fixture(autouse=True)

@@ -63,6 +63,7 @@ def _serve(run_dirs: list[Path], host: str, port: int, read_only: bool) -> str:
         steering = None if read_only else runs
         serving = server.serve(Frames(runs.shown), steering, tokens, host, port, lambda: False)
     except OSError as error:
+        runs.close()
         raise ConfigurationError(
             f"Cannot listen on {host} port {port}: {error.strerror or error}. --port 0 takes a free one."
         ) from error

@@ -5,7 +5,7 @@ from __future__ import annotations
 import atexit
 import signal
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -45,8 +45,13 @@ class Exits:
 
 
 @pytest.fixture
-def exits(monkeypatch: pytest.MonkeyPatch) -> Exits:
-    return Exits(monkeypatch)
+def exits(monkeypatch: pytest.MonkeyPatch) -> Iterator[Exits]:
+    exits = Exits(monkeypatch)
+    yield exits
+    exits.end_interpreter()
+    for thread in threading.enumerate():
+        if thread.name == "eventtrain-exit":  # before it would end the process of the tests
+            thread.join(30)
 
 
 def watch(end_events: Callable[[PeerLost], None] = lambda lost: None) -> _Watch:

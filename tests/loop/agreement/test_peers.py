@@ -102,6 +102,7 @@ def test_the_store_holds_a_bounded_number_of_messages(
 def test_a_process_without_a_sign_of_life_is_lost_and_named(three: list[Process]) -> None:
     first, second, third = three
     third.peers._closed.set()  # as if it were killed
+    third.peers.wake()
     for process in (first, second):
         lost = process.wait_until_lost()
         assert lost.process == 2

@@ -70,17 +70,16 @@ def test_finished_runs_are_shown_side_by_side_with_every_step(tmp_path: Path) ->
         trainer = et.Trainer(step_fn, new_state(), subscribers=logs, run_dir=tmp_path / name)
         trainer.fit(batches(20), epochs=2, progress=False)
         trainer.close()
-    runs = RunFiles([tmp_path / "one", tmp_path / "two" / "log.csv"])
-    first, second = runs.shown()
-    wait_until(lambda: (status(first).step, status(second).step) == (40, 40))
-    wait_until(lambda: (status(first).state, status(second).state) == ("completed",) * 2)
-    reader = Reader(Frames(lambda: [first]))
-    reader.read()
-    steps, losses = reader.curves["steps", "loss"]
-    assert steps == list(range(1, 41))
-    assert min(losses) > 0
-    assert reader.sections["can_control"] is False
-    assert [run.title for run in runs.shown()] == ["one", "log.csv"]
+    with shown(tmp_path / "one", tmp_path / "two" / "log.csv") as (first, second):
+        wait_until(lambda: (status(first).step, status(second).step) == (40, 40))
+        wait_until(lambda: (status(first).state, status(second).state) == ("completed",) * 2)
+        reader = Reader(Frames(lambda: [first]))
+        reader.read()
+        steps, losses = reader.curves["steps", "loss"]
+        assert steps == list(range(1, 41))
+        assert min(losses) > 0
+        assert reader.sections["can_control"] is False
+        assert [first.title, second.title] == ["one", "log.csv"]
 
 
 def test_a_log_is_followed_as_it_grows_until_the_run_has_ended(tmp_path: Path) -> None:
