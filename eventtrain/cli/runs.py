@@ -26,7 +26,7 @@ from eventtrain.runs.rows import wanted
 from eventtrain.runs.summary import RunSummary, find_runs, summarise
 from eventtrain.subscribers._shared.display_text import duration_text
 from eventtrain.subscribers.checkpointing.directory import size_of
-from eventtrain.subscribers.checkpointing.manifest import is_checkpoint, read_manifest
+from eventtrain.subscribers.checkpointing.manifest import Manifest, is_checkpoint, read_manifest
 
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead: one line for each run or event.")]
 RunDir = Annotated[Path, typer.Argument(help="The run_dir of a run.")]
@@ -179,30 +179,37 @@ def _as_json(run: RunSummary, *, thorough: bool) -> dict[str, Any]:
     return found
 
 
-def _checkpoints(run_dir: Path) -> Iterator[dict[str, Any]]:
-    """Yields the checkpoints of a run, in the order of their names."""
+def _checkpoint_folders(run_dir: Path) -> Iterator[Path]:
+    """Yields the folders of a run's checkpoints, in the order of their names."""
     for pattern in ("*", "*/*"):
-        for path in sorted(run_dir.glob(pattern)):
-            if is_checkpoint(path):
-                entry = {
-                    "path": path.relative_to(run_dir).as_posix(),
-                    "step": None,
-                    "tag": None,
-                    "size_bytes": None,
-                }
-                try:
-                    manifest = read_manifest(path)
-                    entry |= {"step": manifest.step, "tag": manifest.tag, "size_bytes": size_of(path)}
-                except SnapshotError:
-                    pass  # `eventtrain checkpoints ls` tells why
-                yield entry
+        yield from filter(is_checkpoint, sorted(run_dir.glob(pattern)))
+
+
+def _manifest_in(folder: Path) -> Manifest | None:
+    try:
+        return read_manifest(folder)
+    except SnapshotError:
+        return None  # `eventtrain checkpoints ls` tells why
+
+
+def _checkpoints(run_dir: Path) -> Iterator[dict[str, Any]]:
+    """Yields what the checkpoints of a run are, which reads each of them."""
+    for folder in _checkpoint_folders(run_dir):
+        manifest = _manifest_in(folder)
+        yield {
+            "path": folder.relative_to(run_dir).as_posix(),
+            "step": manifest and manifest.step,
+            "tag": manifest and manifest.tag,
+            "size_bytes": manifest and size_of(folder),
+        }
 
 
 def _summarised(run_dir: Path, *, thorough: bool = False) -> RunSummary:
     """Returns the summary of a run; where there is no log, its step is that of the newest checkpoint."""
     run = summarise(run_dir, thorough=thorough)
     if run.log is None:
-        run.step = max((each["step"] or 0 for each in _checkpoints(run_dir)), default=run.step)
+        manifests = map(_manifest_in, _checkpoint_folders(run_dir))
+        run.step = max((manifest.step for manifest in manifests if manifest), default=run.step)
     return run
 
 
@@ -227,7 +234,7 @@ def _table_of(runs: list[RunSummary], width: int, fill: int = WIDEST) -> Table:
             "EPOCH": "-" if run.epoch is None else str(run.epoch),
             "TIME": "-" if run.duration_s is None else duration_text(run.duration_s),
             "METRICS": Text(_metrics(run, MOST_METRICS, fill)),
-            "CHECKPOINTS": str(sum(1 for _ in _checkpoints(run.path))),
+            "CHECKPOINTS": str(sum(1 for _ in _checkpoint_folders(run.path))),
             "RUN": Text(printable(str(run.path))),
         }
         table.add_row(*(cells[str(column.header)] for column in table.columns))
