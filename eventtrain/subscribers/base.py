@@ -109,6 +109,11 @@ class Subscriber(OptionDefaults):
         """
 
 
+def name_of(subscriber: Subscriber) -> str:
+    """Returns the name of its subscription: ``name``, or else that of its class."""
+    return subscriber.name or type(subscriber).__name__
+
+
 def subscribe(bus: BusCore, subscriber: Subscriber) -> SubscriptionCore:
     """Subscribes one ``Subscriber`` to ``bus``, detached. Sets its ``name`` if another subscription has that name.
 
@@ -124,7 +129,7 @@ def subscribe(bus: BusCore, subscriber: Subscriber) -> SubscriptionCore:
         raise ConfigurationError(
             f"{type(subscriber).__name__}.name must be a string or None, got {shown(subscriber.name)}."
         )
-    name = subscriber.name or type(subscriber).__name__
+    name = name_of(subscriber)
     _require_no_misspelt_attribute(type(subscriber), name)
     _require_own_methods(subscriber, name)
     event_types, handler = event_routes(subscriber, name)

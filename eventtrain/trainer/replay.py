@@ -33,7 +33,7 @@ from eventtrain.runs.owner import is_held, owner_of
 from eventtrain.runs.reading import read_events
 from eventtrain.subscribers._shared.paths import local_path
 from eventtrain.subscribers._shared.step_table import follows
-from eventtrain.subscribers.base import Subscriber, subscribe
+from eventtrain.subscribers.base import Subscriber, name_of, subscribe
 from eventtrain.trainer.execution import END_S, EventLoopThread
 from eventtrain.trainer.run_directory import run_directory
 from eventtrain.trainer.subscriber_lifecycle import RunSubscriber, SubscriberLifecycle
@@ -105,7 +105,7 @@ def replay(
     for subscriber in into:
         if any((out / output).resolve() == log.resolve() for output in subscriber.output_paths):
             raise ConfigurationError(
-                f"{subscriber.name or type(subscriber).__name__} writes to {log}, which is the log that is replayed. "
+                f"{name_of(subscriber)} writes to {log}, which is the log that is replayed. "
                 "Give it another path, or pass out_dir=..."
             )
     with events:

@@ -27,7 +27,7 @@ from eventtrain.events import Event, RunResumed
 from eventtrain.loop.run_recorder import Aim
 from eventtrain.loop.run_resources import RunResources
 from eventtrain.loop.train_loop import TrainingLoop
-from eventtrain.subscribers.base import Subscriber
+from eventtrain.subscribers.base import Subscriber, name_of
 
 logger = logging.getLogger("eventtrain")
 
@@ -137,8 +137,7 @@ def find_saved_run(
         except SnapshotError as error:  # another one may have it
             missing.append(error)
         except Exception as error:
-            name = subscriber.name or type(subscriber).__name__
-            error.add_note(f"Raised by the subscriber {name} when it looked for a checkpoint.")
+            error.add_note(f"Raised by the subscriber {name_of(subscriber)} when it looked for a checkpoint.")
             raise
         else:
             found += [saved] if saved is not None else []
@@ -254,7 +253,7 @@ def _meant_for(
     """Returns ``shares`` without those of subscribers that are about something else now, such as another metric."""
     meant = dict(shares)
     for subscriber in subscribers:
-        name = subscriber.name or type(subscriber).__name__
+        name = name_of(subscriber)
         share = shares.get(name)
         if (
             share is not None
@@ -276,7 +275,7 @@ def _listing(about: Mapping[str, str]) -> str:
 
 def _load_states(subscribers: Sequence[Subscriber], shares: Mapping[str, SubscriptionCheckpoint]) -> None:
     for subscriber in subscribers:
-        name = subscriber.name or type(subscriber).__name__
+        name = name_of(subscriber)
         share = shares.get(name)
         if share is None:
             continue

@@ -20,7 +20,7 @@ from eventtrain.errors import ConfigurationError, RunDirInUse
 from eventtrain.runs.owner import ATTEMPTS, LOCK, Owner, owner_of
 from eventtrain.subscribers._shared.atomic_files import open_replacement
 from eventtrain.subscribers._shared.paths import require_writable_folder
-from eventtrain.subscribers.base import Subscriber
+from eventtrain.subscribers.base import Subscriber, name_of
 
 try:
     import fcntl
@@ -95,7 +95,7 @@ def next_attempt(run_dir: Path, known: int) -> int:
 def _require_different_paths(run_dir: Path, subscribers: Sequence[Subscriber]) -> None:
     owners: dict[str, str] = {}
     for subscriber in subscribers:
-        name = subscriber.name or type(subscriber).__name__
+        name = name_of(subscriber)
         for path in subscriber.output_paths:
             other = owners.setdefault(os.path.realpath(run_dir / path), name)
             if other != name:

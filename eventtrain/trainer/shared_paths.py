@@ -22,7 +22,7 @@ from eventtrain.errors import ConfigurationError
 from eventtrain.events.models import Frozen
 from eventtrain.loop.agreement.agreement import Agreement
 from eventtrain.subscribers._shared.paths import require_writable_folder
-from eventtrain.subscribers.base import Subscriber
+from eventtrain.subscribers.base import Subscriber, name_of
 
 MARK = ".eventtrain.shared-"
 LOOK_S = 5.0
@@ -135,19 +135,13 @@ def _verdict(arrivals: Sequence[Arrival]) -> str:
 
 def _shared_directories(run_dir: Path, subscribers: Sequence[Subscriber]) -> dict[str, str]:
     """Returns directory -> name of the subscriber."""
-    return {
-        str(run_dir / path): one.name or type(one).__name__
-        for one in subscribers
-        for path in one.shared_directories
-    }
+    return {str(run_dir / path): name_of(one) for one in subscribers for path in one.shared_directories}
 
 
 def _outputs(run_dir: Path, subscribers: Sequence[Subscriber]) -> dict[str, str]:
     """Returns file or folder -> name of the subscriber."""
     return {
-        os.path.realpath(run_dir / path): one.name or type(one).__name__
-        for one in subscribers
-        for path in one.output_paths
+        os.path.realpath(run_dir / path): name_of(one) for one in subscribers for path in one.output_paths
     }
 
 

@@ -20,7 +20,7 @@ from eventtrain.events import (
     StepStarted,
 )
 from eventtrain.subscribers._shared.step_table import StepTable
-from eventtrain.subscribers.base import RunContext, Subscriber
+from eventtrain.subscribers.base import RunContext, Subscriber, name_of
 from eventtrain.subscribers.brokers.batches import BrokerStatistics, EventBuffer
 from eventtrain.subscribers.brokers.sender import BrokerSender, Transport
 from eventtrain.validation.arguments import require_choice, require_count, require_number
@@ -137,7 +137,7 @@ class BrokerEvents(Subscriber, ABC):
 
     @property
     def _owner(self) -> str:
-        return self.name or type(self).__name__
+        return name_of(self)
 
     @property
     def _suffix(self) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any, Generic, TypeVar
 
 from eventtrain.subscribers._shared.state import SavedState
-from eventtrain.subscribers.base import RunContext, Subscriber
+from eventtrain.subscribers.base import RunContext, Subscriber, name_of
 
 S = TypeVar("S", bound=SavedState)
 
@@ -32,7 +32,7 @@ class Policy(Subscriber, Generic[S]):
 
     @property
     def _name(self) -> str:
-        return self.name or type(self).__name__
+        return name_of(self)
 
     async def start(self, run: RunContext) -> None:
         """Starts from scratch, unless a state was loaded."""
