@@ -218,6 +218,14 @@ def amend(error: BaseException, *, before: str = "", after: str = "") -> None:
     error.args = (f"{before}{message}{after}",)
 
 
+def is_logged(number: int) -> bool:
+    """Whether the failure of this number, counted from 1, is logged: the 1st, 2nd, 4th, 8th ...
+
+    What fails again and again, such as a handler at every step, must not flood the log.
+    """
+    return number & (number - 1) == 0
+
+
 def listed(parts: Sequence[str], limit: int = 5) -> str:
     """Returns the first ``limit`` of ``parts``, separated by "; ", and how many more there are."""
     rest = len(parts) - limit

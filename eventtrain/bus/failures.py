@@ -12,6 +12,7 @@ from collections.abc import Callable, Hashable, Iterable
 from typing import NamedTuple
 from weakref import ref
 
+from eventtrain.errors import is_logged
 from eventtrain.events import Event, SubscriberFailed, SubscriberLagged
 
 logger = logging.getLogger("eventtrain")
@@ -130,8 +131,7 @@ class Failures:
         """Counts, logs and publishes one failed attempt."""
         self.attempts += 1
         self.timed_out = self.timed_out or isinstance(error, HandlerTimeout)
-        if self.attempts & (self.attempts - 1) == 0:
-            # Only the 1st, 2nd, 4th, 8th ... is logged: a handler that fails at every step must not flood the log.
+        if is_logged(self.attempts):
             logger.error(
                 "Subscriber %s failed on %s of step %d (attempt %d; failure no. %d): %s: %s",
                 self._subscriber, event.kind, event.step, attempt, self.attempts, type(error).__name__, error,

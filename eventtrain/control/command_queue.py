@@ -17,7 +17,7 @@ from eventtrain.bus.subscription import SubscriptionCore
 from eventtrain.bus.wakeup import CrossLoopFuture
 from eventtrain.control.run_state import LoopRecord, StreamRecord
 from eventtrain.control.run_view import RunView
-from eventtrain.errors import CommandRejectedError
+from eventtrain.errors import CommandRejectedError, is_logged
 from eventtrain.events import CommandApplied, CommandRejected, Event
 from eventtrain.events.commands import AnyCommand, Stop
 
@@ -155,8 +155,7 @@ class CommandQueue:
         command, step = pending.command, self._view.step
         kind, issuer = command.kind, command.cause.subscriber if command.cause else command.source
         number = next(self._rejections.setdefault((issuer, kind), count(1)))
-        if number & (number - 1) == 0:
-            # Only the 1st, 2nd, 4th, 8th ... is logged: a handler that errs at every step must not flood the log.
+        if is_logged(number):
             logger.log(
                 level, "Command %s%s was rejected at step %d%s: %s",
                 kind, f" of {issuer}" if issuer else "", step, f" (no. {number})" if number > 1 else "", reason,

@@ -19,7 +19,7 @@ from urllib.parse import quote
 from eventtrain.control.checkpoint_handover import ClaimedSnapshot
 from eventtrain.control.run_context import RunContext
 from eventtrain.control.run_state import RunRecord
-from eventtrain.errors import SnapshotError, shortened
+from eventtrain.errors import SnapshotError, is_logged, shortened
 from eventtrain.events import (
     CheckpointCommitted,
     CheckpointFailed,
@@ -209,7 +209,7 @@ class CheckpointWriter:
         except Exception as error:
             text = _short(error)
             self.failures += 1
-            if self.failures & (self.failures - 1) == 0:  # a disk that stays full must not flood the log
+            if is_logged(self.failures):
                 logger.error(
                     "The checkpoint of step %d failed (failure no. %d in a row): %s",
                     event.step, self.failures, text,
