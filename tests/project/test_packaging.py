@@ -155,7 +155,7 @@ def test_lowest_versions_tested_are_the_lowest_declared(project: dict[str, Any])
 
 def test_no_tracked_file_names_a_path_of_one_machine(tracked_files: list[Path]) -> None:
     # Home folders of any system, and this checkout wherever it is (unless that is as short as "/app").
-    patterns = [r"(?<![\w.])/(?:home|Users)/\w+/", r"(?<![\w.])/root/", r"C:\\Users\\"]
+    patterns = [r"(?<![\w.])/(?:home|Users)/\w+/", r"(?<![\w.])/(?:root)/", r"C:\\Users\\"]
     patterns += [re.escape(f"{path}/") for path in (ROOT, Path.home()) if len(path.parts) > 2]
     assert mentions("|".join(patterns), tracked_files) == []
 
